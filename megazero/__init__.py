@@ -1,0 +1,3 @@
+"""MegaZero: Megatron-style 3D-parallel pretraining with ZeRO."""
+
+__version__ = "0.1.0"

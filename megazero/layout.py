@@ -1,0 +1,241 @@
+"""Which elements of which tensor a rank holds: plain values, no tensors.
+
+A weight has one logical name and one full shape. A rank holds a `Box` of it, described by a `Shard`. The shards that one
+matrix multiplication reads together lie side by side and form an `Operand` (q, k and v; gate and up). The operands of a
+unit (a transformer block, an embedding) lie in one `Flat` buffer:
+
+    flat    | qkv.weight          |pad| o.weight |pad| ... | norm.weight |pad| qkv.bias |pad|     |
+            |  q   |  k   |  v    |   |          |   |     |             |   |          |   |     |
+            ^ 0 decayed operands first                     ^ decay_end                            ^ size
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from math import ceil, prod
+from typing import NamedTuple
+
+ALIGN = 64                  # elements: 128 bytes at two bytes each, whatever the dtype, so offsets are the same in every dtype
+
+Shape = tuple[int, ...]
+
+
+class Box(NamedTuple):
+    """The elements [offset, offset + size) of a tensor, dimension by dimension."""
+
+    offset: Shape
+    size: Shape
+
+    @property
+    def numel(self) -> int:
+        return prod(self.size)
+
+    @property
+    def slices(self) -> tuple[slice, ...]:
+        return tuple(slice(o, o + n) for o, n in zip(self.offset, self.size, strict=True))
+
+    def moved(self, by: Shape) -> "Box":
+        return Box(tuple(o + b for o, b in zip(self.offset, by, strict=True)), self.size)
+
+
+def intersect(a: Box, b: Box) -> Box | None:
+    """What two boxes of one tensor have in common, or None."""
+    low = tuple(max(i, j) for i, j in zip(a.offset, b.offset, strict=True))
+    high = tuple(min(i + n, j + m) for i, n, j, m in zip(a.offset, a.size, b.offset, b.size, strict=True))
+    return Box(low, tuple(h - o for o, h in zip(low, high, strict=True))) if all(o < h for o, h in zip(low, high, strict=True)) else None
+
+
+def boxes(shape: Shape, start: int, stop: int) -> Iterator[Box]:
+    """The flat range [start, stop) of a row-major tensor, in order, as at most 2 n - 1 boxes for n dimensions."""
+    if start >= stop:
+        return
+    if len(shape) <= 1:
+        yield Box((start,) * len(shape), (stop - start,) * len(shape))
+        return
+    row = prod(shape[1:])
+    first, last = start // row, (stop - 1) // row
+    whole = range(ceil(start / row), stop // row)               # rows that lie in the range completely
+    if first < whole.start:
+        yield from _in_row(shape, first, start - first * row, min(stop - first * row, row))
+    if whole:
+        yield Box((whole.start, *(0 for _ in shape[1:])), (len(whole), *shape[1:]))
+    if whole.stop <= last and (first < last or first == whole.start):
+        yield from _in_row(shape, last, max(start - last * row, 0), stop - last * row)
+
+
+def _in_row(shape: Shape, row: int, start: int, stop: int) -> Iterator[Box]:
+    for box in boxes(shape[1:], start, stop):
+        yield Box((row, *box.offset), (1, *box.size))
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A tensor-parallel cut of dimension `dim` into `parts` pieces that stay whole (heads, rows).
+
+    Ranks share the pieces evenly. With fewer parts than ranks, neighbouring ranks hold the same part. `ragged` cuts
+    (a vocabulary) need not divide: every rank stores the same number of rows, the last ones hold fewer real ones.
+    """
+
+    dim: int
+    parts: int
+    ragged: bool = False
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """A logical weight: what it is on all ranks together. `std` 0 means the constant `mean`."""
+
+    name: str
+    shape: Shape
+    std: float = 0.0
+    mean: float = 0.0
+    cut: Cut | None = None
+    decay: bool = True
+    partial: bool = False               # each tensor-parallel rank sees part of its gradient: norms, row biases, positions
+
+
+@dataclass(frozen=True)
+class OperandSpec:
+    """Parameters stored side by side along dimension 0, and the multiple their sum of rows is padded to."""
+
+    name: str
+    parameters: tuple[Parameter, ...]
+    pad_rows: int = 1
+
+
+@dataclass(frozen=True)
+class UnitSpec:
+    """What is gathered, released, reduced and published together: a block, an embedding, the head."""
+
+    name: str
+    operands: tuple[OperandSpec, ...]
+
+    @property
+    def parameters(self) -> tuple[Parameter, ...]:
+        return tuple(p for o in self.operands for p in o.parameters)
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One parameter as one tensor-parallel rank holds it.
+
+    `cut`         it holds a box of its own: ranks with equal boxes hold copies
+    `replicas`    how many tensor-parallel ranks hold this same box; the lowest of them owns it
+    `partial`     its gradient must be summed over those replicas before it means anything
+    """
+
+    parameter: Parameter
+    box: Box
+    cut: bool
+    replicas: int
+    owner: bool
+    partial: bool
+
+
+def shard(parameter: Parameter, rank: int, ranks: int, pad_rows: int = 1) -> Shard:
+    """The part of a parameter that tensor-parallel rank `rank` of `ranks` holds."""
+    cut, shape = parameter.cut, parameter.shape
+    whole = Box((0,) * len(shape), shape)
+    if cut is None or ranks == 1:
+        return Shard(parameter, whole, False, ranks, rank == 0, partial=parameter.partial and ranks > 1)
+    if cut.ragged:
+        rows = ragged_rows(cut.parts, ranks, pad_rows)
+        low, high, copies = min(rank * rows, cut.parts), min((rank + 1) * rows, cut.parts), 1
+    else:
+        holders = min(ranks, cut.parts)                         # distinct boxes
+        copies, step, extent = ranks // holders, cut.parts // holders, shape[cut.dim] // cut.parts
+        low = rank // copies * step * extent
+        high = low + step * extent
+    offset = tuple(low if d == cut.dim else 0 for d in range(len(shape)))
+    size = tuple(high - low if d == cut.dim else n for d, n in enumerate(shape))
+    return Shard(parameter, Box(offset, size), True, copies, rank % copies == 0, partial=copies > 1)
+
+
+def ragged_rows(parts: int, ranks: int, pad_rows: int) -> int:
+    """Rows that each rank stores of a ragged cut: enough for all, a multiple of `pad_rows`."""
+    return ceil(parts / (ranks * pad_rows)) * pad_rows
+
+
+def divisible(parameter: Parameter, ranks: int) -> bool:
+    """Can `ranks` tensor-parallel ranks share this parameter?"""
+    cut = parameter.cut
+    return cut is None or cut.ragged or cut.parts % ranks == 0 or ranks % cut.parts == 0
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A shard at its place in the flat buffer."""
+
+    shard: Shard
+    start: int
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.shard.box.numel
+
+    def boxes(self, low: int, high: int) -> Iterator[tuple[int, Box]]:
+        """(flat start, box of the logical tensor) of what the flat range [low, high) holds of this shard."""
+        at = max(low, self.start)
+        for box in boxes(self.shard.box.size, at - self.start, min(high, self.stop) - self.start):
+            yield at, box.moved(self.shard.box.offset)
+            at += box.numel
+
+
+@dataclass(frozen=True)
+class Operand:
+    """What one matrix multiplication or one norm reads: a tensor of `shape` at `start` of the flat buffer."""
+
+    name: str
+    start: int
+    shape: Shape
+    pieces: tuple[Piece, ...]
+
+    @property
+    def stop(self) -> int:
+        return self.start + prod(self.shape)
+
+
+@dataclass(frozen=True)
+class Flat:
+    """One unit's flat buffer on one tensor-parallel rank. Decayed operands come first, up to `decay_end`."""
+
+    name: str
+    operands: tuple[Operand, ...]
+    decay_end: int
+    size: int
+
+    @cached_property
+    def pieces(self) -> tuple[Piece, ...]:
+        return tuple(p for o in self.operands for p in o.pieces)
+
+
+def flat(unit: UnitSpec, rank: int, ranks: int) -> Flat:
+    """Lays a unit out for tensor-parallel rank `rank` of `ranks`."""
+    placed, at, decay_end = [], 0, 0
+    for spec in sorted(unit.operands, key=lambda o: not o.parameters[0].decay):          # stable: decayed first
+        operand = _place(spec, at, rank, ranks)
+        placed.append(operand)
+        at = ceil(operand.stop / ALIGN) * ALIGN
+        decay_end = at if spec.parameters[0].decay else decay_end
+    return Flat(unit.name, tuple(placed), decay_end, at)
+
+
+def _place(spec: OperandSpec, start: int, rank: int, ranks: int) -> Operand:
+    pieces, rows, at = [], 0, start
+    for parameter in spec.parameters:
+        piece = Piece(shard(parameter, rank, ranks, spec.pad_rows), at)
+        pieces.append(piece)
+        rows, at = rows + piece.shard.box.size[0], piece.stop
+    (cut,) = {p.cut for p in spec.parameters} if len(spec.parameters) == 1 else (None,)
+    if cut is not None and cut.ragged:
+        rows = ragged_rows(cut.parts, ranks, spec.pad_rows)
+    return Operand(spec.name, start, (rows, *pieces[0].shard.box.size[1:]), tuple(pieces))
+
+
+def cuts(size: int, ranks: int) -> tuple[int, ...]:
+    """Where a flat buffer of `size` elements is cut among `ranks` ZeRO ranks: ranks + 1 bounds, equal slices.
+
+    The last bound may lie beyond `size`: what a buffer holds there is padding.
+    """
+    step = ceil(size / (ranks * ALIGN)) * ALIGN
+    return tuple(step * r for r in range(ranks + 1))

@@ -1,0 +1,28 @@
+from setuptools import find_packages, setup
+
+setup(
+    name="megazero",
+    version="0.1.0",
+    description="3D-parallel language-model pretraining with ZeRO: the same command on a laptop and on a cluster",
+    long_description=open("README.md", encoding="utf-8").read(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["megazero", "megazero.*"]),
+    install_requires=[
+        "torch>=2.11",
+        "numpy",
+        "safetensors",
+        "sentencepiece",
+        "tokenizers",
+        "tensorboard",
+        "pyyaml",
+        "tqdm",
+        "tomli; python_version < '3.11'",
+    ],
+    extras_require={
+        "hf": ["transformers"],
+        "dev": ["pytest", "ruff", "mypy", "transformers", "types-PyYAML", "types-tqdm"],
+        "plot": ["matplotlib"],
+    },
+)
