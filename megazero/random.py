@@ -3,7 +3,7 @@
 A weight's element i is drawn from word i of numpy's Philox stream (counter-based: Salmon et al., "Parallel random numbers:
 as easy as 1, 2, 3", SC 2011) keyed by hash(seed, name); the two halves of a 64-bit word are the two uniforms of one
 Box-Muller draw in float64. Dropout masks must be made on the device, so they use a small integer hash in torch instead,
-keyed by (seed, step, layer, site), with the sample, token and channel as counter.
+keyed by (seed, step, layer, site), with the row (sample and token) and the channel as counter.
 """
 
 import hashlib
@@ -72,16 +72,15 @@ def _runs(full: Shape, box: Box) -> Iterator[tuple[int, int, int, int]]:
             yield from ((start + low * stride, count, stride, min(step, rows - low)) for low in range(0, rows, step))
 
 
-def keep_mask(stream: int, samples: torch.Tensor, shape: Shape, first: int, full: int, p: float) -> torch.Tensor:
-    """Which elements dropout keeps: bool [samples, *shape], each False with probability `p`.
+def keep_mask(stream: int, rows: torch.Tensor, width: int, p: float, first: int = 0) -> torch.Tensor:
+    """Which elements dropout keeps: bool [rows, width], each False with probability `p`.
 
-    Element j of a sample is a hash of (stream, sample, first + j): `first` is where this rank's elements start among
-    the sample's `full`, so any shard of a mask equals that shard of the whole.
+    `rows` [n] are numbers of logical rows (sample and token, say), `first` the logical column of the first one here:
+    element (row, column) is a hash of (stream, row, column), so any part of a mask equals that part of the whole.
     """
-    base = torch.tensor((stream & ((1 << 62) - 1)), dtype=torch.int64, device=samples.device)
-    counter = torch.arange(first, first + prod(shape), dtype=torch.int64, device=samples.device)
-    mixed = _mix(_mix(base + samples.to(torch.int64) * full)[:, None] + counter)
-    return ((mixed & 0xFFFFFF) >= int(p * (1 << 24))).view(len(samples), *shape)
+    base = _mix(rows.to(torch.int64) ^ (stream & (1 << 62) - 1))
+    mixed = _mix(base[:, None] + torch.arange(first, first + width, dtype=torch.int64, device=rows.device))
+    return (mixed & 0xFFFFFF) >= int(p * (1 << 24))
 
 
 def _mix(x: torch.Tensor) -> torch.Tensor:

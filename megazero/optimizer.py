@@ -1,0 +1,119 @@
+"""Gradient norm, gate and update over the units' flat buffers.
+
+The verdict of a step, apply or skip, is a number on the device: the fused kernels of torch take it (`found_inf`) together
+with the factor that undoes loss scale, token count and clipping (`grad_scale`), so a step needs no word from the host.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from megazero.comm import Group
+from megazero.config import Config
+from megazero.unit import Unit
+
+Tensor = torch.Tensor
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the gate knows of a step, on the device. The host reads it when it likes.
+
+    loss        mean over valid tokens                  norm        of the whole gradient, unscaled, before clipping
+    found_inf   0 or 1, float32: skip the step          factor      what each gradient is multiplied by
+    norms       per parameter, as they lie in the units: names the culprit of a skipped step
+    """
+
+    loss: Tensor
+    norm: Tensor
+    valid: Tensor
+    found_inf: Tensor
+    factor: Tensor
+    norms: Tensor
+
+
+class Optimizer:
+    """AdamW (Loshchilov and Hutter 2019) or SGD with momentum, one kernel over all flat buffers.
+
+    `state[unit][moment]` is a flat buffer beside the master it belongs to; decay applies to its first `decay_end` elements.
+    """
+
+    MOMENTS = {"adam": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",)}
+
+    def __init__(self, units: Sequence[Unit], config: Config) -> None:
+        o = config.optimizer
+        self.units, self.clip = units, o.clip_grad
+        self.state = {u.flat.name: {m: torch.zeros_like(u.master) for m in self.MOMENTS[o.optimizer]} for u in units}
+        self.steps: list[Tensor] = []
+        self._pieces = [u.grads[p.start:p.stop] for u in units for p in u.flat.pieces if p.shard.owner]
+        self.names = [p.shard.parameter.name for u in units for p in u.flat.pieces if p.shard.owner]
+        groups: list[dict[str, Any]] = [{"params": self._slices(0), "weight_decay": o.weight_decay},
+                                        {"params": self._slices(1), "weight_decay": 0.0}]
+        groups = [g for g in groups if g["params"]]
+        self.wide = units[0].master.dtype
+        self.lr = torch.zeros((), dtype=self.wide, device=units[0].master.device)
+        if o.optimizer == "adam":
+            self.torch: torch.optim.Optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=(o.adam_beta1, o.adam_beta2), eps=o.adam_eps, fused=True)
+        else:
+            self.torch = torch.optim.SGD(groups, lr=self.lr, momentum=o.sgd_momentum, fused=True)
+        self._adopt()
+
+    def _ranges(self) -> list[tuple[Unit, int, int, int]]:
+        """(unit, start, stop, 0 decayed or 1 not) of each slice that a kernel sees."""
+        both = [(u, *r) for u in self.units for r in ((0, u.flat.decay_end, 0), (u.flat.decay_end, u.flat.size, 1))]
+        return [(u, a, b, which) for u, a, b, which in both if a < b]
+
+    def _slices(self, which: int) -> list[Tensor]:
+        slices = []
+        for unit, a, b, kind in self._ranges():
+            if kind == which:
+                p = unit.master[a:b].detach().requires_grad_()  # requires_grad is how torch.optim knows a parameter
+                p.grad = unit.grads[a:b]
+                slices.append(p)
+        return slices
+
+    def _adopt(self) -> None:
+        """Makes torch's state our flat buffers, from the start: a first step that is skipped leaves them zero."""
+        ranges = [r for which in (0, 1) for r in self._ranges() if r[3] == which]
+        params = [p for g in self.torch.param_groups for p in g["params"]]
+        for p, (unit, a, b, _) in zip(params, ranges, strict=True):
+            step = torch.zeros((), dtype=torch.float32, device=p.device)
+            self.steps.append(step)
+            self.torch.state[p] = {"step": step, **{m: flat[a:b] for m, flat in self.state[unit.flat.name].items()}}
+
+    def judge(self, loss_sum: Tensor, valid: Tensor, nominal: int, scale: Tensor, world: Group) -> Verdict:
+        """One reduction over all ranks: squares of owned gradients, loss and count of valid tokens.
+
+        The gradients are of scale / nominal x the sum of losses; the factor makes them those of the mean over valid tokens.
+        """
+        norms = torch.stack(torch._foreach_norm(self._pieces, 2, dtype=self.wide)).double()
+        figures = world.all_reduce(torch.stack((norms.square().sum(), loss_sum, valid.double())))
+        squares, loss, tokens = figures.unbind()
+        tokens = tokens.clamp(min=1)
+        factor = nominal / tokens / scale.double()
+        norm = squares.sqrt() * factor
+        if self.clip > 0:
+            factor = factor * (self.clip / (norm + 1e-6)).clamp(max=1.0)
+        found = ~(norm.isfinite() & loss.isfinite())
+        return Verdict(loss / tokens, norm, tokens, found.float(), factor, norms)
+
+    def step(self, verdict: Verdict, lr: Tensor) -> None:
+        """Updates the masters, or leaves every bit as it was. Then publishes."""
+        self.lr.copy_(lr)
+        if self.wide == torch.float64:                          # the kernels take the factor in fp32: too coarse for fp64
+            for unit in self.units:
+                unit.grads.mul_(verdict.factor)
+        else:
+            self.torch.grad_scale = (1 / verdict.factor).float()  # type: ignore[attr-defined]
+        self.torch.found_inf = verdict.found_inf                # type: ignore[attr-defined]
+        with torch.no_grad():
+            self.torch.step()
+        for unit in self.units:
+            unit.publish()
+
+    def set_steps(self, applied: int) -> None:
+        """Continues after `applied` steps: Adam's bias correction counts from there."""
+        for step in self.steps:
+            step.fill_(applied)
