@@ -30,7 +30,7 @@ from megazero.errors import UserError
 
 MAGIC = b"MMIDIDX\0\0"
 HEADER = struct.Struct("<9sQBQQ")
-DTYPES = {code: np.dtype(name) for code, name in {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 6: "<f8", 7: "<f4", 8: "<u2"}.items()}
+DTYPES = {code: np.dtype(name) for code, name in enumerate(("<u1", "<i1", "<i2", "<i4", "<i8", "<f8", "<f4", "<u2"), start=1)}
 BLOCK = 1 << 20                               # lengths turned into offsets at a time: memory stays flat for any corpus
 
 
@@ -58,11 +58,12 @@ class IndexedWriter:
         folder = Path(self.prefix).parent
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._bin: BinaryIO = open(f"{self.prefix}.bin.partial", "wb")  # noqa: SIM115  (closed by close or discard)
+            self._bin: BinaryIO = open(f"{self.prefix}.bin.partial", "wb")         # noqa: SIM115  (close and discard close them)
             # nameless files: the system removes them however the process ends
-            self._lengths, self._documents = tempfile.TemporaryFile(dir=folder), tempfile.TemporaryFile(dir=folder)
+            self._lengths: BinaryIO = tempfile.TemporaryFile(dir=folder)           # noqa: SIM115
+            self._documents: BinaryIO = tempfile.TemporaryFile(dir=folder)         # noqa: SIM115
         except OSError as error:
-            raise UserError(f"{self.prefix}.bin: cannot be written ({error.strerror}); name a prefix in a folder you may write.") from None
+            raise UserError(f"{self.prefix}.bin: cannot be written ({error.strerror}); name a writable folder.") from None
         self._documents.write(struct.pack("<q", 0))
 
     def add_document(self, sequences: Sequence[np.ndarray | Sequence[int]]) -> None:
@@ -118,8 +119,8 @@ class IndexedWriter:
             low, high = int(tokens.min()), int(tokens.max())
             if low < self._limits.min or high > self._limits.max:
                 bad = low if low < self._limits.min else high
-                raise UserError(f"{self.prefix}.bin: token {bad} of document {self.document_count} does not fit {self.dtype}, "
-                                f"which holds {self._limits.min} to {self._limits.max}; give the tokenizer's true vocabulary size.")
+                raise UserError(f"{self.prefix}.bin: token {bad} of document {self.document_count} does not fit {self.dtype} "
+                                f"({self._limits.min} to {self._limits.max}); give the tokenizer's true vocabulary size.")
         return tokens.astype(self.dtype)
 
     def _offsets(self) -> Iterator[np.ndarray]:
@@ -165,9 +166,8 @@ class IndexedDataset:
         """The tokens of document i, a view of the file [tokens]."""
         first, last = self.document_token_boundaries(i), self.document_token_boundaries(i + 1)
         told = int(self.lengths[int(self.documents[i]):int(self.documents[i + 1])].sum(dtype=np.int64))
-        if last - first != told:
-            raise UserError(f"{self.prefix}.idx: the lengths of document {i} add up to {told} tokens where its offsets say "
-                            f"{last - first}; the file is damaged, make it again.")
+        if told != last - first or told < 0:
+            raise self._damaged(f"the lengths of document {i} add up to {told} tokens", f"{last - first}, as its offsets say")
         return self.tokens[first:last]
 
     def document_token_boundaries(self, i: int) -> int:
@@ -175,47 +175,49 @@ class IndexedDataset:
         assert 0 <= i <= self.document_count, f"document {i} of {self.document_count}"
         sequence = int(self.documents[i])
         if not 0 <= sequence <= self.sequence_count:
-            raise UserError(f"{self.prefix}.idx: document {i} starts at sequence {sequence}, expected 0 to {self.sequence_count}; "
-                            "the file is damaged, make it again.")
+            raise self._damaged(f"document {i} starts at sequence {sequence}", f"0 to {self.sequence_count}")
         if sequence == self.sequence_count:
             return self.token_count
-        token, odd = divmod(int(self.offsets[sequence]), self.dtype.itemsize)
-        if odd or not 0 <= token <= self.token_count:
-            raise UserError(f"{self.prefix}.idx: sequence {sequence} starts at byte {int(self.offsets[sequence])}, expected a multiple of "
-                            f"{self.dtype.itemsize} within the .bin's {self.tokens.nbytes}; the file is damaged, make it again.")
-        return token
+        byte, size = int(self.offsets[sequence]), self.dtype.itemsize
+        if byte % size or not 0 <= byte <= self.tokens.nbytes:
+            raise self._damaged(f"sequence {sequence} starts at byte {byte}", f"a multiple of {size} up to {self.tokens.nbytes}")
+        return byte // size
 
     def _read_header(self, index: np.ndarray) -> tuple[np.dtype, int, int]:
         """(dtype, S, D) after checking them against the file's size."""
-        path = f"{self.prefix}.idx"
         if index.size < HEADER.size:
-            raise UserError(f"{path}: has {index.size} bytes, expected at least the {HEADER.size} of its header; make it again.")
+            raise self._damaged(f"the file has {index.size} bytes", f"at least the {HEADER.size} of its header")
         magic, version, code, sequences, boundaries = HEADER.unpack(index[:HEADER.size].tobytes())
         if magic != MAGIC:
-            raise UserError(f"{path}: starts with {magic!r}, expected {MAGIC!r}; this is no indexed dataset.")
+            raise UserError(f"{self.prefix}.idx: starts with {magic!r}, expected {MAGIC!r}; this is no indexed dataset.")
         if version != 1:
-            raise UserError(f"{path}: has version {version} at byte 9, expected 1.")
+            raise self._damaged(f"byte 9 says version {version}", "version 1")
         if code not in DTYPES:
-            raise UserError(f"{path}: has dtype code {code} at byte 17, expected 1 to 8.")
+            raise self._damaged(f"byte 17 says dtype code {code}", "1 to 8")
+        if boundaries == 0:
+            raise self._damaged("byte 26 says 0 document boundaries", "documents + 1 of them")
         expected = HEADER.size + 12 * sequences + 8 * boundaries
-        if boundaries == 0 or index.size != expected:
-            kind = "; it may be a multimodal one, which is not supported" if index.size == expected + sequences else ", or was cut short"
-            raise UserError(f"{path}: has {index.size} bytes where its header ({sequences} sequences, {boundaries} document boundaries) "
-                            f"asks for {expected} and at least one boundary; it is damaged{kind}.")
+        if index.size == expected + sequences > expected:
+            raise UserError(f"{self.prefix}.idx: holds a mode for each sequence, so it is multimodal; give one of text alone.")
+        if index.size != expected:
+            raise self._damaged(f"the file has {index.size} bytes",
+                                f"{expected} for the {sequences} sequences and {boundaries} boundaries of its header")
         return DTYPES[code], sequences, boundaries
 
     def _check_ends(self, size: int) -> None:
-        """First and last entries against the size of the .bin, in bytes."""
-        path = f"{self.prefix}.idx"
+        """First and last entries, against each other and the size of the .bin in bytes."""
         first, last = int(self.documents[0]), int(self.documents[-1])
         if (first, last) != (0, self.sequence_count):
-            raise UserError(f"{path}: its documents run from sequence {first} to {last}, expected 0 to {self.sequence_count}; "
-                            "the file is damaged, make it again.")
-        start = int(self.offsets[0]) if self.sequence_count else 0
-        end = int(self.offsets[-1]) + int(self.lengths[-1]) * self.dtype.itemsize if self.sequence_count else 0
-        if start != 0 or end != size:
-            raise UserError(f"{self.prefix}.bin: has {size} bytes where {path} describes bytes {start} to {end}, expected 0 to {size}; "
-                            "the two files do not belong together or one was cut short.")
+            raise self._damaged(f"its documents run from sequence {first} to {last}", f"0 to {self.sequence_count}")
+        start = end = 0
+        if self.sequence_count:
+            start, end = int(self.offsets[0]), int(self.offsets[-1]) + int(self.lengths[-1]) * self.dtype.itemsize
+        if (start, end) != (0, size):
+            raise UserError(f"{self.prefix}.bin: has {size} bytes where {self.prefix}.idx describes bytes {start} to {end}; "
+                            "one of the two was cut short or belongs to another dataset, make them again.")
+
+    def _damaged(self, found: str, expected: str) -> UserError:
+        return UserError(f"{self.prefix}.idx: {found}, expected {expected}; the file is damaged, make it again.")
 
 
 def _map(path: str) -> np.ndarray:
@@ -224,7 +226,7 @@ def _map(path: str) -> np.ndarray:
         # mapping nothing is an error of the system; a dataset of empty documents is none
         return np.memmap(path, np.uint8, "r") if os.path.getsize(path) else np.empty(0, np.uint8)
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); name a dataset by its prefix, without .bin or .idx.") from None
+        raise UserError(f"{path}: cannot be read ({error.strerror}); name a dataset by its path without .bin or .idx.") from None
 
 
 def _copy(source: BinaryIO, out: BinaryIO) -> None:

@@ -156,26 +156,23 @@ class Blend:
 
 
 def round_weights(weights: Sequence[float]) -> list[int]:
-    """Whole shares in proportion to positive weights, over DENOMINATOR and then in lowest terms. Raises UserError."""
-    if len(weights) > DENOMINATOR:
-        raise UserError(f"--data-path: names {len(weights)} datasets, a blend takes at most {DENOMINATOR}; merge some of them.")
-    wrong = [w for w in weights if not (w > 0 and math.isfinite(w))]
-    if wrong:
-        raise UserError(f"--data-path: the weight {wrong[0]} is not a positive number; leave out what is not to be read.")
+    """Whole shares (at least one each) in proportion to positive weights, over DENOMINATOR and then in lowest terms."""
+    assert len(weights) <= DENOMINATOR and all(w > 0 and math.isfinite(w) for w in weights), weights
     exact = np.asarray(weights, np.float64) / math.fsum(weights) * DENOMINATOR
-    shares = np.maximum(1, np.floor(exact + 1e-6)).astype(np.int64)            # 1e-6: 0.3 of the whole is 37800, not 37799.999...
+    shares = np.maximum(1, np.rint(exact).astype(np.int64))
     while (missing := DENOMINATOR - int(shares.sum())) != 0:
-        most_wronged = np.argsort((shares - exact) * (1 if missing > 0 else -1), kind="stable")
-        takers = [i for i in most_wronged[:abs(missing)] if missing > 0 or shares[i] > 1]
-        shares[takers] += 1 if missing > 0 else -1
+        step = 1 if missing > 0 else -1
+        may_give = np.flatnonzero(shares + step > 0)
+        most_wronged = may_give[np.argsort((shares - exact)[may_give] * step, kind="stable")]
+        shares[most_wronged[:abs(missing)]] += step
     return [int(s) for s in shares // np.gcd.reduce(shares)]
 
 
 def chairman(shares: Sequence[int]) -> np.ndarray:
     """An order of sum(shares) turns, shares[i] of them for i, less than one turn away from proportion at every prefix.
 
-    Tijdeman's chairman assignment (Discrete Mathematics 32, 1980): turn m of i may come once i's share of the turns so far
-    reaches m - 1 + 1/q, it must come before that exceeds m - 1/q, q = 2n - 2; of those that may, the most urgent is next.
+    Tijdeman's chairman assignment (Discrete Mathematics 32, 1980), q = 2n - 2: turn m of i may come from when i's share of
+    the turns has reached m - 1 + 1/q, and must come once it passes m - 1/q; the most urgent of those that may come is next.
     """
     count, period = len(shares), sum(shares)
     q = max(1, 2 * count - 2)
@@ -186,7 +183,8 @@ def chairman(shares: Sequence[int]) -> np.ndarray:
     urgency = (m * q - 1) * period // (share * q) * count + owner              # deadline first, then the dataset's place
     by_release = np.argsort(release, kind="stable")
     releases, urgencies = release[by_release].tolist(), urgency[by_release].tolist()
-    table, ready, upto = np.empty(period, np.uint32), [], 0
+    table, upto = np.empty(period, np.uint32), 0
+    ready: list[int] = []
     for turn in range(1, period + 1):
         while upto < period and releases[upto] <= turn:
             heapq.heappush(ready, urgencies[upto])

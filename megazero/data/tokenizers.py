@@ -1,0 +1,279 @@
+"""Text to token ids and back, by Megatron's names of tokenizer types.
+
+    type                     its files                                      end of document
+    SentencePieceTokenizer   --tokenizer-model X.model                      the model's eos
+    GPT2BPETokenizer         --vocab-file vocab.json --merge-file merges    <|endoftext|>
+    HuggingFaceTokenizer     --tokenizer-model tokenizer.json or its folder tokenizer_config.json's eos_token, or a usual name
+    ByteTokenizer            none: the 256 bytes of UTF-8                   256
+    CharTokenizer            --tokenizer-model characters.json              none
+    NullTokenizer            none: the text is ids, --vocab-size of them    the id after the last, as in Megatron
+
+No tokenizer adds anything of its own to a text: no begin of text, no end of document. A library is imported by the type
+that needs it.
+"""
+
+import hashlib
+import json
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from megazero.errors import UserError
+
+if TYPE_CHECKING:
+    import tokenizers
+
+END_OF_TEXT = "<|endoftext|>"
+USUAL_ENDS = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "[EOS]")
+
+
+class Tokenizer(ABC):
+    """What every type can do."""
+
+    needs: ClassVar[Mapping[str, str]] = {}      # the constructor's parameters (flags) -> the name a checkpoint keeps the file by
+    vocab_size: int                              # ids are 0 .. vocab_size - 1
+    eod: int | None                              # the id that ends a document, if there is one
+
+    @abstractmethod
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of each text. Raises UserError for a text this vocabulary cannot say."""
+
+    @abstractmethod
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of these ids; bytes that are no UTF-8 become U+FFFD."""
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of one text."""
+        return self.encode_batch([text])[0]
+
+    def files(self) -> dict[str, Path]:
+        """The files it was made from, under the names a checkpoint keeps them by; see `load_tokenizer`."""
+        return {}
+
+    @cached_property
+    def _hashes(self) -> dict[str, str]:
+        return {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in self.files().items()}
+
+    def identity(self) -> dict[str, Any]:
+        """What tells it from others, ready for JSON: type, vocab_size, eod, sha256 of each file."""
+        return {"type": type(self).__name__, "vocab_size": self.vocab_size, "eod": self.eod, "files": self._hashes}
+
+
+class SentencePieceTokenizer(Tokenizer):
+    needs = {"tokenizer_model": "tokenizer.model"}
+
+    def __init__(self, tokenizer_model: str) -> None:
+        from sentencepiece import SentencePieceProcessor
+        self._path = _existing("--tokenizer-model", tokenizer_model, "a sentencepiece .model file")
+        try:
+            self._model = SentencePieceProcessor(model_file=str(self._path))
+        except (RuntimeError, OSError):
+            raise UserError(f"--tokenizer-model {tokenizer_model}: is not a sentencepiece model; give the .model file.") from None
+        self.vocab_size = self._model.get_piece_size()
+        self.eod = self._model.eos_id() if self._model.eos_id() >= 0 else None
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return self._model.encode(list(texts), num_threads=1)          # workers are processes
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._model.decode([int(i) for i in ids])
+
+    def files(self) -> dict[str, Path]:
+        return {"tokenizer.model": self._path}
+
+
+class _LibraryTokenizer(Tokenizer):
+    """What the `tokenizers` library does for us."""
+
+    _inner: "tokenizers.Tokenizer"
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [e.ids for e in self._inner.encode_batch_fast(list(texts), add_special_tokens=False)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._inner.decode([int(i) for i in ids], skip_special_tokens=False)
+
+    def _adopt(self, inner: "tokenizers.Tokenizer") -> None:
+        inner.no_truncation()
+        inner.no_padding()
+        self._inner = inner
+        self.vocab_size = max(inner.get_vocab(with_added_tokens=True).values()) + 1      # ids may have holes
+
+
+class GPT2BPETokenizer(_LibraryTokenizer):
+    needs = {"vocab_file": "vocab.json", "merge_file": "merges.txt"}
+
+    def __init__(self, vocab_file: str, merge_file: str) -> None:
+        library = _tokenizers_library()
+        self._vocab = _existing("--vocab-file", vocab_file, "GPT-2's vocab.json")
+        self._merges = _existing("--merge-file", merge_file, "GPT-2's merges.txt")
+        try:
+            inner = library.Tokenizer(library.models.BPE.from_file(str(self._vocab), str(self._merges)))
+        except Exception as error:                                     # the library raises bare Exception
+            raise UserError(f"--vocab-file {vocab_file} --merge-file {merge_file}: are not a byte-level BPE ({error}); "
+                            "give GPT-2's vocab.json and merges.txt.") from None
+        inner.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
+        inner.decoder = library.decoders.ByteLevel()
+        inner.add_special_tokens([END_OF_TEXT])                        # so that its literal text becomes its id
+        self._adopt(inner)
+        self.eod = inner.token_to_id(END_OF_TEXT)
+
+    def files(self) -> dict[str, Path]:
+        return {"vocab.json": self._vocab, "merges.txt": self._merges}
+
+
+class HuggingFaceTokenizer(_LibraryTokenizer):
+    needs = {"tokenizer_model": "tokenizer.json"}
+
+    def __init__(self, tokenizer_model: str) -> None:
+        library = _tokenizers_library()
+        given = _existing("--tokenizer-model", tokenizer_model, "a tokenizer.json or its folder", folder=True)
+        self._path = given / "tokenizer.json" if given.is_dir() else given
+        try:
+            self._adopt(library.Tokenizer.from_file(str(self._path)))
+        except Exception as error:                                     # the library raises bare Exception
+            raise UserError(f"--tokenizer-model {tokenizer_model}: {self._path.name} is not a Hugging Face tokenizer ({error}); "
+                            "give a tokenizer.json or its folder.") from None
+        known = (self._inner.token_to_id(name) for name in self._names_of_the_end())
+        self.eod = next((i for i in known if i is not None), None)
+
+    def _names_of_the_end(self) -> Iterable[str]:
+        config = self.files().get("tokenizer_config.json")
+        end = _read_json("--tokenizer-model", config).get("eos_token") if config else None
+        return (end["content"] if isinstance(end, dict) else end,) if end else USUAL_ENDS
+
+    def files(self) -> dict[str, Path]:
+        beside = {name: self._path.with_name(name) for name in ("tokenizer_config.json", "special_tokens_map.json")}
+        return {"tokenizer.json": self._path} | {name: path for name, path in beside.items() if path.exists()}
+
+
+class ByteTokenizer(Tokenizer):
+    def __init__(self) -> None:
+        self.vocab_size, self.eod = 257, 256
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [list(text.encode("utf-8")) for text in texts]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return bytes(int(i) for i in ids if i < 256).decode("utf-8", errors="replace")
+
+
+class CharTokenizer(Tokenizer):
+    needs = {"tokenizer_model": "characters.json"}
+
+    def __init__(self, tokenizer_model: str) -> None:
+        self._path = _existing("--tokenizer-model", tokenizer_model, "a JSON list of characters")
+        data = _read_json("--tokenizer-model", self._path)
+        try:
+            pairs = data.items() if isinstance(data, dict) else zip(data, range(len(data)), strict=True)
+            self._ids = {str(c): int(i) for c, i in pairs}
+            self._chars = {i: c for c, i in self._ids.items()}
+            complete = sorted(self._chars) == list(range(len(data))) and len(data) > 0 and all(len(c) == 1 for c in self._ids)
+        except (TypeError, ValueError):
+            complete = False
+        if not complete:
+            raise UserError(f"--tokenizer-model {tokenizer_model}: must hold a JSON list of different characters, "
+                            "or a dictionary from each to its id 0, 1, 2 ...")
+        self.vocab_size, self.eod = len(self._ids), None
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        try:
+            return [list(map(self._ids.__getitem__, text)) for text in texts]
+        except KeyError as missing:
+            raise UserError(f"--tokenizer-model {self._path}: has no character {missing.args[0]!r}, which a text uses; "
+                            "make the list from all of the text.") from None
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return "".join(self._chars[int(i)] for i in ids)
+
+    def files(self) -> dict[str, Path]:
+        return {"characters.json": self._path}
+
+
+class NullTokenizer(Tokenizer):
+    needs = {"vocab_size": ""}                   # a number, no file
+
+    def __init__(self, vocab_size: int) -> None:
+        self.vocab_size, self.eod = vocab_size + 1, vocab_size
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [[self._checked(word) for word in text.split()] for text in texts]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return " ".join(str(int(i)) for i in ids)
+
+    def _checked(self, word: str) -> int:
+        if word.isdecimal() and int(word) < self.vocab_size:
+            return int(word)
+        raise UserError(f"--tokenizer-type NullTokenizer: a text holds {word!r}, expected ids 0 to {self.vocab_size - 1} "
+                        "with spaces between them.")
+
+
+TYPES: Mapping[str, type[Tokenizer]] = {cls.__name__: cls for cls in (
+    SentencePieceTokenizer, GPT2BPETokenizer, HuggingFaceTokenizer, ByteTokenizer, CharTokenizer, NullTokenizer)}
+
+
+def build_tokenizer(
+    tokenizer_type: str, tokenizer_model: str | None = None, vocab_file: str | None = None, merge_file: str | None = None,
+    vocab_size: int | None = None,
+) -> Tokenizer:
+    """The tokenizer these flags describe. Raises UserError for a flag that is missing, and for one that would not be used."""
+    if tokenizer_type not in TYPES:
+        raise UserError(f"--tokenizer-type {tokenizer_type}: must be one of {', '.join(TYPES)}.")
+    cls = TYPES[tokenizer_type]
+    flags = {"tokenizer_model": tokenizer_model, "vocab_file": vocab_file, "merge_file": merge_file, "vocab_size": vocab_size}
+    missing = [f"{_flag(name)} is missing: {tokenizer_type} needs it." for name in cls.needs if flags[name] is None]
+    unused = [f"{_flag(name)} {value}: {tokenizer_type} does not read it; leave it out."
+              for name, value in flags.items() if value is not None and name not in (*cls.needs, "vocab_size")]
+    if missing or unused:
+        raise UserError(*missing, *unused)
+    tokenizer = cls(**{name: flags[name] for name in cls.needs})
+    if vocab_size is not None and "vocab_size" not in cls.needs and vocab_size != tokenizer.vocab_size:
+        raise UserError(f"--vocab-size {vocab_size}: this {tokenizer_type} has {tokenizer.vocab_size} ids; leave the flag out.")
+    return tokenizer
+
+
+def load_tokenizer(identity: Mapping[str, Any], folder: str | Path) -> Tokenizer:
+    """The tokenizer whose `identity()` and `files()` were kept, the files in `folder`. Raises UserError if they have changed."""
+    cls, at = TYPES[identity["type"]], Path(folder)
+    flags: dict[str, Any] = {flag: str(at / name) for flag, name in cls.needs.items()}
+    if "vocab_size" in flags:
+        flags["vocab_size"] = identity["eod"]                          # NullTokenizer's ids end where its end of document stands
+    tokenizer = build_tokenizer(identity["type"], **flags)
+    now = tokenizer.identity()["files"]
+    changed = [name for name, digest in identity["files"].items() if now.get(name) != digest]
+    if changed:
+        raise UserError(f"{at / changed[0]}: is not the tokenizer file that was kept here (another sha256); restore it.")
+    return tokenizer
+
+
+def characters_of(texts: Iterable[str]) -> list[str]:
+    """The characters that occur, sorted: what a CharTokenizer's JSON file holds."""
+    return sorted(set().union(*texts))
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _existing(flag: str, path: str, what: str, folder: bool = False) -> Path:
+    if Path(path).is_file() or (folder and Path(path).is_dir()):
+        return Path(path)
+    raise UserError(f"{flag} {path}: no such file; give {what}.")
+
+
+def _read_json(flag: str, path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{flag} {path}: is not valid JSON ({error}).") from None
+
+
+def _tokenizers_library() -> Any:
+    """The library, told not to start threads: our workers are processes, and it would warn in each."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import tokenizers
+    return tokenizers

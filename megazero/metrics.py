@@ -1,0 +1,133 @@
+"""What a run tells: one dict per step to metrics.jsonl (exact floats) and TensorBoard, and one line per interval to the screen."""
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megazero.architecture import flops_per_token
+from megazero.plan import Plan, gib
+
+MFU = "MFU counts 6 N + 6 L h S FLOPs per token (causal attention, recompute not counted)"
+
+# Dense peaks in FLOP/s as the makers state them, without sparsity; what is not listed is measured.
+PEAKS = {
+    ("H200", "bf16"): 989e12, ("H200", "fp16"): 989e12, ("H100", "bf16"): 989e12, ("H100", "fp16"): 989e12,
+    ("A100", "bf16"): 312e12, ("A100", "fp16"): 312e12, ("A100", "fp32"): 19.5e12, ("H100", "fp32"): 67e12, ("H200", "fp32"): 67e12,
+}
+
+
+def peak_flops(device: torch.device, dtype_name: str, dtype: torch.dtype) -> tuple[float, str]:
+    """(peak FLOP/s of the device in that dtype, where the number is from)."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        for (part, kind), peak in PEAKS.items():
+            if part in name and kind == dtype_name:
+                return peak, f"stated for {name}, {dtype_name} without sparsity"
+    return measured_peak(device, dtype), "best of a few large matrix products, measured now"
+
+
+def measured_peak(device: torch.device, dtype: torch.dtype, n: int = 1536, seconds: float = 0.5) -> float:
+    """FLOP/s of the best n x n matrix product within about `seconds`."""
+    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    best, end = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < end or best == float("inf"):
+        start = time.perf_counter()
+        a @ b
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * n**3 / best
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Highest use so far: of the allocator on CUDA, resident memory of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+class Metrics:
+    """The sinks. `resumed` is the step a run goes on from: what an earlier run logged beyond it is forgotten, as the run forgot it."""
+
+    def __init__(self, plan: Plan, peak: float, device: torch.device, resumed: int) -> None:
+        self.plan, self.peak, self.device = plan, peak, device
+        self.per_token = flops_per_token(plan.architecture)
+        self.window: list[Mapping[str, Any]] = []
+        self.file, self.board = None, None
+        folder = plan.config.logging.log_dir
+        if folder is not None:
+            from torch.utils.tensorboard import SummaryWriter
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            self.file = continued(Path(folder) / "metrics.jsonl", resumed)
+            self.board = SummaryWriter(str(Path(folder) / "tensorboard"), purge_step=resumed + 1)
+
+    def step(self, figures: dict[str, Any]) -> dict[str, Any]:
+        """Logs one step; adds what follows from its time. Returns the whole record."""
+        rate = figures["tokens"] / figures["seconds"]
+        flops = rate * self.per_token / self.plan.world
+        record = figures | {"tokens_per_second": rate, "tflops_per_device": flops / 1e12, "mfu": flops / self.peak,
+                            "memory_bytes": memory_bytes(self.device)}
+        self._write(record, record["step"])
+        self.window.append(record)
+        if record["step"] % self.plan.config.logging.log_interval == 0 or record["step"] == self.plan.train_iters:
+            say(self._line())
+            self.window.clear()
+        return record
+
+    def evaluation(self, step: int, split: str, loss: float) -> None:
+        self._write({"step": step, "split": split, "loss": loss}, step, prefix=f"{split}/")
+        say(f"step {step:,} | {split} loss {loss:.4f}")
+
+    def _write(self, record: Mapping[str, Any], step: int, prefix: str = "train/") -> None:
+        if self.file is not None and self.board is not None:
+            self.file.write(json.dumps(record) + "\n")
+            self.file.flush()
+            for name, value in record.items():
+                if name not in ("step", "split"):
+                    self.board.add_scalar(prefix + name, float(value), step)
+
+    def _line(self) -> str:
+        """The means of an interval, as people read them."""
+        records, last, iters = self.window, self.window[-1], self.plan.train_iters
+        good = [r["loss"] for r in records if not r["skipped"]]
+        seconds = sum(r["seconds"] for r in records) / len(records)
+        rate = sum(r["tokens"] for r in records) / sum(r["seconds"] for r in records)
+        flops = rate * self.per_token / self.plan.world
+        scale = f" | scale {last['loss_scale']:g}" if last["loss_scale"] != 1 else ""
+        return (f"step {last['step']:,}/{iters:,} | loss {sum(good) / len(good) if good else float('nan'):.4f} | norm {last['grad_norm']:.3f} | "
+                f"lr {last['lr']:.3e}{scale} | {rate:,.0f} tok/s | {flops / 1e12:.4g} TFLOP/s | MFU {flops / self.peak:.1%} causal | "
+                f"{gib(last['memory_bytes'])} | {clock(seconds * (iters - last['step']))} left")
+
+    def close(self) -> None:
+        if self.file is not None and self.board is not None:
+            self.file.close()
+            self.board.close()
+
+
+def continued(path: Path, resumed: int) -> Any:
+    """The file opened for appending after the lines up to step `resumed`; a run that starts afresh keeps an older file aside."""
+    if path.exists() and resumed == 0:
+        path.rename(next(p for n in range(1, 100_000) if not (p := path.with_name(f"metrics-{n}.jsonl")).exists()))
+    elif path.exists():
+        whole = [line for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]     # the last may be torn
+        kept = [line for line in whole if json.loads(line)["step"] <= resumed]
+        draft = path.with_suffix(".draft")
+        draft.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        draft.replace(path)
+    return path.open("a", encoding="utf-8")
+
+
+def clock(seconds: float) -> str:
+    """1h02m, 3m05s, 12s."""
+    s = round(seconds)
+    return f"{s // 3600}h{s % 3600 // 60:02d}m" if s >= 3600 else f"{s // 60}m{s % 60:02d}s" if s >= 60 else f"{s}s"
+
+
+def say(text: str) -> None:
+    print(text, flush=True)

@@ -1,0 +1,383 @@
+"""The run: build it from a plan, train, evaluate, save, resume.
+
+The host works a step ahead of the device. What a step decided (was it finite?) is read while the next one runs; until
+then its learning rate and loss scale have two possible values, and the device picks the right one. So no step waits for
+the host, and a skipped step moves neither the learning rate nor anything else.
+"""
+
+import os
+import platform
+import signal
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+
+from megazero import checkpoint, program
+from megazero.architecture import Architecture, units
+from megazero.checkpoint import Reader, Writer
+from megazero.comm import Alone
+from megazero.command_line import flatten
+from megazero.config import Config
+from megazero.data.dataset import MockSamples, Samples, open_split
+from megazero.data.tokenizers import Tokenizer, build_tokenizer
+from megazero.decoder import Batch, Decoder
+from megazero.errors import UserError
+from megazero.executor import Executor
+from megazero.layout import flat
+from megazero.metrics import MFU, Metrics, clock, peak_flops, say
+from megazero.optimizer import Optimizer, Verdict
+from megazero.plan import Plan, checks, plan
+from megazero.schedules import LossScale, Progress, learning_rate, loss_scale
+from megazero.unit import TORCH_DTYPE, Unit
+
+Tensor = torch.Tensor
+
+
+@dataclass(frozen=True)
+class Pending:
+    """A step whose verdict the host has not read: its figures on the device, and what is known of it already."""
+
+    verdict: Verdict
+    lr: Tensor
+    scale: Tensor
+    samples: int
+
+
+class Run:
+    """A training run: its parts, and where it is."""
+
+    def __init__(self, plan: Plan, tokenizer: Tokenizer | None, device: torch.device) -> None:
+        self.plan, self.config, self.tokenizer, self.device = plan, plan.config, tokenizer, device
+        a, c = plan.architecture, plan.config
+        self.world = Alone()
+        self.units = {spec.name: Unit(flat(spec, 0, plan.tp), TORCH_DTYPE[c.dtype], device) for spec in units(a)}
+        self.decoder = Decoder(a, self.units, Alone(), c.training.seed, c.training.recompute_granularity, device)
+        self.executor = Executor(self.decoder)
+        self.optimizer = Optimizer(list(self.units.values()), c)
+        parts = [p.units for p in self.decoder.parts]
+        self.training = program.training(c.parallel.pipeline_schedule, plan.micro_batches, parts, self.decoder.head.units)
+        self.evaluation = program.evaluation(len(parts))
+        self.progress = Progress(loss_scale(c))                 # as of the last verdict that was read
+        self.pending: Pending | None = None
+        self.train_samples = samples(c, a, "train")
+        self.valid_samples = samples(c, a, "valid") if c.training.eval_iters and plan.train_iters else None
+        self.writer = Writer(Path(c.checkpoint.save), c.checkpoint.keep_last, c.checkpoint.async_save) if c.checkpoint.save else None
+        self.stop_reason = ""
+        self.started = self.settled_at = time.perf_counter()
+
+    # ---- one step
+
+    def step(self) -> None:
+        """Starts one step, then reads the verdict of the one before."""
+        good, bad = self.futures()
+        scale, lr = self.choose(good.loss_scale.value, bad.loss_scale.value), self.choose(learning_rate(self.plan, good.applied),
+                                                                                           learning_rate(self.plan, bad.applied))
+        batches = self.batches(good.step, good.samples)
+        valid = torch.stack([b.mask.sum(dtype=torch.float64) for b in batches]).sum()
+        total = self.executor.train(self.training, batches, scale / self.plan.tokens_per_step)
+        verdict = self.optimizer.judge(total, valid, self.plan.tokens_per_step, scale, self.world)
+        self.optimizer.step(verdict, lr)
+        now = Pending(verdict, lr, scale, self.plan.global_batch)
+        self.settle()
+        self.pending = now
+
+    def futures(self) -> tuple[Progress, Progress]:
+        """Where the run is if the pending step was finite, and if it was not."""
+        if self.pending is None:
+            return self.progress, self.progress
+        return self.progress.after(True, self.pending.samples), self.progress.after(False, self.pending.samples)
+
+    def choose(self, good: float, bad: float) -> Tensor:
+        """The value that fits the pending verdict, on the device."""
+        wide = self.optimizer.wide
+        values = torch.tensor([good, bad], dtype=wide, device=self.device)
+        return values[0] if self.pending is None else torch.where(self.pending.verdict.found_inf == 0, values[0], values[1])
+
+    def batches(self, step: int, first: int) -> list[Batch]:
+        """The micro-batches of a step, whose samples start at number `first`."""
+        size = self.plan.micro_batch
+        return [self.batch(self.train_samples, range(first + m * size, first + (m + 1) * size), step) for m in range(self.plan.micro_batches)]
+
+    def batch(self, source: Samples | MockSamples, numbers: range, step: int | None) -> Batch:
+        tokens = torch.stack([torch.from_numpy(source.sample(k)) for k in numbers]).to(self.device, non_blocking=True)
+        x, y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+        mask = torch.ones(x.shape, dtype=self.optimizer.wide, device=self.device)
+        if self.config.data.eod_mask_loss:
+            assert self.tokenizer is not None and self.tokenizer.eod is not None
+            mask = mask.masked_fill(x == self.tokenizer.eod, 0)
+        return Batch(x, y, mask, torch.tensor(list(numbers), device=self.device), step)
+
+    def settle(self) -> None:
+        """Reads the pending verdict, if any: logs it, counts it, ends the run after too many skipped steps."""
+        if self.pending is None:
+            return
+        done, self.pending = self.pending, None
+        skipped = bool(done.verdict.found_inf.item())
+        before, self.progress = self.progress, self.progress.after(not skipped, done.samples)
+        now = time.perf_counter()
+        seconds, self.settled_at = now - self.settled_at, now
+        self.metrics.step({
+            "step": self.progress.step, "loss": done.verdict.loss.item(), "grad_norm": done.verdict.norm.item(), "lr": done.lr.item(),
+            "loss_scale": done.scale.item(), "skipped": skipped, "samples": self.progress.samples,
+            "tokens": done.samples * self.plan.architecture.seq_length, "seconds": seconds})
+        if skipped:
+            self._explain(done, before.loss_scale, self.progress)
+
+    def _explain(self, done: Pending, scale: LossScale, after: Progress) -> None:
+        culprits = [name for name, norm in zip(self.optimizer.names, done.verdict.norms.tolist(), strict=True) if norm - norm != 0]
+        what = f"the gradient of {culprits[-1]} is not finite ({len(culprits)} of {len(self.optimizer.names)} parameters)" if culprits else (
+            "the loss is not finite" if not done.verdict.loss.isfinite() else "the gradient norm is not finite")
+        moved = f", loss scale {scale.value:g} -> {after.loss_scale.value:g}" if after.loss_scale.value != scale.value else ""
+        say(f"step {after.step:,} skipped on rank 0: {what}{moved}; nothing was changed")
+        limit = self.config.training.max_skipped_steps
+        if after.skipped_in_a_row >= limit:
+            raise UserError(f"--max-skipped-steps {limit}: {limit} steps in a row were not finite, the last because {what}; nothing was saved "
+                            f"after step {after.step - limit}. Lower --lr, or look at the data of the last steps.")
+
+    # ---- the loop
+
+    def train(self) -> None:
+        """From where the run is to its end, with evaluations, checkpoints and early exits."""
+        t, k = self.config.training, self.config.checkpoint
+        self.saved = self.progress.step if self.config.checkpoint.load and not self.config.checkpoint.finetune else -1
+        step = self.progress.step
+        while step < self.plan.train_iters and not self.stop_reason:
+            self.step()
+            step += 1
+            if self.valid_samples is not None and (step % t.eval_interval == 0 or step == self.plan.train_iters):
+                self.settle()
+                self.metrics.evaluation(step, "valid", self.evaluate(self.valid_samples))
+                self.settled_at = time.perf_counter()           # an evaluation is not part of the next step's time
+            if self.writer is not None and k.save_interval and step % k.save_interval == 0:
+                self.save()
+            self.stop_reason = self.stop_reason or self._stop(step)
+        self.settle()
+        if self.writer is not None and self.saved != self.progress.step:
+            self.save()
+        self.close()
+        say(f"done at step {self.progress.step:,}{': ' + self.stop_reason if self.stop_reason else ''}, after "
+            f"{clock(time.perf_counter() - self.started)}")
+
+    def _stop(self, step: int) -> str:
+        """Why the run should end after this step, or nothing."""
+        t = self.config.training
+        if t.exit_interval and step % t.exit_interval == 0:
+            return f"--exit-interval {t.exit_interval}"
+        if t.exit_duration_in_mins and time.perf_counter() - self.started > 60 * t.exit_duration_in_mins:
+            return f"--exit-duration-in-mins {t.exit_duration_in_mins:g}"
+        return ""
+
+    def evaluate(self, source: Samples | MockSamples) -> float:
+        """Mean loss over the first samples of the validation order, or over all of them: the same ones each time."""
+        t, size = self.config.training, self.plan.micro_batch
+        count = source.samples_per_epoch if t.full_validation else t.eval_iters * self.plan.global_batch
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        valid = torch.zeros((), dtype=torch.float64, device=self.device)
+        for low in range(0, count, size):
+            batch = self.batch(source, range(low, min(low + size, count)), None)
+            total += self.executor.evaluate(self.evaluation, batch)
+            valid += batch.mask.sum(dtype=torch.float64)
+        return (total / valid).item()
+
+    # ---- state
+
+    def initialise(self) -> None:
+        for unit in self.units.values():
+            unit.initialise(self.config.training.seed)
+
+    def buffers(self, unit: Unit) -> dict[str, Tensor]:
+        """Everything a checkpoint holds of a unit: kind -> flat buffer."""
+        return {"weight": unit.master, **self.optimizer.state[unit.flat.name]}
+
+    def save(self) -> None:
+        """Saves the run as it is after the last step."""
+        assert self.writer is not None
+        self.settle()
+        slices = [s for unit in self.units.values() for s in checkpoint.owned(unit.flat, self.buffers(unit))]
+        path = self.writer.save(slices, self.header())
+        save_tokenizer(self.writer.folder, self.tokenizer)
+        self.saved = self.progress.step
+        say(f"step {self.progress.step:,} | saved to {path}" + (" (writing in the background)" if self.writer.background else ""))
+        self.settled_at = time.perf_counter()
+
+    def header(self) -> dict[str, Any]:
+        """What the index says of the run."""
+        return {"step": self.progress.step, "progress": asdict(self.progress), "config": flatten(self.config), "optimizer": self.config.optimizer.optimizer,
+                "architecture": asdict(self.plan.architecture), "tokenizer": describe_tokenizer(self.tokenizer, self.config),
+                "layout": {"tp": self.plan.tp, "pp": self.plan.pp, "dp": self.plan.dp, "zero_stage": self.config.parallel.zero_stage}}
+
+    def load(self, reader: Reader) -> None:
+        """Continues from a checkpoint, or with --finetune takes its weights alone."""
+        finetune = self.config.checkpoint.finetune
+        kinds = ("weight",) if finetune else ("weight", *self.optimizer.MOMENTS[self.config.optimizer.optimizer])
+        errors = different(reader.index["architecture"], asdict(self.plan.architecture), reader.folder)
+        errors = errors or self._wrong_optimizer(reader, kinds) or checkpoint.mismatches(reader, [u.flat for u in self.units.values()], kinds)
+        if errors:
+            raise UserError(*errors)
+        for unit in self.units.values():
+            checkpoint.fill(reader, unit.flat, {k: v for k, v in self.buffers(unit).items() if k in kinds})
+            unit.publish()
+        if not finetune:
+            saved = reader.index["progress"]
+            scale = LossScale(**saved.pop("loss_scale"))
+            keep = scale if scale.constant == self.progress.loss_scale.constant and not scale.constant else self.progress.loss_scale
+            self.progress = Progress(**saved, loss_scale=keep)
+            self.optimizer.set_steps(self.progress.applied)
+
+    def _wrong_optimizer(self, reader: Reader, kinds: Sequence[str]) -> list[str]:
+        missing = [k for k in kinds if k not in reader.kinds]
+        return [f"--optimizer {self.config.optimizer.optimizer}: {reader.folder} has no {' and no '.join(missing)} (it was saved "
+                f"{'with ' + reader.index['optimizer'] if reader.index.get('optimizer') else 'without an optimizer'}); add --finetune to start "
+                f"the optimizer afresh."] if missing else []
+
+    def close(self) -> None:
+        if self.writer is not None:
+            self.writer.wait()
+        self.metrics.close()
+
+
+def main(config: Config) -> None:
+    """The whole program: everything that can be wrong is found before anything is written."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    errors = checks(config, world)
+    if errors:
+        raise UserError(*errors)
+    device = choose_device(config)
+    tokenizer = tokenizer_of(config)
+    resolved = plan(config, world, vocabulary(config, tokenizer))
+    say(resolved.describe())
+    if config.check:
+        return
+    run = Run(resolved, tokenizer, device)
+    say(f"data        {run.train_samples.describe()}")
+    if run.valid_samples is not None:
+        say(f"validation  {run.valid_samples.describe()}")
+    reader = find_checkpoint(config)
+    if reader is None:
+        run.initialise()
+    else:
+        run.load(reader)
+        say(f"loaded      {reader.folder}{': weights alone' if config.checkpoint.finetune else ''}")
+        for line in changed(reader.index["config"], flatten(config)):
+            say(f"changed     {line}")
+    peak, source = peak_flops(device, config.dtype, TORCH_DTYPE[config.dtype])
+    say(f"device      {torch.cuda.get_device_name(device) if device.type == 'cuda' else platform.processor() or 'cpu'}, torch {torch.__version__}; "
+        f"peak {peak / 1e12:.4g} TFLOP/s: {source}")
+    say(f"            {MFU}")
+    run.metrics = Metrics(resolved, peak, device, run.progress.step)
+    with signals(run):
+        run.train()
+
+
+class signals:
+    """While it lasts, SIGTERM and SIGINT end the run at the end of its step (--exit-signal-handler). A second one ends it at once."""
+
+    def __init__(self, run: Run) -> None:
+        self.run, self.before = run, {}
+
+    def __enter__(self) -> None:
+        if self.run.config.training.exit_signal_handler:
+            self.before = {s: signal.signal(s, self._handle) for s in (signal.SIGTERM, signal.SIGINT)}
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.run.stop_reason = f"signal {signal.Signals(number).name}"
+        self.__exit__()
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+def choose_device(config: Config) -> torch.device:
+    wanted, there = config.parallel.device, torch.cuda.is_available()
+    if wanted == "cuda" and not there:
+        raise UserError("--device cuda: this machine has no CUDA device that torch can use; write --device cpu, or auto.")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if there and wanted != "cpu" else torch.device("cpu")
+
+
+def samples(config: Config, a: Architecture, split: str) -> Samples | MockSamples:
+    """The samples of a split, as the configuration says."""
+    d, seed = config.data, config.training.seed
+    if d.mock_data:
+        return MockSamples(a.vocab_size, a.seq_length, seed if split == "train" else seed + 1)
+    own = {"train": d.train_data_path, "valid": d.valid_data_path}[split]
+    shuffle = d.shuffle and not (split == "valid" and config.training.full_validation)
+    return open_split(own or d.data_path, None if own else d.split, split, a.seq_length, seed, shuffle, vocab_size=a.vocab_size)
+
+
+def tokenizer_of(config: Config) -> Tokenizer | None:
+    d = config.data
+    if d.tokenizer_type is None:
+        if d.eod_mask_loss:
+            raise UserError("--eod-mask-loss: needs --tokenizer-type, to know the end-of-document token.")
+        return None
+    tokenizer = build_tokenizer(d.tokenizer_type, d.tokenizer_model, d.vocab_file, d.merge_file, d.vocab_size)
+    if d.eod_mask_loss and tokenizer.eod is None:
+        raise UserError(f"--eod-mask-loss: {d.tokenizer_type} has no end-of-document token; leave it out.")
+    return tokenizer
+
+
+def vocabulary(config: Config, tokenizer: Tokenizer | None) -> int:
+    """The tokenizer's vocabulary, or --vocab-size where it is larger or alone."""
+    said = config.data.vocab_size
+    if tokenizer is None:
+        assert said is not None
+        return said
+    if said is not None and config.data.tokenizer_type != "NullTokenizer" and said < tokenizer.vocab_size:
+        raise UserError(f"--vocab-size {said}: is less than the tokenizer's {tokenizer.vocab_size}; leave it out, or write at least that.")
+    return max(tokenizer.vocab_size, said or 0)
+
+
+def find_checkpoint(config: Config) -> Reader | None:
+    """The checkpoint to load, if any. A run that loads from where it saves starts afresh the first time."""
+    k = config.checkpoint
+    if k.load is None:
+        return None
+    if k.save is not None and Path(k.load) == Path(k.save) and not checkpoint.complete(Path(k.load)) and k.ckpt_step is None:
+        say(f"starting    afresh: --load {k.load} holds no complete checkpoint yet")
+        return None
+    return Reader(k.load, k.ckpt_step)
+
+
+def different(saved: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> list[str]:
+    """A sentence for each field of the architecture in which a checkpoint differs."""
+    free = ("seq_length", "init_std", "attention_dropout", "hidden_dropout", "pad_rows")          # do not change the weights
+    return [f"--load {folder}: its {key.replace('_', ' ')} is {saved.get(key)}, this model's {value}; give the flags it was trained with."
+            for key, value in now.items() if key not in free and _plain(saved.get(key)) != _plain(value)]
+
+
+def _plain(value: Any) -> Any:
+    """JSON makes lists of tuples: compare them as one."""
+    return {k: _plain(v) for k, v in value.items()} if isinstance(value, dict) else list(value) if isinstance(value, tuple) else value
+
+
+def changed(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What the configuration says otherwise than the one that was saved: nothing fails silently."""
+    own = {"load", "save", "config", "check", "exit_interval", "log_interval", "log_dir", "save_interval", "ckpt_step"}
+    return [f"--{k.replace('_', '-')} was {saved.get(k)}, is {v}" for k, v in now.items() if k not in own and k in saved and saved[k] != v]
+
+
+def describe_tokenizer(tokenizer: Tokenizer | None, config: Config) -> dict[str, Any] | None:
+    """How to build the tokenizer again from a checkpoint's `tokenizer` folder: constructor words -> file names."""
+    if tokenizer is None:
+        return None
+    return {"identity": tokenizer.identity(), "vocab_size": config.data.vocab_size,
+            "files": {word: path.name for word, path in tokenizer.files().items()}}
+
+
+def save_tokenizer(folder: Path, tokenizer: Tokenizer | None) -> None:
+    """Copies the tokenizer's files beside the checkpoints, so that those are enough to generate and export."""
+    for path in (tokenizer.files() if tokenizer else {}).values():
+        target = folder / "tokenizer" / path.name
+        if not target.exists() or target.read_bytes() != path.read_bytes():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            draft = target.with_name(target.name + ".draft")
+            draft.write_bytes(path.read_bytes())
+            draft.replace(target)
+
+
