@@ -9,12 +9,13 @@ import os
 import platform
 import signal
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import numpy as np
 import torch
 
 from megazero import checkpoint, program
@@ -23,7 +24,7 @@ from megazero.checkpoint import Reader, Writer
 from megazero.comm import Alone
 from megazero.command_line import flatten
 from megazero.config import Config
-from megazero.data.dataset import MockSamples, Samples, open_split
+from megazero.data.dataset import MockSamples, SampleSource, open_split
 from megazero.data.tokenizers import Tokenizer, build_tokenizer
 from megazero.decoder import Batch, Decoder
 from megazero.errors import UserError
@@ -46,6 +47,7 @@ class Pending:
     lr: Tensor
     scale: Tensor
     samples: int
+    seconds: float
 
 
 class Run:
@@ -68,7 +70,7 @@ class Run:
         self.valid_samples = samples(c, a, "valid") if c.training.eval_iters and plan.train_iters else None
         self.writer = Writer(Path(c.checkpoint.save), c.checkpoint.keep_last, c.checkpoint.async_save) if c.checkpoint.save else None
         self.stop_reason = ""
-        self.started = self.settled_at = time.perf_counter()
+        self.started = self.clock = time.perf_counter()
 
     # ---- one step
 
@@ -82,9 +84,13 @@ class Run:
         total = self.executor.train(self.training, batches, scale / self.plan.tokens_per_step)
         verdict = self.optimizer.judge(total, valid, self.plan.tokens_per_step, scale, self.world)
         self.optimizer.step(verdict, lr)
-        now = Pending(verdict, lr, scale, self.plan.global_batch)
         self.settle()
-        self.pending = now
+        self.pending = Pending(verdict, lr, scale, self.plan.global_batch, self.lap())
+
+    def lap(self) -> float:
+        """Seconds since the last lap."""
+        before, self.clock = self.clock, time.perf_counter()
+        return self.clock - before
 
     def futures(self) -> tuple[Progress, Progress]:
         """Where the run is if the pending step was finite, and if it was not."""
@@ -101,10 +107,12 @@ class Run:
     def batches(self, step: int, first: int) -> list[Batch]:
         """The micro-batches of a step, whose samples start at number `first`."""
         size = self.plan.micro_batch
-        return [self.batch(self.train_samples, range(first + m * size, first + (m + 1) * size), step) for m in range(self.plan.micro_batches)]
+        numbers = [range(first + m * size, first + (m + 1) * size) for m in range(self.plan.micro_batches)]
+        return [self.batch(self.train_samples.sample, mine, step) for mine in numbers]
 
-    def batch(self, source: Samples | MockSamples, numbers: range, step: int | None) -> Batch:
-        tokens = torch.stack([torch.from_numpy(source.sample(k)) for k in numbers]).to(self.device, non_blocking=True)
+    def batch(self, sample: Callable[[int], np.ndarray], numbers: range, step: int | None) -> Batch:
+        """One micro-batch of the samples of these numbers. Without a step it is for evaluation: nothing is dropped."""
+        tokens = torch.from_numpy(np.stack([sample(k) for k in numbers])).to(self.device, non_blocking=True)
         x, y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
         mask = torch.ones(x.shape, dtype=self.optimizer.wide, device=self.device)
         if self.config.data.eod_mask_loss:
@@ -112,19 +120,21 @@ class Run:
             mask = mask.masked_fill(x == self.tokenizer.eod, 0)
         return Batch(x, y, mask, torch.tensor(list(numbers), device=self.device), step)
 
-    def settle(self) -> None:
-        """Reads the pending verdict, if any: logs it, counts it, ends the run after too many skipped steps."""
+    def settle(self, last: bool = False) -> None:
+        """Reads the pending verdict, if any: logs it, counts it, ends the run after too many skipped steps.
+
+        `last`: no step is running behind it, so waiting for it is part of its own time, not of the next one's.
+        """
         if self.pending is None:
             return
         done, self.pending = self.pending, None
         skipped = bool(done.verdict.found_inf.item())
+        waited = self.lap() if last else 0.0
         before, self.progress = self.progress, self.progress.after(not skipped, done.samples)
-        now = time.perf_counter()
-        seconds, self.settled_at = now - self.settled_at, now
         self.metrics.step({
             "step": self.progress.step, "loss": done.verdict.loss.item(), "grad_norm": done.verdict.norm.item(), "lr": done.lr.item(),
             "loss_scale": done.scale.item(), "skipped": skipped, "samples": self.progress.samples,
-            "tokens": done.samples * self.plan.architecture.seq_length, "seconds": seconds})
+            "tokens": done.samples * self.plan.architecture.seq_length, "seconds": done.seconds + waited})
         if skipped:
             self._explain(done, before.loss_scale, self.progress)
 
@@ -146,17 +156,18 @@ class Run:
         t, k = self.config.training, self.config.checkpoint
         self.saved = self.progress.step if self.config.checkpoint.load and not self.config.checkpoint.finetune else -1
         step = self.progress.step
+        self.lap()
         while step < self.plan.train_iters and not self.stop_reason:
             self.step()
             step += 1
             if self.valid_samples is not None and (step % t.eval_interval == 0 or step == self.plan.train_iters):
-                self.settle()
+                self.settle(last=True)
                 self.metrics.evaluation(step, "valid", self.evaluate(self.valid_samples))
-                self.settled_at = time.perf_counter()           # an evaluation is not part of the next step's time
+                self.lap()                                      # an evaluation is not part of the next step's time
             if self.writer is not None and k.save_interval and step % k.save_interval == 0:
                 self.save()
             self.stop_reason = self.stop_reason or self._stop(step)
-        self.settle()
+        self.settle(last=True)
         if self.writer is not None and self.saved != self.progress.step:
             self.save()
         self.close()
@@ -172,14 +183,15 @@ class Run:
             return f"--exit-duration-in-mins {t.exit_duration_in_mins:g}"
         return ""
 
-    def evaluate(self, source: Samples | MockSamples) -> float:
+    def evaluate(self, source: SampleSource) -> float:
         """Mean loss over the first samples of the validation order, or over all of them: the same ones each time."""
         t, size = self.config.training, self.plan.micro_batch
-        count = source.samples_per_epoch if t.full_validation else t.eval_iters * self.plan.global_batch
+        count = source.full_pass() if t.full_validation else t.eval_iters * self.plan.global_batch
+        sample = source.in_order if t.full_validation else source.sample
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         valid = torch.zeros((), dtype=torch.float64, device=self.device)
         for low in range(0, count, size):
-            batch = self.batch(source, range(low, min(low + size, count)), None)
+            batch = self.batch(sample, range(low, min(low + size, count)), None)
             total += self.executor.evaluate(self.evaluation, batch)
             valid += batch.mask.sum(dtype=torch.float64)
         return (total / valid).item()
@@ -197,18 +209,18 @@ class Run:
     def save(self) -> None:
         """Saves the run as it is after the last step."""
         assert self.writer is not None
-        self.settle()
+        self.settle(last=True)
         slices = [s for unit in self.units.values() for s in checkpoint.owned(unit.flat, self.buffers(unit))]
         path = self.writer.save(slices, self.header())
         save_tokenizer(self.writer.folder, self.tokenizer)
         self.saved = self.progress.step
         say(f"step {self.progress.step:,} | saved to {path}" + (" (writing in the background)" if self.writer.background else ""))
-        self.settled_at = time.perf_counter()
+        self.lap()
 
     def header(self) -> dict[str, Any]:
         """What the index says of the run."""
         return {"step": self.progress.step, "progress": asdict(self.progress), "config": flatten(self.config), "optimizer": self.config.optimizer.optimizer,
-                "architecture": asdict(self.plan.architecture), "tokenizer": describe_tokenizer(self.tokenizer, self.config),
+                "architecture": asdict(self.plan.architecture), "tokenizer": self.tokenizer.identity() if self.tokenizer else None,
                 "layout": {"tp": self.plan.tp, "pp": self.plan.pp, "dp": self.plan.dp, "zero_stage": self.config.parallel.zero_stage}}
 
     def load(self, reader: Reader) -> None:
@@ -249,7 +261,7 @@ def main(config: Config) -> None:
         raise UserError(*errors)
     device = choose_device(config)
     tokenizer = tokenizer_of(config)
-    resolved = plan(config, world, vocabulary(config, tokenizer))
+    resolved = plan(config, world, tokenizer.vocab_size if tokenizer else config.data.vocab_size or 0)
     say(resolved.describe())
     if config.check:
         return
@@ -300,14 +312,14 @@ def choose_device(config: Config) -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if there and wanted != "cpu" else torch.device("cpu")
 
 
-def samples(config: Config, a: Architecture, split: str) -> Samples | MockSamples:
+def samples(config: Config, a: Architecture, split: str) -> SampleSource:
     """The samples of a split, as the configuration says."""
     d, seed = config.data, config.training.seed
     if d.mock_data:
-        return MockSamples(a.vocab_size, a.seq_length, seed if split == "train" else seed + 1)
-    own = {"train": d.train_data_path, "valid": d.valid_data_path}[split]
-    shuffle = d.shuffle and not (split == "valid" and config.training.full_validation)
-    return open_split(own or d.data_path, None if own else d.split, split, a.seq_length, seed, shuffle, vocab_size=a.vocab_size)
+        return MockSamples(a.vocab_size, a.seq_length, seed, split)
+    flag, own = {"train": ("--train-data-path", d.train_data_path), "valid": ("--valid-data-path", d.valid_data_path)}[split]
+    return open_split(own or d.data_path, None if own else d.split, split, a.seq_length, seed, d.shuffle, a.vocab_size,
+                      flag if own else "--data-path")
 
 
 def tokenizer_of(config: Config) -> Tokenizer | None:
@@ -320,17 +332,6 @@ def tokenizer_of(config: Config) -> Tokenizer | None:
     if d.eod_mask_loss and tokenizer.eod is None:
         raise UserError(f"--eod-mask-loss: {d.tokenizer_type} has no end-of-document token; leave it out.")
     return tokenizer
-
-
-def vocabulary(config: Config, tokenizer: Tokenizer | None) -> int:
-    """The tokenizer's vocabulary, or --vocab-size where it is larger or alone."""
-    said = config.data.vocab_size
-    if tokenizer is None:
-        assert said is not None
-        return said
-    if said is not None and config.data.tokenizer_type != "NullTokenizer" and said < tokenizer.vocab_size:
-        raise UserError(f"--vocab-size {said}: is less than the tokenizer's {tokenizer.vocab_size}; leave it out, or write at least that.")
-    return max(tokenizer.vocab_size, said or 0)
 
 
 def find_checkpoint(config: Config) -> Reader | None:
@@ -362,22 +363,12 @@ def changed(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     return [f"--{k.replace('_', '-')} was {saved.get(k)}, is {v}" for k, v in now.items() if k not in own and k in saved and saved[k] != v]
 
 
-def describe_tokenizer(tokenizer: Tokenizer | None, config: Config) -> dict[str, Any] | None:
-    """How to build the tokenizer again from a checkpoint's `tokenizer` folder: constructor words -> file names."""
-    if tokenizer is None:
-        return None
-    return {"identity": tokenizer.identity(), "vocab_size": config.data.vocab_size,
-            "files": {word: path.name for word, path in tokenizer.files().items()}}
-
-
 def save_tokenizer(folder: Path, tokenizer: Tokenizer | None) -> None:
     """Copies the tokenizer's files beside the checkpoints, so that those are enough to generate and export."""
-    for path in (tokenizer.files() if tokenizer else {}).values():
-        target = folder / "tokenizer" / path.name
+    for name, path in (tokenizer.files() if tokenizer else {}).items():
+        target = folder / "tokenizer" / name
         if not target.exists() or target.read_bytes() != path.read_bytes():
             target.parent.mkdir(parents=True, exist_ok=True)
-            draft = target.with_name(target.name + ".draft")
+            draft = target.with_name(name + ".draft")
             draft.write_bytes(path.read_bytes())
             draft.replace(target)
-
-

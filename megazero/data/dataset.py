@@ -1,7 +1,8 @@
 """Samples for training and evaluation: memory-mapped tokens in the order of order.py.
 
-    samples = open_split(["0.7", "books_text_document", "0.3", "code_text_document"], "969,30,1", "train", 1024, seed=1234, shuffle=True)
-    samples.sample(k)          int64 [S + 1], a pure function of k: inputs are [:-1], targets [1:]
+    samples = open_split(["0.7", "books_text_document", "0.3", "code_text_document"], "969,30,1", "train",
+                         sequence_length=1024, seed=1234, shuffle=True)
+    samples.sample(k)          # int64 [S + 1], a pure function of k: inputs are [:-1], targets [1:]
 
 Every rank reads its own samples from the map; the whole state of a loader is the number of samples consumed.
 """
@@ -138,7 +139,8 @@ class MockSamples:
         jumps = noise % 10 == 0
         jumps[0] = True
         since = np.maximum.accumulate(np.where(jumps, place, 0))                        # where each token's run began
-        return (mix(noise)[since] % self.vocab_size).astype(np.int64) + (place - since) * self._step  % self.vocab_size
+        firsts = (mix(noise) % self.vocab_size).astype(np.int64)
+        return (firsts[since] + (place - since) * self._step) % self.vocab_size
 
     def full_pass(self) -> int:
         return self._pass_size
@@ -179,7 +181,7 @@ def parse_paths(words: Sequence[str], flag: str = "--data-path") -> tuple[list[s
     weights = [number for number in numbers if number is not None]
     wrong = [weight for weight in weights if not 0 < weight < float("inf")]
     if wrong:
-        raise UserError(f"{flag}: the weight {wrong[0]:g} is not a positive number; leave out the dataset that is not to be read.")
+        raise UserError(f"{flag}: the weight {wrong[0]:g} is not a positive number; leave out a dataset that is not to be read.")
     if len(weights) > DENOMINATOR:
         raise UserError(f"{flag}: names {len(weights)} datasets, a blend takes at most {DENOMINATOR}; merge some of them.")
     return list(words[1::2]), weights
@@ -205,7 +207,7 @@ def _open_part(
         raise UserError(f"{prefix}: {asked} {last - first} of its {dataset.token_count} tokens ({documents} of "
                         f"{dataset.document_count} documents), one sample needs {sequence_length + 1}; give it a larger share, "
                         "more data or a smaller --seq-length.")
-    tokens = dataset.tokens[first:last]
+    tokens = np.asarray(dataset.tokens[first:last])
     return Part(prefix, documents, tokens, ChunkOrder(len(tokens), sequence_length, seed, shuffle),
                 ChunkOrder(len(tokens), sequence_length, seed, shuffle=False), has_sidecar)
 

@@ -1,0 +1,176 @@
+"""Every tokenizer type: known ids, text back again, what a checkpoint keeps, and the sentence for each mistake."""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from megazero.data.indexed import IndexedDataset
+from megazero.data.tokenizers import TYPES, Tokenizer, build_tokenizer, characters_of, load_tokenizer
+from megazero.errors import UserError
+
+REPOSITORY = Path(__file__).parents[1]
+DATA = REPOSITORY.parent / "shared" / "data"
+FILES = DATA / "tokenizers"
+needs_files = pytest.mark.skipif(not FILES.exists(), reason=f"the tokenizers to compare with are not at {FILES}")
+ODD = ["", " ", "\n\n", "Hello world", "a\u2028b\r\n\0c", "日本語 😀 e\u0301", "<|endoftext|>x<|endoftext|>", "  two  spaces\t\ttabs ", "x" * 5000]
+
+
+def gpt2() -> Tokenizer:
+    return build_tokenizer("GPT2BPETokenizer", vocab_file=str(FILES / "gpt2/vocab.json"), merge_file=str(FILES / "gpt2/merges.txt"))
+
+
+@needs_files
+def test_gpt2_ids() -> None:
+    tokenizer = gpt2()
+    assert (tokenizer.vocab_size, tokenizer.eod) == (50_257, 50_256)
+    assert tokenizer.encode("Hello world") == [15496, 995]
+    assert tokenizer.encode("a<|endoftext|>b") == [64, 50256, 65]
+    assert [tokenizer.decode(ids) for ids in tokenizer.encode_batch(ODD)] == ODD
+
+
+@needs_files
+def test_gpt2_equals_megatrons_dataset() -> None:
+    golden = IndexedDataset(DATA / "golden" / "tiny_gpt2_text_document")
+    with open(DATA / "tinyshakespeare.jsonl", encoding="utf-8") as lines:
+        ids = gpt2().encode_batch([json.loads(line)["text"] for line in lines])
+    assert all([*found, 50_256] == golden.document(i).tolist() for i, found in enumerate(ids))
+
+
+@needs_files
+def test_hugging_face_equals_gpt2_from_file_or_folder() -> None:
+    ours = gpt2().encode_batch(ODD)
+    for model in (FILES / "gpt2_hf", FILES / "gpt2_hf" / "tokenizer.json"):
+        tokenizer = build_tokenizer("HuggingFaceTokenizer", str(model))
+        assert (tokenizer.vocab_size, tokenizer.eod) == (50_257, 50_256)
+        assert tokenizer.encode_batch(ODD) == ours
+
+
+@needs_files
+def test_sentencepiece_equals_its_library() -> None:
+    import sentencepiece
+    model = FILES / "sentencepiece" / "test_model.model"
+    tokenizer = build_tokenizer("SentencePieceTokenizer", str(model))
+    plain = sentencepiece.SentencePieceProcessor(model_file=str(model))
+    assert (tokenizer.vocab_size, tokenizer.eod) == (1000, plain.eos_id())
+    assert tokenizer.encode_batch(ODD) == [plain.encode(text) for text in ODD]
+    assert tokenizer.decode(tokenizer.encode("hello world")) == "hello world"
+
+
+def test_bytes() -> None:
+    tokenizer = build_tokenizer("ByteTokenizer")
+    assert (tokenizer.vocab_size, tokenizer.eod) == (257, 256)
+    assert tokenizer.encode("aé") == [97, 195, 169]
+    assert [tokenizer.decode([*ids, 256]) for ids in tokenizer.encode_batch(ODD)] == ODD
+    assert tokenizer.decode([195]) == "\ufffd"
+
+
+def test_characters(tmp_path: Path) -> None:
+    assert characters_of(["hello", "wörld\n"]) == sorted(set("hello wörld\n") - {" "})
+    path = tmp_path / "characters.json"
+    for data in (["a", "b", "é"], {"a": 0, "b": 1, "é": 2}):
+        path.write_text(json.dumps(data))
+        tokenizer = build_tokenizer("CharTokenizer", str(path))
+        assert (tokenizer.vocab_size, tokenizer.eod) == (3, None)
+        assert tokenizer.encode("béa") == [1, 2, 0] and tokenizer.decode([1, 2, 0]) == "béa"
+    with pytest.raises(UserError, match="has no character 'x', which a text uses"):
+        tokenizer.encode("abx")
+    for bad in ("[]", '["ab"]', '["a", "a"]', '{"a": 1}', "3", '"ab"', "[1]", '{"a": "x"}', '{"a": null}'):
+        path.write_text(bad)
+        with pytest.raises(UserError, match="must hold a JSON list of different characters"):
+            build_tokenizer("CharTokenizer", str(path))
+    path.write_text("[")
+    with pytest.raises(UserError, match="is not valid JSON"):
+        build_tokenizer("CharTokenizer", str(path))
+
+
+def test_null_is_megatrons() -> None:
+    tokenizer = build_tokenizer("NullTokenizer", vocab_size=100)
+    assert (tokenizer.vocab_size, tokenizer.eod) == (101, 100)
+    assert tokenizer.encode(" 5  99\n100 ") == [5, 99, 100] and tokenizer.decode([5, 99]) == "5 99"
+    for word in ("101", "-1", "x", "1.5"):
+        with pytest.raises(UserError, match=f"a text holds '{word}', expected ids 0 to 100"):
+            tokenizer.encode(f"1 {word}")
+
+
+def every_kind(folder: Path) -> list[Tokenizer]:
+    (folder / "letters.json").write_text(json.dumps(["a", "b"]))
+    return [gpt2(), build_tokenizer("HuggingFaceTokenizer", str(FILES / "gpt2_hf")),
+            build_tokenizer("SentencePieceTokenizer", str(FILES / "sentencepiece/test_model.model")), build_tokenizer("ByteTokenizer"),
+            build_tokenizer("CharTokenizer", str(folder / "letters.json")), build_tokenizer("NullTokenizer", vocab_size=7)]
+
+
+@needs_files
+def test_kept_files_make_the_same_tokenizer(tmp_path: Path) -> None:
+    kinds = every_kind(tmp_path)
+    assert [type(t).__name__ for t in kinds] != [] and {type(t).__name__ for t in kinds} == set(TYPES)
+    for tokenizer in kinds:
+        folder = tmp_path / type(tokenizer).__name__
+        folder.mkdir()
+        for name, path in tokenizer.files().items():
+            shutil.copy(path, folder / name)
+            assert tokenizer.identity()["files"][name] == hashlib.sha256(path.read_bytes()).hexdigest()
+        identity = json.loads(json.dumps(tokenizer.identity()))
+        again = load_tokenizer(identity, folder)
+        assert again.identity() == identity and (again.vocab_size, again.eod) == (tokenizer.vocab_size, tokenizer.eod)
+    (tmp_path / "CharTokenizer" / "characters.json").write_text('["a", "c"]')
+    with pytest.raises(UserError, match="characters.json: is not the tokenizer file that was kept here"):
+        load_tokenizer(kinds[4].identity(), tmp_path / "CharTokenizer")
+
+
+def test_mistakes(tmp_path: Path) -> None:
+    (tmp_path / "bad").write_text("no tokenizer")
+    bad, missing = str(tmp_path / "bad"), str(tmp_path / "missing")
+    for arguments, sentences in [
+        (dict(tokenizer_type="Gpt2"), ["--tokenizer-type Gpt2: must be one of SentencePieceTokenizer,"]),
+        (dict(tokenizer_type="GPT2BPETokenizer"), ["--vocab-file is missing", "--merge-file is missing"]),
+        (dict(tokenizer_type="GPT2BPETokenizer", vocab_file=bad, merge_file=missing), [f"--merge-file {missing}: no such file"]),
+        (dict(tokenizer_type="GPT2BPETokenizer", vocab_file=bad, merge_file=bad), [f"--vocab-file {bad} --merge-file {bad}: are not"]),
+        (dict(tokenizer_type="SentencePieceTokenizer", tokenizer_model=bad), [f"--tokenizer-model {bad}: is not a sentencepiece model"]),
+        (dict(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=bad), [f"--tokenizer-model {bad}: bad is not a Hugging Face"]),
+        (dict(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=str(tmp_path)), ["tokenizer.json is not a Hugging Face tokenizer"]),
+        (dict(tokenizer_type="CharTokenizer", tokenizer_model=missing), [f"--tokenizer-model {missing}: no such file"]),
+        (dict(tokenizer_type="NullTokenizer"), ["--vocab-size is missing: NullTokenizer needs it."]),
+        (dict(tokenizer_type="ByteTokenizer", merge_file=bad), [f"--merge-file {bad}: ByteTokenizer does not read it"]),
+        (dict(tokenizer_type="ByteTokenizer", vocab_size=256), ["--vocab-size 256: this ByteTokenizer has 257 ids"]),
+    ]:
+        with pytest.raises(UserError) as caught:
+            build_tokenizer(**arguments)
+        assert len(caught.value.sentences) == len(sentences)
+        assert all(part in said for part, said in zip(sentences, caught.value.sentences, strict=True)), caught.value.sentences
+
+
+def train(*arguments: object) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "tools/train_tokenizer.py", *map(str, arguments)], cwd=REPOSITORY, capture_output=True,
+                          text=True, env={**os.environ, "PYTHONPATH": str(REPOSITORY)})
+
+
+def test_training_a_tokenizer_of_each_type(tmp_path: Path) -> None:
+    source = tmp_path / "code"
+    source.mkdir()
+    text = "def f(x):\n\treturn  'é' + x\n\n" * 20
+    (source / "a.py").write_text(text)
+    shutil.copy(json.__file__, source / "b.py")
+    for kind, tokenizer_type, output, size in [("bpe", "HuggingFaceTokenizer", "bpe", 300), ("char", "CharTokenizer", "c.json", None),
+                                               ("sentencepiece", "SentencePieceTokenizer", "sp.model", 400)]:
+        ran = train("--input", source, "--type", kind, "--output", tmp_path / output, *(["--vocab-size", size] if size else []))
+        assert ran.returncode == 0, ran.stderr
+        assert len(ran.stdout.splitlines()) == 1 and ran.stderr == ""
+        tokenizer = build_tokenizer(tokenizer_type, str(tmp_path / output))
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+        assert size is None or tokenizer.vocab_size == size
+        assert (tokenizer.eod is None) == (kind == "char")
+
+
+def test_mistakes_in_training(tmp_path: Path) -> None:
+    (tmp_path / "t.txt").write_text("abc " * 100)
+    for arguments, said in [(["--type", "bpe"], "--vocab-size is missing"), (["--vocab-size", "100"], "--vocab-size 100: byte-level BPE"),
+                            (["--type", "char", "--vocab-size", "9"], "--vocab-size 9: --type char takes every character"),
+                            (["--type", "sentencepiece", "--vocab-size", "99999"], "--vocab-size 99999: sentencepiece cannot")]:
+        ran = train("--input", tmp_path / "t.txt", "--output", tmp_path / "out", *arguments)
+        assert ran.returncode == 2 and ran.stderr.startswith(f"error: {said}") and "Traceback" not in ran.stderr

@@ -1,0 +1,111 @@
+"""A tokenizer of your own text, ready for preprocess_data.py; see --help."""
+
+import io
+import json
+import os
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from megazero.command_line import option, parse, run
+from megazero.data.preprocess import find_sources, read_items, texts_of
+from megazero.data.tokenizers import END_OF_TEXT, characters_of
+from megazero.errors import UserError
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Trains a tokenizer on text."""
+
+    input: tuple[str, ...] = option(help="JSONL files, text files, or folders of them", unit="path")
+    output: str = option(help="what to write: a folder (bpe), a .model file (sentencepiece) or a .json file (char)", unit="path")
+    type: str = option("bpe", help="bpe: byte-level, for HuggingFaceTokenizer; sentencepiece: for SentencePieceTokenizer; "
+                                   "char: for CharTokenizer", choices=("bpe", "sentencepiece", "char"))
+    vocab_size: int | None = option(None, help="number of ids, the end of document among them (bpe, sentencepiece)", unit="ids")
+    json_keys: tuple[str, ...] = option(("text",), help="keys of the JSONL lines to read", unit="key")
+
+
+def main() -> None:
+    settings, began = parse(Settings, prog="train_tokenizer.py"), time.monotonic()
+    if settings.type == "char" and settings.vocab_size is not None:
+        raise UserError(f"--vocab-size {settings.vocab_size}: --type char takes every character there is; leave it out.")
+    if settings.type != "char" and settings.vocab_size is None:
+        raise UserError(f"--vocab-size is missing: --type {settings.type} needs the number of ids, such as 8192.")
+    texts = Texts(settings)
+    try:
+        Path(settings.output).parent.mkdir(parents=True, exist_ok=True)
+        ids = {"bpe": train_bpe, "sentencepiece": train_sentencepiece, "char": train_char}[settings.type](texts, settings)
+    except OSError as error:
+        raise UserError(f"--output {settings.output}: cannot be written ({error.strerror}).") from None
+    print(f"{settings.output}: {ids:,} ids from {texts.characters / 1e6:,.1f} million characters "
+          f"({texts.skipped:,} inputs skipped) in {time.monotonic() - began:.1f} s")
+
+
+class Texts:
+    """The texts of the inputs, in order, counted as they pass."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._sources = find_sources(settings.input, settings.json_keys)
+        self.characters = self.skipped = 0
+
+    def __iter__(self) -> Iterator[str]:
+        for item in read_items(self._sources):
+            try:
+                found = texts_of(item, self._settings.json_keys)
+            except ValueError:
+                self.skipped += 1
+                continue
+            for text in (text for texts in found.values() for text in texts):
+                self.characters += len(text)
+                yield text
+
+
+def train_bpe(texts: Iterable[str], settings: Settings) -> int:
+    """GPT-2's kind: any text can be said, bytes being its alphabet."""
+    size = settings.vocab_size or 0
+    if size < 257:
+        raise UserError(f"--vocab-size {size}: byte-level BPE needs at least 257, the bytes and {END_OF_TEXT}.")
+    os.environ["TOKENIZERS_PARALLELISM"] = "true"               # one process that trains may use every core
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=[END_OF_TEXT], show_progress=False,
+                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    tokenizer.train_from_iterator(texts, trainer)
+    folder = Path(settings.output)
+    folder.mkdir(exist_ok=True)
+    tokenizer.save(str(folder / "tokenizer.json"))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": END_OF_TEXT}
+    (folder / "tokenizer_config.json").write_text(json.dumps(config, indent=1) + "\n", encoding="utf-8")
+    return tokenizer.get_vocab_size()
+
+
+def train_sentencepiece(texts: Iterable[str], settings: Settings) -> int:
+    """A BPE model that gives back every text as it was: no normalisation, unknown characters as bytes."""
+    from sentencepiece import SentencePieceTrainer
+    lines = (line for text in texts for line in text.split("\n") if line)
+    model = io.BytesIO()
+    try:
+        SentencePieceTrainer.train(
+            sentence_iterator=lines, model_writer=model, vocab_size=settings.vocab_size, model_type="bpe", byte_fallback=True,
+            character_coverage=0.9995, normalization_rule_name="identity", remove_extra_whitespaces=False, add_dummy_prefix=False,
+            minloglevel=2, num_threads=os.cpu_count())
+    except RuntimeError as error:
+        raise UserError(f"--vocab-size {settings.vocab_size}: sentencepiece cannot make that many pieces of this text "
+                        f"({' '.join(str(error).split())}).") from None
+    Path(settings.output).write_bytes(model.getvalue())
+    return settings.vocab_size or 0
+
+
+def train_char(texts: Iterable[str], settings: Settings) -> int:
+    """The characters that occur, sorted."""
+    characters = characters_of(texts)
+    Path(settings.output).write_text(json.dumps(characters, ensure_ascii=False) + "\n", encoding="utf-8")
+    return len(characters)
+
+
+if __name__ == "__main__":
+    run(main)
