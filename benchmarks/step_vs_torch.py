@@ -81,7 +81,8 @@ def plain_step(c: Settings, device: torch.device, autocast: bool) -> Callable[[l
     masters = [p.detach().clone().requires_grad_() for p in model.parameters()] if low else list(model.parameters())
     if low:
         model = model.bfloat16()
-    groups = [{"params": [p for p in masters if p.dim() == 2], "weight_decay": 0.1}, {"params": [p for p in masters if p.dim() < 2], "weight_decay": 0.0}]
+    groups = [{"params": [p for p in masters if p.dim() == 2], "weight_decay": 0.1},
+              {"params": [p for p in masters if p.dim() < 2], "weight_decay": 0.0}]
     adam = torch.optim.AdamW(groups, lr=1e-3, fused=True)
 
     def step(batches: list[tuple[Tensor, Tensor]]) -> float:
@@ -108,9 +109,9 @@ def plain_step(c: Settings, device: torch.device, autocast: bool) -> Callable[[l
 
 def megazero_step(c: Settings, device: torch.device) -> Callable[[list[tuple[Tensor, Tensor]]], float]:
     """Ours: everything a step of a real run does but reading the data."""
-    words = (f"--num-layers {c.layers} --hidden-size {c.hidden} --num-attention-heads {c.heads} --seq-length {c.seq} --openai-gelu --lr 1e-3 "
-             f"--weight-decay 0.1 --mock-data --train-iters 100 --eval-iters 0 --vocab-size {c.vocab} --micro-batch-size {c.batch} "
-             f"--global-batch-size {c.batch * c.accumulate} --dtype {c.dtype} --log-interval 1000000").split()
+    words = (f"--num-layers {c.layers} --hidden-size {c.hidden} --num-attention-heads {c.heads} --seq-length {c.seq} --openai-gelu "
+             f"--lr 1e-3 --weight-decay 0.1 --mock-data --train-iters 100 --eval-iters 0 --vocab-size {c.vocab} "
+             f"--micro-batch-size {c.batch} --global-batch-size {c.batch * c.accumulate} --dtype {c.dtype} --log-interval 1000000").split()
     resolved = plan(config.from_command_line(words), 1, c.vocab)
     run = Run(resolved, None, device)
     run.initialise()

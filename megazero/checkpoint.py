@@ -150,7 +150,7 @@ def sync(path: Path) -> None:
 
 
 def checksum(tensor: Tensor) -> int:
-    return zlib.crc32(tensor.contiguous().view(-1).view(torch.uint8).numpy()) if tensor.numel() else 0
+    return zlib.crc32(tensor.contiguous().view(-1).view(torch.uint8).numpy().data) if tensor.numel() else 0
 
 
 def complete(folder: Path) -> list[tuple[int, Path]]:
@@ -172,7 +172,7 @@ def _fresh_folder(folder: Path, step: int) -> Path:
 def prune(folder: Path, keep_last: int | None) -> None:
     """Removes all but the newest `keep_last` checkpoints, and older saves of a step that was saved again. Index first."""
     found = complete(folder)
-    newest = {step: path for step, path in found}
+    newest = dict(found)
     kept = sorted(newest)[-keep_last:] if keep_last else sorted(newest)
     for step, path in found:
         if step not in kept or path != newest[step]:

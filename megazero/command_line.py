@@ -187,7 +187,8 @@ def _read_flags(cls: type, options: Mapping[str, Option], argv: list[str], prog:
     given, unknown = parser.parse_known_args(argv)
     flags = [s for a in parser._actions for s in a.option_strings]
     errors = [f"{word.split('=')[0]}: no such flag{nearest(word.split('=')[0], flags)}." if word.startswith("-")
-              else f"{word}: belongs to no flag; see --help." for word in unknown if word.startswith("--") or not _after_unknown(word, unknown)]
+              else f"{word}: belongs to no flag; see --help."
+              for word in unknown if word.startswith("--") or not _after_unknown(word, unknown)]
     values: dict[str, Any] = {}
     for name, value in vars(given).items():
         try:
@@ -289,6 +290,6 @@ def _load(path: Path) -> Any:
         try:
             import tomllib
         except ModuleNotFoundError:               # Python 3.10
-            import tomli as tomllib
+            import tomli as tomllib  # type: ignore[no-redef]
         return tomllib.loads(text)
     raise ValueError("its name must end in .toml, .yaml or .json")

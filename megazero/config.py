@@ -36,8 +36,8 @@ class Model:
     model: str | None = option(None, "a preset: sizes and fields below, each of which a flag can override", unit="preset")
     num_layers: int | None = option(None, "transformer blocks", unit="layers")
     hidden_size: int | None = option(None, "width of the residual stream", unit="channels")
-    ffn_hidden_size: int | None = option(None, "width inside the MLP; default 4 x hidden, or 8/3 x hidden to a multiple of 64 with --swiglu",
-                                         unit="channels")
+    ffn_hidden_size: int | None = option(None, "width inside the MLP; default 4 x hidden, or 8/3 x hidden to a multiple of 64 "
+                                         "with --swiglu", unit="channels")
     num_attention_heads: int | None = option(None, "query heads", unit="heads")
     num_query_groups: int | None = option(None, "key and value heads; default: as many as query heads", unit="heads")
     kv_channels: int | None = option(None, "width of a head; default hidden / heads", unit="channels")

@@ -99,9 +99,10 @@ class Block:
         w, maybe = decoder.weight, decoder.maybe
         self.norm, self.mlp_norm = decoder.norm(f"{at}.norm"), decoder.norm(f"{mlp}.norm")
         self.qk_norm = (decoder.norm(f"{at}.q_norm"), decoder.norm(f"{at}.k_norm")) if decoder.a.qk_norm else None
-        self.qkv, self.qkv_bias, self.o, self.o_bias = (w(f"{at}.qkv.weight"), maybe(f"{at}.qkv.bias"), w(f"{at}.o.weight"), maybe(f"{at}.o.bias"))
-        self.up, self.up_bias, self.down, self.down_bias = (w(f"{mlp}.up.weight"), maybe(f"{mlp}.up.bias"), w(f"{mlp}.down.weight"),
-                                                            maybe(f"{mlp}.down.bias"))
+        self.qkv, self.qkv_bias = w(f"{at}.qkv.weight"), maybe(f"{at}.qkv.bias")
+        self.o, self.o_bias = w(f"{at}.o.weight"), maybe(f"{at}.o.bias")
+        self.up, self.up_bias = w(f"{mlp}.up.weight"), maybe(f"{mlp}.up.bias")
+        self.down, self.down_bias = w(f"{mlp}.down.weight"), maybe(f"{mlp}.down.bias")
         self.heads = self.qkv.operand.pieces[0].shard.box                                # rows of q on this rank
 
     def __call__(self, x: Tensor, batch: Batch) -> Tensor:

@@ -103,7 +103,8 @@ class Metrics:
         rate = sum(r["tokens"] for r in records) / sum(r["seconds"] for r in records)
         flops = rate * self.per_token / self.plan.world
         scale = f" | scale {last['loss_scale']:g}" if last["loss_scale"] != 1 else ""
-        return (f"step {last['step']:,}/{iters:,} | loss {sum(good) / len(good) if good else float('nan'):.4f} | norm {last['grad_norm']:.3f} | "
+        loss = sum(good) / len(good) if good else float("nan")
+        return (f"step {last['step']:,}/{iters:,} | loss {loss:.4f} | norm {last['grad_norm']:.3f} | "
                 f"lr {last['lr']:.3e}{scale} | {rate:,.0f} tok/s | {flops / 1e12:.4g} TFLOP/s | MFU {flops / self.peak:.1%} causal | "
                 f"{gib(last['memory_bytes'])} | {clock(seconds * (iters - last['step']))} left")
 

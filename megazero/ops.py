@@ -20,9 +20,10 @@ from megazero.comm import Group
 from megazero.unit import Weight
 
 Tensor = torch.Tensor
+Pointwise = Callable[[Tensor], Tensor]
 
 
-def column(x: Tensor, weight: Weight, bias: Weight | None, group: Group, before: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+def column(x: Tensor, weight: Weight, bias: Weight | None, group: Group, before: Pointwise | None = None) -> Tensor:
     """[t/tp, i] -> [t, o]: gathers the tokens, multiplies by this rank's rows of the weight.
 
     `before` is a pointwise function of x that is computed again in backward instead of kept (selective recompute).
@@ -32,7 +33,7 @@ def column(x: Tensor, weight: Weight, bias: Weight | None, group: Group, before:
 
 class Column(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Weight, bias: Weight | None, group: Group, before: Callable[[Tensor], Tensor] | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Weight, bias: Weight | None, group: Group, before: Pointwise | None) -> Tensor:
         ctx.save_for_backward(x)
         ctx.weight, ctx.bias, ctx.group, ctx.before = weight, bias, group, before
         full = group.all_gather(before(x) if before else x)
@@ -50,14 +51,14 @@ class Column(torch.autograd.Function):
         return through(x, again, dx), None, None, None, None
 
 
-def row(x: Tensor, weight: Weight, bias: Weight | None, group: Group, before: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+def row(x: Tensor, weight: Weight, bias: Weight | None, group: Group, before: Pointwise | None = None) -> Tensor:
     """[t, i] -> [t/tp, o]: multiplies by this rank's columns of the weight, sums over ranks, keeps this rank's tokens."""
     return Row.apply(x, weight, bias, group, before)
 
 
 class Row(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Weight, bias: Weight | None, group: Group, before: Callable[[Tensor], Tensor] | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Weight, bias: Weight | None, group: Group, before: Pointwise | None) -> Tensor:
         ctx.save_for_backward(x)
         ctx.weight, ctx.bias, ctx.group, ctx.before = weight, bias, group, before
         inner = before(x) if before else x
@@ -78,7 +79,7 @@ class Row(torch.autograd.Function):
         return through(x, again, dx), None, None, None, None
 
 
-def recomputed(x: Tensor, before: Callable[[Tensor], Tensor] | None) -> tuple[Tensor, Tensor]:
+def recomputed(x: Tensor, before: Pointwise | None) -> tuple[Tensor, Tensor]:
     """(x as a leaf, before(x) with its graph), or x twice."""
     if before is None:
         return x, x

@@ -55,7 +55,8 @@ class Optimizer:
         self.wide = units[0].master.dtype
         self.lr = torch.zeros((), dtype=self.wide, device=units[0].master.device)
         if o.optimizer == "adam":
-            self.torch: torch.optim.Optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=(o.adam_beta1, o.adam_beta2), eps=o.adam_eps, fused=True)
+            betas = (o.adam_beta1, o.adam_beta2)
+            self.torch: torch.optim.Optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=betas, eps=o.adam_eps, fused=True)
         else:
             self.torch = torch.optim.SGD(groups, lr=self.lr, momentum=o.sgd_momentum, fused=True)
         self._adopt()

@@ -204,8 +204,8 @@ def _layout(c: Config, world: int) -> Iterator[Check]:
         return
     need = tp * pp * (dp or 1)
     yield (world % (tp * pp) if dp is None else world != need,
-           f"--tp {tp} x --pp {pp}" + (f" x --dp {dp}" if dp else "") + f": {need} ranks are needed, or a multiple, but {world} "
-           f"run{'s' if world == 1 else ''}; start with torchrun --nproc_per_node {need}, or change the sizes.")
+           f"--tp {tp} x --pp {pp}" + (f" x --dp {dp}" if dp else "") + f": {need} ranks are needed{'' if dp else ', or a multiple'}, but "
+           f"{world} run{'s' if world == 1 else ''}; start with torchrun --nproc_per_node {need}, or change the sizes.")
     yield world > 1, f"WORLD_SIZE {world}: this version trains on one rank; start it with python instead of torchrun."
 
 
@@ -218,21 +218,24 @@ def _batches(c: Config, world: int) -> Iterator[Check]:
     batch, slice_ = t.global_batch_size, t.micro_batch_size * dp
     if batch and slice_ > 0:
         low = batch // slice_ * slice_
-        yield (batch % slice_, f"--global-batch-size {batch}: must be a multiple of --micro-batch-size {t.micro_batch_size} x data-parallel "
-               f"{dp}; write {f'{low} or ' if low else ''}{low + slice_}.")
+        yield (batch % slice_, f"--global-batch-size {batch}: must be a multiple of --micro-batch-size {t.micro_batch_size} x "
+               f"data-parallel {dp}; write {f'{low} or ' if low else ''}{low + slice_}.")
     total = batch or slice_
     for flag, count in (("--train-samples", t.train_samples), ("--lr-decay-samples", c.optimizer.lr_decay_samples)):
-        yield count is not None and 0 < count < total, f"{flag} {count}: is less than one global batch ({total}); write at least {total}."
+        short = count is not None and 0 < count < total
+        yield short, f"{flag} {count}: is less than one global batch ({total}); write at least {total}."
 
 
 def _schedule(c: Config, world: int) -> Iterator[Check]:
     o, t = c.optimizer, c.training
     yield o.lr is None, "--lr is missing: give the highest learning rate, such as 3e-4."
     yield o.lr is not None and o.min_lr > o.lr, f"--min-lr {o.min_lr:g}: is above --lr {o.lr}; write at most {o.lr}."
-    yield (o.lr is not None and o.lr_warmup_init > o.lr), f"--lr-warmup-init {o.lr_warmup_init:g}: is above --lr {o.lr}; write at most {o.lr}."
+    yield (o.lr is not None and o.lr_warmup_init > o.lr,
+           f"--lr-warmup-init {o.lr_warmup_init:g}: is above --lr {o.lr}; write at most {o.lr}.")
     yield (o.lr_decay_iters is not None and o.lr_decay_samples is not None,
            f"--lr-decay-samples {o.lr_decay_samples}: cannot be combined with --lr-decay-iters {o.lr_decay_iters}; keep one.")
-    said = {"--lr-warmup-iters": o.lr_warmup_iters, "--lr-warmup-samples": o.lr_warmup_samples, "--lr-warmup-fraction": o.lr_warmup_fraction}
+    said = {"--lr-warmup-iters": o.lr_warmup_iters, "--lr-warmup-samples": o.lr_warmup_samples,
+            "--lr-warmup-fraction": o.lr_warmup_fraction}
     given = [f"{flag} {value}" for flag, value in said.items() if value is not None]
     yield len(given) > 1, f"{', '.join(given[1:])}: cannot be combined with {given[0] if given else ''}; keep one."
     length = o.lr_decay_iters or t.train_iters
@@ -241,7 +244,8 @@ def _schedule(c: Config, world: int) -> Iterator[Check]:
     wsd = o.lr_decay_style == "WSD"
     yield wsd and o.lr_wsd_decay_iters is None, "--lr-wsd-decay-iters is missing: --lr-decay-style WSD needs the length of its final part."
     yield (not wsd and o.lr_wsd_decay_iters is not None,
-           f"--lr-wsd-decay-iters {o.lr_wsd_decay_iters}: has no effect with --lr-decay-style {o.lr_decay_style}; write WSD, or leave it out.")
+           f"--lr-wsd-decay-iters {o.lr_wsd_decay_iters}: has no effect with --lr-decay-style {o.lr_decay_style}; write WSD, or leave it "
+           "out.")
     yield (wsd and length and o.lr_wsd_decay_iters and o.lr_wsd_decay_iters > length,
            f"--lr-wsd-decay-iters {o.lr_wsd_decay_iters}: is longer than the whole curve of {length} steps; write at most {length}.")
 
@@ -259,8 +263,8 @@ def _precision(c: Config, world: int) -> Iterator[Check]:
 
 def _data(c: Config, world: int) -> Iterator[Check]:
     d, t = c.data, c.training
-    sources = [flag for flag, given in (("--data-path", d.data_path), ("--train-data-path", d.train_data_path), ("--mock-data", d.mock_data))
-               if given]
+    said = {"--data-path": d.data_path, "--train-data-path": d.train_data_path, "--mock-data": d.mock_data}
+    sources = [flag for flag, given in said.items() if given]
     yield not sources, "--data-path is missing: give the prefix of a preprocessed dataset, or --mock-data."
     yield len(sources) > 1, f"{' and '.join(sources)}: choose one."
     yield (d.valid_data_path and not d.train_data_path,
@@ -272,8 +276,8 @@ def _data(c: Config, world: int) -> Iterator[Check]:
     yield not good, f"--split {d.split!r}: must be one to three numbers, the first above 0, such as 969,30,1."
     yield (d.tokenizer_type is None and d.vocab_size is None,
            "--tokenizer-type is missing: name the tokenizer the data was made with, or give --vocab-size alone.")
-    needs = {"SentencePieceTokenizer": ("tokenizer_model",), "HuggingFaceTokenizer": ("tokenizer_model",), "CharTokenizer": ("tokenizer_model",),
-             "GPT2BPETokenizer": ("vocab_file", "merge_file"), "NullTokenizer": ("vocab_size",)}
+    needs = {"SentencePieceTokenizer": ("tokenizer_model",), "HuggingFaceTokenizer": ("tokenizer_model",),
+             "CharTokenizer": ("tokenizer_model",), "GPT2BPETokenizer": ("vocab_file", "merge_file"), "NullTokenizer": ("vocab_size",)}
     for name in needs.get(d.tokenizer_type or "", ()):
         yield getattr(d, name) is None, f"--{name.replace('_', '-')} is missing: --tokenizer-type {d.tokenizer_type} needs it."
 
@@ -282,6 +286,6 @@ def _files(c: Config, world: int) -> Iterator[Check]:
     k, t = c.checkpoint, c.training
     for flag, given in (("--save-interval", k.save_interval), ("--keep-last", k.keep_last), ("--async-save", k.async_save)):
         yield given and k.save is None, f"{flag}{'' if given is True else f' {given}'}: has no effect without --save; add the folder."
-    for flag, given in (("--ckpt-step", k.ckpt_step is not None), ("--finetune", k.finetune)):
-        yield given and k.load is None, f"{flag}{'' if given is True and flag == '--finetune' else f' {k.ckpt_step}'}: has no effect without --load."
+    yield k.ckpt_step is not None and k.load is None, f"--ckpt-step {k.ckpt_step}: has no effect without --load; add the folder."
+    yield k.finetune and k.load is None, "--finetune: has no effect without --load; add the folder of the weights."
     yield t.full_validation and t.eval_iters == 0, "--full-validation: cannot be combined with --eval-iters 0, which turns evaluation off."

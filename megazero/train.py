@@ -70,6 +70,7 @@ class Run:
         self.valid_samples = samples(c, a, "valid") if c.training.eval_iters and plan.train_iters else None
         self.writer = Writer(Path(c.checkpoint.save), c.checkpoint.keep_last, c.checkpoint.async_save) if c.checkpoint.save else None
         self.stop_reason = ""
+        self.metrics: Metrics           # made when the step to go on from is known
         self.started = self.clock = time.perf_counter()
 
     # ---- one step
@@ -140,14 +141,14 @@ class Run:
 
     def _explain(self, done: Pending, scale: LossScale, after: Progress) -> None:
         culprits = [name for name, norm in zip(self.optimizer.names, done.verdict.norms.tolist(), strict=True) if norm - norm != 0]
-        what = f"the gradient of {culprits[-1]} is not finite ({len(culprits)} of {len(self.optimizer.names)} parameters)" if culprits else (
-            "the loss is not finite" if not done.verdict.loss.isfinite() else "the gradient norm is not finite")
+        what = (f"the gradient of {culprits[-1]} is not finite ({len(culprits)} of {len(self.optimizer.names)} parameters)" if culprits
+                else "the loss is not finite")
         moved = f", loss scale {scale.value:g} -> {after.loss_scale.value:g}" if after.loss_scale.value != scale.value else ""
         say(f"step {after.step:,} skipped on rank 0: {what}{moved}; nothing was changed")
         limit = self.config.training.max_skipped_steps
         if after.skipped_in_a_row >= limit:
-            raise UserError(f"--max-skipped-steps {limit}: {limit} steps in a row were not finite, the last because {what}; nothing was saved "
-                            f"after step {after.step - limit}. Lower --lr, or look at the data of the last steps.")
+            raise UserError(f"--max-skipped-steps {limit}: {limit} steps in a row were not finite, the last because {what}; nothing was "
+                            f"saved after step {after.step - limit}. Lower --lr, or look at the data of the last steps.")
 
     # ---- the loop
 
@@ -219,16 +220,19 @@ class Run:
 
     def header(self) -> dict[str, Any]:
         """What the index says of the run."""
-        return {"step": self.progress.step, "progress": asdict(self.progress), "config": flatten(self.config), "optimizer": self.config.optimizer.optimizer,
-                "architecture": asdict(self.plan.architecture), "tokenizer": self.tokenizer.identity() if self.tokenizer else None,
-                "layout": {"tp": self.plan.tp, "pp": self.plan.pp, "dp": self.plan.dp, "zero_stage": self.config.parallel.zero_stage}}
+        p = self.plan
+        return {"step": self.progress.step, "progress": asdict(self.progress), "config": flatten(self.config),
+                "optimizer": self.config.optimizer.optimizer, "architecture": asdict(p.architecture),
+                "tokenizer": self.tokenizer.identity() if self.tokenizer else None,
+                "layout": {"tp": p.tp, "pp": p.pp, "dp": p.dp, "zero_stage": self.config.parallel.zero_stage}}
 
     def load(self, reader: Reader) -> None:
         """Continues from a checkpoint, or with --finetune takes its weights alone."""
         finetune = self.config.checkpoint.finetune
         kinds = ("weight",) if finetune else ("weight", *self.optimizer.MOMENTS[self.config.optimizer.optimizer])
         errors = different(reader.index["architecture"], asdict(self.plan.architecture), reader.folder)
-        errors = errors or self._wrong_optimizer(reader, kinds) or checkpoint.mismatches(reader, [u.flat for u in self.units.values()], kinds)
+        errors = errors or self._wrong_optimizer(reader, kinds)
+        errors = errors or checkpoint.mismatches(reader, [u.flat for u in self.units.values()], kinds)
         if errors:
             raise UserError(*errors)
         for unit in self.units.values():
@@ -243,9 +247,9 @@ class Run:
 
     def _wrong_optimizer(self, reader: Reader, kinds: Sequence[str]) -> list[str]:
         missing = [k for k in kinds if k not in reader.kinds]
+        theirs = reader.index.get("optimizer")
         return [f"--optimizer {self.config.optimizer.optimizer}: {reader.folder} has no {' and no '.join(missing)} (it was saved "
-                f"{'with ' + reader.index['optimizer'] if reader.index.get('optimizer') else 'without an optimizer'}); add --finetune to start "
-                f"the optimizer afresh."] if missing else []
+                f"{f'with {theirs}' if theirs else 'without an optimizer'}); add --finetune to start the optimizer afresh."] if missing else []
 
     def close(self) -> None:
         if self.writer is not None:
@@ -278,8 +282,8 @@ def main(config: Config) -> None:
         for line in changed(reader.index["config"], flatten(config)):
             say(f"changed     {line}")
     peak, source = peak_flops(device, config.dtype, TORCH_DTYPE[config.dtype])
-    say(f"device      {torch.cuda.get_device_name(device) if device.type == 'cuda' else platform.processor() or 'cpu'}, torch {torch.__version__}; "
-        f"peak {peak / 1e12:.4g} TFLOP/s: {source}")
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads of {platform.machine()}"
+    say(f"device      {name}, torch {torch.__version__}; peak {peak / 1e12:.4g} TFLOP/s: {source}")
     say(f"            {MFU}")
     run.metrics = Metrics(resolved, peak, device, run.progress.step)
     with signals(run):
@@ -290,7 +294,8 @@ class signals:
     """While it lasts, SIGTERM and SIGINT end the run at the end of its step (--exit-signal-handler). A second one ends it at once."""
 
     def __init__(self, run: Run) -> None:
-        self.run, self.before = run, {}
+        self.run = run
+        self.before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> None:
         if self.run.config.training.exit_signal_handler:
@@ -354,7 +359,9 @@ def different(saved: Mapping[str, Any], now: Mapping[str, Any], folder: Path) ->
 
 def _plain(value: Any) -> Any:
     """JSON makes lists of tuples: compare them as one."""
-    return {k: _plain(v) for k, v in value.items()} if isinstance(value, dict) else list(value) if isinstance(value, tuple) else value
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return list(value) if isinstance(value, tuple) else value
 
 
 def changed(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -146,8 +146,10 @@ def test_too_few_tokens(tmp_path: Path) -> None:
 def test_paths() -> None:
     assert parse_paths(["a", "b"]) == (["a", "b"], None)
     assert parse_paths(["0.3", "a", "7e-1", "b"]) == (["a", "b"], [0.3, 0.7])
-    for words, said in ((["1", "a", "b"], "a weight before every dataset"), (["1", "a", "b", "c"], "a weight before every"),
-                        (["0", "a"], "the weight 0 is not a positive number"), (["nan", "a"], "the weight nan"), ([], "is empty")):
+    for words, said in [
+        (["1", "a", "b"], "a weight before every dataset"), (["1", "a", "b", "c"], "a weight before every dataset"),
+        (["0", "a"], "the weight 0 is not a positive number"), (["nan", "a"], "the weight nan"), ([], "is empty"),
+    ]:
         with pytest.raises(UserError, match=f"--train-data-path.*{said}"):
             parse_paths(words, "--train-data-path")
 
@@ -155,7 +157,7 @@ def test_paths() -> None:
 def test_mock_samples() -> None:
     mock = MockSamples(vocab_size=50, sequence_length=2000, seed=3)
     sample = mock.sample(5)
-    assert sample.dtype == np.int64 and sample.shape == (2001,) and 0 <= sample.min() and sample.max() < 50
+    assert sample.dtype == np.int64 and sample.shape == (2001,) and sample.min() >= 0 and sample.max() < 50
     assert np.array_equal(sample, MockSamples(50, 2000, 3).sample(5)) and not np.array_equal(sample, mock.sample(6))
     assert not np.array_equal(sample, MockSamples(50, 2000, 3, "valid").sample(5))
     learnable = np.mean(np.diff(sample) % 50 == 1 + 50 // 3)

@@ -44,7 +44,8 @@ def contents(prefix: Path) -> tuple[bytes, bytes]:
 
 
 @pytest.mark.parametrize(("name", "code", "letter"), [
-    ("u1", 1, "B"), ("i1", 2, "b"), ("i2", 3, "h"), ("i4", 4, "i"), ("i8", 5, "q"), ("f8", 6, "d"), ("f4", 7, "f"), ("u2", 8, "H")])
+    ("u1", 1, "B"), ("i1", 2, "b"), ("i2", 3, "h"), ("i4", 4, "i"), ("i8", 5, "q"), ("f8", 6, "d"), ("f4", 7, "f"), ("u2", 8, "H"),
+])
 def test_bytes_are_those_of_the_format(tmp_path: Path, name: str, code: int, letter: str) -> None:
     documents = [[[t % 100 for t in s] for s in document] for document in DOCUMENTS]
     assert contents(write(tmp_path / "d", documents, name)) == plain_bytes(documents, code, letter)

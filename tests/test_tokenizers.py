@@ -18,11 +18,13 @@ REPOSITORY = Path(__file__).parents[1]
 DATA = REPOSITORY.parent / "shared" / "data"
 FILES = DATA / "tokenizers"
 needs_files = pytest.mark.skipif(not FILES.exists(), reason=f"the tokenizers to compare with are not at {FILES}")
-ODD = ["", " ", "\n\n", "Hello world", "a\u2028b\r\n\0c", "日本語 😀 e\u0301", "<|endoftext|>x<|endoftext|>", "  two  spaces\t\ttabs ", "x" * 5000]
+ODD = ["", " ", "\n\n", "Hello world", "a\u2028b\r\n\0c", "日本語 😀 e\u0301", "<|endoftext|>x<|endoftext|>",
+       "  two  spaces\t\ttabs ", "x" * 5000]
 
 
 def gpt2() -> Tokenizer:
-    return build_tokenizer("GPT2BPETokenizer", vocab_file=str(FILES / "gpt2/vocab.json"), merge_file=str(FILES / "gpt2/merges.txt"))
+    vocab, merges = FILES / "gpt2" / "vocab.json", FILES / "gpt2" / "merges.txt"
+    return build_tokenizer("GPT2BPETokenizer", vocab_file=str(vocab), merge_file=str(merges))
 
 
 @needs_files
@@ -100,15 +102,16 @@ def test_null_is_megatrons() -> None:
 
 def every_kind(folder: Path) -> list[Tokenizer]:
     (folder / "letters.json").write_text(json.dumps(["a", "b"]))
-    return [gpt2(), build_tokenizer("HuggingFaceTokenizer", str(FILES / "gpt2_hf")),
-            build_tokenizer("SentencePieceTokenizer", str(FILES / "sentencepiece/test_model.model")), build_tokenizer("ByteTokenizer"),
-            build_tokenizer("CharTokenizer", str(folder / "letters.json")), build_tokenizer("NullTokenizer", vocab_size=7)]
+    model_of = {"HuggingFaceTokenizer": FILES / "gpt2_hf", "SentencePieceTokenizer": FILES / "sentencepiece" / "test_model.model",
+                "CharTokenizer": folder / "letters.json"}
+    return [gpt2(), *(build_tokenizer(kind, str(model)) for kind, model in model_of.items()),
+            build_tokenizer("ByteTokenizer"), build_tokenizer("NullTokenizer", vocab_size=7)]
 
 
 @needs_files
 def test_kept_files_make_the_same_tokenizer(tmp_path: Path) -> None:
     kinds = every_kind(tmp_path)
-    assert [type(t).__name__ for t in kinds] != [] and {type(t).__name__ for t in kinds} == set(TYPES)
+    assert {type(t).__name__ for t in kinds} == set(TYPES)
     for tokenizer in kinds:
         folder = tmp_path / type(tokenizer).__name__
         folder.mkdir()
@@ -120,27 +123,27 @@ def test_kept_files_make_the_same_tokenizer(tmp_path: Path) -> None:
         assert again.identity() == identity and (again.vocab_size, again.eod) == (tokenizer.vocab_size, tokenizer.eod)
     (tmp_path / "CharTokenizer" / "characters.json").write_text('["a", "c"]')
     with pytest.raises(UserError, match="characters.json: is not the tokenizer file that was kept here"):
-        load_tokenizer(kinds[4].identity(), tmp_path / "CharTokenizer")
+        load_tokenizer(kinds[3].identity(), tmp_path / "CharTokenizer")
 
 
 def test_mistakes(tmp_path: Path) -> None:
     (tmp_path / "bad").write_text("no tokenizer")
     bad, missing = str(tmp_path / "bad"), str(tmp_path / "missing")
-    for arguments, sentences in [
-        (dict(tokenizer_type="Gpt2"), ["--tokenizer-type Gpt2: must be one of SentencePieceTokenizer,"]),
-        (dict(tokenizer_type="GPT2BPETokenizer"), ["--vocab-file is missing", "--merge-file is missing"]),
-        (dict(tokenizer_type="GPT2BPETokenizer", vocab_file=bad, merge_file=missing), [f"--merge-file {missing}: no such file"]),
-        (dict(tokenizer_type="GPT2BPETokenizer", vocab_file=bad, merge_file=bad), [f"--vocab-file {bad} --merge-file {bad}: are not"]),
-        (dict(tokenizer_type="SentencePieceTokenizer", tokenizer_model=bad), [f"--tokenizer-model {bad}: is not a sentencepiece model"]),
-        (dict(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=bad), [f"--tokenizer-model {bad}: bad is not a Hugging Face"]),
-        (dict(tokenizer_type="HuggingFaceTokenizer", tokenizer_model=str(tmp_path)), ["tokenizer.json is not a Hugging Face tokenizer"]),
-        (dict(tokenizer_type="CharTokenizer", tokenizer_model=missing), [f"--tokenizer-model {missing}: no such file"]),
-        (dict(tokenizer_type="NullTokenizer"), ["--vocab-size is missing: NullTokenizer needs it."]),
-        (dict(tokenizer_type="ByteTokenizer", merge_file=bad), [f"--merge-file {bad}: ByteTokenizer does not read it"]),
-        (dict(tokenizer_type="ByteTokenizer", vocab_size=256), ["--vocab-size 256: this ByteTokenizer has 257 ids"]),
+    for kind, flags, sentences in [
+        ("Gpt2", {}, ["--tokenizer-type Gpt2: must be one of SentencePieceTokenizer,"]),
+        ("GPT2BPETokenizer", {}, ["--vocab-file is missing", "--merge-file is missing"]),
+        ("GPT2BPETokenizer", {"vocab_file": bad, "merge_file": missing}, [f"--merge-file {missing}: no such file"]),
+        ("GPT2BPETokenizer", {"vocab_file": bad, "merge_file": bad}, [f"--vocab-file {bad} --merge-file {bad}: are not"]),
+        ("SentencePieceTokenizer", {"tokenizer_model": bad}, [f"--tokenizer-model {bad}: is not a sentencepiece model"]),
+        ("HuggingFaceTokenizer", {"tokenizer_model": bad}, [f"--tokenizer-model {bad}: bad is not a Hugging Face"]),
+        ("HuggingFaceTokenizer", {"tokenizer_model": str(tmp_path)}, ["tokenizer.json is not a Hugging Face tokenizer"]),
+        ("CharTokenizer", {"tokenizer_model": missing}, [f"--tokenizer-model {missing}: no such file"]),
+        ("NullTokenizer", {}, ["--vocab-size is missing: NullTokenizer needs it."]),
+        ("ByteTokenizer", {"merge_file": bad}, [f"--merge-file {bad}: ByteTokenizer does not read it"]),
+        ("ByteTokenizer", {"vocab_size": 256}, ["--vocab-size 256: this ByteTokenizer has 257 ids"]),
     ]:
         with pytest.raises(UserError) as caught:
-            build_tokenizer(**arguments)
+            build_tokenizer(kind, **flags)
         assert len(caught.value.sentences) == len(sentences)
         assert all(part in said for part, said in zip(sentences, caught.value.sentences, strict=True)), caught.value.sentences
 
@@ -156,8 +159,10 @@ def test_training_a_tokenizer_of_each_type(tmp_path: Path) -> None:
     text = "def f(x):\n\treturn  'é' + x\n\n" * 20
     (source / "a.py").write_text(text)
     shutil.copy(json.__file__, source / "b.py")
-    for kind, tokenizer_type, output, size in [("bpe", "HuggingFaceTokenizer", "bpe", 300), ("char", "CharTokenizer", "c.json", None),
-                                               ("sentencepiece", "SentencePieceTokenizer", "sp.model", 400)]:
+    for kind, tokenizer_type, output, size in [
+        ("bpe", "HuggingFaceTokenizer", "bpe", 300), ("char", "CharTokenizer", "c.json", None),
+        ("sentencepiece", "SentencePieceTokenizer", "sp.model", 400),
+    ]:
         ran = train("--input", source, "--type", kind, "--output", tmp_path / output, *(["--vocab-size", size] if size else []))
         assert ran.returncode == 0, ran.stderr
         assert len(ran.stdout.splitlines()) == 1 and ran.stderr == ""
@@ -169,8 +174,11 @@ def test_training_a_tokenizer_of_each_type(tmp_path: Path) -> None:
 
 def test_mistakes_in_training(tmp_path: Path) -> None:
     (tmp_path / "t.txt").write_text("abc " * 100)
-    for arguments, said in [(["--type", "bpe"], "--vocab-size is missing"), (["--vocab-size", "100"], "--vocab-size 100: byte-level BPE"),
-                            (["--type", "char", "--vocab-size", "9"], "--vocab-size 9: --type char takes every character"),
-                            (["--type", "sentencepiece", "--vocab-size", "99999"], "--vocab-size 99999: sentencepiece cannot")]:
+    for arguments, said in [
+        (["--type", "bpe"], "--vocab-size is missing"),
+        (["--vocab-size", "100"], "--vocab-size 100: byte-level BPE"),
+        (["--type", "char", "--vocab-size", "9"], "--vocab-size 9: --type char takes every character"),
+        (["--type", "sentencepiece", "--vocab-size", "99999"], "--vocab-size 99999: sentencepiece cannot"),
+    ]:
         ran = train("--input", tmp_path / "t.txt", "--output", tmp_path / "out", *arguments)
         assert ran.returncode == 2 and ran.stderr.startswith(f"error: {said}") and "Traceback" not in ran.stderr

@@ -18,8 +18,8 @@ from megazero.errors import UserError
 class Settings:
     """Trains a tokenizer on text."""
 
-    input: tuple[str, ...] = option(help="JSONL files, text files, or folders of them", unit="path")
-    output: str = option(help="what to write: a folder (bpe), a .model file (sentencepiece) or a .json file (char)", unit="path")
+    input: tuple[str, ...] = option(help="files of JSONL or text, or folders of them", unit="path")
+    output: str = option(help="the path to write: a folder (bpe), a .model file (sentencepiece) or a .json file (char)", unit="path")
     type: str = option("bpe", help="bpe: byte-level, for HuggingFaceTokenizer; sentencepiece: for SentencePieceTokenizer; "
                                    "char: for CharTokenizer", choices=("bpe", "sentencepiece", "char"))
     vocab_size: int | None = option(None, help="number of ids, the end of document among them (bpe, sentencepiece)", unit="ids")

@@ -115,6 +115,8 @@ class IndexedWriter:
 
     def _checked(self, tokens: np.ndarray) -> np.ndarray:
         """The tokens in the dataset's dtype, none of them changed by the cast."""
+        if tokens.dtype == self.dtype:
+            return tokens
         if self._limits and tokens.size:
             low, high = int(tokens.min()), int(tokens.max())
             if low < self._limits.min or high > self._limits.max:

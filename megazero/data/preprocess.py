@@ -36,11 +36,11 @@ BATCH_BYTES = 1 << 18           # large enough that a worker's round trip costs 
 class PreprocessSettings:
     """Turns text into a tokenized dataset: PREFIX_KEY_document.bin, .idx and .json."""
 
-    input: tuple[str, ...] = option(help="JSONL files (.jsonl, .json), text files, or folders: every text file in them, by name, "
+    input: tuple[str, ...] = option(help="files of JSONL (.jsonl, .json) or text, or folders: every text file in them, by name, "
                                          "hidden ones left out", unit="path")
-    output_prefix: str = option(help="where to write: PREFIX_KEY_document.bin, .idx and .json", unit="prefix")
-    tokenizer_type: str = option(help="Megatron's name of the tokenizer", choices=tuple(TYPES))
-    tokenizer_model: str | None = option(None, help="a .model, a tokenizer.json or its folder, a JSON of characters", unit="path")
+    output_prefix: str = option(help="the output's path: PREFIX_KEY_document.bin, .idx and .json are written", unit="prefix")
+    tokenizer_type: str = option(help="the tokenizer, by Megatron's name for it", choices=tuple(TYPES))
+    tokenizer_model: str | None = option(None, help="a .model, a tokenizer.json or its folder, or a JSON of characters", unit="path")
     vocab_file: str | None = option(None, help="GPT-2's vocab.json", unit="path")
     merge_file: str | None = option(None, help="GPT-2's merges.txt", unit="path")
     vocab_size: int | None = option(None, help="number of ids, for a NullTokenizer", unit="ids")

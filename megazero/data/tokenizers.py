@@ -168,15 +168,15 @@ class CharTokenizer(Tokenizer):
         self._path = _existing("--tokenizer-model", tokenizer_model, "a JSON list of characters")
         data = _read_json("--tokenizer-model", self._path)
         try:
-            pairs = data.items() if isinstance(data, dict) else zip(data, range(len(data)), strict=True)
-            self._ids = {str(c): int(i) for c, i in pairs}
-            self._chars = {i: c for c, i in self._ids.items()}
-            complete = sorted(self._chars) == list(range(len(data))) and len(data) > 0 and all(len(c) == 1 for c in self._ids)
-        except (TypeError, ValueError):
+            self._ids: dict[str, int] = data if isinstance(data, dict) else {c: i for i, c in enumerate(data)}
+            complete = not isinstance(data, str) and set(self._ids.values()) == set(range(len(data))) and len(data) > 0
+            complete = complete and all(isinstance(c, str) and len(c) == 1 for c in self._ids)
+        except TypeError:
             complete = False
         if not complete:
             raise UserError(f"--tokenizer-model {tokenizer_model}: must hold a JSON list of different characters, "
                             "or a dictionary from each to its id 0, 1, 2 ...")
+        self._chars = {i: c for c, i in self._ids.items()}
         self.vocab_size, self.eod = len(self._ids), None
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:

@@ -1,0 +1,98 @@
+"""What several tests need: real text that every machine has, and runs of the real program in this process."""
+
+import json
+import sysconfig
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from megazero import config, program
+from megazero.data.indexed import IndexedWriter
+from megazero.decoder import Batch
+from megazero.plan import Plan, plan
+from megazero.train import Run, main
+
+SHARED = Path(__file__).resolve().parents[2] / "shared"
+
+SHAPES = {
+    "gpt2": "--openai-gelu",
+    "gpt2-plain": "--disable-bias-linear --untie-embeddings-and-output-weights",
+    "llama": "--swiglu --normalization RMSNorm --position-embedding-type rope --num-query-groups 2 --disable-bias-linear "
+             "--untie-embeddings-and-output-weights",
+    "llama-tied-scaled": "--swiglu --normalization RMSNorm --position-embedding-type rope --num-query-groups 1 --disable-bias-linear "
+                         "--use-rope-scaling --rope-original-length 16 --rotary-percent 0.5",
+    "qwen": "--swiglu --normalization RMSNorm --position-embedding-type rope --num-query-groups 4 --disable-bias-linear --add-qkv-bias "
+            "--qk-layernorm --kv-channels 24",
+    "relu2": "--squared-relu --position-embedding-type none --qk-layernorm --ffn-hidden-size 96",
+}
+TINY = "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 24 --vocab-size 101 --lr 1e-2 --mock-data --train-iters 5 --eval-iters 0"
+
+
+def python_source(folder: str = "json") -> str:
+    """Text of one package of the standard library."""
+    root = Path(sysconfig.get_paths()["stdlib"]) / folder
+    return "\n".join(p.read_text(encoding="utf-8") for p in sorted(root.glob("*.py")))
+
+
+def byte_dataset(folder: Path) -> str:
+    """A dataset of the bytes of a few Python files, as --data-path wants it; for ByteTokenizer."""
+    prefix = str(folder / "source_text_document")
+    if not Path(prefix + ".idx").exists():
+        with IndexedWriter(prefix, np.uint16) as writer:
+            for package in ("json", "email", "html"):
+                writer.add_document([np.frombuffer(python_source(package).encode(), np.uint8).astype(np.uint16)])
+    return prefix
+
+
+def resolved(words: str, world: int = 1) -> Plan:
+    """The plan of a command line that gives --vocab-size."""
+    c = config.from_command_line(words.split())
+    return plan(c, world, c.data.vocab_size or 0)
+
+
+def built(words: str) -> Run:
+    """An initialised run of a command line that gives --vocab-size."""
+    run = Run(resolved(words), None, torch.device("cpu"))
+    run.initialise()
+    return run
+
+
+def batches(run: Run, step: int = 0, seed: int = 7, masked: bool = False) -> list[Batch]:
+    """Random micro-batches of the plan's shape; `masked` weights some targets 0."""
+    g, p = torch.Generator().manual_seed(seed + step), run.plan
+    out = []
+    for m in range(p.micro_batches):
+        t = torch.randint(p.architecture.vocab_size, (p.micro_batch, p.architecture.seq_length + 1), generator=g)
+        mask = torch.ones(p.micro_batch, p.architecture.seq_length, dtype=run.optimizer.wide)
+        if masked:
+            mask[:, ::5] = 0
+        out.append(Batch(t[:, :-1].contiguous(), t[:, 1:].contiguous(), mask, torch.arange(p.micro_batch) + m * p.micro_batch, step))
+    return out
+
+
+def gradients(run: Run, data: list[Batch]) -> float:
+    """One forward and backward of the program; leaves the gradients of the mean loss in the units and returns that loss."""
+    count = sum(float(b.mask.sum()) for b in data)
+    parts = [p.units for p in run.decoder.parts]
+    actions = program.training(run.config.parallel.pipeline_schedule, len(data), parts, run.decoder.head.units)
+    return float(run.executor.train(actions, data, torch.tensor(1 / count, dtype=run.optimizer.wide))) / count
+
+
+def named(run: Run, buffer: str = "master") -> dict[str, torch.Tensor]:
+    """The logical tensors of a run on one rank: masters, or `grads`."""
+    return {p.shard.parameter.name: getattr(u, buffer)[p.start:p.stop].view(p.shard.parameter.shape)
+            for u in run.units.values() for p in u.flat.pieces}
+
+
+def train(words: str, log: Path | None = None) -> list[dict[str, Any]]:
+    """Runs the program in this process; returns the lines of its metrics.jsonl."""
+    main(config.from_command_line(words.split() + (["--log-dir", str(log)] if log else [])))
+    return lines(log) if log else []
+
+
+def lines(log: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (log / "metrics.jsonl").read_text().splitlines()]
+
+

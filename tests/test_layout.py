@@ -1,0 +1,88 @@
+"""Boxes, shards and flats: every element of every logical tensor is where it should be, exactly once."""
+
+import random
+from math import prod
+
+import numpy as np
+import pytest
+import torch
+from support import SHAPES, TINY, resolved
+
+from megazero.architecture import units
+from megazero.layout import ALIGN, Box, boxes, cuts, divisible, flat, intersect
+
+
+def test_boxes_are_the_flat_range() -> None:
+    rng = random.Random(1)
+    for _ in range(5000):
+        shape = tuple(rng.randint(1, 6) for _ in range(rng.randint(1, 4)))
+        a = rng.randint(0, prod(shape))
+        b = rng.randint(a, prod(shape))
+        numbers, found = np.arange(prod(shape)).reshape(shape), list(boxes(shape, a, b))
+        assert [n for box in found for n in numbers[box.slices].ravel()] == list(range(a, b)), (shape, a, b)
+        assert len(found) <= 2 * len(shape) - 1
+
+
+def test_intersect_is_the_common_elements() -> None:
+    rng = random.Random(2)
+    for _ in range(2000):
+        def any_box() -> Box:
+            offset = tuple(rng.randint(0, 4) for _ in range(3))
+            return Box(offset, tuple(rng.randint(1, 5) for _ in range(3)))
+        a, b = any_box(), any_box()
+        one, two = np.zeros((10, 10, 10), bool), np.zeros((10, 10, 10), bool)
+        one[a.slices], two[b.slices] = True, True
+        both, common = one & two, intersect(a, b)
+        mark = np.zeros_like(both)
+        if common:
+            mark[common.slices] = True
+        assert (mark == both).all(), (a, b)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("tp", [1, 2, 4, 8])
+def test_every_element_has_one_owner(shape: str, tp: int) -> None:
+    a = resolved(f"{TINY} {SHAPES[shape]} --num-attention-heads 8 --kv-channels 8").architecture
+    for unit in units(a):
+        assert all(divisible(p, tp) for p in unit.parameters)
+        owners = {p.name: np.zeros(p.shape, int) for p in unit.parameters}
+        sizes = set()
+        for rank in range(tp):
+            layout = flat(unit, rank, tp)
+            sizes.add(layout.size)
+            taken = np.zeros(layout.size, int)
+            for operand in layout.operands:
+                assert operand.start % ALIGN == 0
+                assert (operand.stop <= layout.decay_end) == operand.pieces[0].shard.parameter.decay
+                assert sum(p.shard.box.size[0] for p in operand.pieces) <= operand.shape[0]
+                taken[operand.start:operand.stop] += 1
+            assert taken.max() == 1, "operands overlap"
+            for piece in layout.pieces:
+                if piece.shard.owner:
+                    owners[piece.shard.parameter.name][piece.shard.box.slices] += 1
+        assert all((n == 1).all() for n in owners.values()), unit.name
+        assert len(sizes) == 1, "ranks of one group must hold flats of one size"
+
+
+def test_pieces_of_a_flat_range_are_boxes_of_logical_tensors() -> None:
+    a = resolved(f"{TINY} {SHAPES['gpt2']}").architecture
+    for rank in range(2):
+        layout = flat(units(a)[2], rank, 2)
+        logical = {p.shard.parameter.name: torch.arange(prod(p.shard.parameter.shape)).view(p.shard.parameter.shape) for p in layout.pieces}
+        buffer = torch.full((layout.size,), -1)
+        for piece in layout.pieces:
+            buffer[piece.start:piece.stop] = logical[piece.shard.parameter.name][piece.shard.box.slices].flatten()
+        bounds = cuts(layout.size, 3)
+        for low, high in zip(bounds, bounds[1:], strict=False):
+            for piece in layout.pieces:
+                for at, box in piece.boxes(low, min(high, layout.size)):
+                    assert low <= at and at + box.numel <= high
+                    assert torch.equal(buffer[at:at + box.numel], logical[piece.shard.parameter.name][box.slices].flatten())
+
+
+def test_cuts_cover_a_flat_and_are_aligned() -> None:
+    for size in (1, 63, 64, 65, 1000, 4096):
+        for ranks in (1, 2, 3, 4, 8):
+            bounds = cuts(size, ranks)
+            assert len(bounds) == ranks + 1 and bounds[0] == 0 and bounds[-1] >= size
+            assert all(b % ALIGN == 0 for b in bounds) and len({b - a for a, b in zip(bounds, bounds[1:], strict=False)}) == 1

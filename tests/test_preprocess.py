@@ -1,0 +1,173 @@
+"""Text to datasets: bytes equal to Megatron's and to a writer made from the format, bad input, order, workers, the tool itself."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from test_indexed import contents, plain_bytes
+
+from megazero.data.indexed import IndexedDataset
+from megazero.data.preprocess import PreprocessSettings, batches, find_sources, preprocess, read_items, with_end
+from megazero.errors import UserError
+
+REPOSITORY = Path(__file__).parents[1]
+DATA = REPOSITORY.parent / "shared" / "data"
+GOLDEN = DATA / "golden" / "tiny_gpt2_text_document"
+needs_golden = pytest.mark.skipif(not GOLDEN.with_suffix(".idx").exists(), reason=f"no golden files at {GOLDEN.parent}")
+
+
+def settings(folder: Path, *inputs: Path, **more: object) -> PreprocessSettings:
+    plain = PreprocessSettings(input=tuple(map(str, inputs)), output_prefix=str(folder / "out"), tokenizer_type="ByteTokenizer")
+    return replace(plain, **more)
+
+
+def jsonl(path: Path, *records: object) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+def texts(prefix: Path) -> list[str]:
+    dataset = IndexedDataset(prefix)
+    return [bytes(t for t in dataset.document(i).tolist() if t < 256).decode() for i in range(dataset.document_count)]
+
+
+@needs_golden
+@pytest.mark.parametrize("workers", [1, 2])
+def test_bytes_are_megatrons(tmp_path: Path, workers: int) -> None:
+    files = DATA / "tokenizers" / "gpt2"
+    (report,) = preprocess(settings(
+        tmp_path, DATA / "tinyshakespeare.jsonl", tokenizer_type="GPT2BPETokenizer", vocab_file=str(files / "vocab.json"),
+        merge_file=str(files / "merges.txt"), append_eod=True, workers=workers))
+    assert contents(tmp_path / "out_text_document") == contents(GOLDEN)
+    assert (report.documents, report.tokens, report.skipped) == (7222, 330_807, 0)
+    sidecar = json.loads((tmp_path / "out_text_document.json").read_text())
+    assert sidecar["tokenizer"]["type"] == "GPT2BPETokenizer" and set(sidecar["tokenizer"]["files"]) == {"vocab.json", "merges.txt"}
+    assert (sidecar["vocab_size"], sidecar["documents"], sidecar["tokens"]) == (50_257, 7222, 330_807)
+    assert sidecar["sources"] == [str(DATA / "tinyshakespeare.jsonl")]
+
+
+EDGE = ["", "a", "", "emoji 😀", "nul \0 nul", "cr\r\nlf", "line\u2028separator", " ", "x" * 300_000, ""]
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("append_eod", [False, True])
+def test_bytes_are_those_of_the_format(tmp_path: Path, append_eod: bool, workers: int) -> None:
+    source = jsonl(tmp_path / "a.jsonl", *({"text": text} for text in EDGE), *({"text": str(i)} for i in range(500)))
+    preprocess(settings(tmp_path, source, append_eod=append_eod, workers=workers))
+    every = [*EDGE, *map(str, range(500))]
+    documents = [[[*text.encode(), *([256] if append_eod else [])]] if text else [] for text in every]
+    assert contents(tmp_path / "out_text_document") == plain_bytes(documents, 8, "H")
+
+
+def test_dtype_follows_the_vocabulary(tmp_path: Path) -> None:
+    source = jsonl(tmp_path / "a.jsonl", {"text": "1 2 65498"})
+    for size, code, letter in ((65_498, 8, "H"), (65_499, 4, "i"), (65_535, 4, "i")):        # one id more, the end of document
+        preprocess(settings(tmp_path, source, tokenizer_type="NullTokenizer", vocab_size=size))
+        assert contents(tmp_path / "out_text_document") == plain_bytes([[[1, 2, 65498]]], code, letter)
+
+
+def test_lists_of_sentences_are_sequences(tmp_path: Path) -> None:
+    source = jsonl(tmp_path / "a.jsonl", {"text": ["a", "", "bc"]}, {"text": []}, {"text": ["", ""]})
+    preprocess(settings(tmp_path, source, append_eod=True))
+    assert contents(tmp_path / "out_text_document") == plain_bytes([[[97], [98, 99, 256]], [], []], 8, "H")
+    assert with_end([[], [1], []], None) == [[1]]
+
+
+def test_keys_make_a_dataset_each(tmp_path: Path) -> None:
+    source = jsonl(tmp_path / "a.json", {"q": "one?", "a": "1"}, {"q": "two?", "a": ""})
+    reports = preprocess(settings(tmp_path, source, json_keys=("q", "a")))
+    assert texts(tmp_path / "out_q_document") == ["one?", "two?"] and texts(tmp_path / "out_a_document") == ["1", ""]
+    assert [report.documents for report in reports] == [2, 2]
+
+
+def test_folders_are_walked_in_order(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    (source / "b").mkdir(parents=True)
+    (source / ".git").mkdir()
+    for name, data in {"z.py": b"print()\n", "b/a.md": b"# title", "a.txt": "é\r\n".encode(), ".git/config": b"no", "c.json": b"[1]",
+                       "b/picture.bin": b"\x89PNG\0\0", "latin.txt": "é".encode("latin-1"), "d.jsonl": b'{"text": "line"}\n'}.items():
+        (source / name).write_bytes(data)
+    (report,) = preprocess(settings(tmp_path, source))
+    assert texts(tmp_path / "out_text_document") == ["é\r\n", "# title", "[1]", "line", "print()\n"]
+    assert report.skipped == 2
+
+
+BAD = [b'{"text": "first"}', b'{"text": "broken', b'{"other": 1}', b'{"text": 5}', b'{"text": "\xff"}', b'["text"]',
+       b'{"text": "\\ud800"}', b"", b"   ", b"[" * 100_000, b'{"text": ["a", 1]}', b'{"text": "last"}']
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_bad_lines_are_counted_named_and_left_out(tmp_path: Path, capfd: pytest.CaptureFixture, workers: int) -> None:
+    source = tmp_path / "bad.jsonl"
+    source.write_bytes(b"\n".join(BAD))
+    (report,) = preprocess(settings(tmp_path, source, workers=workers))
+    assert texts(tmp_path / "out_text_document") == ["first", "last"] and report.skipped == 8
+    said = capfd.readouterr().err
+    for line, reason in {2: "is not JSON", 3: "has no key 'text'", 4: "has a int under 'text'", 5: "is not UTF-8 at byte 10",
+                         6: "is a JSON list, expected an object", 7: "lone surrogate under 'text' at character 0", 10: "is not JSON",
+                         11: "has a int under 'text', expected a text"}.items():
+        assert f"skipped {source}:{line}: " in said and reason in said.split(f"{source}:{line}: ")[1].splitlines()[0]
+
+
+def test_strict_stops_and_leaves_nothing(tmp_path: Path) -> None:
+    source = tmp_path / "bad.jsonl"
+    source.write_bytes(b"\n".join(BAD))
+    with pytest.raises(UserError, match=r"bad.jsonl:2: is not JSON .*; repair it, or leave out --strict"):
+        preprocess(settings(tmp_path, source, strict=True))
+    assert [path.name for path in tmp_path.iterdir()] == ["bad.jsonl"]
+
+
+def test_a_file_of_nothing(tmp_path: Path) -> None:
+    (tmp_path / "empty.jsonl").write_bytes(b"")
+    (report,) = preprocess(settings(tmp_path, tmp_path / "empty.jsonl"))
+    assert contents(tmp_path / "out_text_document") == plain_bytes([], 8, "H") and report.documents == 0
+
+
+def test_reading_keeps_only_a_batch_in_hand(tmp_path: Path) -> None:
+    source = tmp_path / "a.jsonl"
+    source.write_bytes(b'{"text": "' + b"x" * 1000 + b'"}\n' * 1 + b'{"text": "y"}\n' * 20_000)
+    groups = batches(read_items(find_sources([str(source)])))
+    first = next(groups)
+    assert 100 < len(first) < 2000 and sum(map(len, groups)) + len(first) == 20_001
+
+
+def test_mistakes(tmp_path: Path) -> None:
+    text = tmp_path / "a.txt"
+    text.write_text("abc")
+    (tmp_path / "nothing").mkdir()
+    (tmp_path / "chars.json").write_text('["a", "b"]')
+    chars = {"tokenizer_type": "CharTokenizer", "tokenizer_model": str(tmp_path / "chars.json")}
+    for wrong, said in [
+        (settings(tmp_path, tmp_path / "none.txt"), "--input .*none.txt: no such file or folder"),
+        (settings(tmp_path, tmp_path / "nothing"), "--input .*nothing: holds no file"),
+        (settings(tmp_path, text, json_keys=("q",)), "--json-keys q: .*a.txt has no keys but text"),
+        (settings(tmp_path, text, workers=0), "--workers 0: must be at least 1"),
+        (settings(tmp_path, text, tokenizer_type="NullTokenizer"), "--vocab-size is missing"),
+        (settings(tmp_path, text, append_eod=True, **chars), "--append-eod: this CharTokenizer has no end-of-document token"),
+        (settings(tmp_path, text, **chars), "has no character 'c'"),
+        (settings(tmp_path, text, workers=2, **chars), "has no character 'c'"),
+        (settings(tmp_path, text, output_prefix=str(text / "x")), "cannot be written"),
+    ]:
+        with pytest.raises(UserError, match=said) as caught:
+            preprocess(wrong)
+        assert len(caught.value.sentences) == 1
+    assert not list(tmp_path.glob("out*"))
+
+
+def test_the_tool(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("hello")
+
+    def tool(*words: str) -> subprocess.CompletedProcess:
+        return subprocess.run([sys.executable, "tools/preprocess_data.py", *words], cwd=REPOSITORY, capture_output=True, text=True,
+                              env={**os.environ, "PYTHONPATH": str(REPOSITORY)})
+
+    ran = tool("--input", str(tmp_path / "a.txt"), "--output-prefix", str(tmp_path / "deep" / "p"), "--tokenizer-type", "ByteTokenizer")
+    assert ran.returncode == 0, ran.stderr
+    assert "1 documents, 5 tokens, 0 inputs skipped" in ran.stdout
+    assert texts(tmp_path / "deep" / "p_text_document") == ["hello"]
+    ran = tool("--input", str(tmp_path / "a.txt"), "--output-prefix", "p", "--tokenizer-typ", "ByteTokenizer")
+    assert ran.returncode == 2 and "error: --tokenizer-typ: no such flag" in ran.stderr

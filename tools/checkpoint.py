@@ -1,0 +1,80 @@
+"""Looks into checkpoints: python tools/checkpoint.py inspect|verify --help"""
+
+import json
+import sys
+import time
+from dataclasses import dataclass
+from math import prod
+
+from safetensors import safe_open
+from tqdm import tqdm
+
+from megazero.checkpoint import Reader
+from megazero.command_line import nearest, option, parse, run
+from megazero.errors import UserError
+
+
+@dataclass(frozen=True)
+class Inspect:
+    """Prints what a checkpoint holds; reads the headers of its files alone."""
+
+    load: str = option(help="folder of checkpoints", unit="dir")
+    ckpt_step: int | None = option(None, "step to look at; default: the newest", unit="step")
+
+
+@dataclass(frozen=True)
+class Verify:
+    """Reads a whole checkpoint and checks every checksum, and that its boxes cover every tensor."""
+
+    load: str = option(help="folder of checkpoints", unit="dir")
+    ckpt_step: int | None = option(None, "step to read; default: the newest", unit="step")
+
+
+def inspect(s: Inspect) -> None:
+    reader = Reader(s.load, s.ckpt_step)
+    index = reader.index
+    for key in ("step", "progress", "optimizer", "architecture", "layout", "tokenizer"):
+        print(f"{key:<13}{json.dumps(index[key])}")
+    print(f"{'files':<13}{len(index['files'])}, {size(sum(f['bytes'] for f in index['files'].values()))} in {reader.folder}\n")
+    names = list(dict.fromkeys(name for _, name in reader.tensors))
+    width, dtypes = max(len(name) for name in names), dtypes_of(reader)
+    for name in names:
+        held = {kind: boxes for (kind, n), boxes in reader.tensors.items() if n == name}
+        kinds = [f"{kind} {dtypes[kind, name]}" + (f" in {len(boxes)} boxes" if len(boxes) > 1 else "") for kind, boxes in held.items()]
+        print(f"{name:<{width}}  {list(reader.shapes[next(iter(held)), name])!s:<16} {', '.join(kinds)}")
+    weights = sum(prod(shape) for (kind, _), shape in reader.shapes.items() if kind == "weight")
+    print(f"\n{len(names)} tensors, {weights:,} weights; kinds {', '.join(sorted(reader.kinds))}; {sum(map(len, reader.tensors.values()))} boxes")
+
+
+def dtypes_of(reader: Reader) -> dict[tuple[str, str], str]:
+    """(kind, name) -> dtype, from the files' headers."""
+    files = {path: safe_open(path, framework="pt") for boxes in reader.tensors.values() for _, path, _, _ in boxes}
+    return {which: files[boxes[0][1]].get_slice(boxes[0][2]).get_dtype() for which, boxes in reader.tensors.items()}
+
+
+def verify(s: Verify) -> None:
+    start, reader = time.perf_counter(), Reader(s.load, s.ckpt_step)
+    with tqdm(total=len(reader.tensors), unit="tensor", disable=None, leave=False) as bar:
+        count = reader.verify(lambda name: bar.update())
+    seconds = time.perf_counter() - start
+    print(f"{reader.folder} is whole: {len(reader.tensors)} tensors, {size(count)}, {count / seconds / 1e9:.2f} GB/s")
+
+
+def size(count: int) -> str:
+    return f"{count:,} bytes"
+
+
+def main() -> None:
+    word, argv = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("", [])
+    if word == "inspect":
+        inspect(parse(Inspect, argv, prog="checkpoint.py inspect"))
+    elif word == "verify":
+        verify(parse(Verify, argv, prog="checkpoint.py verify"))
+    elif word in ("-h", "--help"):
+        print(__doc__)
+    else:
+        raise UserError(f"checkpoint.py {word}: write inspect or verify{nearest(word, ('inspect', 'verify'))}.")
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,77 @@
+"""Checkpoints to Hugging Face folders and back: python tools/convert_hf.py export|import --help"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from megazero.architecture import parameter_count
+from megazero.checkpoint import Reader
+from megazero.command_line import nearest, option, parse, run
+from megazero.errors import UserError
+from megazero.models.hf import export_folder, flags, import_folder
+
+
+@dataclass(frozen=True)
+class Export:
+    """Writes a folder that transformers' from_pretrained reads: config.json, safetensors, tokenizer files."""
+
+    load: str = option(help="folder of checkpoints", unit="dir")
+    output: str = option(help="new folder to write", unit="dir")
+    ckpt_step: int | None = option(None, "step to export; default: the newest", unit="step")
+    dtype: str | None = option(None, "of the weights; default: as they are stored (fp32, or fp64)", choices=("fp64", "fp32", "bf16", "fp16"))
+
+
+@dataclass(frozen=True)
+class Import:
+    """Writes a checkpoint at step 0 with the weights of a Hugging Face folder: go on with --load DIR --finetune."""
+
+    input: str = option(help="folder with config.json and safetensors", unit="dir")
+    output: str = option(help="new folder to write", unit="dir")
+
+
+class Bar:
+    """Progress by bytes; silent when nobody watches."""
+
+    def __init__(self) -> None:
+        self.bar = tqdm(unit="B", unit_scale=True, disable=None, leave=False)
+
+    def __call__(self, done: int, total: int) -> None:
+        self.bar.total = total
+        self.bar.update(done - self.bar.n)
+
+
+def export(s: Export) -> None:
+    reader = Reader(s.load, s.ckpt_step)
+    family = export_folder(reader, Path(s.output), s.dtype, told=Bar())
+    print(f"exported {reader.folder} to {s.output}: {family.class_name}, " + (
+        f"tokenizer {reader.index['tokenizer']['type']}" if reader.index["tokenizer"] else "no tokenizer"))
+
+
+def import_(s: Import) -> None:
+    a, tokenizer = import_folder(Path(s.input), Path(s.output), told=Bar())
+    print(f"imported {s.input} to {s.output}: {parameter_count(a):,} parameters, {type(tokenizer).__name__ if tokenizer else 'no tokenizer'}")
+    print(f"train on with: --load {s.output} --finetune {command(flags(a))}")
+
+
+def command(values: dict[str, object]) -> str:
+    """Values as flags."""
+    said = {k: v for k, v in values.items() if v is not False}
+    return " ".join(f"--{k.replace('_', '-')}" + ("" if v is True else f" {v}") for k, v in said.items())
+
+
+def main() -> None:
+    word, argv = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("", [])
+    if word == "export":
+        export(parse(Export, argv, prog="convert_hf.py export"))
+    elif word == "import":
+        import_(parse(Import, argv, prog="convert_hf.py import"))
+    elif word in ("-h", "--help"):
+        print(__doc__)
+    else:
+        raise UserError(f"convert_hf.py {word}: write export or import{nearest(word, ('export', 'import'))}.")
+
+
+if __name__ == "__main__":
+    run(main)
