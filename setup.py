@@ -16,7 +16,7 @@ setup(
         "numpy",
         "safetensors",
         "sentencepiece",
-        "tokenizers",
+        "tokenizers>=0.20",
         "tensorboard",
         "pyyaml",
         "tqdm",

@@ -59,7 +59,7 @@ def leaves(cls: type) -> dict[str, list[Option]]:
         else:
             kind, many = _kind(hints[f.name])
             own.append(Option(f.name, kind, many, f))
-    return ({"options": own} if own else {}) | groups
+    return ({"general": own} if own else {}) | groups
 
 
 def parse(
@@ -223,12 +223,12 @@ def _help(o: Option) -> str:
         return f"{text} (required)"
     if default is None or default == () or (o.kind is bool and default is False):
         return text
-    return f"{text} (default: {default})"
+    return f"{text} (default: {' '.join(map(str, default)) if isinstance(default, tuple) else default})"
 
 
 def _help_of(options: Mapping[str, Option], flag: str) -> str:
     text = options[flag[2:].replace("-", "_")].field.metadata.get("help", "")
-    return f"give {text[:1].lower() + text[1:].rstrip('.')}."
+    return text.rstrip(".") + "."
 
 
 def _typed(o: Option, value: Any) -> Any:

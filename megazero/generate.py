@@ -34,8 +34,8 @@ def tokenizer_of(reader: Reader) -> Tokenizer:
     """The tokenizer kept beside a checkpoint. Raises UserError where there is none."""
     identity = reader.index["tokenizer"]
     if identity is None:
-        raise UserError(f"--load {reader.folder}: was trained without a tokenizer (mock data, or --vocab-size alone), so text means nothing to "
-                        "it; load a checkpoint of a run with --tokenizer-type.")
+        raise UserError(f"--load {reader.folder}: was trained without a tokenizer (mock data, or --vocab-size alone), so text means "
+                        "nothing to it; load a checkpoint of a run with --tokenizer-type.")
     return load_tokenizer(identity, reader.folder.parent / "tokenizer")
 
 

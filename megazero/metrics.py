@@ -1,5 +1,6 @@
 """What a run tells: one dict per step to metrics.jsonl (exact floats) and TensorBoard, and one line per interval to the screen."""
 
+import itertools
 import json
 import resource
 import sys
@@ -32,17 +33,19 @@ def peak_flops(device: torch.device, dtype_name: str, dtype: torch.dtype) -> tup
     return measured_peak(device, dtype), "best of a few large matrix products, measured now"
 
 
-def measured_peak(device: torch.device, dtype: torch.dtype, n: int = 1536, seconds: float = 0.5) -> float:
-    """FLOP/s of the best n x n matrix product within about `seconds`."""
-    a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    best, end = float("inf"), time.perf_counter() + seconds
-    while time.perf_counter() < end or best == float("inf"):
-        start = time.perf_counter()
-        a @ b
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        best = min(best, time.perf_counter() - start)
-    return 2 * n**3 / best
+def measured_peak(device: torch.device, dtype: torch.dtype, seconds: float = 0.5) -> float:
+    """FLOP/s of the best square matrix product within about `seconds`, from small ones up."""
+    best, end, sizes = 0.0, time.perf_counter() + seconds, itertools.chain((256, 512, 1024), itertools.repeat(1536))
+    while time.perf_counter() < end or best == 0:
+        n = next(sizes)
+        a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+        for _ in range(3):
+            start = time.perf_counter()
+            a @ b
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            best = max(best, 2 * n**3 / (time.perf_counter() - start))
+    return best
 
 
 def memory_bytes(device: torch.device) -> int:

@@ -43,7 +43,8 @@ def inspect(s: Inspect) -> None:
         kinds = [f"{kind} {dtypes[kind, name]}" + (f" in {len(boxes)} boxes" if len(boxes) > 1 else "") for kind, boxes in held.items()]
         print(f"{name:<{width}}  {list(reader.shapes[next(iter(held)), name])!s:<16} {', '.join(kinds)}")
     weights = sum(prod(shape) for (kind, _), shape in reader.shapes.items() if kind == "weight")
-    print(f"\n{len(names)} tensors, {weights:,} weights; kinds {', '.join(sorted(reader.kinds))}; {sum(map(len, reader.tensors.values()))} boxes")
+    boxes = sum(map(len, reader.tensors.values()))
+    print(f"\n{len(names)} tensors, {weights:,} weights; kinds {', '.join(sorted(reader.kinds))}; {boxes} boxes")
 
 
 def dtypes_of(reader: Reader) -> dict[tuple[str, str], str]:

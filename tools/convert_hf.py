@@ -9,8 +9,10 @@ from tqdm import tqdm
 from megazero.architecture import parameter_count
 from megazero.checkpoint import Reader
 from megazero.command_line import nearest, option, parse, run
+from megazero.config import DTYPES
 from megazero.errors import UserError
-from megazero.models.hf import export_folder, flags, import_folder
+from megazero.models.families import flags
+from megazero.models.hf import export_folder, import_folder
 
 
 @dataclass(frozen=True)
@@ -20,7 +22,7 @@ class Export:
     load: str = option(help="folder of checkpoints", unit="dir")
     output: str = option(help="new folder to write", unit="dir")
     ckpt_step: int | None = option(None, "step to export; default: the newest", unit="step")
-    dtype: str | None = option(None, "of the weights; default: as they are stored (fp32, or fp64)", choices=("fp64", "fp32", "bf16", "fp16"))
+    dtype: str | None = option(None, "of the weights; default: as they are stored (fp32, or fp64)", choices=DTYPES)
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,8 @@ def export(s: Export) -> None:
 
 def import_(s: Import) -> None:
     a, tokenizer = import_folder(Path(s.input), Path(s.output), told=Bar())
-    print(f"imported {s.input} to {s.output}: {parameter_count(a):,} parameters, {type(tokenizer).__name__ if tokenizer else 'no tokenizer'}")
+    with_ = type(tokenizer).__name__ if tokenizer else "no tokenizer"
+    print(f"imported {s.input} to {s.output}: {parameter_count(a):,} parameters, {with_}")
     print(f"train on with: --load {s.output} --finetune {command(flags(a))}")
 
 

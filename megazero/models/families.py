@@ -64,7 +64,8 @@ def mlp_rows(ours: str, theirs: str, kind: str, when: str) -> tuple[Row, ...]:
 
 def conv_rows(theirs: str, *ours: str) -> tuple[Row, ...]:
     """A Conv1D of GPT-2: a linear layer whose matrix is stored [in, out]."""
-    return (Row(f"{theirs}.weight", tuple(f"{n}.weight" for n in ours), transpose=True), Row(f"{theirs}.bias", tuple(f"{n}.bias" for n in ours)))
+    return (Row(f"{theirs}.weight", tuple(f"{n}.weight" for n in ours), transpose=True),
+            Row(f"{theirs}.bias", tuple(f"{n}.bias" for n in ours)))
 
 
 def norm_rows(theirs: str, ours: str) -> tuple[Row, ...]:
@@ -79,13 +80,14 @@ GPT2 = Family(
     fields=(
         Field("n_layer", "layers"), Field("n_embd", "hidden"), Field("n_head", "heads"), Field("vocab_size", "vocab_size"),
         Field("n_inner", "ffn", lambda v: 4 * v["hidden"]), Field("n_positions", "learned_positions"),
-        Field("layer_norm_epsilon", "epsilon", 1e-5), Field("tie_word_embeddings", "tied", True), Field("initializer_range", "init_std", 0.02),
-        Field("activation_function", "activation", "gelu_new",
-              {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu2": "relu2"}),
-        Field("attn_pdrop", "attention_dropout", 0.1), Field("resid_pdrop", "hidden_dropout", 0.1), Field("embd_pdrop", "hidden_dropout", 0.1),
+        Field("layer_norm_epsilon", "epsilon", 1e-5), Field("tie_word_embeddings", "tied", True),
+        Field("initializer_range", "init_std", 0.02), Field("activation_function", "activation", "gelu_new", {
+            "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu2": "relu2"}),
+        Field("attn_pdrop", "attention_dropout", 0.1), Field("resid_pdrop", "hidden_dropout", 0.1),
+        Field("embd_pdrop", "hidden_dropout", 0.1),
     ),
-    fixed={"kv_heads": lambda v: v["heads"], "head_dim": lambda v: v["hidden"] // v["heads"], "seq_length": lambda v: v["learned_positions"],
-           "rotary": None, "norm": "LayerNorm", "bias": True, "qkv_bias": True, "qk_norm": False},
+    fixed={"kv_heads": lambda v: v["heads"], "head_dim": lambda v: v["hidden"] // v["heads"],
+           "seq_length": lambda v: v["learned_positions"], "rotary": None, "norm": "LayerNorm", "bias": True, "qkv_bias": True, "qk_norm": False},
     only={"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False},
     rows=(
         Row("transformer.wte.weight", ("embedding.weight",)), Row("transformer.wpe.weight", ("positions.weight",)),
@@ -133,7 +135,8 @@ def to_config(a: Architecture, family: Family) -> dict[str, Any]:
         elif field.words is None:
             config[field.theirs] = value
         else:
-            config |= {field.theirs: theirs for theirs in reversed(field.words) if field.words[theirs] == value}
+            words = [theirs for theirs, word in field.words.items() if word == value]
+            config |= {field.theirs: words[0]} if words else {}
     return config
 
 
@@ -148,7 +151,8 @@ def from_config(config: Mapping[str, Any]) -> tuple[Architecture, Family]:
     for field in family.fields:
         value = _value(config, field, values, errors)
         if values.setdefault(field.ours, value) != value:
-            errors.append(f"config.json: {field.theirs} is {value}, another key of the same meaning here {values[field.ours]}; make them equal.")
+            errors.append(f"config.json: {field.theirs} is {value} where another key that means the same here says {values[field.ours]}; "
+                          "make them equal.")
     if errors:
         raise UserError(*errors)
     values |= {k: v(values) if callable(v) else v for k, v in family.fixed.items()}
@@ -243,3 +247,21 @@ def architecture_of(values: Mapping[str, Any]) -> Architecture:
     r = values["rotary"]
     rotary = None if r is None else Rotary(r["base"], r["channels"], tuple(r["scaling"]) if r["scaling"] else None)
     return Architecture(**{**values, "rotary": rotary})
+
+
+def flags(a: Architecture) -> dict[str, Any]:
+    """The configuration that asks for this architecture: `architecture()` turned round."""
+    rope = a.rotary
+    scaling = dict(zip(("rope_scaling_factor", "rope_low_freq_factor", "rope_high_freq_factor", "rope_original_length"),
+                       rope.scaling, strict=True)) if rope and rope.scaling else {}
+    return {
+        "num_layers": a.layers, "hidden_size": a.hidden, "ffn_hidden_size": a.ffn, "num_attention_heads": a.heads,
+        "num_query_groups": a.kv_heads, "kv_channels": a.head_dim, "seq_length": a.seq_length, "vocab_size": a.vocab_size,
+        **({"max_position_embeddings": a.learned_positions} if a.learned_positions else {}),
+        "position_embedding_type": "learned_absolute" if a.learned_positions else "rope" if rope else "none",
+        **({"rotary_base": rope.base, "rotary_percent": rope.channels / a.head_dim} if rope else {}),
+        "use_rope_scaling": bool(scaling), **scaling, "normalization": a.norm, "norm_epsilon": a.epsilon, "swiglu": a.activation == "swiglu",
+        "squared_relu": a.activation == "relu2", "openai_gelu": a.activation == "gelu_tanh", "disable_bias_linear": not a.bias,
+        "add_qkv_bias": a.qkv_bias and not a.bias, "qk_layernorm": a.qk_norm, "untie_embeddings_and_output_weights": not a.tied,
+        "init_method_std": a.init_std, "attention_dropout": a.attention_dropout, "hidden_dropout": a.hidden_dropout,
+    }

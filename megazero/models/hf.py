@@ -8,26 +8,21 @@ name when it is complete.
 """
 
 import json
-import os
-import re
-import shutil
-import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
 from megazero import checkpoint
 from megazero.architecture import Architecture
-from megazero.checkpoint import Reader, checksum
+from megazero.checkpoint import Reader
 from megazero.config import Config
 from megazero.data.tokenizers import Tokenizer
 from megazero.errors import UserError
-from megazero.models.families import Family, Row, architecture_of, family_of, from_config, obstacles, rows, shapes, to_config, zeros
+from megazero.models.families import Family, Row, architecture_of, family_of, flags, from_config, obstacles, rows, shapes, to_config, zeros
+from megazero.models.hf_files import INDEX, Planned, Source, draft_of, read_json, shards, stream, write_json
 from megazero.models.hf_tokenizer import export_tokenizer, import_tokenizer
 from megazero.schedules import Progress, loss_scale
 from megazero.unit import TORCH_DTYPE
@@ -35,68 +30,7 @@ from megazero.unit import TORCH_DTYPE
 Tensor = torch.Tensor
 Told = Callable[[int, int], None]       # (bytes written so far, bytes in all)
 SHARD = 5 * 10**9                       # bytes of one file of an export
-CODES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-DTYPES = {code: dtype for dtype, code in CODES.items()}
 NAMES = {"fp64": "float64", "fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}
-
-
-@dataclass(frozen=True)
-class Planned:
-    """A tensor that is known before it exists."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def nbytes(self) -> int:
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
-
-
-def stream(path: Path, plan: Sequence[Planned], make: Callable[[str], Tensor], metadata: Callable[[Mapping[str, int]], dict[str, str]]) -> None:
-    """A safetensors file, each tensor made when its turn comes. `metadata` is told their checksums.
-
-    Those are known last but stand in the header, which comes first: room is kept for the longest, spaces fill the rest.
-    """
-    plan, sums = sorted(plan, key=lambda p: -p.dtype.itemsize), dict.fromkeys((p.name for p in plan), 2**32 - 1)
-    room = (len(_header(plan, metadata(sums))) + 7) // 8 * 8
-    with path.open("wb") as file:
-        file.seek(8 + room)
-        for p in plan:
-            tensor = make(p.name).contiguous()
-            assert (tuple(tensor.shape), tensor.dtype) == (p.shape, p.dtype), f"{p}: made {tensor.shape} {tensor.dtype}"
-            sums[p.name] = checksum(tensor)
-            file.write(memoryview(tensor.view(-1).view(torch.uint8).numpy()))
-        file.seek(0)
-        file.write(struct.pack("<Q", room) + _header(plan, metadata(sums)).ljust(room))
-    checkpoint.sync(path)
-
-
-def _header(plan: Sequence[Planned], metadata: dict[str, str]) -> bytes:
-    header, at = {"__metadata__": metadata}, 0
-    entries = {}
-    for p in plan:
-        entries[p.name] = {"dtype": CODES[p.dtype], "shape": p.shape, "data_offsets": (at, at + p.nbytes)}
-        at += p.nbytes
-    return json.dumps({**header, **entries}, separators=(",", ":")).encode()
-
-
-@contextmanager
-def draft_of(folder: Path, flag: str = "--output") -> Iterator[Path]:
-    """A folder to write to, which takes the name `folder` when all went well and leaves nothing when not."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{flag} {folder}: is there already and not empty; name a new folder.")
-    draft = folder.with_name(f"{folder.name}.draft-{os.getpid()}")
-    try:
-        draft.mkdir(parents=True)
-        yield draft
-        checkpoint.sync(draft)
-        draft.rename(folder)
-        checkpoint.sync(folder.parent)
-    except OSError as error:
-        raise UserError(f"{flag} {folder}: cannot be written ({error.strerror}).") from error
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
 
 
 # ---- ours -> theirs
@@ -121,12 +55,12 @@ def export_folder(reader: Reader, output: Path, dtype: str | None = None, shard:
         return tensor
 
     with draft_of(output) as draft:
-        files = _shards(plan, shard)
+        files = shards(plan, shard)
         for file, part in files.items():
             stream(draft / file, part, make, lambda _: {"format": "pt"})
         if len(files) > 1:
             where = {p.name: file for file, part in files.items() for p in part}
-            _write_json(draft / "model.safetensors.index.json", {"metadata": {"total_size": total}, "weight_map": where})
+            write_json(draft / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
         tokenizer = export_tokenizer(reader, draft, a.seq_length)
         _write_configs(draft, to_config(a, family), reader, tokenizer, NAMES[name])
     return family
@@ -158,81 +92,15 @@ def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     return out
 
 
-def _shards(plan: Sequence[Planned], limit: int) -> dict[str, list[Planned]]:
-    """file name -> tensors, in order, no file above `limit` bytes unless one tensor is."""
-    parts: list[list[Planned]] = [[]]
-    for p in plan:
-        if parts[-1] and sum(q.nbytes for q in parts[-1]) + p.nbytes > limit:
-            parts.append([])
-        parts[-1].append(p)
-    if len(parts) == 1:
-        return {"model.safetensors": parts[0]}
-    return {f"model-{i:05d}-of-{len(parts):05d}.safetensors": part for i, part in enumerate(parts, 1)}
-
-
 def _write_configs(folder: Path, config: dict[str, Any], reader: Reader, tokenizer: Tokenizer | None, dtype: str) -> None:
     """config.json and generation_config.json. An import keeps its special ids; a run of ours starts and ends documents with one id."""
     eod = tokenizer.eod if tokenizer else None
     ids = reader.index.get("special_ids") or {"bos_token_id": eod, "eos_token_id": eod, "pad_token_id": None}
-    _write_json(folder / "config.json", {**config, **ids, "dtype": dtype, "torch_dtype": dtype, "use_cache": True})
-    _write_json(folder / "generation_config.json", {"_from_model_config": True, **{k: v for k, v in ids.items() if v is not None}})
-
-
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / "config.json", {**config, **ids, "dtype": dtype, "torch_dtype": dtype, "use_cache": True})
+    write_json(folder / "generation_config.json", {"_from_model_config": True, **{k: v for k, v in ids.items() if v is not None}})
 
 
 # ---- theirs -> ours
-
-class Source:
-    """The tensors of a Hugging Face folder. Raises UserError naming file and tensor for what is missing or damaged."""
-
-    def __init__(self, folder: Path, family: Family) -> None:
-        self.folder, self.family = folder, family
-        files = self._files()
-        self.files: dict[str, str] = {}
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self.dtypes: dict[str, torch.dtype] = {}
-        for file in files:
-            with self._open(file) as handle:
-                for name in handle.keys():  # noqa: SIM118
-                    if not re.fullmatch(family.buffers, name):
-                        self._note(file, name, handle.get_slice(name))
-
-    def _files(self) -> list[str]:
-        index = self.folder / "model.safetensors.index.json"
-        if index.is_file():
-            return sorted(set(_read_json(index)["weight_map"].values()))
-        if (self.folder / "model.safetensors").is_file():
-            return ["model.safetensors"]
-        pickled = any(self.folder.glob("pytorch_model*.bin"))
-        raise UserError(f"--input {self.folder}: holds no model.safetensors" + (
-            "; its pytorch_model.bin is a pickle, which could run any code and is never opened: save it again with transformers' "
-            "save_pretrained." if pickled else "; give a folder that transformers' save_pretrained wrote."))
-
-    def _note(self, file: str, name: str, part: Any) -> None:
-        if part.get_dtype() not in DTYPES:
-            raise UserError(f"{self.folder / file}: {name} is {part.get_dtype()}; only {', '.join(DTYPES)} can be imported.")
-        self.files[name], self.shapes[name], self.dtypes[name] = file, tuple(part.get_shape()), DTYPES[part.get_dtype()]
-
-    def _open(self, file: str) -> Any:
-        try:
-            return safe_open(self.folder / file, framework="pt")
-        except (SafetensorError, OSError) as error:
-            raise UserError(f"{self.folder / file}: cannot be read ({error}); fetch it again.") from None
-
-    def name(self, theirs: str) -> str | None:
-        """The name a tensor has here: checkpoints of the bare model leave the prefix out."""
-        return next((n for n in (theirs, theirs.removeprefix(self.family.base)) if n in self.files), None)
-
-    def read(self, theirs: str, low: int, high: int, transpose: bool) -> Tensor:
-        """Rows [low, high) of a tensor, or of its transpose."""
-        name = self.name(theirs)
-        assert name is not None, theirs
-        with self._open(self.files[name]) as handle:
-            part = handle.get_slice(name)
-            return part[:, low:high].T if transpose else part[low:high]
-
 
 @dataclass(frozen=True)
 class Part:
@@ -247,13 +115,13 @@ def import_folder(folder: Path, output: Path, told: Told = lambda *_: None) -> t
     """Writes a checkpoint at step 0 of a Hugging Face folder's weights, as they are, in fp32 (fp64 if they are)."""
     if not folder.is_dir():
         raise UserError(f"--input {folder}: there is no such folder.")
-    config = _read_json(folder / "config.json")
+    config = read_json(folder / "config.json")
     a, family = from_config(config)
     reasons = obstacles(a, family)
     if reasons:
         raise UserError(f"{folder / 'config.json'}: is a model that this decoder cannot be: {'; '.join(reasons)}.")
-    source, ours = Source(folder, family), shapes(a)
-    parts = _match(a, source, ours)
+    source, ours = Source(folder, family.base, family.buffers), shapes(a)
+    parts = _match(a, family, source, ours)
     dtype = torch.float64 if torch.float64 in source.dtypes.values() else torch.float32
     plan = [Planned(f"weight/{n}", ours[n], dtype) for n in ours]
     total, done = sum(p.nbytes for p in plan), 0
@@ -277,10 +145,10 @@ def import_folder(folder: Path, output: Path, told: Told = lambda *_: None) -> t
     return a, tokenizer
 
 
-def _match(a: Architecture, source: Source, ours: Mapping[str, tuple[int, ...]]) -> dict[str, Part]:
+def _match(a: Architecture, family: Family, source: Source, ours: Mapping[str, tuple[int, ...]]) -> dict[str, Part]:
     """Our weight -> where it lies in theirs. Raises UserError unless the two sides match, name by name and shape by shape."""
     parts, errors, seen = {}, [], set()
-    for row in rows(a, source.family):
+    for row in rows(a, family):
         name, shape = source.name(row.theirs), _their_shape(row, ours)
         seen.add(name)
         if name is None:
@@ -298,16 +166,16 @@ def _match(a: Architecture, source: Source, ours: Mapping[str, tuple[int, ...]])
                 elif source.read(row.theirs, part.low, part.high, row.transpose).count_nonzero():
                     errors.append(f"--input {source.folder}: {name} is not zero, and this decoder has no such bias.")
     errors += [f"--input {source.folder}: holds {n}, which its config.json does not mention."
-               for n in source.files if n not in seen and not (n == "lm_head.weight" and a.tied and _is_embedding(n, a, source))]
+               for n in source.files if n not in seen and not (n == "lm_head.weight" and a.tied and _is_embedding(n, a, family, source))]
     if errors:
         raise UserError(*errors[:5], *([f"--input {source.folder}: and {len(errors) - 5} more like these."] if len(errors) > 5 else []))
     return parts
 
 
-def _is_embedding(name: str, a: Architecture, source: Source) -> bool:
+def _is_embedding(name: str, a: Architecture, family: Family, source: Source) -> bool:
     """Is this the tied matrix again? Some files hold it under both names."""
-    row = next(r for r in rows(a, source.family) if r.ours == ("embedding.weight",))
-    return torch.equal(source.read(name, 0, a.vocab_size, False), source.read(row.theirs, 0, a.vocab_size, False))
+    row = next(r for r in rows(a, family) if r.ours == ("embedding.weight",))
+    return torch.equal(source.read(name, 0, a.vocab_size), source.read(row.theirs, 0, a.vocab_size))
 
 
 def _boxes(ours: Mapping[str, tuple[int, ...]], sums: Mapping[str, int]) -> dict[str, str]:
@@ -322,30 +190,3 @@ def _index(a: Architecture, config: Mapping[str, Any], tokenizer: Tokenizer | No
     return {"step": 0, "progress": asdict(Progress(loss_scale(Config()))), "config": flags(a), "optimizer": None, "architecture": asdict(a),
             "tokenizer": tokenizer.identity() if tokenizer else None, "layout": {"tp": 1, "pp": 1, "dp": 1, "zero_stage": 0},
             "special_ids": {f"{k}_token_id": config.get(f"{k}_token_id") for k in ("bos", "eos", "pad")}}
-
-
-def flags(a: Architecture) -> dict[str, Any]:
-    """The configuration that asks for this architecture: `architecture()` turned round."""
-    rope = a.rotary
-    scaling = dict(zip(("rope_scaling_factor", "rope_low_freq_factor", "rope_high_freq_factor", "rope_original_length"),
-                       rope.scaling, strict=True)) if rope and rope.scaling else {}
-    return {
-        "num_layers": a.layers, "hidden_size": a.hidden, "ffn_hidden_size": a.ffn, "num_attention_heads": a.heads,
-        "num_query_groups": a.kv_heads, "kv_channels": a.head_dim, "seq_length": a.seq_length, "vocab_size": a.vocab_size,
-        **({"max_position_embeddings": a.learned_positions} if a.learned_positions else {}),
-        "position_embedding_type": "learned_absolute" if a.learned_positions else "rope" if rope else "none",
-        **({"rotary_base": rope.base, "rotary_percent": rope.channels / a.head_dim, "use_rope_scaling": rope.scaling is not None} if rope else {}),
-        **scaling, "normalization": a.norm, "norm_epsilon": a.epsilon, "swiglu": a.activation == "swiglu",
-        "squared_relu": a.activation == "relu2", "openai_gelu": a.activation == "gelu_tanh", "disable_bias_linear": not a.bias,
-        "add_qkv_bias": a.qkv_bias and not a.bias, "qk_layernorm": a.qk_norm, "untie_embeddings_and_output_weights": not a.tied,
-        "init_method_std": a.init_std, "attention_dropout": a.attention_dropout, "hidden_dropout": a.hidden_dropout,
-    }
-
-
-def _read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}).") from None
-    except ValueError as error:
-        raise UserError(f"{path}: is not valid JSON ({error}).") from None

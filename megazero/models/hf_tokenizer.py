@@ -1,12 +1,12 @@
 """A checkpoint's tokenizer as Hugging Face's files, and theirs as a checkpoint's."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 from megazero.checkpoint import Reader
 from megazero.data.tokenizers import Tokenizer, build_tokenizer, load_tokenizer
+from megazero.models.hf_files import write_json
 
 
 def export_tokenizer(reader: Reader, output: Path, longest: int) -> Tokenizer | None:
@@ -19,8 +19,7 @@ def export_tokenizer(reader: Reader, output: Path, longest: int) -> Tokenizer | 
         shutil.copyfile(path, output / name)
     config = _tokenizer_config(tokenizer)
     if config and not (output / "tokenizer_config.json").exists():
-        text = json.dumps({**config, "model_max_length": longest}, indent=2, ensure_ascii=False)
-        (output / "tokenizer_config.json").write_text(text + "\n", encoding="utf-8")
+        write_json(output / "tokenizer_config.json", {**config, "model_max_length": longest})
     return tokenizer
 
 
@@ -39,7 +38,7 @@ def _tokenizer_config(tokenizer: Tokenizer) -> dict[str, Any]:
 def _sentencepiece_config(path: Path) -> dict[str, Any]:
     """transformers reads Llama's kind of model alone: pairs merged, text as it is. Others would get other ids without a word."""
     from sentencepiece import sentencepiece_model_pb2
-    model = sentencepiece_model_pb2.ModelProto()
+    model = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
     model.ParseFromString(path.read_bytes())
     if model.trainer_spec.model_type != model.trainer_spec.BPE or model.normalizer_spec.name != "identity":
         return {}
@@ -51,7 +50,8 @@ def _sentencepiece_config(path: Path) -> dict[str, Any]:
 
 def import_tokenizer(folder: Path, output: Path) -> Tokenizer | None:
     """Keeps the folder's tokenizer beside the checkpoint, in the first form found that this program reads."""
-    there = {name: str(folder / name) for name in ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer.model") if (folder / name).is_file()}
+    names = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer.model")
+    there = {name: str(folder / name) for name in names if (folder / name).is_file()}
     if "tokenizer.json" in there:
         tokenizer = build_tokenizer("HuggingFaceTokenizer", tokenizer_model=there["tokenizer.json"])
     elif "vocab.json" in there and "merges.txt" in there:

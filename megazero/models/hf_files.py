@@ -1,0 +1,171 @@
+"""The files of a Hugging Face folder, tensor by tensor: safetensors that are written without being held, folders that appear whole."""
+
+import json
+import os
+import re
+import shutil
+import struct
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from megazero.checkpoint import checksum, sync
+from megazero.errors import UserError
+
+Tensor = torch.Tensor
+CODES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
+DTYPES = {code: dtype for dtype, code in CODES.items()}
+INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A tensor that is known before it exists."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return torch.Size(self.shape).numel() * self.dtype.itemsize
+
+
+def stream(
+    path: Path, plan: Sequence[Planned], make: Callable[[str], Tensor], metadata: Callable[[Mapping[str, int]], dict[str, str]]
+) -> None:
+    """A safetensors file, each tensor made when its turn comes. `metadata` is told their checksums.
+
+    Those are known last but stand in the header, which comes first: room is kept for the longest, spaces fill the rest.
+    """
+    sums = dict.fromkeys((p.name for p in plan), 2**32 - 1)
+    room = (len(_header(plan, metadata(sums))) + 7) // 8 * 8
+    with path.open("wb") as file:
+        file.seek(8 + room)
+        for p in plan:
+            tensor = make(p.name).contiguous()
+            assert (tuple(tensor.shape), tensor.dtype) == (p.shape, p.dtype), f"{p}: made {tensor.shape} {tensor.dtype}"
+            sums[p.name] = checksum(tensor)
+            file.write(tensor.view(-1).view(torch.uint8).numpy().data)
+        file.seek(0)
+        file.write(struct.pack("<Q", room) + _header(plan, metadata(sums)).ljust(room))
+    sync(path)
+
+
+def _header(plan: Sequence[Planned], metadata: dict[str, str]) -> bytes:
+    header: dict[str, Any] = {"__metadata__": metadata}
+    at = 0
+    for p in plan:
+        header[p.name] = {"dtype": CODES[p.dtype], "shape": p.shape, "data_offsets": (at, at + p.nbytes)}
+        at += p.nbytes
+    return json.dumps(header, separators=(",", ":")).encode()
+
+
+def shards(plan: Sequence[Planned], limit: int) -> dict[str, list[Planned]]:
+    """file name -> tensors, in order, no file above `limit` bytes unless one tensor is."""
+    parts: list[list[Planned]] = [[]]
+    held = 0
+    for p in plan:
+        if parts[-1] and held + p.nbytes > limit:
+            parts.append([])
+            held = 0
+        parts[-1].append(p)
+        held += p.nbytes
+    if len(parts) == 1:
+        return {"model.safetensors": parts[0]}
+    return {f"model-{i:05d}-of-{len(parts):05d}.safetensors": part for i, part in enumerate(parts, 1)}
+
+
+@contextmanager
+def draft_of(folder: Path, flag: str = "--output") -> Iterator[Path]:
+    """A folder to write to, which takes the name `folder` when all went well and leaves nothing when not."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{flag} {folder}: is there already and not empty; name a new folder.")
+    draft = folder.with_name(f"{folder.name}.draft-{os.getpid()}")
+    try:
+        draft.mkdir(parents=True)
+        yield draft
+        sync(draft)
+        draft.rename(folder)                                    # an empty folder of that name gives way
+        sync(folder.parent)
+    except OSError as error:
+        raise UserError(f"{flag} {folder}: cannot be written ({error.strerror}).") from error
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises UserError."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}).") from None
+    except ValueError as error:
+        raise UserError(f"{path}: is not valid JSON ({error}).") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: is not a JSON object.")
+    return value
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+class Source:
+    """The tensors of a Hugging Face folder. Raises UserError naming file and tensor for what is missing or damaged.
+
+    base        prefix of names that checkpoints of the bare model, without a head, leave out
+    buffers     pattern of tensors that are no weights
+    """
+
+    def __init__(self, folder: Path, base: str, buffers: str) -> None:
+        self.folder, self.base = folder, base
+        self.files: dict[str, Path] = {}
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self.dtypes: dict[str, torch.dtype] = {}
+        for path in self._paths():
+            with self._open(path) as file:
+                for name in file.keys():  # noqa: SIM118
+                    if not re.fullmatch(buffers, name):
+                        self._note(path, name, file.get_slice(name))
+
+    def _paths(self) -> list[Path]:
+        if (self.folder / INDEX).is_file():
+            names = read_json(self.folder / INDEX).get("weight_map")
+            if not isinstance(names, dict):
+                raise UserError(f"{self.folder / INDEX}: has no weight_map; fetch it again.")
+            return [self.folder / name for name in sorted(set(names.values()))]
+        if (self.folder / "model.safetensors").is_file():
+            return [self.folder / "model.safetensors"]
+        pickled = any(self.folder.glob("*.bin"))
+        raise UserError(f"--input {self.folder}: holds no model.safetensors; " + (
+            "its .bin files are pickles, which could run any code and are never opened: save it again with transformers' save_pretrained."
+            if pickled else "give a folder that transformers' save_pretrained wrote."))
+
+    def _note(self, path: Path, name: str, part: Any) -> None:
+        if part.get_dtype() not in DTYPES:
+            raise UserError(f"{path}: {name} is {part.get_dtype()}; only {', '.join(DTYPES)} can be imported.")
+        self.files[name], self.shapes[name], self.dtypes[name] = path, tuple(part.get_shape()), DTYPES[part.get_dtype()]
+
+    def _open(self, path: Path) -> Any:
+        try:
+            return safe_open(path, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path}: cannot be read ({error}); fetch it again.") from None
+
+    def name(self, theirs: str) -> str | None:
+        """The name a tensor has here, if it is here."""
+        return next((n for n in (theirs, theirs.removeprefix(self.base)) if n in self.files), None)
+
+    def read(self, theirs: str, low: int, high: int, transpose: bool = False) -> Tensor:
+        """Rows [low, high) of a tensor, or of its transpose."""
+        name = self.name(theirs)
+        assert name is not None, theirs
+        with self._open(self.files[name]) as file:
+            part = file.get_slice(name)
+            return part[:, low:high].T if transpose else part[low:high]

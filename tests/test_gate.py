@@ -1,0 +1,116 @@
+"""A step is a transaction: a non-finite gradient changes nothing, in any precision, and the log says what happened."""
+
+import pytest
+import torch
+from support import TINY, built, lines, named, train
+
+from megazero.errors import UserError
+from megazero.schedules import LossScale, loss_scale
+from megazero.train import Run
+from megazero.unit import Weight
+
+
+def poison(monkeypatch: pytest.MonkeyPatch, steps: set[int], name: str = "layers.1.mlp.down.weight", value: float = float("nan")) -> None:
+    """Makes one element of one gradient `value` in the given steps (counted from 1)."""
+    plain_add, plain_step, seen = Weight.add_product, Run.step, [0]
+
+    def step(run: Run) -> None:
+        seen[0] += 1
+        plain_step(run)
+
+    def add(weight: Weight, dy: torch.Tensor, x: torch.Tensor) -> None:
+        plain_add(weight, dy, x)
+        if seen[0] in steps and weight.operand.name == name:
+            weight.grad[1, 2] = value
+
+    monkeypatch.setattr(Run, "step", step)
+    monkeypatch.setattr(Weight, "add_product", add)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+@pytest.mark.parametrize("dtype", ["fp64", "fp32", "bf16", "fp16"])
+def test_a_bad_step_changes_nothing(dtype: str, optimizer: str, value: float, monkeypatch: pytest.MonkeyPatch, tmp_path, capsys) -> None:
+    """Step 1 (the optimizer's first) and step 3 are bad: the others must be those of a run that never saw them."""
+    words = f"{TINY} --dtype {dtype} --optimizer {optimizer} --lr-warmup-iters 3 --loss-scale-window 2 --hysteresis 1"
+    clean = train(words.replace("--train-iters 5", "--train-iters 3 --lr-decay-iters 5"), tmp_path / "clean")
+    poison(monkeypatch, {1, 3}, value=value)
+    records = train(words, tmp_path / "log")
+    assert [r["skipped"] for r in records] == [True, False, True, False, False]
+    assert [r["lr"] for r in records if not r["skipped"]] == [r["lr"] for r in clean], "the learning rate must not move"
+    assert records[0]["lr"] == records[1]["lr"] and records[2]["lr"] == records[3]["lr"]
+    assert [r["samples"] for r in records] == [1, 2, 3, 4, 5]
+    told = capsys.readouterr().out
+    assert told.count("skipped on rank 0: the gradient of layers.1.mlp.down.weight is not finite (1 of") == 2
+    if dtype == "fp16":
+        assert [r["loss_scale"] for r in records] == [65536, 32768, 32768, 16384, 16384]
+        assert "loss scale 65536 -> 32768" in told
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+@pytest.mark.parametrize("dtype", ["fp64", "fp32", "bf16", "fp16"])
+def test_every_bit_stays_as_it_was(dtype: str, optimizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    poison(monkeypatch, {1, 3})
+    run = built(f"{TINY} --dtype {dtype} --optimizer {optimizer}")
+    run.metrics = Quiet()  # type: ignore[assignment]
+
+    def state() -> list[torch.Tensor]:
+        buffers = [b for u in run.units.values() for b in (u.weights, *run.buffers(u).values())]
+        return [b.clone() for b in (*buffers, *run.optimizer.steps)]
+
+    for bad in (True, False, True, False):
+        before = state()
+        run.step()
+        same = [torch.equal(a, b) for a, b in zip(before, state(), strict=True)]
+        assert all(same) if bad else not all(same)
+    assert all(b.isfinite().all() for b in state())
+
+
+class Quiet:
+    def step(self, figures: dict[str, float]) -> None:
+        pass
+
+
+def test_too_many_bad_steps_in_a_row_end_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
+    poison(monkeypatch, {2, 3, 4})
+    with pytest.raises(UserError, match="--max-skipped-steps 3: 3 steps in a row .* layers.1.mlp.down.weight"):
+        train(f"{TINY} --max-skipped-steps 3", tmp_path)
+    assert [r["skipped"] for r in lines(tmp_path)] == [False, True, True, True]
+    poison(monkeypatch, {2, 4})
+    assert len(train(f"{TINY} --max-skipped-steps 2", tmp_path / "b")) == 5, "a good step between starts the count again"
+
+
+def test_a_non_finite_weight_is_named_from_the_loss(tmp_path) -> None:
+    """When everything is NaN the loss is, too; nothing is applied."""
+    run = built(TINY)
+    run.metrics = Quiet()  # type: ignore[assignment]
+    named(run)["layers.0.mlp.up.weight"][0, 0] = float("nan")
+    run.step()
+    assert run.pending and bool(run.pending.verdict.found_inf)
+
+
+def test_the_loss_scale_follows_its_rule() -> None:
+    scale = LossScale(value=8.0, minimum=2.0, window=3, hysteresis=2, constant=False)
+    seen = []
+    for finite in (True, True, True, False, False, False, True, True, True, False, False, False, False, False):
+        scale = scale.after(finite)
+        seen.append(scale.value)
+    # three good: doubled; the first bad is forgiven, each next one halves; a doubling forgives again; never below the minimum
+    assert seen == [8, 8, 16, 16, 8, 4, 4, 4, 8, 8, 4, 2, 2, 2]
+    constant = LossScale(4.0, 1.0, 1, 1, constant=True)
+    assert constant.after(False) == constant.after(True) == constant
+
+
+def test_only_fp16_has_a_moving_scale() -> None:
+    def of(words: str) -> LossScale:
+        return loss_scale(built(f"{TINY} {words}").config)
+    assert of("--fp16") == LossScale(65536.0, 1.0, 1000, 2, False)
+    assert of("--fp16 --loss-scale 128") == LossScale(128.0, 1.0, 1000, 2, True)
+    assert all(of(f"--dtype {d}").value == 1 and of(f"--dtype {d}").constant for d in ("fp64", "fp32", "bf16"))
+
+
+def test_fp16_finds_its_scale(tmp_path) -> None:
+    """From 2^40 the scale comes down by itself, losing only the steps that overflow."""
+    records = train(f"{TINY} --fp16 --initial-loss-scale 1.1e12 --hysteresis 1 --train-iters 40 --max-skipped-steps 40".replace("--train-iters 5 ", ""), tmp_path)
+    skipped = [r["skipped"] for r in records]
+    assert skipped[0] and not any(skipped[-10:]) and records[-1]["loss"] < records[0]["loss"]

@@ -1,0 +1,313 @@
+"""Conversion against transformers itself: byte-equal tensors there and back, equal logits, and a clear word for what cannot be."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from support import built, byte_dataset, train
+
+from megazero.architecture import architecture
+from megazero.checkpoint import Reader
+from megazero.command_line import build
+from megazero.config import Config
+from megazero.data.tokenizers import load_tokenizer
+from megazero.errors import UserError
+from megazero.generate import build_from_checkpoint, logits
+from megazero.models import families
+from megazero.models.hf import export_folder, import_folder
+
+transformers = pytest.importorskip("transformers", reason="conversion is tested against transformers, which is not installed")
+LLAMA3 = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+          "original_max_position_embeddings": 16}
+GPT2 = {"vocab_size": 101, "n_positions": 32, "n_embd": 48, "n_layer": 2, "n_head": 4}
+LLAMA = {"vocab_size": 101, "max_position_embeddings": 32, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2,
+         "num_attention_heads": 4, "num_key_value_heads": 2}
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "gpt2": ("GPT2", GPT2),
+    "gpt2-untied-gelu": ("GPT2", GPT2 | {"tie_word_embeddings": False, "activation_function": "gelu", "n_inner": 100}),
+    "gpt2-relu2": ("GPT2", GPT2 | {"activation_function": "relu2", "layer_norm_epsilon": 1e-6}),
+    "llama": ("Llama", LLAMA),
+    "llama-tied": ("Llama", LLAMA | {"tie_word_embeddings": True, "num_key_value_heads": 4}),
+    "llama-scaled": ("Llama", LLAMA | {"rope_parameters": LLAMA3, "head_dim": 20, "num_key_value_heads": 1}),
+    "llama-biases": ("Llama", LLAMA | {"attention_bias": True, "mlp_bias": True}),
+}
+
+
+def random_model(name: str, folder: Path, dtype: torch.dtype = torch.float32, **saving: Any) -> Any:
+    """A tiny model of transformers with no weight at a special value, saved to `folder`."""
+    kind, values = MODELS[name]
+    torch.manual_seed(3)
+    config = getattr(transformers, f"{kind}Config")(**values, attn_implementation="sdpa")
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    for p in model.parameters():
+        p.data.add_(torch.randn_like(p) * 0.1)
+    model.to(dtype).eval().save_pretrained(folder, **saving)
+    return model
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return {k: v for path in sorted(folder.glob("*.safetensors")) for k, v in load_file(path).items()}
+
+
+def same_bytes(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(a[k].dtype == b[k].dtype and a[k].shape == b[k].shape
+                                        and torch.equal(a[k].view(torch.uint8), b[k].view(torch.uint8)) for k in a)
+
+
+def in_float64(model: Any) -> Any:
+    """The model in float64 throughout. Llama's rotary angles and norms are fp32 in transformers whatever the model is: not here."""
+    model = model.double().eval()
+    for module in model.modules():
+        if type(module).__name__ == "LlamaRotaryEmbedding":
+            module.forward = rotary64(model.config)
+        elif type(module).__name__ == "LlamaRMSNorm":
+            module.forward = lambda x, m=module: torch.nn.functional.rms_norm(x, m.weight.shape, m.weight, m.variance_epsilon)
+    return model
+
+
+def rotary64(config: Any) -> Any:
+    """transformers' rotary table in float64, from its documented formulas."""
+    p, d = config.rope_parameters, config.head_dim
+    frequency = 1.0 / p["rope_theta"] ** (torch.arange(0, d, 2, dtype=torch.float64) / d)
+    if p["rope_type"] == "llama3":
+        wave, old = 2 * torch.pi / frequency, p["original_max_position_embeddings"]
+        smooth = (old / wave - p["low_freq_factor"]) / (p["high_freq_factor"] - p["low_freq_factor"])
+        between = (1 - smooth) * frequency / p["factor"] + smooth * frequency
+        frequency = torch.where(wave > old / p["low_freq_factor"], frequency / p["factor"],
+                                torch.where(wave < old / p["high_freq_factor"], frequency, between))
+
+    def forward(x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        angle = (position_ids[..., None].double() * frequency).repeat(1, 1, 2)
+        return angle.cos(), angle.sin()
+    return forward
+
+
+def assert_equal_logits(model: Any, reader: Reader, length: int = 32) -> None:
+    """fp64 to 1e-9; fp32, with transformers as it is, to 1e-5 of logits of size 1 to 10: sums of 48 to 100 products in another order."""
+    tokens = torch.randint(model.config.vocab_size, (2, length), generator=torch.Generator().manual_seed(5))
+    with torch.no_grad():
+        narrow = model.float().eval()(tokens).logits
+        assert (logits(build_from_checkpoint(reader), tokens) - narrow).abs().max() <= 1e-5 * narrow.abs().max()
+        wide = in_float64(model)(tokens).logits
+        worst = (logits(build_from_checkpoint(reader, "fp64"), tokens) - wide).abs().max().item()
+    assert wide.dtype == torch.float64 and worst < 1e-9, worst
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_import_then_export_is_the_same_and_logits_are_equal(name: str, tmp_path: Path) -> None:
+    model = random_model(name, tmp_path / "theirs")
+    import_folder(tmp_path / "theirs", tmp_path / "ours")
+    reader = Reader(tmp_path / "ours")
+    assert reader.verify() == sum(t.nbytes for t in tensors(tmp_path / "theirs").values())
+    export_folder(reader, tmp_path / "back")
+    assert same_bytes(tensors(tmp_path / "theirs"), tensors(tmp_path / "back"))
+    theirs, back = (transformers.AutoConfig.from_pretrained(tmp_path / d).to_dict() for d in ("theirs", "back"))
+    lost = {"transformers_version", "architectures", "_name_or_path"}
+    different = {k: (theirs[k], back.get(k)) for k in theirs if k not in lost and theirs[k] != back.get(k)}
+    assert different in ({}, {"n_inner": (None, 192)}), different
+    assert_equal_logits(model, reader)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])
+def test_shards_and_narrow_dtypes_come_back_byte_equal(dtype: str, tmp_path: Path) -> None:
+    random_model("llama", tmp_path / "theirs", getattr(torch, dtype), max_shard_size="20KB")
+    assert len(list((tmp_path / "theirs").glob("*.safetensors"))) > 1
+    import_folder(tmp_path / "theirs", tmp_path / "ours")
+    short = {"bfloat16": "bf16", "float16": "fp16", "float64": None}[dtype]
+    export_folder(Reader(tmp_path / "ours"), tmp_path / "back", short, shard=30_000)
+    files = sorted((tmp_path / "back").glob("*.safetensors"))
+    assert len(files) > 1 and files[0].name == f"model-00001-of-{len(files):05d}.safetensors"
+    assert same_bytes(tensors(tmp_path / "theirs"), tensors(tmp_path / "back"))
+    index = json.loads((tmp_path / "back" / "model.safetensors.index.json").read_text())
+    assert index["metadata"]["total_size"] == sum(t.nbytes for t in tensors(tmp_path / "back").values())
+    loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "back", dtype="auto")
+    assert loaded.dtype == getattr(torch, dtype)
+
+
+def test_the_bare_model_with_its_masks_and_older_config_forms_is_read(tmp_path: Path) -> None:
+    model = random_model("gpt2", tmp_path / "theirs")
+    plain = {k.removeprefix("transformer."): v for k, v in tensors(tmp_path / "theirs").items()}
+    save_file(plain | {"h.0.attn.bias": torch.ones(1, 1, 32, 32), "lm_head.weight": plain["wte.weight"].clone()},
+              tmp_path / "theirs" / "model.safetensors")
+    edit(tmp_path / "theirs" / "config.json", drop=("tie_word_embeddings", "activation_function", "n_inner"))
+    import_folder(tmp_path / "theirs", tmp_path / "ours")
+    assert_equal_logits(model, Reader(tmp_path / "ours"))
+    new = transformers.LlamaConfig(**LLAMA, rope_parameters=LLAMA3).to_dict()
+    old = {k: v for k, v in new.items() if k != "rope_parameters"} | {"rope_theta": 500000.0, "rope_scaling": {**LLAMA3, "type": "llama3"}}
+    assert families.from_config(old)[0] == families.from_config(new)[0]
+    assert families.from_config(families.to_config(*families.from_config(old)))[0] == families.from_config(new)[0]
+
+
+@pytest.mark.parametrize("words", [
+    "--openai-gelu --num-query-groups 4", "--disable-bias-linear", "--untie-embeddings-and-output-weights --max-position-embeddings 40",
+    "--swiglu --normalization RMSNorm --position-embedding-type rope --num-query-groups 2 --disable-bias-linear --kv-channels 24",
+    "--swiglu --normalization RMSNorm --position-embedding-type rope --disable-bias-linear --add-qkv-bias --use-rope-scaling "
+    "--rope-original-length 16 --norm-epsilon 1e-6"])
+def test_a_run_of_ours_loads_in_transformers(words: str, tmp_path: Path) -> None:
+    """Biases that the family has and the model has not are written as zeros."""
+    sizes = ("--num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 24 --vocab-size 101 --lr 1e-2 --mock-data "
+             f"--eval-iters 0 --init-method-std 0.1 --train-iters 3 --save {tmp_path / 'run'}")
+    train(f"{sizes} {words}")
+    reader = Reader(tmp_path / "run")
+    export_folder(reader, tmp_path / "hf")
+    model, report = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", output_loading_info=True)
+    assert not any(report.values()), report
+    assert_equal_logits(model, reader, 24)
+    import_folder(tmp_path / "hf", tmp_path / "again")
+    assert_equal_logits(model, Reader(tmp_path / "again"), 24)
+
+
+def test_training_goes_on_from_an_import_with_the_flags_it_names(tmp_path: Path) -> None:
+    random_model("llama-scaled", tmp_path / "theirs")
+    a, _ = import_folder(tmp_path / "theirs", tmp_path / "ours")
+    c = build(Config, families.flags(a))
+    assert architecture(c, a.vocab_size) == replace(a, pad_rows=c.model.make_vocab_size_divisible_by)
+    printed = tool("convert_hf.py", "import", "--input", tmp_path / "theirs", "--output", tmp_path / "again").stdout
+    words = printed.split("train on with: ")[1].strip()
+    losses = train(f"{words} --mock-data --lr 1e-3 --train-iters 2 --eval-iters 0", tmp_path / "log")
+    assert len(losses) == 2
+
+
+@pytest.mark.parametrize("words, reason", [
+    ("--qk-layernorm --swiglu --normalization RMSNorm --position-embedding-type rope --disable-bias-linear", "qk norm is True, llama has False"),
+    ("--position-embedding-type rope --swiglu", "norm is LayerNorm, llama has RMSNorm"),
+    ("--num-query-groups 2", "kv heads is 2, gpt2 has 4"),
+    ("--swiglu", "activation is swiglu, gpt2 has gelu_tanh"),
+    ("--position-embedding-type none", "gpt2 needs positions.weight")])
+def test_what_no_family_can_express_is_said(words: str, reason: str) -> None:
+    a = built(f"--num-layers 1 --hidden-size 32 --num-attention-heads 4 --seq-length 8 --vocab-size 9 --lr 1 --mock-data --train-iters 1 "
+              f"--eval-iters 0 {words}").plan.architecture
+    with pytest.raises(UserError, match=reason):
+        families.family_of(a)
+
+
+def edit(path: Path, drop: tuple[str, ...] = (), **values: Any) -> None:
+    old = json.loads(path.read_text())
+    path.write_text(json.dumps({k: v for k, v in old.items() if k not in drop} | values))
+
+
+DAMAGES: dict[str, tuple[Any, str]] = {
+    "pickle": (lambda d: (d / "model.safetensors").rename(d / "pytorch_model.bin"), "pickles"),
+    "no weights": (lambda d: (d / "model.safetensors").unlink(), "holds no model.safetensors"),
+    "cut": (lambda d: (d / "model.safetensors").write_bytes((d / "model.safetensors").read_bytes()[:-9]), "cannot be read"),
+    "no config": (lambda d: (d / "config.json").unlink(), "config.json: cannot be read"),
+    "bad json": (lambda d: (d / "config.json").write_text("{"), "is not valid JSON"),
+    "family": (lambda d: edit(d / "config.json", model_type="opt"), "model_type opt is not known here; there are gpt2, llama"),
+    "rope": (lambda d: edit(d / "config.json", rope_parameters={"rope_type": "yarn"}), "rope_type yarn is not known"),
+    "activation": (lambda d: edit(d / "config.json", hidden_act="gelu"), "hidden_act gelu is not known here; there are silu"),
+    "missing key": (lambda d: edit(d / "config.json", drop=("num_hidden_layers",)), "num_hidden_layers is missing"),
+    "half a bias": (lambda d: edit(d / "config.json", mlp_bias=True), "o.bias"),
+    "more layers": (lambda d: edit(d / "config.json", num_hidden_layers=3), r"has no model.layers.2.*which its config.json asks for"),
+    "fewer layers": (lambda d: edit(d / "config.json", num_hidden_layers=1), "which its config.json does not mention"),
+    "width": (lambda d: edit(d / "config.json", intermediate_size=81), "config.json asks for"),
+    "tied, but not equal": (lambda d: edit(d / "config.json", tie_word_embeddings=True), "holds lm_head.weight"),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_damaged_folder_is_refused_and_nothing_is_left(name: str, tmp_path: Path) -> None:
+    random_model("llama", tmp_path / "theirs")
+    damage, sentence = DAMAGES[name]
+    damage(tmp_path / "theirs")
+    with pytest.raises(UserError, match=sentence):
+        import_folder(tmp_path / "theirs", tmp_path / "ours")
+    assert [p.name for p in tmp_path.iterdir()] == ["theirs"]
+
+
+def test_a_failed_export_leaves_nothing_and_a_full_folder_is_kept(tmp_path: Path) -> None:
+    random_model("llama", tmp_path / "theirs")
+    import_folder(tmp_path / "theirs", tmp_path / "ours")
+    file = tmp_path / "ours" / "step-00000000" / "rank-00000.safetensors"
+    good = file.read_bytes()
+    file.write_bytes(good[:-1] + bytes([good[-1] ^ 1]))
+    with pytest.raises(UserError, match="are damaged"):
+        export_folder(Reader(tmp_path / "ours"), tmp_path / "back")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["ours", "theirs"]
+    file.write_bytes(good)
+    with pytest.raises(UserError, match="not empty"):
+        export_folder(Reader(tmp_path / "ours"), tmp_path / "theirs")
+    with pytest.raises(UserError, match="not empty"):
+        import_folder(tmp_path / "theirs", tmp_path / "ours")
+
+
+def test_fp16_refuses_what_it_cannot_hold(tmp_path: Path) -> None:
+    model = random_model("gpt2", tmp_path / "theirs")
+    model.transformer.wte.weight.data[3, 3] = 1e6
+    model.save_pretrained(tmp_path / "theirs")
+    import_folder(tmp_path / "theirs", tmp_path / "ours")
+    with pytest.raises(UserError, match="transformer.wte.weight holds 1e"):
+        export_folder(Reader(tmp_path / "ours"), tmp_path / "back", "fp16")
+    assert not (tmp_path / "back").exists()
+
+
+def tool(name: str, *words: Any) -> subprocess.CompletedProcess[str]:
+    path = Path(__file__).resolve().parents[1] / "tools" / name
+    return subprocess.run([sys.executable, str(path), *map(str, words)], capture_output=True, text=True)
+
+
+TEXTS = ["def f(x):\n    return  x + 1\n", "Hello world", "  naïve — 漢字 \n\n\tend", ""]
+
+
+@pytest.mark.parametrize("kind", ["GPT2BPETokenizer", "HuggingFaceTokenizer", "SentencePieceTokenizer"])
+def test_the_exported_tokenizer_gives_the_same_ids_in_transformers(kind: str, tmp_path: Path) -> None:
+    flags = train_tokenizer(kind, tmp_path)
+    train(f"--num-layers 1 --hidden-size 16 --num-attention-heads 2 --seq-length 16 --lr 1 --eval-iters 0 --train-iters 0 --openai-gelu "
+          f"--mock-data --tokenizer-type {kind} {flags} --save {tmp_path / 'run'}")
+    reader = Reader(tmp_path / "run")
+    export_folder(reader, tmp_path / "hf")
+    ours = load_tokenizer(reader.index["tokenizer"], tmp_path / "run" / "tokenizer")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert [theirs(t)["input_ids"] for t in TEXTS] == [ours.encode(t) for t in TEXTS]
+    assert theirs.eos_token_id == ours.eod
+    assert theirs.decode(ours.encode(TEXTS[0])) == TEXTS[0]
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "hf")
+    assert (config.vocab_size, config.eos_token_id) == (ours.vocab_size, ours.eod)
+    import_folder(tmp_path / "hf", tmp_path / "again")
+    again = load_tokenizer(Reader(tmp_path / "again").index["tokenizer"], tmp_path / "again" / "tokenizer")
+    assert [again.encode(t) for t in TEXTS] == [ours.encode(t) for t in TEXTS]
+
+
+def train_tokenizer(kind: str, folder: Path) -> str:
+    """A small tokenizer of that type, made from text of this machine; its flags."""
+    text = Path(json.__file__).read_text()
+    if kind == "SentencePieceTokenizer":
+        import sentencepiece
+        with (folder / "t.model").open("wb") as file:
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=iter(text.split("\n")), model_writer=file, vocab_size=400, model_type="bpe", byte_fallback=True,
+                normalization_rule_name="identity", remove_extra_whitespaces=False, add_dummy_prefix=False, minloglevel=2, num_threads=1)
+        return f"--tokenizer-model {folder / 't.model'}"
+    import tokenizers
+    made = tokenizers.ByteLevelBPETokenizer()
+    made.train_from_iterator([text], vocab_size=400, special_tokens=["<|endoftext|>"], show_progress=False)
+    if kind == "GPT2BPETokenizer":
+        made.save_model(str(folder))
+        return f"--vocab-file {folder / 'vocab.json'} --merge-file {folder / 'merges.txt'}"
+    made.save(str(folder / "tokenizer.json"))
+    return f"--tokenizer-model {folder / 'tokenizer.json'}"
+
+
+def test_the_tools_say_what_they_did_and_what_was_wrong(tmp_path: Path) -> None:
+    prefix, run = byte_dataset(tmp_path), tmp_path / "run"
+    train(f"--num-layers 1 --hidden-size 16 --num-attention-heads 2 --seq-length 16 --lr 1e-3 --eval-iters 0 --train-iters 1 --openai-gelu "
+          f"--data-path {prefix} --tokenizer-type ByteTokenizer --save {run}")
+    shown = tool("checkpoint.py", "inspect", "--load", run)
+    assert shown.returncode == 0 and "embedding.weight" in shown.stdout and "exp_avg_sq F32" in shown.stdout, shown
+    assert "is whole: " in tool("checkpoint.py", "verify", "--load", run).stdout
+    assert tool("convert_hf.py", "export", "--load", run, "--output", tmp_path / "hf", "--dtype", "bf16").returncode == 0
+    with safe_open(tmp_path / "hf" / "model.safetensors", framework="pt") as file:
+        assert file.get_slice("transformer.wte.weight").get_dtype() == "BF16"
+    file = run / "step-00000001" / "rank-00000.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"\xff")
+    for words, sentence in ((("verify", "--load", run), "are damaged"), (("verify", "--load", tmp_path / "none"), "no such folder"),
+                            (("verifi",), "did you mean verify"), (("inspect", "--load", run, "--ckpt-step", 7), "holds steps 1"),
+                            (("inspect",), "--load is missing")):
+        wrong = tool("checkpoint.py", *words)
+        assert wrong.returncode == 2 and sentence in wrong.stderr and "Traceback" not in wrong.stderr, wrong

@@ -1,0 +1,186 @@
+"""One step against the same formulas written with plain torch and autograd, in float64, for every model shape."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support import SHAPES, TINY, batches, built, gradients, named
+
+from megazero import decoder
+from megazero.attention import attention, rotary_table
+from megazero.comm import Alone
+from megazero.decoder import Batch
+from megazero.train import Run
+
+Tensor = torch.Tensor
+
+
+def reference(run: Run, w: dict[str, Tensor], batch: Batch) -> Tensor:
+    """Sum of the masked losses of a micro-batch: the textbook, nothing shared with the code under test but the table of angles."""
+    a, (b, s) = run.plan.architecture, batch.tokens.shape
+
+    def norm(x: Tensor, name: str) -> Tensor:
+        if a.norm == "RMSNorm":
+            return x / (x.square().mean(-1, keepdim=True) + a.epsilon).sqrt() * w[name + ".weight"]
+        return F.layer_norm(x, x.shape[-1:], w[name + ".weight"], w.get(name + ".bias"), a.epsilon)
+
+    def linear(x: Tensor, name: str) -> Tensor:
+        return F.linear(x, w[name + ".weight"], w.get(name + ".bias"))
+
+    def turned(x: Tensor) -> Tensor:
+        assert a.rotary
+        cos, sin = rotary_table(a.rotary, s, torch.float64, x.device)
+        half = a.rotary.channels // 2
+        z = torch.view_as_complex(torch.stack((x[..., :half], x[..., half:2 * half]), -1)) * torch.complex(cos, sin)[None, :, None]
+        return torch.cat((z.real, z.imag, x[..., 2 * half:]), -1)
+
+    x = w["embedding.weight"][batch.tokens]
+    if a.learned_positions:
+        x = x + w["positions.weight"][:s]
+    for i in range(a.layers):
+        at, mlp = f"layers.{i}.attention", f"layers.{i}.mlp"
+        y = norm(x, f"{at}.norm")
+        q, k, v = (linear(y, f"{at}.{n}").view(b, s, -1, a.head_dim) for n in "qkv")
+        if a.qk_norm:
+            q, k = norm(q, f"{at}.q_norm"), norm(k, f"{at}.k_norm")
+        if a.rotary:
+            q, k = turned(q), turned(k)
+        k, v = (t.repeat_interleave(a.heads // a.kv_heads, 2) for t in (k, v))
+        scores = torch.einsum("bqnd,bknd->bnqk", q, k) / a.head_dim**0.5
+        seen = torch.softmax(scores.masked_fill(torch.ones(s, s).triu(1).bool(), -torch.inf), -1)
+        x = x + linear(torch.einsum("bnqk,bknd->bqnd", seen, v).reshape(b, s, -1), f"{at}.o")
+        y, up = norm(x, f"{mlp}.norm"), linear(norm(x, f"{mlp}.norm"), f"{mlp}.up")
+        inner = {"swiglu": lambda up=up, y=y, mlp=mlp: F.silu(linear(y, f"{mlp}.gate")) * up, "gelu": lambda up=up: F.gelu(up),
+                 "gelu_tanh": lambda up=up: F.gelu(up, approximate="tanh"), "relu2": lambda up=up: F.relu(up) ** 2}[a.activation]()
+        x = x + linear(inner, f"{mlp}.down")
+    logits = norm(x, "head.norm") @ w["embedding.weight" if a.tied else "head.output.weight"].T
+    return (F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), reduction="none") * batch.mask.flatten()).sum()
+
+
+def expected(run: Run, data: list[Batch]) -> tuple[float, dict[str, Tensor]]:
+    """Loss and gradients by autograd."""
+    w = {name: t.clone().requires_grad_() for name, t in named(run).items()}
+    loss = torch.stack([reference(run, w, b) for b in data]).sum() / sum(b.mask.sum() for b in data)
+    loss.backward()
+    return float(loss.detach()), {name: t.grad for name, t in w.items() if t.grad is not None}
+
+
+def close(got: dict[str, Tensor], want: dict[str, Tensor], tolerance: float) -> None:
+    """Each tensor relative to its largest element. What is zero in exact arithmetic (softmax does not feel a bias on k) is
+    rounding alone: it is measured against the largest element of all."""
+    assert got.keys() == want.keys()
+    largest = max(float(t.abs().max()) for t in want.values())
+    for name, g in got.items():
+        own = float(want[name].abs().max())
+        assert (g - want[name]).abs().max() <= tolerance * (own if own > 1e-14 * largest else largest), name
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_loss_and_gradients_equal_plain_autograd(shape: str, recompute: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoder, "LOGITS", 128 * 7)             # several chunks of logits, the last one short
+    run = built(f"{TINY} {SHAPES[shape]} --dtype fp64 --micro-batch-size 2 --global-batch-size 6 --recompute-granularity {recompute}")
+    data = batches(run, masked=True)
+    loss, want = expected(run, data)
+    assert abs(gradients(run, data) - loss) < 1e-13
+    close(named(run, "grads"), want, 1e-12)
+    assert abs(gradients(run, data) - loss) < 1e-13             # a second step overwrites the first one's gradients
+    close(named(run, "grads"), want, 1e-12)
+
+
+@pytest.mark.parametrize("how", ["--pipeline-schedule gpipe", "--recompute-granularity selective", "--recompute-granularity full",
+                                 "--micro-batch-size 1", "--micro-batch-size 4"])
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+def test_five_steps_do_not_depend_on_how_a_step_is_run(how: str, optimizer: str) -> None:
+    words = (f"{TINY} {SHAPES['qwen']} --dtype fp64 --micro-batch-size 2 --global-batch-size 4 --hidden-dropout 0.1 --attention-dropout 0.1 "
+             f"--optimizer {optimizer} --clip-grad 0.5 --weight-decay 0.1")
+    want, got = five_steps(words), five_steps(f"{words} {how}")
+    assert want[0] != five_steps(f"{words} --seed 5")[0], "another seed must give other figures"
+    assert all(abs(a - b) < 1e-12 for x, y in zip(want[0], got[0], strict=True) for a, b in zip(x, y, strict=True))
+    close(got[1], want[1], 1e-12)
+
+
+def five_steps(words: str) -> tuple[list[tuple[float, float]], dict[str, Tensor]]:
+    """(loss, norm) of five steps of mock data, and the weights after them."""
+    run, figures = built(words), []
+    for _ in range(5):
+        verdicts = one_step(run)
+        figures.append(verdicts)
+    return figures, {k: v.clone() for k, v in named(run).items()}
+
+
+def one_step(run: Run) -> tuple[float, float]:
+    run.metrics = Silent()  # type: ignore[assignment]
+    run.step()
+    assert run.pending
+    loss, norm = float(run.pending.verdict.loss), float(run.pending.verdict.norm)
+    run.settle()
+    return loss, norm
+
+
+class Silent:
+    """Metrics that go nowhere."""
+
+    def step(self, figures: dict[str, float]) -> None:
+        pass
+
+
+@pytest.mark.parametrize("shape", ["gpt2", "llama"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+def test_lower_precisions_stay_near_float64(shape: str, dtype: str) -> None:
+    """The same weights and batch. Rounding of one operation is 2^-24, 2^-8, 2^-11; a gradient passes some thirty of them in two
+    layers, whose errors are independent: within sqrt(30) of one rounding of the whole gradient's norm, and twice that for luck."""
+    words = f"{TINY} {SHAPES[shape]} --micro-batch-size 2"
+    exact, run = built(f"{words} --dtype fp64"), built(f"{words} --dtype {dtype}")
+    for name, t in named(run).items():
+        named(exact)[name].copy_(t)
+    for unit in exact.units.values():
+        unit.publish()
+    for unit in run.units.values():
+        unit.publish()
+    loss, want = gradients(exact, batches(exact)), named(exact, "grads")
+    assert abs(gradients(run, batches(run)) - loss) < {"fp32": 1e-5, "bf16": 2e-2, "fp16": 3e-3}[dtype]
+    rounding = {"fp32": 2**-24, "bf16": 2**-8, "fp16": 2**-11}[dtype]
+    error = torch.stack([(g.double() - want[name]).norm() for name, g in named(run, "grads").items()]).norm()
+    assert error < 2 * 30**0.5 * rounding * torch.stack([g.norm() for g in want.values()]).norm()
+
+
+def test_padded_rows_of_the_vocabulary_stay_zero() -> None:
+    run = built(f"{TINY} --dtype fp64 --micro-batch-size 2")
+    for _ in range(3):
+        one_step(run)
+    weight = run.decoder.weight("embedding.weight")
+    assert weight.value.shape[0] == 128 and weight.rows.size[0] == 101
+    assert weight.value[101:].count_nonzero() == 0 and weight.grad[101:].count_nonzero() == 0
+
+
+def test_a_fully_masked_batch_changes_nothing_but_decay() -> None:
+    run = built(f"{TINY} --dtype fp64")
+    data = [Batch(b.tokens, b.targets, b.mask * 0, b.samples, 0) for b in batches(run)]
+    parts = [p.units for p in run.decoder.parts]
+    assert run.executor.train(run.training, data, torch.ones((), dtype=torch.float64)) == 0 and parts
+    verdict = run.optimizer.judge(torch.zeros((), dtype=torch.float64), torch.zeros(()), 24, torch.ones(()), run.world)
+    assert verdict.norm == 0 and verdict.loss == 0 and verdict.found_inf == 0
+
+
+def test_documents_do_not_see_each_other() -> None:
+    """Two documents in one sample, with positions that start again, equal the two served alone."""
+    torch.manual_seed(1)
+    q, k, v = (torch.randn(1, 10, n, 8, dtype=torch.float64) for n in (4, 2, 2))
+    documents = torch.tensor([[0] * 4 + [1] * 6])
+    together = attention(q, k, v, None, documents, Alone())
+    alone = torch.cat([attention(q[:, p], k[:, p], v[:, p], None, None, Alone()) for p in (slice(0, 4), slice(4, 10))], 1)
+    assert (together - alone).abs().max() < 1e-14
+    shuffled = torch.randperm(10)
+    by_position = attention(q[:, shuffled], k[:, shuffled], v[:, shuffled], shuffled[None], None, Alone())
+    assert (by_position - attention(q, k, v, None, None, Alone())[:, shuffled]).abs().max() < 1e-14
+
+
+def test_dropout_drops_the_stated_share_and_keeps_the_mean() -> None:
+    run = built(f"{TINY} --dtype fp64 --hidden-dropout 0.25 --micro-batch-size 4")
+    (batch,) = batches(run)
+    x = torch.ones(4 * 24, 64, dtype=torch.float64)
+    y = run.decoder.dropped(x, batch, "embedding")
+    assert set(y.unique().tolist()) == {0.0, 1 / 0.75}
+    assert abs(float((y == 0).double().mean()) - 0.25) < 0.02
+    assert not torch.equal(y, run.decoder.dropped(x, batch, "layers.0.mlp"))
+    assert torch.equal(x, run.decoder.dropped(x, Batch(batch.tokens, batch.targets, batch.mask, batch.samples), "embedding"))
