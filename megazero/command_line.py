@@ -178,7 +178,7 @@ class _Help(argparse.HelpFormatter):
 
 
 def _read_flags(cls: type, options: Mapping[str, Option], argv: list[str], prog: str | None) -> tuple[dict[str, Any], list[str]]:
-    parser = _Parser(prog=prog, description=(cls.__doc__ or "").strip(), formatter_class=_Help, allow_abbrev=False,
+    parser = _Parser(prog=prog, usage="%(prog)s [flags]", description=(cls.__doc__ or "").strip(), formatter_class=_Help, allow_abbrev=False,
                      argument_default=argparse.SUPPRESS)
     for title, members in leaves(cls).items():
         group = parser.add_argument_group(title)

@@ -35,17 +35,19 @@ def peak_flops(device: torch.device, dtype_name: str, dtype: torch.dtype) -> tup
 
 def measured_peak(device: torch.device, dtype: torch.dtype, seconds: float = 0.5) -> float:
     """FLOP/s of the best square matrix product within about `seconds`, from small ones up."""
-    best, end, sizes = 0.0, time.perf_counter() + seconds, itertools.chain((256, 512, 1024), itertools.repeat(1536))
-    while time.perf_counter() < end or best == 0:
-        n = next(sizes)
+    best, end = 0.0, time.perf_counter() + seconds
+    for n in itertools.chain((128, 256, 512, 1024), itertools.repeat(1536)):
         a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
         for _ in range(3):
             start = time.perf_counter()
             a @ b
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
-            best = max(best, 2 * n**3 / (time.perf_counter() - start))
-    return best
+            now = time.perf_counter()
+            best = max(best, 2 * n**3 / (now - start))
+            if now > end:
+                return best
+    raise AssertionError("the sizes never end")
 
 
 def memory_bytes(device: torch.device) -> int:

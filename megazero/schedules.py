@@ -8,17 +8,18 @@ from megazero.plan import Plan
 
 
 def learning_rate(plan: Plan, applied: int) -> float:
-    """The rate of the step after `applied` ones: Megatron's curves, where the k-th step has the rate of its end, k = applied + 1."""
+    """The rate of the step after `applied` ones. Megatron's curves, but the first step of a warm-up is not lost at rate 0: warm-up
+    counts the step itself, decay the steps before it."""
     o = plan.config.optimizer
     assert o.lr is not None
-    step, warmup, length = applied + 1, plan.warmup_iters, plan.decay_iters
-    if step <= warmup:
-        return o.lr_warmup_init + (o.lr - o.lr_warmup_init) * step / warmup
+    step, warmup, length = applied, plan.warmup_iters, plan.decay_iters
+    if step < warmup:
+        return o.lr_warmup_init + (o.lr - o.lr_warmup_init) * (step + 1) / warmup
     if o.lr_decay_style == "constant":
         return o.lr
     if o.lr_decay_style == "inverse-square-root":
         return max(o.min_lr, o.lr * math.sqrt(max(warmup, 1) / step))
-    if step > length:
+    if step >= length:
         return o.min_lr
     if o.lr_decay_style == "WSD":
         return o.min_lr + (o.lr - o.min_lr) * _wsd(o.lr_wsd_decay_style, step, length, o.lr_wsd_decay_iters or 0)

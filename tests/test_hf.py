@@ -1,8 +1,7 @@
 """Conversion against transformers itself: byte-equal tensors there and back, equal logits, and a clear word for what cannot be."""
 
+import copy
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from support import built, byte_dataset, train
+from test_generate import tool
 
 from megazero.architecture import architecture
 from megazero.checkpoint import Reader
@@ -93,9 +93,9 @@ def assert_equal_logits(model: Any, reader: Reader, length: int = 32) -> None:
     """fp64 to 1e-9; fp32, with transformers as it is, to 1e-5 of logits of size 1 to 10: sums of 48 to 100 products in another order."""
     tokens = torch.randint(model.config.vocab_size, (2, length), generator=torch.Generator().manual_seed(5))
     with torch.no_grad():
-        narrow = model.float().eval()(tokens).logits
+        narrow = copy.deepcopy(model).float().eval()(tokens).logits
         assert (logits(build_from_checkpoint(reader), tokens) - narrow).abs().max() <= 1e-5 * narrow.abs().max()
-        wide = in_float64(model)(tokens).logits
+        wide = in_float64(copy.deepcopy(model))(tokens).logits
         worst = (logits(build_from_checkpoint(reader, "fp64"), tokens) - wide).abs().max().item()
     assert wide.dtype == torch.float64 and worst < 1e-9, worst
 
@@ -164,19 +164,22 @@ def test_a_run_of_ours_loads_in_transformers(words: str, tmp_path: Path) -> None
     assert_equal_logits(model, Reader(tmp_path / "again"), 24)
 
 
-def test_training_goes_on_from_an_import_with_the_flags_it_names(tmp_path: Path) -> None:
+def test_training_goes_on_from_an_import_with_the_flags_it_names(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     random_model("llama-scaled", tmp_path / "theirs")
     a, _ = import_folder(tmp_path / "theirs", tmp_path / "ours")
     c = build(Config, families.flags(a))
     assert architecture(c, a.vocab_size) == replace(a, pad_rows=c.model.make_vocab_size_divisible_by)
-    printed = tool("convert_hf.py", "import", "--input", tmp_path / "theirs", "--output", tmp_path / "again").stdout
-    words = printed.split("train on with: ")[1].strip()
-    losses = train(f"{words} --mock-data --lr 1e-3 --train-iters 2 --eval-iters 0", tmp_path / "log")
+    words = ("import", "--input", tmp_path / "theirs", "--output", tmp_path / "again")
+    _, printed, _ = tool(monkeypatch, capsys, "convert_hf.py", *words)
+    losses = train(f"{printed.split('train on with: ')[1].strip()} --mock-data --lr 1e-3 --train-iters 2 --eval-iters 0", tmp_path / "log")
     assert len(losses) == 2
 
 
 @pytest.mark.parametrize("words, reason", [
-    ("--qk-layernorm --swiglu --normalization RMSNorm --position-embedding-type rope --disable-bias-linear", "qk norm is True, llama has False"),
+    ("--qk-layernorm --swiglu --normalization RMSNorm --position-embedding-type rope --disable-bias-linear",
+     "qk norm is True, llama has False"),
     ("--position-embedding-type rope --swiglu", "norm is LayerNorm, llama has RMSNorm"),
     ("--num-query-groups 2", "kv heads is 2, gpt2 has 4"),
     ("--swiglu", "activation is swiglu, gpt2 has gelu_tanh"),
@@ -247,11 +250,6 @@ def test_fp16_refuses_what_it_cannot_hold(tmp_path: Path) -> None:
     assert not (tmp_path / "back").exists()
 
 
-def tool(name: str, *words: Any) -> subprocess.CompletedProcess[str]:
-    path = Path(__file__).resolve().parents[1] / "tools" / name
-    return subprocess.run([sys.executable, str(path), *map(str, words)], capture_output=True, text=True)
-
-
 TEXTS = ["def f(x):\n    return  x + 1\n", "Hello world", "  naïve — 漢字 \n\n\tend", ""]
 
 
@@ -294,20 +292,32 @@ def train_tokenizer(kind: str, folder: Path) -> str:
     return f"--tokenizer-model {folder / 'tokenizer.json'}"
 
 
-def test_the_tools_say_what_they_did_and_what_was_wrong(tmp_path: Path) -> None:
+def test_the_tools_say_what_they_did_and_what_was_wrong(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     prefix, run = byte_dataset(tmp_path), tmp_path / "run"
     train(f"--num-layers 1 --hidden-size 16 --num-attention-heads 2 --seq-length 16 --lr 1e-3 --eval-iters 0 --train-iters 1 --openai-gelu "
           f"--data-path {prefix} --tokenizer-type ByteTokenizer --save {run}")
-    shown = tool("checkpoint.py", "inspect", "--load", run)
-    assert shown.returncode == 0 and "embedding.weight" in shown.stdout and "exp_avg_sq F32" in shown.stdout, shown
-    assert "is whole: " in tool("checkpoint.py", "verify", "--load", run).stdout
-    assert tool("convert_hf.py", "export", "--load", run, "--output", tmp_path / "hf", "--dtype", "bf16").returncode == 0
+
+    def call(name: str, *words: Any) -> tuple[int, str, str]:
+        return tool(monkeypatch, capsys, name, *words)
+
+    code, shown, _ = call("checkpoint.py", "inspect", "--load", run)
+    assert code == 0 and "embedding.weight" in shown and "exp_avg_sq F32" in shown
+    assert "is whole: " in call("checkpoint.py", "verify", "--load", run)[1]
+    assert call("convert_hf.py", "export", "--load", run, "--output", tmp_path / "hf", "--dtype", "bf16")[0] == 0
     with safe_open(tmp_path / "hf" / "model.safetensors", framework="pt") as file:
         assert file.get_slice("transformer.wte.weight").get_dtype() == "BF16"
-    file = run / "step-00000001" / "rank-00000.safetensors"
-    file.write_bytes(file.read_bytes()[:-1] + b"\xff")
-    for words, sentence in ((("verify", "--load", run), "are damaged"), (("verify", "--load", tmp_path / "none"), "no such folder"),
-                            (("verifi",), "did you mean verify"), (("inspect", "--load", run, "--ckpt-step", 7), "holds steps 1"),
-                            (("inspect",), "--load is missing")):
-        wrong = tool("checkpoint.py", *words)
-        assert wrong.returncode == 2 and sentence in wrong.stderr and "Traceback" not in wrong.stderr, wrong
+    path = run / "step-00000001" / "rank-00000.safetensors"
+    path.write_bytes(path.read_bytes()[:-1] + b"\xff")
+    for name, words, sentence in (
+        ("checkpoint.py", ("verify", "--load", run), "are damaged"), ("checkpoint.py", ("verifi",), "did you mean verify"),
+        ("checkpoint.py", ("verify", "--load", tmp_path / "none"), "no such folder"),
+        ("checkpoint.py", ("inspect", "--load", run, "--ckpt-step", 7), "holds steps 1"),
+        ("checkpoint.py", ("inspect",), "--load is missing"), ("convert_hf.py", (), "write export or import"),
+        ("convert_hf.py", ("export", "--load", run, "--output", tmp_path / "hf"), "not empty"),
+        ("convert_hf.py", ("export", "--lod", run), "did you mean --load"),
+        ("convert_hf.py", ("import", "--input", tmp_path / "none", "--output", tmp_path / "x"), "there is no such folder"),
+    ):
+        code, _, said = call(name, *words)
+        assert code == 2 and sentence in said and said.startswith("error: "), (words, said)

@@ -1,0 +1,228 @@
+"""Saving, loading, and everything that can go wrong between."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from support import TINY, built, named, train
+
+from megazero import checkpoint
+from megazero.checkpoint import INDEX, Reader, Writer, complete, find, owned, prune
+from megazero.errors import UserError
+from megazero.layout import Box
+
+
+def saved(tmp_path: Path, words: str = "") -> Path:
+    """A checkpoint of step 3, with moments."""
+    train(f"{TINY} --save {tmp_path} {words}".replace("--train-iters 5", "--train-iters 3"))
+    return find(tmp_path, None)
+
+
+def test_what_is_saved_is_what_was_there(tmp_path: Path) -> None:
+    run = built(f"{TINY} --bf16")
+    for state in run.optimizer.state.values():
+        for moment in state.values():
+            moment.normal_()
+    for unit in run.units.values():                             # what lies between the parameters is zero, and not saved
+        between = torch.ones(unit.flat.size, dtype=torch.bool)
+        for piece in unit.flat.pieces:
+            between[piece.start:piece.stop] = False
+        for moment in run.optimizer.state[unit.flat.name].values():
+            moment[between] = 0
+    slices = [s for u in run.units.values() for s in owned(u.flat, run.buffers(u))]
+    path = Writer(tmp_path, None, False).save(slices, run.header())
+    reader = Reader(tmp_path)
+    assert reader.folder == path and reader.kinds == {"weight", "exp_avg", "exp_avg_sq"}
+    for name, weight in named(run).items():
+        assert torch.equal(reader.read("weight", name), weight) and weight.dtype == torch.float32
+    other = built(f"{TINY} --bf16 --seed 99")
+    other.load(reader)
+    for a, b in zip(run.units.values(), other.units.values(), strict=True):
+        assert torch.equal(a.master, b.master) and torch.equal(a.weights, b.weights)
+        assert all(torch.equal(run.buffers(a)[k], other.buffers(b)[k]) for k in run.buffers(a))
+
+
+def test_any_box_can_be_read_and_a_stock_library_reads_the_file(tmp_path: Path) -> None:
+    reader = Reader(saved(tmp_path))
+    whole, rng = reader.read("weight", "layers.0.attention.q.weight"), random.Random(1)
+    for _ in range(20):
+        offset = (rng.randrange(64), rng.randrange(64))
+        box = Box(offset, (rng.randint(1, 64 - offset[0]), rng.randint(1, 64 - offset[1])))
+        assert torch.equal(reader.read("weight", "layers.0.attention.q.weight", box), whole[box.slices])
+    with safe_open(reader.folder / "rank-00000.safetensors", framework="pt") as file:
+        assert torch.equal(file.get_tensor("weight/layers.0.attention.q.weight"), whole)
+
+
+def test_slices_of_several_ranks_make_one_tensor(tmp_path: Path) -> None:
+    """A tensor that was written in pieces, as sharded ranks do, is read whole."""
+    whole = torch.randn(10, 6)
+    pieces = [checkpoint.Slice("weight", "w", (10, 6), Box(o, s), whole[Box(o, s).slices].contiguous())
+              for o, s in (((0, 0), (4, 6)), ((4, 0), (1, 2)), ((4, 2), (1, 4)), ((5, 0), (5, 6)))]
+    checkpoint.write(tmp_path / "step-00000001", pieces, {"step": 1})
+    reader = Reader(tmp_path)
+    assert torch.equal(reader.read("weight", "w"), whole)
+    assert torch.equal(reader.read("weight", "w", Box((3, 1), (3, 4))), whole[3:6, 1:5])
+    checkpoint.write(tmp_path / "step-00000002", pieces[:-1], {"step": 2})
+    with pytest.raises(UserError, match="holds 30 of 60 elements of weight/w; load another with --ckpt-step 1"):
+        Reader(tmp_path).read("weight", "w")
+
+
+def test_keep_last_and_saving_a_step_again(tmp_path: Path) -> None:
+    train(f"{TINY} --save {tmp_path} --save-interval 1 --keep-last 2")
+    assert [s for s, _ in complete(tmp_path)] == [4, 5]
+    train(f"{TINY} --save {tmp_path} --seed 7 --save-interval 5")
+    assert [p.name for _, p in complete(tmp_path)] == ["step-00000004", "step-00000005.1"], "the same step again goes beside, then replaces"
+    assert Reader(tmp_path).index["config"]["seed"] == 7
+    prune(tmp_path, None)
+    assert len(complete(tmp_path)) == 2
+
+
+def test_background_writing_saves_the_same(tmp_path: Path) -> None:
+    train(f"{TINY} --save {tmp_path / 'a'} --save-interval 1")
+    train(f"{TINY} --save {tmp_path / 'b'} --save-interval 1 --async-save")
+    for (step, a), (_, b) in zip(complete(tmp_path / "a"), complete(tmp_path / "b"), strict=True):
+        one, two = Reader(a), Reader(b)
+        assert all(torch.equal(one.read(*key), two.read(*key)) for key in one.tensors), step
+
+
+def test_a_background_writer_tells_its_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(UserError, match=r"cannot be written \(No space left on device\); the checkpoints before it are untouched"):
+        train(f"{TINY} --save {tmp_path} --save-interval 2 --async-save")
+    assert complete(tmp_path) == []
+
+
+KILL = """
+import os, signal, sys
+from pathlib import Path
+from megazero import checkpoint, config
+from megazero.train import main
+
+phase, folder = sys.argv[1], sys.argv[2]
+plain = {"write": checkpoint.save_file, "fsync": checkpoint.sync, "index": checkpoint.write_index, "rename": Path.rename}
+
+def die(*_, **__):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def torn(tensors, path, metadata):
+    plain["write"](tensors, path, metadata)
+    whole = Path(path).read_bytes()
+    Path(path).write_bytes(whole[: len(whole) // 2])
+    die()
+
+def arm():
+    if phase == "write": checkpoint.save_file = torn
+    if phase == "fsync": checkpoint.sync = die
+    if phase == "index": checkpoint.write_index = lambda folder, index: ((folder / "index.json.draft").write_text('{"format": "mega'), die())
+    if phase == "rename": Path.rename = die
+
+write = checkpoint.write
+def second(target, slices, header):
+    if header["step"] == 4: arm()
+    write(target, slices, header)
+checkpoint.write = second
+main(config.from_command_line(sys.argv[3:]))
+"""
+
+
+@pytest.mark.parametrize("background", ["", "--async-save"])
+@pytest.mark.parametrize("phase", ["write", "fsync", "index", "rename"])
+def test_killed_in_any_phase_the_previous_checkpoint_loads(phase: str, background: str, tmp_path: Path) -> None:
+    words = f"{TINY} --save {tmp_path} --load {tmp_path} --save-interval 2 {background}"
+    script = tmp_path.parent / f"kill-{tmp_path.name}.py"
+    script.write_text(textwrap.dedent(KILL))
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, str(script), phase, str(tmp_path), *words.split()], capture_output=True, text=True, env=env)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert [step for step, _ in complete(tmp_path)] == [2]
+    assert Reader(tmp_path).verify() > 0
+    clean = tmp_path.parent / f"{tmp_path.name}-clean"
+    train(f"{TINY} --save {clean}")
+    train(words)                                                # goes on from step 2, over what the dead one left
+    one, two = Reader(clean), Reader(tmp_path)
+    assert two.index["step"] == 5 and all(torch.equal(one.read(*key), two.read(*key)) for key in one.tensors)
+
+
+def test_every_flipped_bit_is_found(tmp_path: Path) -> None:
+    """Of the data, the header or the index: reading everything never passes."""
+    folder, rng = saved(tmp_path), random.Random(5)
+    for path in (folder / "rank-00000.safetensors", folder / INDEX):
+        good = path.read_bytes()
+        header = 8 + int.from_bytes(good[:8], "little") if path.suffix == ".safetensors" else len(good)
+        places = [rng.randrange(header) for _ in range(30)] + [rng.randrange(len(good)) for _ in range(20)]
+        for at in places:
+            bad = bytearray(good)
+            bad[at] ^= 1 << rng.randrange(8)
+            if path.suffix == ".json" and json_equal(good, bytes(bad)):
+                continue                                        # a bit of white space
+            path.write_bytes(bad)
+            with pytest.raises(UserError) as error:
+                Reader(folder).verify()
+            assert path.name in str(error.value), at
+        path.write_bytes(good)
+    assert Reader(folder).verify() > 0
+
+
+def json_equal(a: bytes, b: bytes) -> bool:
+    try:
+        return json.loads(a) == json.loads(b)
+    except ValueError:
+        return False
+
+
+@pytest.mark.parametrize("damage, words", [
+    ("missing", "is missing"), ("short", "bytes instead of"), ("long", "bytes instead of"), ("swapped", "bytes instead of|header is damaged"),
+])
+def test_damaged_files_are_named_and_another_step_is_offered(damage: str, words: str, tmp_path: Path) -> None:
+    train(f"{TINY} --save {tmp_path} --save-interval 3")
+    path = find(tmp_path, 5) / "rank-00000.safetensors"
+    other = find(tmp_path, 3) / "rank-00000.safetensors"
+    {"missing": path.unlink, "short": lambda: os.truncate(path, 1000), "long": lambda: path.write_bytes(path.read_bytes() + b"0"),
+     "swapped": lambda: path.write_bytes(other.read_bytes())}[damage]()
+    with pytest.raises(UserError, match=f"step-00000005/rank-00000.safetensors: .*{words}.*; load another with --ckpt-step 3"):
+        train(f"{TINY} --load {tmp_path}")
+    train(f"{TINY} --load {tmp_path} --ckpt-step 3")
+
+
+def test_what_does_not_fit_is_listed(tmp_path: Path) -> None:
+    folder = saved(tmp_path)
+    for words, told in {
+        "--hidden-size 96": "its hidden is 64, this model's 96",
+        "--num-layers 3": "its layers is 2, this model's 3",
+        "--optimizer sgd": "--optimizer sgd: .* has no momentum_buffer .*saved with adam",
+        "--ckpt-step 9": "--ckpt-step 9: .* holds steps 3",
+        "--vocab-size 102": "its vocab size is 101, this model's 102",
+    }.items():
+        with pytest.raises(UserError, match=told):
+            train(f"{TINY} --load {tmp_path} {words}")
+    with pytest.raises(UserError, match="there is no such folder"):
+        train(f"{TINY} --load {tmp_path / 'nowhere'}")
+    (folder / INDEX).unlink()
+    with pytest.raises(UserError, match="holds no complete checkpoint"):
+        train(f"{TINY} --load {tmp_path}")
+    train(f"{TINY} --load {tmp_path} --save {tmp_path}")        # where it saves: starts afresh
+
+
+def test_finetune_takes_the_weights_alone(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "a")
+    train(f"{TINY} --load {folder} --finetune --optimizer sgd --save {tmp_path / 'b'}".replace("--train-iters 5", "--train-iters 0"))
+    one, two = Reader(folder), Reader(tmp_path / "b")
+    assert two.index["step"] == 0 and two.kinds == {"weight", "momentum_buffer"}
+    assert all(torch.equal(one.read(*key), two.read(*key)) for key in one.tensors if key[0] == "weight")
+
+
+def test_a_read_only_folder_is_one_sentence(tmp_path: Path) -> None:
+    blocked = tmp_path / "file"
+    blocked.write_text("not a folder")
+    with pytest.raises(UserError, match="--save .*: cannot be written"):
+        train(f"{TINY} --save {blocked}")

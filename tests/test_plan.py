@@ -1,0 +1,89 @@
+"""Sizes that follow from a configuration, against published ones and formulas."""
+
+import pytest
+import torch
+from support import SHAPES, TINY, built, resolved
+
+from megazero import config
+from megazero.architecture import flops_per_token, matmul_count, parameter_count
+from megazero.config import PRESETS
+from megazero.plan import checks, plan
+from megazero.random import key
+
+COMMON = "--lr 1e-4 --mock-data --train-iters 10"
+
+
+@pytest.mark.parametrize("model, vocabulary, parameters", [
+    ("gpt2-124m", 50257, 124_439_808), ("gpt2-medium", 50257, 354_823_168), ("gpt2-large", 50257, 774_030_080),
+    ("gpt2-xl", 50257, 1_557_611_200), ("gpt3-175b", 50257, 174_604_259_328), ("llama-1b", 128256, 1_235_814_400),
+    ("llama-7b", 32000, 6_738_415_616), ("llama-8b", 128256, 8_030_261_248), ("llama-13b", 32000, 13_015_864_320),
+    ("llama-70b", 32000, 68_976_648_192),
+])
+def test_presets_have_the_published_number_of_parameters(model: str, vocabulary: int, parameters: int) -> None:
+    assert parameter_count(resolved(f"{COMMON} --model {model} --vocab-size {vocabulary}").architecture) == parameters
+
+
+@pytest.mark.parametrize("model", PRESETS)
+def test_every_preset_has_a_plan(model: str) -> None:
+    told = resolved(f"{COMMON} --model {model} --vocab-size 50257 --bf16").describe()
+    assert "memory" in told and "FLOPs per token" in told
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", ["fp64", "fp32", "bf16"])
+def test_memory_of_the_plan_is_what_is_allocated(shape: str, dtype: str) -> None:
+    run = built(f"{TINY} {SHAPES[shape]} --dtype {dtype}")
+    units, m = run.units.values(), run.plan.memory
+    assert m["weights"] == sum(u.weights.nbytes for u in units)
+    assert m["master weights"] == sum(u.master.nbytes for u in units if u.master is not u.weights)
+    assert m["gradients"] == sum(u.grads.nbytes for u in units)
+    assert m["optimizer"] == sum(t.nbytes for state in run.optimizer.state.values() for t in state.values())
+    assert parameter_count(run.plan.architecture) == sum(p.shard.box.numel for u in units for p in u.flat.pieces)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+def test_activations_of_the_plan_are_what_autograd_keeps(shape: str, recompute: str) -> None:
+    """Bytes that the blocks' graphs save, each storage once, against the plan's estimate: within a tenth (statistics of norms and
+    of attention are not in it), except where attention makes copies for its own kernel."""
+    from megazero.program import Action
+    from megazero.train import Run
+    run: Run = built(f"{TINY} {SHAPES[shape]} --dtype fp64 --micro-batch-size 2 --seq-length 64 --recompute-granularity {recompute}")
+    from support import batches
+    (batch,) = batches(run)
+    run.executor.batches, run.executor.scale = [batch], torch.ones(())
+    storages: dict[int, int] = {}
+
+    def pack(t: torch.Tensor) -> torch.Tensor:
+        storages[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        run.executor._forward(Action("F", 0, 0))
+        storages.clear()
+        for layer in range(run.plan.architecture.layers):
+            run.executor._forward(Action("F", 1 + layer, 0))
+    if recompute == "full":
+        storages = {id(x): x.nbytes for (part, _), (x, _) in run.executor.kept.items() if part}
+    working = run.plan.memory["activations"] if recompute != "full" else 2 * 2 * 64 * 64 * 8
+    assert sum(storages.values()) == pytest.approx(working, rel=0.12)
+
+
+def test_flops_are_six_n_plus_attention() -> None:
+    a = resolved(f"{COMMON} --model gpt2-124m --vocab-size 50257").architecture
+    assert matmul_count(a) == 12 * 12 * 768**2 + 50257 * 768
+    assert flops_per_token(a) == 6 * matmul_count(a) + 6 * 12 * 768 * 1024
+
+
+def test_batches_and_lengths() -> None:
+    p = resolved(f"{TINY} --micro-batch-size 2 --global-batch-size 6 --train-samples 62 --lr-warmup-samples 12".replace("--train-iters 5", ""))
+    assert (p.micro_batches, p.global_batch, p.train_iters, p.tokens_per_step, p.warmup_iters) == (3, 6, 10, 144, 2)
+
+
+def test_a_plan_is_pure_and_checks_report_everything_at_once() -> None:
+    c = config.from_command_line(f"{TINY} --hidden-size 65 --micro-batch-size 3 --global-batch-size 4 --min-lr 1 --keep-last 2".split())
+    found = checks(c, 1)
+    assert len(found) == 4 and found == checks(c, 1)
+    assert all(s.startswith("--") and s.endswith(".") for s in found)
+    good = config.from_command_line(TINY.split())
+    assert plan(good, 1, 101) == plan(good, 1, 101) and key(1) == key(1)

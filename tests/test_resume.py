@@ -1,0 +1,91 @@
+"""Stopped and resumed equals never stopped, to the last bit."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from support import byte_dataset, lines, train
+
+from megazero.checkpoint import Reader, complete
+
+WORDS = ("--num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 32 --micro-batch-size 2 --global-batch-size 4 --lr 5e-3 "
+         "--lr-warmup-iters 3 --lr-decay-style cosine --train-iters 12 --tokenizer-type ByteTokenizer --eval-interval 4 --eval-iters 2 "
+         "--hidden-dropout 0.1 --log-interval 4 --split 80,20,0")
+EXACT = ("step", "loss", "grad_norm", "lr", "loss_scale", "skipped", "samples", "tokens", "split")
+
+
+def exact(log: Path) -> list[dict[str, object]]:
+    """What must be equal: all but times and memory."""
+    return [{k: v for k, v in line.items() if k in EXACT} for line in lines(log)]
+
+
+def same(a: Path, b: Path) -> None:
+    one, two = Reader(a), Reader(b)
+    assert one.index["progress"] == two.index["progress"]
+    assert one.tensors.keys() == two.tensors.keys()
+    assert all(torch.equal(one.read(*key), two.read(*key)) for key in one.tensors)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+def test_five_interruptions(dtype: str, tmp_path: Path) -> None:
+    words = f"{WORDS} --dtype {dtype} --data-path {byte_dataset(tmp_path)}"
+    train(f"{words} --save {tmp_path / 'whole'}", tmp_path / "log")
+    parts = f"{words} --save {tmp_path / 'parts'} --load {tmp_path / 'parts'}"
+    for stop in (1, 3, 4, 7, 11):
+        train(f"{parts} --exit-interval {stop}", tmp_path / "log2")
+        assert complete(tmp_path / "parts")[-1][0] == stop
+    train(parts, tmp_path / "log2")
+    same(tmp_path / "whole", tmp_path / "parts")
+    assert exact(tmp_path / "log") == exact(tmp_path / "log2")
+
+
+def test_a_killed_run_forgets_what_it_had_not_saved(tmp_path: Path) -> None:
+    """Its log goes on from the checkpoint, as if the lost steps had never been."""
+    words = f"{WORDS} --data-path {byte_dataset(tmp_path)} --save {tmp_path / 'ck'} --load {tmp_path / 'ck'}"
+    train(words + " --save-interval 5 --exit-interval 8", tmp_path / "log")
+    newest = complete(tmp_path / "ck")[-1][1]
+    (newest / "index.json").unlink()                            # as if killed before step 8 was saved
+    with (tmp_path / "log" / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 9, "loss": 1.2')                   # torn by the kill
+    train(words, tmp_path / "log")
+    train(words.replace("ck", "whole"), tmp_path / "log2")
+    same(tmp_path / "whole", tmp_path / "ck")
+    assert exact(tmp_path / "log") == exact(tmp_path / "log2")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_ends_at_a_step(number: signal.Signals, tmp_path: Path) -> None:
+    words = f"{WORDS} --data-path {byte_dataset(tmp_path)} --save {tmp_path / 'ck'} --log-dir {tmp_path / 'log'} --exit-signal-handler"
+    endless = words.replace("--train-iters 12", "--train-iters 100000 --lr-decay-iters 12").split()
+    root = Path(__file__).resolve().parents[1]
+    process = subprocess.Popen([sys.executable, str(root / "pretrain_gpt.py"), *endless], stdout=subprocess.PIPE, text=True,
+                               env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert process.stdout
+    for line in process.stdout:
+        if line.startswith("step 4/"):
+            break
+    process.send_signal(number)
+    rest = process.stdout.read()
+    assert process.wait(60) == 0 and f"signal {number.name}" in rest
+    (step, _), = complete(tmp_path / "ck")
+    assert step >= 4 and f"done at step {step}" in rest
+    assert [r["step"] for r in lines(tmp_path / "log") if "split" not in r] == list(range(1, step + 1))
+
+
+def test_exit_duration(tmp_path: Path) -> None:
+    start = time.time()
+    words = WORDS.replace("--train-iters 12", "--train-iters 1000000 --lr-decay-iters 12")
+    train(f"{words} --data-path {byte_dataset(tmp_path)} --exit-duration-in-mins 0.03 --save {tmp_path / 'ck'}", tmp_path / "log")
+    assert 1.5 < time.time() - start < 30 and len(complete(tmp_path / "ck")) == 1
+
+
+def test_a_fresh_run_keeps_an_older_log_aside(tmp_path: Path) -> None:
+    words = f"{WORDS} --data-path {byte_dataset(tmp_path)}"
+    train(words + " --exit-interval 4", tmp_path)
+    train(words + " --exit-interval 3", tmp_path)
+    assert len(lines(tmp_path)) == 3 and (tmp_path / "metrics-1.jsonl").exists()

@@ -1,0 +1,50 @@
+"""Learning-rate curves against their formulas."""
+
+import math
+
+import pytest
+from support import TINY, resolved
+
+from megazero.schedules import Progress, learning_rate, loss_scale
+
+
+def curve(words: str, steps: int = 100) -> list[float]:
+    plan = resolved(f"{TINY} {words}".replace("--lr 1e-2", "--lr 1.0").replace("--train-iters 5", f"--train-iters {steps}"))
+    return [learning_rate(plan, k) for k in range(steps)]
+
+
+def test_warm_up_rises_in_equal_steps_to_the_top() -> None:
+    got = curve("--lr-warmup-iters 10 --lr-decay-style constant --lr-warmup-init 0.5")
+    assert got[:10] == pytest.approx([0.5 + 0.05 * k for k in range(1, 11)]) and set(got[10:]) == {1.0}
+    assert curve("--lr-warmup-fraction 0.1 --lr-decay-style constant --lr-warmup-init 0.5") == got
+    assert curve("--lr-warmup-samples 10 --lr-decay-style constant --lr-warmup-init 0.5") == got
+
+
+@pytest.mark.parametrize("style, formula", {
+    "linear": lambda part: 0.1 + 0.9 * (1 - part),
+    "cosine": lambda part: 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * part)),
+}.items())
+def test_decay_starts_at_the_top_and_ends_at_the_bottom(style: str, formula) -> None:
+    got = curve(f"--lr-decay-style {style} --min-lr 0.1 --lr-warmup-iters 20 --lr-decay-iters 80")
+    assert got[20:80] == pytest.approx([formula((k - 20) / 60) for k in range(20, 80)])
+    assert got[20] == 1.0 and got[79] > 0.1 and set(got[80:]) == {0.1}
+    assert curve(f"--lr-decay-style {style} --min-lr 0.1 --lr-warmup-iters 20 --lr-decay-samples 80") == got
+
+
+def test_inverse_square_root() -> None:
+    got = curve("--lr-decay-style inverse-square-root --lr-warmup-iters 25 --min-lr 0.55")
+    assert got[25] == 1.0 and got[64] == pytest.approx(math.sqrt(25 / 64)) and got[99] == 0.55
+
+
+@pytest.mark.parametrize("style, middle", {"linear": 0.5, "cosine": 0.5, "exponential": 2 * 0.5**0.5 - 1, "minus_sqrt": 1 - 0.5**0.5}.items())
+def test_wsd_is_stable_then_falls(style: str, middle: float) -> None:
+    got = curve(f"--lr-decay-style WSD --lr-wsd-decay-style {style} --lr-wsd-decay-iters 20 --lr-warmup-iters 5 --min-lr 0.2")
+    assert set(got[5:81]) == {1.0} and got[90] == pytest.approx(0.2 + 0.8 * middle) and 0.2 < got[99] < 0.3
+
+
+def test_progress_counts_steps_samples_and_what_was_applied() -> None:
+    p = Progress(loss_scale(resolved(f"{TINY} --fp16").config))
+    for finite in (True, False, False, True):
+        p = p.after(finite, 8)
+    assert (p.step, p.applied, p.samples, p.skipped_in_a_row) == (4, 2, 32, 0)
+    assert p.after(False, 8).skipped_in_a_row == 1
