@@ -94,11 +94,11 @@ def test_the_tool(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     code, out, _ = tool(monkeypatch, capsys, "generate.py", "--load", trained, "--prompt", "def ", "--max-new-tokens", 12)
     expected = bytes(generate(build_from_checkpoint(Reader(trained)), list(b"def "), 12)).decode()
     assert (code, out) == (0, f"def {expected}\n")
-    code, out, _ = tool(monkeypatch, capsys, "generate.py", "--load", trained, "--prompt", "", "--temperature", "0.8", "--top-k", 5, "--max-new-tokens", 3)
-    assert code == 0
+    words = ("--prompt", "", "--temperature", "0.8", "--top-k", 5, "--max-new-tokens", 3)
+    assert tool(monkeypatch, capsys, "generate.py", "--load", trained, *words)[0] == 0
     mock = TINY.replace("--tokenizer-type ByteTokenizer --split 1", "--vocab-size 9 --mock-data")
     train(f"{mock} --train-iters 0 --save {tmp_path / 'mock'}")
-    for words, sentence in (
+    for wrong, sentence in (
         (("--load", tmp_path / "mock", "--prompt", "a"), "was trained without a tokenizer"), (("--load", trained), "--prompt is missing"),
         (("--load", trained, "--prompt", "a", "--temperature", -1), "--temperature -1: must be 0 or greater"),
         (("--load", trained, "--prompt", "a", "--top-k", 0, "--temperature", 1), "--top-k 0: must be at least 1"),
@@ -107,5 +107,5 @@ def test_the_tool(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         (("--load", tmp_path / "none", "--prompt", "a"), "there is no such folder"),
         (("--load", trained, "--prompt", "a", "--temprature", 1), "did you mean --temperature"),
     ):
-        code, _, said = tool(monkeypatch, capsys, "generate.py", *words)
-        assert code == 2 and sentence in said and said.count("\n") == 1, (words, said)
+        code, _, said = tool(monkeypatch, capsys, "generate.py", *wrong)
+        assert code == 2 and sentence in said and said.count("\n") == 1, (wrong, said)

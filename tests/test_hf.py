@@ -40,11 +40,11 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-def random_model(name: str, folder: Path, dtype: torch.dtype = torch.float32, **saving: Any) -> Any:
+def random_model(name: str, folder: Path, dtype: torch.dtype = torch.float32, vocab_size: int = 101, **saving: Any) -> Any:
     """A tiny model of transformers with no weight at a special value, saved to `folder`."""
     kind, values = MODELS[name]
     torch.manual_seed(3)
-    config = getattr(transformers, f"{kind}Config")(**values, attn_implementation="sdpa")
+    config = getattr(transformers, f"{kind}Config")(**values | {"vocab_size": vocab_size}, attn_implementation="sdpa")
     model = transformers.AutoModelForCausalLM.from_config(config)
     for p in model.parameters():
         p.data.add_(torch.randn_like(p) * 0.1)
@@ -175,6 +175,13 @@ def test_training_goes_on_from_an_import_with_the_flags_it_names(
     _, printed, _ = tool(monkeypatch, capsys, "convert_hf.py", *words)
     losses = train(f"{printed.split('train on with: ')[1].strip()} --mock-data --lr 1e-3 --train-iters 2 --eval-iters 0", tmp_path / "log")
     assert len(losses) == 2
+    train_tokenizer("GPT2BPETokenizer", tmp_path / "theirs")
+    vocabulary = len(json.loads((tmp_path / "theirs" / "vocab.json").read_text()))
+    random_model("gpt2", tmp_path / "theirs", vocab_size=vocabulary)
+    words = ("import", "--input", tmp_path / "theirs", "--output", tmp_path / "text")
+    _, printed, _ = tool(monkeypatch, capsys, "convert_hf.py", *words)
+    assert "--vocab-size" not in printed
+    train(f"{printed.split('train on with: ')[1].strip()} --mock-data --lr 1e-3 --train-iters 2 --eval-iters 0")
 
 
 @pytest.mark.parametrize("words, reason", [

@@ -35,10 +35,11 @@ MODELS = {
 
 
 def learning_rate(step: int) -> float:
-    """Of step 1, 2 ...: linear up to WARMUP, then half a cosine down to MIN_LR at STEPS."""
+    """Of step 1, 2 ...: a line up to LR at step WARMUP, then half a cosine that starts at LR with the next step and would end at MIN_LR
+    with the step after the last."""
     if step <= WARMUP:
         return LR * step / WARMUP
-    return MIN_LR + (LR - MIN_LR) * 0.5 * (1 + math.cos(math.pi * (step - WARMUP) / (STEPS - WARMUP)))
+    return MIN_LR + (LR - MIN_LR) * 0.5 * (1 + math.cos(math.pi * (step - 1 - WARMUP) / (STEPS - WARMUP)))
 
 
 def oracle(model: Any, tokens: torch.Tensor) -> list[tuple[float, float]]:

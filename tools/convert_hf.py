@@ -55,7 +55,11 @@ def import_(s: Import) -> None:
     a, tokenizer = import_folder(Path(s.input), Path(s.output), told=Bar())
     with_ = type(tokenizer).__name__ if tokenizer else "no tokenizer"
     print(f"imported {s.input} to {s.output}: {parameter_count(a):,} parameters, {with_}")
-    print(f"train on with: --load {s.output} --finetune {command(flags(a))}")
+    values: dict[str, object] = {"load": s.output, "finetune": True, **flags(a)}
+    if tokenizer:
+        values |= {"tokenizer_type": type(tokenizer).__name__, **{f: f"{s.output}/tokenizer/{name}" for f, name in tokenizer.needs.items()}}
+        values["vocab_size"] = a.vocab_size if a.vocab_size != tokenizer.vocab_size else False
+    print(f"train on with: {command(values)}")
 
 
 def command(values: dict[str, object]) -> str:

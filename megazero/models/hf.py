@@ -79,7 +79,7 @@ def _their_shape(row: Row, ours: Mapping[str, tuple[int, ...]]) -> tuple[int, ..
 
 
 def _theirs(row: Row, ours: Mapping[str, tuple[int, ...]], reader: Reader) -> Tensor:
-    """Ours stacked along dimension 0, then transposed if the row says so. `_ours` undoes it."""
+    """Ours stacked along dimension 0, then transposed if the row says so. An import reads rows of that."""
     parts = [reader.read("weight", n) if n in ours else torch.zeros(zeros(n, ours) or ()) for n in row.ours]
     stacked = torch.cat(parts) if len(parts) > 1 else parts[0]
     return stacked.T if row.transpose else stacked

@@ -1,0 +1,167 @@
+"""The words a user types: flags, files, presets, and one clear sentence for everything that is wrong."""
+
+import json
+import subprocess
+import sys
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+import pytest
+from support import TINY, train
+
+from megazero import config
+from megazero.command_line import build, flatten, leaves, option, parse
+from megazero.config import PRESETS, Config, from_command_line
+from megazero.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def test_flags_override_files_override_presets(tmp_path: Path) -> None:
+    keys = {"model": "gpt2-124m", "num_layers": 3, "hidden-size": 256, "data": {"data_path": ["a", "b"], "shuffle": False}, "bf16": True}
+    files = {
+        "c.json": json.dumps(keys),
+        "c.yaml": "model: gpt2-124m\nnum_layers: 3\nhidden-size: 256\ndata:\n  data_path: [a, b]\n  shuffle: false\nbf16: true\n",
+        "c.toml": 'model = "gpt2-124m"\nnum_layers = 3\nhidden-size = 256\nbf16 = true\n[data]\ndata_path = ["a", "b"]\nshuffle = false\n',
+    }
+    seen = set()
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+        c = from_command_line(["--config", str(tmp_path / name), "--hidden-size", "512", "--no-bf16"])
+        assert (c.model.num_layers, c.model.hidden_size, c.model.num_attention_heads) == (3, 512, 12)
+        assert c.data.data_path == ("a", "b") and not c.data.shuffle and c.dtype == "fp32" and c.model.openai_gelu
+        seen.add(json.dumps({k: v for k, v in flatten(c).items() if k != "config"}))
+    assert len(seen) == 1, "the three forms of a file mean the same"
+
+
+def test_a_configuration_survives_json() -> None:
+    c = from_command_line(f"{TINY} --data-path a b --bf16 --lr 1e-3 --tp 1".split())
+    assert build(Config, {k: tuple(v) if isinstance(v, list) else v for k, v in json.loads(json.dumps(flatten(c))).items()}) == c
+
+
+def test_numbers_may_be_written_as_people_write_them() -> None:
+    c = from_command_line("--train-iters 1e5 --global-batch-size 1_024 --lr 3e-4".split())
+    assert (c.training.train_iters, c.training.global_batch_size, c.optimizer.lr) == (100_000, 1024, 3e-4)
+
+
+def test_aliases_and_shorthands() -> None:
+    c = from_command_line("--tp 4 --pp 2 --dp 3 --zero-stage 1 --fp16".split())
+    p = c.parallel
+    assert (p.tensor_model_parallel_size, p.pipeline_model_parallel_size, p.data_parallel_size, p.zero_stage) == (4, 2, 3, 1)
+    assert c.dtype == "fp16"
+
+
+def test_names_are_unique_and_every_flag_has_a_help_text() -> None:
+    options = [o for group in leaves(Config).values() for o in group]
+    assert len({o.name for o in options}) == len(options)
+    assert all(o.field.metadata["help"] for o in options)
+
+
+def test_presets_name_fields_of_the_model() -> None:
+    names = {f.name for f in fields(config.Model)}
+    assert all(set(row) <= names for row in PRESETS.values())
+
+
+def test_a_required_option_must_be_given() -> None:
+    @dataclass(frozen=True)
+    class Settings:
+        """A tool."""
+        input: tuple[str, ...] = option(help="files to read")
+        level: int = option(3, "how much")
+    assert parse(Settings, ["--input", "a", "b"]) == Settings(("a", "b"), 3)
+    with pytest.raises(UserError, match="--input is missing: files to read."):
+        parse(Settings, [])
+
+
+# Each wrong command line (appended to one that works), and what is said.
+WRONG = {
+    "--num-layer 3": "--num-layer: no such flag (did you mean --num-layers?).",
+    "--zero-stge 1": "--zero-stge: no such flag (did you mean --zero-stage?).",
+    "--num-layers two": "--num-layers two: must be a whole number.",
+    "--num-layers 2.5": "--num-layers 2.5: must be a whole number.",
+    "--num-layers 0": "--num-layers 0: must be greater than 0.",
+    "--lr fast": "--lr fast: must be a number.",
+    "--lr -1": "--lr -1.0: must be 0 or greater.",
+    "--dtype bf61": "--dtype bf61: must be one of fp64, fp32, bf16, fp16 (did you mean bf16?).",
+    "--model gpt2-125m": "--model gpt2-125m: no such preset (did you mean gpt2-124m?); there are gpt2-124m",
+    "--bf16 --fp16": "--fp16: cannot be combined with --bf16; choose one.",
+    "--hidden-size 65": "--hidden-size 65: cannot be shared by --num-attention-heads 4; write 64 or 68, or give --kv-channels.",
+    "--num-query-groups 3": "--num-query-groups 3: must divide --num-attention-heads 4; write one of 1, 2, 4.",
+    "--micro-batch-size 3 --global-batch-size 4": "--global-batch-size 4: must be a multiple of --micro-batch-size 3 x data-parallel 1; write 3 or 6.",
+    "--tp 4": "--tp 4 x --pp 1: 4 ranks are needed, or a multiple, but 1 runs; start with torchrun --nproc_per_node 4, or change the sizes.",
+    "--zero-stage 4": "--zero-stage 4: must be 0, 1, 2 or 3.",
+    "--max-position-embeddings 8": "--max-position-embeddings 8: is less than --seq-length 24; write at least 24.",
+    "--swiglu --squared-relu": "--squared-relu: cannot be combined with --swiglu; choose one.",
+    "--add-qkv-bias": "--add-qkv-bias: all linear layers have biases already; leave it out, or add --disable-bias-linear.",
+    "--use-rope-scaling": "--use-rope-scaling: has no effect with --position-embedding-type learned_absolute; write rope, or leave it out.",
+    "--hidden-dropout 1.5": "--hidden-dropout 1.5: must be at least 0 and less than 1.",
+    "--train-samples 100": "--train-samples 100: cannot be combined with --train-iters 5; keep one.",
+    "--min-lr 1": "--min-lr 1: is above --lr 0.01; write at most 0.01.",
+    "--lr-warmup-iters 9": "--lr-warmup-iters 9: is longer than the whole curve of 5 steps; write less than 5.",
+    "--lr-warmup-iters 1 --lr-warmup-fraction 0.1": "--lr-warmup-fraction 0.1: cannot be combined with --lr-warmup-iters 1; keep one.",
+    "--lr-decay-style WSD": "--lr-wsd-decay-iters is missing: --lr-decay-style WSD needs the length of its final part.",
+    "--lr-decay-style cosin": "--lr-decay-style cosin: must be one of constant, linear, cosine, inverse-square-root, WSD (did you mean cosine?).",
+    "--loss-scale 8": "--loss-scale 8.0: has no effect with fp32; leave it out, or write --fp16.",
+    "--data-path x": "--data-path and --mock-data: choose one.",
+    "--no-mock-data": "--data-path is missing: give the prefix of a preprocessed dataset, or --mock-data.",
+    "--split 9,x": "--split '9,x': must be one to three numbers, the first above 0, such as 969,30,1.",
+    "--tokenizer-type GPT2BPETokenizer": "--merge-file is missing: --tokenizer-type GPT2BPETokenizer needs it.",
+    "--tokenizer-type CharTokenizer --tokenizer-model no.json": "--tokenizer-model no.json: no such file",
+    "--save-interval 5": "--save-interval 5: has no effect without --save; add the folder.",
+    "--finetune": "--finetune: has no effect without --load; add the folder of the weights.",
+    "--load nowhere": "--load nowhere: there is no such folder.",
+    "--config no.toml": "--config no.toml: cannot be read (No such file or directory); name a .toml, .yaml or .json file.",
+    "--config setup.py": "--config setup.py: is not valid PY (its name must end in .toml, .yaml or .json).",
+    "--sequence-parallel": "--sequence-parallel is always on; leave it out (it is what --tp means here).",
+    "--use-distributed-optimizer": "--use-distributed-optimizer is --zero-stage 1 here.",
+    "--eod-mask-loss": "--eod-mask-loss: needs --tokenizer-type, to know the end-of-document token.",
+    "--no-mock-data --data-path missing/data": "missing/data",
+    "stray": "stray: belongs to no flag; see --help.",
+}
+
+
+@pytest.mark.parametrize("words", WRONG)
+def test_each_mistake_gets_its_sentence(words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    with pytest.raises(UserError) as error:
+        train(f"{TINY} {words}")
+    assert any(WRONG[words] in sentence for sentence in error.value.sentences), error.value.sentences
+    assert len(set(error.value.sentences)) == len(error.value.sentences)
+
+
+@pytest.mark.parametrize("key, sentence", {
+    "num_layer = 3": "no such key 'num_layer' (did you mean num_layers?)",
+    "num_layers = true": "num_layers = True: must be a whole number, not true or false",
+    "swiglu = 1": "swiglu = 1: must be true or false",
+    "num_layers = 3\nnum-layers = 4": "'num-layers' is given twice; keep one",
+    "num_layers = ": "is not valid TOML",
+}.items())
+def test_mistakes_in_a_file(key: str, sentence: str, tmp_path: Path) -> None:
+    (tmp_path / "c.toml").write_text(key)
+    with pytest.raises(UserError) as error:
+        from_command_line(["--config", str(tmp_path / "c.toml")])
+    assert sentence in str(error.value) and str(tmp_path / "c.toml") in str(error.value)
+
+
+def run(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, str(ROOT / "pretrain_gpt.py"), *words], capture_output=True, text=True)
+
+
+def test_the_process_says_each_mistake_once_and_exits_with_2() -> None:
+    done = run(*f"{TINY} --hidden-size 65 --min-lr 1 --micro-batch-size 3 --global-batch-size 4".split())
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr.splitlines() == [
+        "error: --hidden-size 65: cannot be shared by --num-attention-heads 4; write 64 or 68, or give --kv-channels.",
+        "error: --global-batch-size 4: must be a multiple of --micro-batch-size 3 x data-parallel 1; write 3 or 6.",
+        "error: --min-lr 1: is above --lr 0.01; write at most 0.01."]
+
+
+def test_check_prints_the_plan_and_trains_nothing(tmp_path: Path) -> None:
+    done = run(*f"{TINY} --check --save {tmp_path / 'ck'} --log-dir {tmp_path / 'log'}".split())
+    assert done.returncode == 0 and "108,096 parameters" in done.stdout and not list(tmp_path.iterdir())
+
+
+def test_help_is_grouped_with_defaults() -> None:
+    text = run("--help").stdout
+    assert all(f"{group}:" in text for group in ("Parallelism", "Model", "Training", "Optimizer and learning rate", "Precision", "Checkpoints"))
+    assert "(default: 0.999)" in text and "--tp RANKS" in text

@@ -1,0 +1,77 @@
+"""Draws the loss curve of a run, on the screen and as a PNG: python tools/plot_loss.py --log-dir DIR [--output FILE]"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from megazero.command_line import option, parse, run
+from megazero.errors import UserError
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Draws the losses that a run wrote to LOG_DIR/metrics.jsonl."""
+
+    log_dir: str = option(help="the run's --log-dir", unit="dir")
+    output: str | None = option(None, "PNG to write; needs matplotlib", unit="file")
+    width: int = option(72, "columns on the screen")
+    height: int = option(12, "rows on the screen")
+
+
+Curve = list[tuple[int, float]]         # (step, loss)
+
+
+def main() -> None:
+    settings = parse(Settings, prog="plot_loss.py")
+    train, valid = read(Path(settings.log_dir) / "metrics.jsonl")
+    print(drawn(train, settings.width, settings.height))
+    print("  ".join(f"valid {loss:.3f} at step {step:,}" for step, loss in valid[-3:]))
+    if settings.output:
+        paint(train, valid, Path(settings.output))
+
+
+def read(path: Path) -> tuple[Curve, Curve]:
+    """Training and validation losses. Raises UserError."""
+    try:
+        records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except OSError as error:
+        raise UserError(f"--log-dir {path.parent}: {path.name} cannot be read ({error.strerror}); give the folder a run logged to.") from None
+    except ValueError:
+        raise UserError(f"{path}: is damaged: each line should be one JSON object.") from None
+    train = [(r["step"], r["loss"]) for r in records if "split" not in r and not r["skipped"]]
+    if not train:
+        raise UserError(f"{path}: holds no training step.")
+    return train, [(r["step"], r["loss"]) for r in records if r.get("split") == "valid"]
+
+
+def drawn(curve: Curve, width: int, height: int) -> str:
+    """The curve in characters: the mean loss of each column's steps."""
+    columns = [curve[i * len(curve) // width:(i + 1) * len(curve) // width] for i in range(width)]
+    means = [sum(loss for _, loss in part) / len(part) for part in columns if part]
+    low, high = min(means), max(means)
+    rows = [round((high - m) / (high - low or 1) * (height - 1)) for m in means]
+    lines = [f"{high - (high - low) * r / max(height - 1, 1):7.3f} |" + "".join("o" if r == row else " " for row in rows).rstrip()
+             for r in range(height)]
+    return "\n".join([*lines, "        +" + "-" * len(means), f"         step {curve[0][0]:,} to {curve[-1][0]:,}"])
+
+
+def paint(train: Curve, valid: Curve, path: Path) -> None:
+    """The same as a PNG."""
+    try:
+        import matplotlib
+    except ModuleNotFoundError:
+        raise UserError(f"--output {path}: needs matplotlib; install it with pip install 'megazero[plot]', or leave --output out.") from None
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
+    axes.plot(*zip(*train, strict=True), lw=0.8, alpha=0.7, label="train")
+    if valid:
+        axes.plot(*zip(*valid, strict=True), "o-", ms=4, label="valid")
+    axes.set(xlabel="step", ylabel="loss (nats per token)")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+
+
+if __name__ == "__main__":
+    run(main)
