@@ -156,7 +156,7 @@ def find_sources(inputs: Sequence[str], json_keys: Sequence[str] = ("text",)) ->
 
 def _walk(folder: Path) -> Iterator[Path]:
     for entry in sorted(folder.iterdir()):
-        if entry.name.startswith("."):
+        if entry.name.startswith(".") or entry.name == "__pycache__":
             continue
         if entry.is_dir() and not entry.is_symlink():
             yield from _walk(entry)
