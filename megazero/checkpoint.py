@@ -192,7 +192,7 @@ class Reader:
             self.index: dict[str, Any] = json.loads((self.folder / INDEX).read_text(encoding="utf-8"))
         except (ValueError, OSError) as error:
             raise UserError(f"{self.folder / INDEX}: cannot be read ({error}); {self._other()}.") from None
-        if self.index.get("format") != FORMAT or self.index.get("version") != VERSION:
+        if not isinstance(self.index, dict) or self.index.get("format") != FORMAT or self.index.get("version") != VERSION:
             raise UserError(f"{self.folder / INDEX}: is not a {FORMAT} of version {VERSION}.")
         if self.index.get("crc32") != text_checksum(self.index):
             raise UserError(f"{self.folder / INDEX}: is damaged (checksum differs); {self._other()}.")

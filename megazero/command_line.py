@@ -141,6 +141,18 @@ def nearest(word: str, words: typing.Iterable[str]) -> str:
     return f" (did you mean {close[0]}?)" if close else ""
 
 
+def commands(prog: str, doc: str, table: Mapping[str, tuple[type[Any], Callable[[Any], None]]]) -> None:
+    """A tool of several commands: the first word chooses (settings, what to do with them). Raises UserError."""
+    word, argv = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("", [])
+    if word in ("-h", "--help"):
+        print(doc)
+    elif word in table:
+        settings, do = table[word]
+        do(parse(settings, argv, prog=f"{prog} {word}"))
+    else:
+        raise UserError(f"{prog} {word}".rstrip() + f": write {' or '.join(table)}{nearest(word, table)}.")
+
+
 def run(main: Callable[[], None]) -> NoReturn:
     """Runs a program's main: a user's mistakes are printed once each, without a traceback, and exit with code 2."""
     try:
@@ -177,7 +189,9 @@ class _Help(argparse.HelpFormatter):
         super().__init__(prog, max_help_position=40, width=120)
 
 
-def _read_flags(cls: type, options: Mapping[str, Option], argv: list[str], prog: str | None) -> tuple[dict[str, Any], list[str]]:
+def _read_flags(
+    cls: type, options: Mapping[str, Option], argv: list[str], prog: str | None
+) -> tuple[dict[str, Any], list[str]]:
     parser = _Parser(prog=prog, usage="%(prog)s [flags]", description=(cls.__doc__ or "").strip(), formatter_class=_Help, allow_abbrev=False,
                      argument_default=argparse.SUPPRESS, add_help=False)
     for title, members in leaves(cls).items():

@@ -140,7 +140,8 @@ class Data:
     tokenizer_model: str | None = option(None, "its file: .model, tokenizer.json or its folder, or a JSON of characters", unit="path")
     vocab_file: str | None = option(None, "vocab.json of GPT2BPETokenizer", unit="path")
     merge_file: str | None = option(None, "merges.txt of GPT2BPETokenizer", unit="path")
-    vocab_size: int | None = option(None, "vocabulary where no tokenizer is given", unit="tokens")
+    vocab_size: int | None = option(None, "vocabulary of the model, where no tokenizer is given or the tokenizer's is smaller",
+                                    unit="tokens")
 
 
 @dataclass(frozen=True)

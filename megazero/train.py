@@ -248,8 +248,9 @@ class Run:
     def _wrong_optimizer(self, reader: Reader, kinds: Sequence[str]) -> list[str]:
         missing = [k for k in kinds if k not in reader.kinds]
         theirs = reader.index.get("optimizer")
-        return [f"--optimizer {self.config.optimizer.optimizer}: {reader.folder} has no {' and no '.join(missing)} (it was saved "
-                f"{f'with {theirs}' if theirs else 'without an optimizer'}); add --finetune to start the optimizer afresh."] if missing else []
+        saved = f"with {theirs}" if theirs else "without an optimizer"
+        return [f"--optimizer {self.config.optimizer.optimizer}: {reader.folder} has no {' and no '.join(missing)} (it was saved {saved}); "
+                "add --finetune to start the optimizer afresh."] if missing else []
 
     def close(self) -> None:
         if self.writer is not None:
@@ -265,7 +266,7 @@ def main(config: Config) -> None:
         raise UserError(*errors)
     device = choose_device(config)
     tokenizer = tokenizer_of(config)
-    resolved = plan(config, world, tokenizer.vocab_size if tokenizer else config.data.vocab_size or 0)
+    resolved = plan(config, world, max(tokenizer.vocab_size if tokenizer else 0, config.data.vocab_size or 0))
     say(resolved.describe())
     if config.check:
         return
@@ -333,7 +334,11 @@ def tokenizer_of(config: Config) -> Tokenizer | None:
         if d.eod_mask_loss:
             raise UserError("--eod-mask-loss: needs --tokenizer-type, to know the end-of-document token.")
         return None
-    tokenizer = build_tokenizer(d.tokenizer_type, d.tokenizer_model, d.vocab_file, d.merge_file, d.vocab_size)
+    null = d.tokenizer_type == "NullTokenizer"                  # for the others --vocab-size is the model's, which may be larger
+    tokenizer = build_tokenizer(d.tokenizer_type, d.tokenizer_model, d.vocab_file, d.merge_file, d.vocab_size if null else None)
+    if d.vocab_size is not None and d.vocab_size < tokenizer.vocab_size and not null:
+        raise UserError(f"--vocab-size {d.vocab_size}: is less than the {tokenizer.vocab_size} ids of the tokenizer; leave it out, or "
+                        "write at least that.")
     if d.eod_mask_loss and tokenizer.eod is None:
         raise UserError(f"--eod-mask-loss: {d.tokenizer_type} has no end-of-document token; leave it out.")
     return tokenizer

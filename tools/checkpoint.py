@@ -1,7 +1,6 @@
 """Looks into checkpoints: python tools/checkpoint.py inspect|verify --help"""
 
 import json
-import sys
 import time
 from dataclasses import dataclass
 from math import prod
@@ -10,8 +9,7 @@ from safetensors import safe_open
 from tqdm import tqdm
 
 from megazero.checkpoint import Reader
-from megazero.command_line import nearest, option, parse, run
-from megazero.errors import UserError
+from megazero.command_line import commands, option, run
 
 
 @dataclass(frozen=True)
@@ -65,17 +63,5 @@ def size(count: int) -> str:
     return f"{count:,} bytes"
 
 
-def main() -> None:
-    word, argv = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("", [])
-    if word == "inspect":
-        inspect(parse(Inspect, argv, prog="checkpoint.py inspect"))
-    elif word == "verify":
-        verify(parse(Verify, argv, prog="checkpoint.py verify"))
-    elif word in ("-h", "--help"):
-        print(__doc__)
-    else:
-        raise UserError(f"checkpoint.py {word}: write inspect or verify{nearest(word, ('inspect', 'verify'))}.")
-
-
 if __name__ == "__main__":
-    run(main)
+    run(lambda: commands("checkpoint.py", __doc__ or "", {"inspect": (Inspect, inspect), "verify": (Verify, verify)}))

@@ -1,6 +1,5 @@
 """Checkpoints to Hugging Face folders and back: python tools/convert_hf.py export|import --help"""
 
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,9 +7,8 @@ from tqdm import tqdm
 
 from megazero.architecture import parameter_count
 from megazero.checkpoint import Reader
-from megazero.command_line import nearest, option, parse, run
+from megazero.command_line import commands, option, run
 from megazero.config import DTYPES
-from megazero.errors import UserError
 from megazero.models.families import flags
 from megazero.models.hf import export_folder, import_folder
 
@@ -68,17 +66,5 @@ def command(values: dict[str, object]) -> str:
     return " ".join(f"--{k.replace('_', '-')}" + ("" if v is True else f" {v}") for k, v in said.items())
 
 
-def main() -> None:
-    word, argv = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("", [])
-    if word == "export":
-        export(parse(Export, argv, prog="convert_hf.py export"))
-    elif word == "import":
-        import_(parse(Import, argv, prog="convert_hf.py import"))
-    elif word in ("-h", "--help"):
-        print(__doc__)
-    else:
-        raise UserError(f"convert_hf.py {word}: write export or import{nearest(word, ('export', 'import'))}.")
-
-
 if __name__ == "__main__":
-    run(main)
+    run(lambda: commands("convert_hf.py", __doc__ or "", {"export": (Export, export), "import": (Import, import_)}))

@@ -35,7 +35,7 @@ def read(path: Path) -> tuple[Curve, Curve]:
     try:
         records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     except OSError as error:
-        raise UserError(f"--log-dir {path.parent}: {path.name} cannot be read ({error.strerror}); give the folder a run logged to.") from None
+        raise UserError(f"--log-dir {path.parent}: {path.name} cannot be read ({error.strerror}); give the folder of a run.") from None
     except ValueError:
         raise UserError(f"{path}: is damaged: each line should be one JSON object.") from None
     train = [(r["step"], r["loss"]) for r in records if "split" not in r and not r["skipped"]]
@@ -60,7 +60,7 @@ def paint(train: Curve, valid: Curve, path: Path) -> None:
     try:
         import matplotlib
     except ModuleNotFoundError:
-        raise UserError(f"--output {path}: needs matplotlib; install it with pip install 'megazero[plot]', or leave --output out.") from None
+        raise UserError(f"--output {path}: needs matplotlib; pip install 'megazero[plot]', or leave --output out.") from None
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
