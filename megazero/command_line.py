@@ -192,8 +192,8 @@ class _Help(argparse.HelpFormatter):
 def _read_flags(
     cls: type, options: Mapping[str, Option], argv: list[str], prog: str | None
 ) -> tuple[dict[str, Any], list[str]]:
-    parser = _Parser(prog=prog, usage="%(prog)s [flags]", description=(cls.__doc__ or "").strip(), formatter_class=_Help, allow_abbrev=False,
-                     argument_default=argparse.SUPPRESS, add_help=False)
+    parser = _Parser(prog=prog, usage="%(prog)s [flags]", description=(cls.__doc__ or "").strip(), formatter_class=_Help,
+                     allow_abbrev=False, argument_default=argparse.SUPPRESS, add_help=False)
     for title, members in leaves(cls).items():
         group = parser.add_argument_group(title)
         if len(parser._action_groups) == 3:                     # argparse's own two groups, and our first
