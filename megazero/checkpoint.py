@@ -262,7 +262,7 @@ class Reader:
             raise UserError(f"{path}: the bytes of {key} are damaged (checksum differs); {self._other()}.")
         return tensor
 
-    def verify(self, progress: Callable[[str], None] = lambda _: None) -> int:
+    def verify(self, progress: Callable[[str], object] = lambda _: None) -> int:
         """Reads everything and checks every checksum, and that the boxes cover each tensor; returns the bytes read."""
         total = 0
         for (kind, name), parts in self.tensors.items():
