@@ -15,7 +15,7 @@ import torch
 
 from megazero.layout import Box, Shape
 
-CHUNK = 1 << 20                     # words drawn at a time: keeps the working set of a draw near 40 MB
+CHUNK = 1 << 17                     # words drawn at a time: keeps the working set of a draw near 5 MB, in cache
 
 
 def key(*parts: object) -> int:
