@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from megazero import command_line, config, program
-from megazero.comm import Alone
+from megazero.comm import Alone, connect
 from megazero.command_line import option
 from megazero.decoder import Batch
 from megazero.metrics import memory_bytes
@@ -113,7 +113,7 @@ def megazero_step(c: Settings, device: torch.device) -> Callable[[list[tuple[Ten
              f"--lr 1e-3 --weight-decay 0.1 --mock-data --train-iters 100 --eval-iters 0 --vocab-size {c.vocab} "
              f"--micro-batch-size {c.batch} --global-batch-size {c.batch * c.accumulate} --dtype {c.dtype} --log-interval 1000000").split()
     resolved = plan(config.from_command_line(words), 1, c.vocab)
-    run = Run(resolved, None, device)
+    run = Run(resolved, None, device, connect(resolved.mesh, 0, "gloo", 60))
     run.initialise()
     actions = program.training("1f1b", c.accumulate, [p.units for p in run.decoder.parts], run.decoder.head.units)
     lr, one = torch.tensor(1e-3, device=device), torch.ones((), device=device)

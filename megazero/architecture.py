@@ -9,7 +9,7 @@
 from dataclasses import dataclass
 from math import prod, sqrt
 
-from megazero.config import Config
+from megazero.config import Config, Model
 from megazero.layout import Cut, OperandSpec, Parameter, UnitSpec
 
 
@@ -64,9 +64,8 @@ def architecture(config: Config, vocab_size: int) -> Architecture:
     head_dim = m.kv_channels or m.hidden_size // m.num_attention_heads
     scaling = (m.rope_scaling_factor, m.rope_low_freq_factor, m.rope_high_freq_factor, m.rope_original_length)
     rotary = Rotary(m.rotary_base, int(head_dim * m.rotary_percent) // 2 * 2, scaling if m.use_rope_scaling else None)
-    default_ffn = m.hidden_size * 8 // 3 // 64 * 64 if m.swiglu else 4 * m.hidden_size
     return Architecture(
-        layers=m.num_layers, hidden=m.hidden_size, ffn=m.ffn_hidden_size or default_ffn, heads=m.num_attention_heads,
+        layers=m.num_layers, hidden=m.hidden_size, ffn=ffn_size(m) or 0, heads=m.num_attention_heads,
         kv_heads=m.num_query_groups or m.num_attention_heads, head_dim=head_dim, seq_length=m.seq_length, vocab_size=vocab_size,
         learned_positions=(m.max_position_embeddings or m.seq_length) if m.position_embedding_type == "learned_absolute" else 0,
         rotary=rotary if m.position_embedding_type == "rope" else None, norm=m.normalization, epsilon=m.norm_epsilon,
@@ -74,6 +73,12 @@ def architecture(config: Config, vocab_size: int) -> Architecture:
         bias=not m.disable_bias_linear, qkv_bias=m.add_qkv_bias or not m.disable_bias_linear, qk_norm=m.qk_layernorm,
         tied=not m.untie_embeddings_and_output_weights, init_std=m.init_method_std, attention_dropout=m.attention_dropout,
         hidden_dropout=m.hidden_dropout, pad_rows=m.make_vocab_size_divisible_by)
+
+
+def ffn_size(m: Model) -> int | None:
+    """Width inside the MLP, by Megatron's rule where it is not given; None when nothing says it."""
+    default = m.hidden_size and (m.hidden_size * 8 // 3 // 64 * 64 if m.swiglu else 4 * m.hidden_size)
+    return m.ffn_hidden_size or default
 
 
 def units(a: Architecture) -> tuple[UnitSpec, ...]:

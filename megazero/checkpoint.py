@@ -25,6 +25,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from megazero.comm import Alone, Group
 from megazero.errors import UserError
 from megazero.layout import Box, Flat, intersect
 
@@ -61,8 +62,9 @@ def owned(flat: Flat, buffers: Mapping[str, Tensor]) -> Iterator[Slice]:
 class Writer:
     """Saves to a folder. With `background`, `save` returns when the slices are copied and a thread writes them."""
 
-    def __init__(self, folder: Path, keep_last: int | None, background: bool) -> None:
-        self.folder, self.keep_last, self.background = folder, keep_last, background
+    def __init__(self, folder: Path, keep_last: int | None, background: bool, rank: int = 0, group: Group | None = None) -> None:
+        """`group` are the ranks that save together (default: this one alone); nothing else may use it meanwhile."""
+        self.folder, self.keep_last, self.background, self.rank, self.group = folder, keep_last, background, rank, group or Alone()
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -71,18 +73,21 @@ class Writer:
         self.wait()
         target = _fresh_folder(self.folder, header["step"])
         if not self.background:
-            write(target, list(slices), header)
-            prune(self.folder, self.keep_last)
+            self._commit(target, list(slices), header)
             return target
         copies = [Slice(s.kind, s.name, s.full, s.box, s.tensor.detach().to("cpu", copy=True)) for s in slices]
         self._thread = threading.Thread(target=self._write, args=(target, copies, header), name="checkpoint-writer")
         self._thread.start()
         return target
 
+    def _commit(self, target: Path, slices: list[Slice], header: Mapping[str, Any]) -> None:
+        write(target, slices, header, self.rank, self.group)
+        if self.rank == 0:
+            prune(self.folder, self.keep_last)
+
     def _write(self, target: Path, slices: list[Slice], header: Mapping[str, Any]) -> None:
         try:
-            write(target, slices, header)
-            prune(self.folder, self.keep_last)
+            self._commit(target, slices, header)
         except BaseException as error:                          # told at the next wait(), on the main thread
             self._error = error
 
@@ -96,14 +101,20 @@ class Writer:
             raise error
 
 
-def write(folder: Path, slices: Sequence[Slice], header: Mapping[str, Any]) -> None:
-    """One complete checkpoint of one rank: file, fsync, index, rename."""
-    name = "rank-00000.safetensors"
+def write(folder: Path, slices: Sequence[Slice], header: Mapping[str, Any], rank: int = 0, group: Group | None = None) -> None:
+    """This rank's part of a checkpoint: file, fsync; when all ranks have done that, rank 0 writes the index."""
+    group = group or Alone()
+    names = [f"rank-{r:05d}.safetensors" for r in range(group.size)]
     try:
+        group.all_reduce(torch.zeros(1)).wait()                 # all have chosen this folder before any writes into it
         folder.mkdir(parents=True, exist_ok=True)
-        write_file(folder / name, slices, header["step"])
-        sync(folder / name)
-        write_index(folder, {"format": FORMAT, "version": VERSION, **header, "files": {name: facts(folder / name)}})
+        write_file(folder / names[rank], slices, header["step"])
+        sync(folder / names[rank])
+        group.all_reduce(torch.zeros(1)).wait()
+        if rank == 0:
+            files = {name: facts(folder / name) for name in names}
+            write_index(folder, {"format": FORMAT, "version": VERSION, **header, "files": files})
+        group.all_reduce(torch.zeros(1)).wait()
     except OSError as error:
         raise UserError(f"--save {folder}: cannot be written ({error.strerror}); the checkpoints before it are untouched.") from error
     except SafetensorError as error:

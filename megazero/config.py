@@ -26,6 +26,7 @@ class Parallel:
     data_parallel_size: int | None = option(None, "copies of the model; default: what is left of the ranks", alias=["dp"], unit="ranks")
     zero_stage: int = option(0, "what data-parallel ranks share: 1 optimizer state, 2 gradients too, 3 weights too", unit="0-3")
     pipeline_schedule: str = option("1f1b", "order of the forward and backward passes of the micro-batches", choices=SCHEDULES)
+    distributed_timeout_minutes: float = option(10.0, "how long a rank waits for another before it gives up", unit="minutes")
     device: str = option("auto", "where to compute; auto takes CUDA where there is one", choices=("auto", "cpu", "cuda"))
 
 

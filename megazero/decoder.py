@@ -1,6 +1,6 @@
 """The decoder: an embedding part, blocks, and a head part, each a function of (input, batch) over units.
 
-    b samples   s tokens of a sample   t = b s   h hidden   n heads and o channels of this tensor-parallel rank
+    b samples   s tokens of a sample   t = b s, padded to a multiple of tp   h hidden   n heads and o channels of this tensor-parallel rank
 
 Activations between parts are [t / tp, h]. A part names the units whose weights it reads, so that whoever runs it can
 gather them before and release them after.
@@ -61,9 +61,14 @@ class Decoder:
             return partial(rms_norm, weight=weight, epsilon=self.a.epsilon)
         return partial(layer_norm, weight=weight, bias=bias, epsilon=self.a.epsilon)
 
+    def padded(self, x: Tensor) -> Tensor:
+        """[b s, ...] -> [t, ...]: zeros up to a multiple of tp. Padded tokens have no loss, and no other token sees them."""
+        missing = -len(x) % self.group.size
+        return torch.cat((x, x.new_zeros(missing, *x.shape[1:]))) if missing else x
+
     def mine(self, per_token: Tensor) -> Tensor:
         """[b, s] -> [t / tp]: this rank's share of the tokens."""
-        return per_token.flatten().chunk(self.group.size)[self.group.rank]
+        return self.padded(per_token.flatten()).chunk(self.group.size)[self.group.rank]
 
     def dropped(self, x: Tensor, batch: Batch, site: str) -> Tensor:
         """Hidden dropout of x [t / tp, h], a pure function of (seed, step, site, sample, token, channel)."""
@@ -83,7 +88,7 @@ class Embedding:
         self.words, self.places = decoder.weight("embedding.weight"), decoder.maybe("positions.weight")
 
     def __call__(self, leaf: Tensor, batch: Batch) -> Tensor:
-        x = embedding(batch.tokens.flatten(), self.words, self.d.group, leaf)
+        x = embedding(self.d.padded(batch.tokens.flatten()), self.words, self.d.group, leaf)
         if self.places:
             s = torch.arange(batch.tokens.shape[1], device=x.device).expand_as(batch.tokens)
             x = positions(x, self.d.mine(s if batch.positions is None else batch.positions), self.places)
@@ -111,7 +116,7 @@ class Block:
 
     def attention(self, x: Tensor, batch: Batch) -> Tensor:
         a, (b, s) = self.d.a, batch.tokens.shape
-        qkv = self.column(x, self.norm, self.qkv, self.qkv_bias).view(b, s, -1, a.head_dim)               # [b, s, n + 2 n_kv, d]
+        qkv = self.column(x, self.norm, self.qkv, self.qkv_bias)[:b * s].view(b, s, -1, a.head_dim)       # [b, s, n + 2 n_kv, d]
         q, k, v = qkv.split([p.shard.box.size[0] // a.head_dim for p in self.qkv.operand.pieces], dim=2)
         if self.qk_norm:
             q, k = self.qk_norm[0](q), self.qk_norm[1](k)
@@ -119,7 +124,7 @@ class Block:
             cos, sin = (t[None, :s] if batch.positions is None else t[batch.positions] for t in self.d.rotary)
             q, k = rotate(q, cos[:, :, None], sin[:, :, None]), rotate(k, cos[:, :, None], sin[:, :, None])
         y = attention(q, k, v, batch.positions, batch.documents, Alone(), self.attention_dropout(q, batch))
-        return row(y.reshape(b * s, -1), self.o, self.o_bias, self.d.group)
+        return row(self.d.padded(y.reshape(b * s, -1)), self.o, self.o_bias, self.d.group)
 
     def attention_dropout(self, q: Tensor, batch: Batch) -> Tensor | None:
         a = self.d.a
@@ -164,7 +169,7 @@ class Head:
         with torch.no_grad():
             total, dx = self._loss(normal, batch, scale)
         assert dx is not None
-        return total, torch.autograd.grad(normal, x, self.d.group.reduce_scatter(dx))[0]
+        return total, torch.autograd.grad(normal, x, self.d.group.reduce_scatter(dx).wait())[0]
 
     def logits(self, x: Tensor) -> Tensor:
         """[t, h] -> [t, vocabulary], for generation on one rank."""
@@ -173,8 +178,8 @@ class Head:
 
     def _loss(self, normal: Tensor, batch: Batch, scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
         chunk = max(LOGITS // len(self.output.value), 1)
-        return cross_entropy(self.d.group.all_gather(normal.detach()), batch.targets.flatten(), batch.mask.flatten(), self.output,
-                             self.d.group, chunk, scale)
+        targets, mask = self.d.padded(batch.targets.flatten()), self.d.padded(batch.mask.flatten())
+        return cross_entropy(self.d.group.all_gather(normal.detach()).wait(), targets, mask, self.output, self.d.group, chunk, scale)
 
 
 def swiglu(x: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from megazero.comm import Wires, Work
 from megazero.decoder import Batch, Decoder
 from megazero.program import Action
 
@@ -14,10 +15,11 @@ class Executor:
     """Runs actions over a decoder. Between actions it holds what flows: per micro-batch one activation or gradient
     (`flow`), and per part and micro-batch what backward needs (`kept`)."""
 
-    def __init__(self, decoder: Decoder) -> None:
-        self.decoder = decoder
+    def __init__(self, decoder: Decoder, wires: Wires) -> None:
+        self.decoder, self.wires = decoder, wires
         self.flow: dict[int, Tensor] = {}
         self.kept: dict[tuple[int, int], tuple[Tensor, Tensor | None]] = {}
+        self.reducing: list[tuple[str, Work]] = []
         self.do: dict[str, Callable[[Action], None]] = {
             "open": self._open, "F": self._forward, "L": self._loss, "B": self._backward, "E": self._evaluate, "reduce": self._reduce}
 
@@ -33,7 +35,9 @@ class Executor:
         self.batches, self.scale = batches, scale
         self.total = torch.zeros((), dtype=torch.float64, device=batches[0].tokens.device)
         for action in program:
+            self.wires.line.doing = str(action)
             self.do[action.kind](action)
+        self.wait()
         assert not self.kept, f"activations without a backward: {list(self.kept)}"
         self.flow.clear()
         return self.total
@@ -72,4 +76,15 @@ class Executor:
         self.total += self.decoder.head(self.flow.pop(action.micro), self.batches[action.micro])
 
     def _reduce(self, action: Action) -> None:
-        self.decoder.units[action.unit].close()
+        """The sum over data-parallel ranks travels while the backward passes of earlier blocks go on."""
+        unit = self.decoder.units[action.unit]
+        unit.close()
+        unit.finish(self.wires.groups)
+        self.reducing.append((str(action), self.wires["dp"].all_reduce(unit.grads)))
+
+    def wait(self) -> None:
+        """Returns when every reduction has landed."""
+        for name, work in self.reducing:
+            self.wires.line.doing = name
+            work.wait()
+        self.reducing.clear()

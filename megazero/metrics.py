@@ -61,15 +61,16 @@ def memory_bytes(device: torch.device) -> int:
 
 
 class Metrics:
-    """The sinks. `resumed` is the step a run goes on from: what an earlier run logged beyond it is forgotten, as the run forgot it."""
+    """The sinks, of rank 0. What an earlier run logged beyond step `resumed`, from where this one goes on, is forgotten."""
 
-    def __init__(self, plan: Plan, peak: float, device: torch.device, resumed: int) -> None:
+    def __init__(self, plan: Plan, peak: float, device: torch.device, resumed: int, rank: int = 0) -> None:
         self.plan, self.peak, self.device = plan, peak, device
         self.per_token = flops_per_token(plan.architecture)
         self.window: list[Mapping[str, Any]] = []
         self.file, self.board = None, None
+        self.tells = rank == 0
         folder = plan.config.logging.log_dir
-        if folder is not None:
+        if folder is not None and self.tells:
             from torch.utils.tensorboard import SummaryWriter
             Path(folder).mkdir(parents=True, exist_ok=True)
             self.file = continued(Path(folder) / "metrics.jsonl", resumed)
@@ -84,13 +85,15 @@ class Metrics:
         self._write(record, record["step"])
         self.window.append(record)
         if record["step"] % self.plan.config.logging.log_interval == 0 or record["step"] == self.plan.train_iters:
-            say(self._line())
+            if self.tells:
+                say(self._line())
             self.window.clear()
         return record
 
     def evaluation(self, step: int, split: str, loss: float) -> None:
         self._write({"step": step, "split": split, "loss": loss}, step, prefix=f"{split}/")
-        say(f"step {step:,} | {split} loss {loss:.4f}")
+        if self.tells:
+            say(f"step {step:,} | {split} loss {loss:.4f}")
 
     def _write(self, record: Mapping[str, Any], step: int, prefix: str = "train/") -> None:
         if self.file is not None and self.board is not None:

@@ -36,19 +36,19 @@ class Column(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Weight, bias: Weight | None, group: Group, before: Pointwise | None) -> Tensor:
         ctx.save_for_backward(x)
         ctx.weight, ctx.bias, ctx.group, ctx.before = weight, bias, group, before
-        full = group.all_gather(before(x) if before else x)
+        full = group.all_gather(before(x) if before else x).wait()
         return F.linear(full, weight.value, bias.value if bias else None)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
         x, again = recomputed(x, ctx.before)
-        full = ctx.group.all_gather(again.detach())             # gathered anew rather than kept
-        dx = ctx.group.reduce_scatter(dy @ ctx.weight.value)
-        ctx.weight.add_product(dy, full)
+        full = ctx.group.all_gather(again.detach())             # gathered anew rather than kept, under the product for dx
+        dx = ctx.group.reduce_scatter(dy @ ctx.weight.value)    # travels under the product for the weight
+        ctx.weight.add_product(dy, full.wait())
         if ctx.bias:
             ctx.bias.add_sum(dy)
-        return through(x, again, dx), None, None, None, None
+        return through(x, again, dx.wait()), None, None, None, None
 
 
 def row(x: Tensor, weight: Weight, bias: Weight | None, group: Group, before: Pointwise | None = None) -> Tensor:
@@ -64,18 +64,19 @@ class Row(torch.autograd.Function):
         inner = before(x) if before else x
         if group.size == 1:
             return F.linear(inner, weight.value, bias.value if bias else None)          # the bias fused into the product
-        y = group.reduce_scatter(inner @ weight.value.T)
+        y = group.reduce_scatter(inner @ weight.value.T).wait()
         return y.add_(bias.value) if bias else y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
-        full = ctx.group.all_gather(dy)
+        gather = ctx.group.all_gather(dy)
         x, again = recomputed(x, ctx.before)
-        dx = full @ ctx.weight.value
-        ctx.weight.add_product(full, again.detach())
         if ctx.bias:
             ctx.bias.add_sum(dy)                                # of this rank's tokens: partial over tp
+        full = gather.wait()
+        dx = full @ ctx.weight.value
+        ctx.weight.add_product(full, again.detach())
         return through(x, again, dx), None, None, None, None
 
 
@@ -163,12 +164,12 @@ class Embedding(torch.autograd.Function):
         ctx.save_for_backward(index, here)
         ctx.weight, ctx.group = weight, group
         rows = F.embedding(index, weight.value)
-        return group.reduce_scatter(rows if here is None else rows * here[:, None])
+        return group.reduce_scatter(rows if here is None else rows * here[:, None]).wait()
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         index, here = ctx.saved_tensors
-        full = ctx.group.all_gather(dy)
+        full = ctx.group.all_gather(dy).wait()
         ctx.weight.add_rows(index, full if here is None else full * here[:, None])
         return None, None, None, None
 
@@ -221,12 +222,12 @@ def cross_entropy(
         z = torch.mm(x[part], weight.value.T, out=logits[:part.stop - low])            # [c, rows], refilled for each chunk
         z[:, rows:] = -torch.inf                                                        # padding is never predicted
         z = z if z.dtype == wide else z.to(wide)
-        top = group.all_reduce(z.amax(-1), "max")
+        top = group.all_reduce(z.amax(-1), "max").wait()
         hit = z.gather(-1, index[part, None])[:, 0]
         hit = hit if here is None else torch.where(here[part], hit, 0)
         e = z.sub_(top[:, None]).exp_()
         norm = e.sum(-1)
-        both = group.all_reduce(torch.stack((norm, torch.where(here[part], hit - top, 0) if here is not None else hit - top)))
+        both = group.all_reduce(torch.stack((norm, torch.where(here[part], hit - top, 0) if here is not None else hit - top))).wait()
         total += ((both[0].log() - both[1]) * mask[part]).sum()
         if scale is not None and dx is not None:
             factor = mask[part] * scale

@@ -42,18 +42,21 @@ class Optimizer:
 
     MOMENTS = {"adam": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",)}
 
-    def __init__(self, units: Sequence[Unit], config: Config) -> None:
+    def __init__(self, units: Sequence[Unit], config: Config, owner: bool = True) -> None:
+        """`owner`: is this the data-parallel rank whose copy counts in norms and is saved?"""
         o = config.optimizer
         self.units, self.clip = units, o.clip_grad
         self.state = {u.flat.name: {m: torch.zeros_like(u.master) for m in self.MOMENTS[o.optimizer]} for u in units}
         self.steps: list[Tensor] = []
-        self._pieces = [u.grads[p.start:p.stop] for u in units for p in u.flat.pieces if p.shard.owner]
-        self.names = [p.shard.parameter.name for u in units for p in u.flat.pieces if p.shard.owner]
+        owned = [(u, p) for u in units for p in u.flat.pieces if p.shard.owner and owner]
+        self._pieces = [u.grads[p.start:p.stop] for u, p in owned]
+        self.names = [p.shard.parameter.name for _, p in owned]
         groups: list[dict[str, Any]] = [{"params": self._slices(0), "weight_decay": o.weight_decay},
                                         {"params": self._slices(1), "weight_decay": 0.0}]
         groups = [g for g in groups if g["params"]]
         self.wide = units[0].master.dtype
         self.lr = torch.zeros((), dtype=self.wide, device=units[0].master.device)
+        self._none = torch.zeros(0, dtype=torch.float64, device=self.lr.device)
         if o.optimizer == "adam":
             betas = (o.adam_beta1, o.adam_beta2)
             self.torch: torch.optim.Optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=betas, eps=o.adam_eps, fused=True)
@@ -85,12 +88,12 @@ class Optimizer:
             self.torch.state[p] = {"step": step, **{m: flat[a:b] for m, flat in self.state[unit.flat.name].items()}}
 
     def judge(self, loss_sum: Tensor, valid: Tensor, nominal: int, scale: Tensor, world: Group) -> Verdict:
-        """One reduction over all ranks: squares of owned gradients, loss and count of valid tokens.
+        """One reduction over all ranks: squares of owned gradients, loss and count of valid tokens (each told by one rank of a copy).
 
         The gradients are of scale / nominal x the sum of losses; the factor makes them those of the mean over valid tokens.
         """
-        norms = torch.stack(torch._foreach_norm(self._pieces, 2, dtype=self.wide)).double()
-        figures = world.all_reduce(torch.stack((norms.square().sum(), loss_sum, valid.double())))
+        norms = torch.stack(torch._foreach_norm(self._pieces, 2, dtype=self.wide)).double() if self._pieces else self._none
+        figures = world.all_reduce(torch.stack((norms.square().sum(), loss_sum, valid.double()))).wait()
         squares, loss, tokens = figures.unbind()
         tokens = tokens.clamp(min=1)
         factor = nominal / tokens / scale.double()

@@ -4,10 +4,11 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from megazero.architecture import Architecture, architecture, flops_per_token, parameter_count, units
+from megazero.architecture import Architecture, architecture, ffn_size, flops_per_token, parameter_count, units
 from megazero.config import Config
 from megazero.errors import UserError
 from megazero.layout import flat
+from megazero.mesh import Mesh
 
 BYTES = {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2}
 LOGITS = 1 << 24                    # elements of logits that exist at a time in head and loss
@@ -27,6 +28,11 @@ class Plan:
     micro_batches: int
     train_iters: int
     memory: dict[str, int]
+
+    @property
+    def mesh(self) -> Mesh:
+        kv = self.architecture.kv_heads
+        return Mesh(self.pp, self.dp, self.tp, max(self.tp // kv, 1) if kv < self.tp else 1)
 
     @property
     def global_batch(self) -> int:
@@ -145,7 +151,8 @@ def _sizes(c: Config, world: int) -> Iterator[Check]:
         "--eval-interval": t.eval_interval, "--exit-interval": t.exit_interval, "--exit-duration-in-mins": t.exit_duration_in_mins,
         "--max-skipped-steps": t.max_skipped_steps, "--lr-decay-iters": o.lr_decay_iters, "--lr-decay-samples": o.lr_decay_samples,
         "--lr-wsd-decay-iters": o.lr_wsd_decay_iters, "--save-interval": k.save_interval, "--keep-last": k.keep_last,
-        "--log-interval": c.logging.log_interval, "--loss-scale-window": c.precision.loss_scale_window,
+        "--log-interval": c.logging.log_interval,
+        "--distributed-timeout-minutes": c.parallel.distributed_timeout_minutes, "--loss-scale-window": c.precision.loss_scale_window,
         "--hysteresis": c.precision.hysteresis, "--initial-loss-scale": c.precision.initial_loss_scale,
         "--min-loss-scale": c.precision.min_loss_scale, "--loss-scale": c.precision.loss_scale, "--rotary-base": m.rotary_base,
         "--rope-scaling-factor": m.rope_scaling_factor, "--norm-epsilon": m.norm_epsilon, "--adam-eps": o.adam_eps,
@@ -206,7 +213,13 @@ def _layout(c: Config, world: int) -> Iterator[Check]:
     yield (world % (tp * pp) if dp is None else world != need,
            f"--tp {tp} x --pp {pp}" + (f" x --dp {dp}" if dp else "") + f": {need} ranks are needed{'' if dp else ', or a multiple'}, but "
            f"{world} run{'s' if world == 1 else ''}; start with torchrun --nproc_per_node {need}, or change the sizes.")
-    yield world > 1, f"WORLD_SIZE {world}: this version trains on one rank; start it with python instead of torchrun."
+    yield pp > 1, f"--pp {pp}: pipelines are not built yet; leave it out."
+    for flag, size in (("--num-attention-heads", c.model.num_attention_heads or 0), ("--ffn-hidden-size", ffn_size(c.model) or 0)):
+        works = [str(n) for n in range(1, min(size, 64) + 1) if size % n == 0]
+        yield size > 0 and size % tp, f"--tp {tp}: does not divide {flag} {size}; write one of {', '.join(works)}."
+    kv = c.model.num_query_groups or 0
+    yield kv > 0 and kv % tp and tp % kv, f"--tp {tp}: neither divides --num-query-groups {kv} nor is a multiple of it; change one of them."
+    yield world > tp and p.zero_stage > 0, f"--zero-stage {p.zero_stage}: ZeRO over several ranks is not built yet; leave it out."
 
 
 def _batches(c: Config, world: int) -> Iterator[Check]:

@@ -21,7 +21,7 @@ import torch
 from megazero import checkpoint, program
 from megazero.architecture import Architecture, units
 from megazero.checkpoint import Reader, Writer
-from megazero.comm import Alone
+from megazero.comm import Wires, connect, environment
 from megazero.command_line import flatten
 from megazero.config import Config
 from megazero.data.dataset import MockSamples, SampleSource, open_split
@@ -51,16 +51,16 @@ class Pending:
 
 
 class Run:
-    """A training run: its parts, and where it is."""
+    """A training run on one rank: its parts, and where it is."""
 
-    def __init__(self, plan: Plan, tokenizer: Tokenizer | None, device: torch.device) -> None:
-        self.plan, self.config, self.tokenizer, self.device = plan, plan.config, tokenizer, device
+    def __init__(self, plan: Plan, tokenizer: Tokenizer | None, device: torch.device, wires: Wires) -> None:
+        self.plan, self.config, self.tokenizer, self.device, self.wires = plan, plan.config, tokenizer, device, wires
         a, c = plan.architecture, plan.config
-        self.world = Alone()
-        self.units = {spec.name: Unit(flat(spec, 0, plan.tp), TORCH_DTYPE[c.dtype], device) for spec in units(a)}
-        self.decoder = Decoder(a, self.units, Alone(), c.training.seed, c.training.recompute_granularity, device)
-        self.executor = Executor(self.decoder)
-        self.optimizer = Optimizer(list(self.units.values()), c)
+        self.units = {spec.name: Unit(flat(spec, wires.place.tp, plan.tp), TORCH_DTYPE[c.dtype], device) for spec in units(a)}
+        self.decoder = Decoder(a, self.units, wires["tp"], c.training.seed, c.training.recompute_granularity, device)
+        self.executor = Executor(self.decoder, wires)
+        self.owner = wires.place.dp == 0                        # of data-parallel copies, the one that counts and is saved
+        self.optimizer = Optimizer(list(self.units.values()), c, self.owner)
         parts = [p.units for p in self.decoder.parts]
         self.training = program.training(c.parallel.pipeline_schedule, plan.micro_batches, parts, self.decoder.head.units)
         self.evaluation = program.evaluation(len(parts))
@@ -68,7 +68,8 @@ class Run:
         self.pending: Pending | None = None
         self.train_samples = samples(c, a, "train")
         self.valid_samples = samples(c, a, "valid") if c.training.eval_iters and plan.train_iters else None
-        self.writer = Writer(Path(c.checkpoint.save), c.checkpoint.keep_last, c.checkpoint.async_save) if c.checkpoint.save else None
+        k = c.checkpoint
+        self.writer = Writer(Path(k.save), k.keep_last, k.async_save, wires.rank, wires["saved"]) if k.save else None
         self.stop_reason = ""
         self.metrics: Metrics           # made when the step to go on from is known
         self.started = self.clock = time.perf_counter()
@@ -83,10 +84,15 @@ class Run:
         batches = self.batches(good.step, good.samples)
         valid = torch.stack([b.mask.sum(dtype=torch.float64) for b in batches]).sum()
         total = self.executor.train(self.training, batches, scale / self.plan.tokens_per_step)
-        verdict = self.optimizer.judge(total, valid, self.plan.tokens_per_step, scale, self.world)
+        self.wires.line.doing = f"the gate of step {good.step + 1}"
+        verdict = self.optimizer.judge(self.told(total), self.told(valid), self.plan.tokens_per_step, scale, self.wires["world"])
         self.optimizer.step(verdict, lr)
         self.settle()
         self.pending = Pending(verdict, lr, scale, self.plan.global_batch, self.lap())
+
+    def told(self, figure: Tensor) -> Tensor:
+        """The figure on one rank of each tensor-parallel group, 0 on the others, which know the same: sums count it once."""
+        return figure if self.wires.place.tp == 0 else torch.zeros_like(figure)
 
     def lap(self) -> float:
         """Seconds since the last lap."""
@@ -106,9 +112,10 @@ class Run:
         return values[0] if self.pending is None else torch.where(self.pending.verdict.found_inf == 0, values[0], values[1])
 
     def batches(self, step: int, first: int) -> list[Batch]:
-        """The micro-batches of a step, whose samples start at number `first`."""
-        size = self.plan.micro_batch
-        numbers = [range(first + m * size, first + (m + 1) * size) for m in range(self.plan.micro_batches)]
+        """This rank's micro-batches of a step, whose samples start at number `first`: data-parallel ranks take turns."""
+        size, dp, rank = self.plan.micro_batch, self.plan.dp, self.wires.place.dp
+        starts = [first + (m * dp + rank) * size for m in range(self.plan.micro_batches)]
+        numbers = [range(start, start + size) for start in starts]
         return [self.batch(self.train_samples.sample, mine, step) for mine in numbers]
 
     def batch(self, sample: Callable[[int], np.ndarray], numbers: range, step: int | None) -> Batch:
@@ -144,7 +151,7 @@ class Run:
         what = (f"the gradient of {culprits[-1]} is not finite ({len(culprits)} of {len(self.optimizer.names)} parameters)" if culprits
                 else "the loss is not finite")
         moved = f", loss scale {scale.value:g} -> {after.loss_scale.value:g}" if after.loss_scale.value != scale.value else ""
-        say(f"step {after.step:,} skipped on rank 0: {what}{moved}; nothing was changed")
+        self.say(f"step {after.step:,} skipped on rank 0: {what}{moved}; nothing was changed")
         limit = self.config.training.max_skipped_steps
         if after.skipped_in_a_row >= limit:
             raise UserError(f"--max-skipped-steps {limit}: {limit} steps in a row were not finite, the last because {what}; nothing was "
@@ -172,7 +179,7 @@ class Run:
         if self.writer is not None and self.saved != self.progress.step:
             self.save()
         self.close()
-        say(f"done at step {self.progress.step:,}{': ' + self.stop_reason if self.stop_reason else ''}, after "
+        self.say(f"done at step {self.progress.step:,}{': ' + self.stop_reason if self.stop_reason else ''}, after "
             f"{clock(time.perf_counter() - self.started)}")
 
     def _stop(self, step: int) -> str:
@@ -191,10 +198,11 @@ class Run:
         sample = source.in_order if t.full_validation else source.sample
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         valid = torch.zeros((), dtype=torch.float64, device=self.device)
-        for low in range(0, count, size):
+        for low in range(self.wires.place.dp * size, count, self.plan.dp * size):
             batch = self.batch(sample, range(low, min(low + size, count)), None)
             total += self.executor.evaluate(self.evaluation, batch)
             valid += batch.mask.sum(dtype=torch.float64)
+        total, valid = self.wires["world"].all_reduce(torch.stack((self.told(total), self.told(valid)))).wait()
         return (total / valid).item()
 
     # ---- state
@@ -211,11 +219,12 @@ class Run:
         """Saves the run as it is after the last step."""
         assert self.writer is not None
         self.settle(last=True)
-        slices = [s for unit in self.units.values() for s in checkpoint.owned(unit.flat, self.buffers(unit))]
+        slices = [s for unit in self.units.values() for s in checkpoint.owned(unit.flat, self.buffers(unit)) if self.owner]
         path = self.writer.save(slices, self.header())
-        save_tokenizer(self.writer.folder, self.tokenizer)
+        if self.wires.rank == 0:
+            save_tokenizer(self.writer.folder, self.tokenizer)
         self.saved = self.progress.step
-        say(f"step {self.progress.step:,} | saved to {path}" + (" (writing in the background)" if self.writer.background else ""))
+        self.say(f"step {self.progress.step:,} | saved to {path}" + (" (writing in the background)" if self.writer.background else ""))
         self.lap()
 
     def header(self) -> dict[str, Any]:
@@ -252,6 +261,10 @@ class Run:
         return [f"--optimizer {self.config.optimizer.optimizer}: {reader.folder} has no {' and no '.join(missing)} (it was saved {saved}); "
                 "add --finetune to start the optimizer afresh."] if missing else []
 
+    def say(self, text: str) -> None:
+        if self.wires.rank == 0:
+            say(text)
+
     def close(self) -> None:
         if self.writer is not None:
             self.writer.wait()
@@ -260,35 +273,44 @@ class Run:
 
 def main(config: Config) -> None:
     """The whole program: everything that can be wrong is found before anything is written."""
-    world = int(os.environ.get("WORLD_SIZE", "1"))
+    rank, world = environment()
     errors = checks(config, world)
     if errors:
         raise UserError(*errors)
     device = choose_device(config)
     tokenizer = tokenizer_of(config)
     resolved = plan(config, world, max(tokenizer.vocab_size if tokenizer else 0, config.data.vocab_size or 0))
-    say(resolved.describe())
+    if rank == 0:
+        say(resolved.describe())
     if config.check:
         return
-    run = Run(resolved, tokenizer, device)
-    say(f"data        {run.train_samples.describe()}")
+    wires = connect(resolved.mesh, rank, "nccl" if device.type == "cuda" else "gloo", 60 * config.parallel.distributed_timeout_minutes)
+    run = Run(resolved, tokenizer, device, wires)
+    start(run)
+    with signals(run):
+        run.train()
+    wires.close()
+
+
+def start(run: Run) -> None:
+    """Weights and position, from a checkpoint or afresh; tells what was found."""
+    config, device = run.config, run.device
+    run.say(f"data        {run.train_samples.describe()}")
     if run.valid_samples is not None:
-        say(f"validation  {run.valid_samples.describe()}")
-    reader = find_checkpoint(config)
+        run.say(f"validation  {run.valid_samples.describe()}")
+    reader = find_checkpoint(config, run.say)
     if reader is None:
         run.initialise()
     else:
         run.load(reader)
-        say(f"loaded      {reader.folder}{': weights alone' if config.checkpoint.finetune else ''}")
+        run.say(f"loaded      {reader.folder}{': weights alone' if config.checkpoint.finetune else ''}")
         for line in changed(reader.index["config"], flatten(config)):
-            say(f"changed     {line}")
+            run.say(f"changed     {line}")
     peak, source = peak_flops(device, config.dtype, TORCH_DTYPE[config.dtype])
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads of {platform.machine()}"
-    say(f"device      {name}, torch {torch.__version__}; peak {peak / 1e12:.4g} TFLOP/s: {source}")
-    say(f"            {MFU}")
-    run.metrics = Metrics(resolved, peak, device, run.progress.step)
-    with signals(run):
-        run.train()
+    run.say(f"device      {name}, torch {torch.__version__}; peak {peak / 1e12:.4g} TFLOP/s: {source}")
+    run.say(f"            {MFU}")
+    run.metrics = Metrics(run.plan, peak, device, run.progress.step, run.wires.rank)
 
 
 class signals:
@@ -344,7 +366,7 @@ def tokenizer_of(config: Config) -> Tokenizer | None:
     return tokenizer
 
 
-def find_checkpoint(config: Config) -> Reader | None:
+def find_checkpoint(config: Config, say: Callable[[str], None]) -> Reader | None:
     """The checkpoint to load, if any. A run that loads from where it saves starts afresh the first time."""
     k = config.checkpoint
     if k.load is None:

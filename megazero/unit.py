@@ -5,10 +5,12 @@ part of which unit it means, looks it up when it needs it, and hands its gradien
 gradient is written once, into the place where the optimizer and the wire read it, and no pass clears buffers before a step.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
 
+from megazero.comm import Group
 from megazero.layout import Box, Flat, Operand
 from megazero.random import fill_normal, key
 
@@ -65,6 +67,14 @@ class Unit:
             o = self._operands[name]
             self.grads[o.start:o.stop].zero_()
         self._fresh = set()
+
+    def finish(self, groups: Mapping[str, Group]) -> None:
+        """Sums gradients that are partial: over `tp` for what every rank holds whole, over `kv` for shared key-value heads."""
+        for axis, cut in (("tp", False), ("kv", True)):
+            parts = [self.grads[p.start:p.stop] for p in self.flat.pieces if p.shard.partial and p.shard.cut == cut]
+            if parts and groups[axis].size > 1:
+                total = groups[axis].all_reduce(torch.cat(parts)).wait()
+                torch._foreach_copy_(parts, total.split([len(p) for p in parts]))
 
     def is_first(self, operand: Operand) -> bool:
         """Is this operand's gradient still unwritten in this step? Asked once per gradient: it is written from now on."""

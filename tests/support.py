@@ -9,8 +9,10 @@ import numpy as np
 import torch
 
 from megazero import config, program
+from megazero.comm import connect
 from megazero.data.indexed import IndexedWriter
 from megazero.decoder import Batch
+from megazero.mesh import Mesh
 from megazero.plan import Plan, plan
 from megazero.train import Run, main
 
@@ -54,7 +56,7 @@ def resolved(words: str, world: int = 1) -> Plan:
 
 def built(words: str) -> Run:
     """An initialised run of a command line that gives --vocab-size."""
-    run = Run(resolved(words), None, torch.device("cpu"))
+    run = Run(resolved(words), None, torch.device("cpu"), connect(Mesh(1, 1, 1), 0, "gloo", 60))
     run.initialise()
     return run
 

@@ -127,9 +127,9 @@ def arm():
     if phase == "rename": Path.rename = die
 
 write = checkpoint.write
-def second(target, slices, header):
+def second(target, slices, header, *more):
     if header["step"] == 4: arm()
-    write(target, slices, header)
+    write(target, slices, header, *more)
 checkpoint.write = second
 main(config.from_command_line(sys.argv[3:]))
 """

@@ -158,7 +158,7 @@ def test_a_fully_masked_batch_changes_nothing_but_decay() -> None:
     data = [Batch(b.tokens, b.targets, b.mask * 0, b.samples, 0) for b in batches(run)]
     parts = [p.units for p in run.decoder.parts]
     assert run.executor.train(run.training, data, torch.ones((), dtype=torch.float64)) == 0 and parts
-    verdict = run.optimizer.judge(torch.zeros((), dtype=torch.float64), torch.zeros(()), 24, torch.ones(()), run.world)
+    verdict = run.optimizer.judge(torch.zeros((), dtype=torch.float64), torch.zeros(()), 24, torch.ones(()), run.wires["world"])
     assert verdict.norm == 0 and verdict.loss == 0 and verdict.found_inf == 0
 
 

@@ -1,0 +1,50 @@
+"""Which ranks form which group: one reshape of 0 .. world - 1, so that nobody computes strides. Pure.
+
+Ranks are numbered pp (outermost) x dp x tp (innermost): tensor-parallel neighbours, which talk most, are neighbours on a node.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Place(NamedTuple):
+    """Where a rank stands on each axis."""
+
+    pp: int
+    dp: int
+    tp: int
+
+
+@dataclass(frozen=True)
+class Mesh:
+    """The sizes of the axes. `kv` is how many neighbouring tensor-parallel ranks hold the same key-value heads (1: none do)."""
+
+    pp: int
+    dp: int
+    tp: int
+    kv: int = 1
+
+    @property
+    def world(self) -> int:
+        return self.pp * self.dp * self.tp
+
+    def place(self, rank: int) -> Place:
+        return Place(*(int(i) for i in np.unravel_index(rank, (self.pp, self.dp, self.tp))))
+
+    def groups(self) -> dict[str, list[tuple[int, ...]]]:
+        """Every group of every axis, in the order in which they are made."""
+        ranks = np.arange(self.world).reshape(self.pp, self.dp, self.tp)
+        rows = {
+            "tp": ranks.reshape(-1, self.tp),
+            "kv": ranks.reshape(-1, self.kv),
+            "dp": ranks.transpose(0, 2, 1).reshape(-1, self.dp),
+            "world": ranks.reshape(1, -1),
+            "saved": ranks.reshape(1, -1),                      # the same ranks once more: checkpoints are written beside training
+        }
+        return {axis: [tuple(int(r) for r in row) for row in groups] for axis, groups in rows.items()}
+
+    def members(self, axis: str, rank: int) -> tuple[int, ...]:
+        """The group of an axis that a rank belongs to."""
+        return next(group for group in self.groups()[axis] if rank in group)

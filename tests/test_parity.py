@@ -1,0 +1,142 @@
+"""Any layout gives the same run: one table, each row against one rank, in float64.
+
+Compared to 1e-12: loss and gradient norm of five steps with clipping, every gradient of the first step on every rank (relative to its
+largest element), every weight after the fifth. The order of sums alone costs about 1e-15. Also under `late`, where results are NaN until
+they are waited for. Adam divides by the root of the second moment plus epsilon, which makes lr / epsilon of a rounding error in a gradient that
+is nearly zero: epsilon is 1e-5 here, so that the table measures layouts and not that. New features add a column or a row.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from pool import Pool
+from support import SHAPES, resolved
+
+from megazero.comm import connect
+from megazero.train import Run
+
+WORDS = "--num-layers 2 --hidden-size 48 --num-attention-heads 24 --kv-channels 4 --ffn-hidden-size 96 --lr 2e-3 --weight-decay 0.1 --mock-data " \
+        "--adam-eps 1e-5 --train-iters 5 --eval-iters 0 --clip-grad 0.5 --dtype fp64 --global-batch-size 6 --make-vocab-size-divisible-by 8"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One run. `shape` names model flags of support.SHAPES; the rest are words of the command line."""
+
+    tp: int = 1
+    dp: int = 1
+    shape: str = "gpt2"
+    recompute: str = "none"
+    micro: int = 1
+    optimizer: str = "adam"
+    schedule: str = "1f1b"
+    tokens: int = 24
+    dropout: float = 0.0
+    late: bool = False
+
+    def __str__(self) -> str:
+        plain = Row()
+        return ",".join(f"{k}={v}" for k, v in vars(self).items() if v != getattr(plain, k)) or "plain"
+
+    @property
+    def model(self) -> str:
+        """What one rank must be told to run the same model on the same data."""
+        shape = SHAPES[self.shape].replace("--kv-channels 24", "--kv-channels 4").replace("--ffn-hidden-size 96", "")
+        return (f"{WORDS} --vocab-size 101 {shape} --optimizer {self.optimizer} --seq-length {self.tokens} --hidden-dropout {self.dropout} "
+                f"--attention-dropout {self.dropout}")
+
+    @property
+    def words(self) -> str:
+        return (f"{self.model} --tp {self.tp} --dp {self.dp} --recompute-granularity {self.recompute} --micro-batch-size {self.micro} "
+                f"--pipeline-schedule {self.schedule}")
+
+
+Result = tuple[list[tuple[float, float]], list[tuple[str, Any, torch.Tensor]], list[tuple[str, Any, torch.Tensor]]]
+
+
+class Silent:
+    def step(self, figures: dict[str, float]) -> None:
+        pass
+
+
+def play(words: str, world: int, backend: str) -> Result:
+    """Five steps on this rank: (loss, norm) of each; gradients of the first and weights after the last as (name, box, tensor)."""
+    import os
+    plan = resolved(words, world)
+    rank = int(os.environ["RANK"]) if world > 1 else 0
+    run = Run(plan, None, torch.device("cpu"), connect(plan.mesh, rank, backend, 60))
+    run.initialise()
+    run.metrics = Silent()  # type: ignore[assignment]
+    figures, gradients = [], []
+    for step in range(5):
+        run.step()
+        assert run.pending
+        figures.append((float(run.pending.verdict.loss), float(run.pending.verdict.norm)))
+        if step == 0:
+            gradients = held(run, "grads")
+    return figures, gradients, held(run, "master")
+
+
+def held(run: Run, buffer: str) -> list[tuple[str, Any, torch.Tensor]]:
+    return [(p.shard.parameter.name, p.shard.box, getattr(u, buffer)[p.start:p.stop].view(p.shard.box.size).clone())
+            for u in run.units.values() for p in u.flat.pieces]
+
+
+@cache
+def alone(words: str) -> tuple[list[tuple[float, float]], dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    figures, gradients, weights = play(words, 1, "gloo")
+    return figures, {n: t for n, _, t in gradients}, {n: t for n, _, t in weights}
+
+
+def compare(row: Row, pool: Pool, tolerance: float = 1e-12) -> None:
+    want_figures, want_gradients, want_weights = alone(row.model)
+    world = row.tp * row.dp
+    for figures, gradients, weights in pool.run(world, play, row.words, world, "gloo+late" if row.late else "gloo"):
+        for got, want in zip(figures, want_figures, strict=True):
+            assert got == pytest.approx(want, rel=tolerance, abs=0)
+        for found, wanted in ((gradients, want_gradients), (weights, want_weights)):
+            assert {name for name, _, _ in found} == set(wanted)
+            largest = max(float(t.abs().max()) for t in wanted.values())
+            for name, box, tensor in found:
+                own = float(wanted[name].abs().max())
+                rounding = name.endswith("attention.k.bias") and own < 1e-9 * largest       # softmax does not feel it: zero but for rounding
+                scale = largest if rounding else own
+                if tensor.numel():
+                    assert (tensor - wanted[name][box.slices]).abs().max() <= tolerance * scale, (name, box)
+
+
+CI = [
+    Row(tp=2), Row(tp=3, optimizer="sgd"), Row(tp=4, shape="llama"), Row(tp=8, shape="qwen"), Row(dp=2, optimizer="sgd"), Row(dp=3),
+    Row(tp=2, dp=2, shape="llama"), Row(tp=2, dp=3, shape="qwen", optimizer="sgd"), Row(tp=4, dp=2, shape="gpt2-plain"),
+    Row(tp=4, shape="llama", optimizer="sgd", late=True), Row(tp=2, dp=2, late=True), Row(tp=2, tokens=25), Row(tp=3, tokens=25, shape="llama-tied-scaled"),
+    Row(tp=4, tokens=25, shape="llama", micro=3, late=True), Row(tp=8, shape="llama-tied-scaled", tokens=25), Row(tp=2, recompute="selective"),
+    Row(tp=2, recompute="full", shape="llama"), Row(tp=2, dp=2, recompute="selective", late=True, shape="qwen", optimizer="sgd"), Row(tp=2, micro=3, dropout=0.1),
+    Row(tp=4, dp=2, dropout=0.1, shape="llama", recompute="full"), Row(tp=2, schedule="gpipe", micro=2), Row(tp=3, shape="relu2"),
+    Row(dp=2, micro=3, shape="qwen"), Row(tp=8, shape="gpt2", late=True, recompute="full"), Row(dp=3, recompute="selective", shape="llama", late=True),
+]
+FULL = [Row(tp, dp, shape, recompute, micro, optimizer, tokens=tokens, late=late)
+        for tp in (1, 2, 3, 4, 8) for dp in (1, 2, 3) if 1 < tp * dp <= 12
+        for shape in SHAPES if tp != 3 or shape in ("gpt2", "gpt2-plain", "relu2", "llama-tied-scaled")
+        for recompute, micro in (("none", 1), ("selective", 2), ("full", 1))
+        for optimizer, tokens, late in (("adam", 24, False), ("sgd", 25, True))]
+
+
+@pytest.fixture(scope="module")
+def pool() -> Any:
+    made = Pool()
+    yield made
+    made.close()
+
+
+@pytest.mark.parametrize("row", CI, ids=str)
+def test_equal_to_one_rank(row: Row, pool: Pool) -> None:
+    compare(row, pool)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("row", FULL, ids=str)
+def test_equal_to_one_rank_in_full(row: Row, pool: Pool) -> None:
+    compare(row, pool)
