@@ -102,7 +102,7 @@ def compare(row: Row, pool: Pool, tolerance: float = 1e-12) -> None:
             largest = max(float(t.abs().max()) for t in wanted.values())
             for name, box, tensor in found:
                 own = float(wanted[name].abs().max())
-                rounding = name.endswith("attention.k.bias") and own < 1e-9 * largest       # softmax does not feel it: zero but for rounding
+                rounding = name.endswith(("k.bias", "k_norm.bias")) and own < 1e-9 * largest       # softmax does not feel it: zero exactly
                 scale = largest if rounding else own
                 if tensor.numel():
                     assert (tensor - wanted[name][box.slices]).abs().max() <= tolerance * scale, (name, box)
