@@ -13,6 +13,7 @@ Bytes sent are counted by axis, as if by a ring: reduce-scatter and all-gather s
 """
 
 import os
+import socket
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -23,7 +24,7 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 
-from megazero.mesh import Mesh
+from megazero.mesh import Mesh, all_reduce_bytes
 
 Tensor = torch.Tensor
 BACKENDS = ("nccl", "gloo", "fake", "late")
@@ -102,11 +103,6 @@ class _Several:
     def _count(self, part: Tensor, times: int = 1) -> None:
         """Each rank sends `part` to all others, `times` times."""
         self.line.sent[self.axis] += times * (self.size - 1) * part.numel() * part.element_size()
-
-
-def all_reduce_bytes(elements: int, width: int, ranks: int) -> int:
-    """Bytes that one rank sends in an all-reduce: two passes over the padded whole, less its own part."""
-    return 2 * (ranks - 1) * ceil(elements / ranks) * width
 
 
 @dataclass
@@ -365,6 +361,19 @@ def _make(kind: str, axis: str, ranks: tuple[int, ...], line: Line) -> Group:
     if line.rank not in ranks:
         return Alone()
     return Gloo(axis, ranks, line, process_group) if kind == "gloo" else Nccl(axis, ranks, line, process_group)
+
+
+def first_to_say(what: str) -> bool:
+    """Is this the first rank of the run to say this? So that a mistake all ranks make, or a failure that spreads, is told once."""
+    if environment()[1] == 1:
+        return True
+    try:
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        socket.create_connection((host, port), timeout=2).close()                       # c10d is noisy when nobody is there
+        store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=5))
+        return store.add(f"megazero/said/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{what}", 1) == 1
+    except (OSError, RuntimeError, KeyError):                   # the store is gone, or not there yet: better twice than never
+        return True
 
 
 def environment() -> tuple[int, int]:

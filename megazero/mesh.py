@@ -4,6 +4,7 @@ Ranks are numbered pp (outermost) x dp x tp (innermost): tensor-parallel neighbo
 """
 
 from dataclasses import dataclass
+from math import ceil
 from typing import NamedTuple
 
 import numpy as np
@@ -15,6 +16,11 @@ class Place(NamedTuple):
     pp: int
     dp: int
     tp: int
+
+
+def all_reduce_bytes(elements: int, width: int, ranks: int) -> int:
+    """Bytes that one rank sends in an all-reduce: two passes over the padded whole, less its own part."""
+    return 2 * (ranks - 1) * ceil(elements / ranks) * width
 
 
 @dataclass(frozen=True)

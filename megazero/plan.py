@@ -3,12 +3,13 @@
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import ceil
 
 from megazero.architecture import Architecture, architecture, ffn_size, flops_per_token, parameter_count, units
 from megazero.config import Config
 from megazero.errors import UserError
-from megazero.layout import flat
-from megazero.mesh import Mesh
+from megazero.layout import flat, ragged_rows
+from megazero.mesh import Mesh, all_reduce_bytes
 
 BYTES = {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2}
 LOGITS = 1 << 24                    # elements of logits that exist at a time in head and loss
@@ -57,6 +58,11 @@ class Plan:
             return o.lr_decay_samples // self.global_batch
         return o.lr_decay_iters or self.train_iters
 
+    @property
+    def traffic(self) -> dict[str, int]:
+        """Bytes that one rank sends in a training step, by axis."""
+        return traffic(self)
+
     def describe(self) -> str:
         """The plan as printed at the start."""
         a, c = self.architecture, self.config
@@ -75,6 +81,8 @@ class Plan:
             f"compute     {flops_per_token(a):.4g} FLOPs per token (6 N + 6 L h S: causal attention, no recompute counted), "
             f"{flops_per_token(a) * self.tokens_per_step * self.train_iters:.3g} in all",
             f"memory      {gib(total)} per rank: " + ", ".join(f"{k} {gib(v)}" for k, v in self.memory.items()),
+            *([f"wire        {gib(sum(self.traffic.values()))} sent per rank and step: "
+               + ", ".join(f"{axis} {gib(n)}" for axis, n in self.traffic.items() if n)] if self.world > 1 else []),
         ])
 
 
@@ -114,6 +122,32 @@ def memory(config: Config, a: Architecture, tp: int, micro_batches: int) -> dict
         "optimizer": elements * full * (2 if config.optimizer.optimizer == "adam" else 1),
         "activations": tokens * (kept + working) * width,
         "logits": chunk * (width + full if width == 2 else width),
+    }
+
+
+def traffic(p: Plan) -> dict[str, int]:
+    """Bytes that one rank sends in a training step, by axis; `comm` counts the same.
+
+    tp: a block moves its tokens 4 times forward (gather and scatter for attention and MLP) and 6 times backward (the gather of a
+    column operation is repeated), embedding and head twice each; the loss adds a maximum and two sums per token; then come the
+    sums of partial gradients.
+    """
+    a, mesh, width = p.architecture, p.mesh, BYTES[p.config.dtype]
+    wide = max(width, 4)
+    tokens = ceil(p.micro_batch * a.seq_length / p.tp) * p.tp
+    move = (p.tp - 1) * (tokens // p.tp) * a.hidden * width
+    again = 4 * a.layers + 1 if p.config.training.recompute_granularity == "full" else 0
+    chunk = max(LOGITS // ragged_rows(a.vocab_size, p.tp, a.pad_rows), 1)
+    chunks = [min(chunk, tokens - low) for low in range(0, tokens, chunk)]
+    loss = sum(all_reduce_bytes(c, wide, p.tp) + all_reduce_bytes(2 * c, wide, p.tp) for c in chunks)
+    flats = [flat(u, 0, p.tp) for u in units(a)]
+    partial = {cut: [sum(q.shard.box.numel for q in f.pieces if q.shard.partial and q.shard.cut == cut) for f in flats]
+               for cut in (False, True)}
+    return {
+        "tp": p.micro_batches * ((10 * a.layers + 4 + again) * move + loss) + sum(all_reduce_bytes(n, wide, p.tp) for n in partial[False]),
+        "kv": sum(all_reduce_bytes(n, wide, mesh.kv) for n in partial[True]),
+        "dp": sum(all_reduce_bytes(f.size, wide, p.dp) for f in flats),
+        "world": all_reduce_bytes(3, 8, p.world),
     }
 
 

@@ -8,12 +8,14 @@ the host, and a skipped step moves neither the learning rate nor anything else.
 import os
 import platform
 import signal
+import sys
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import torch
@@ -21,7 +23,7 @@ import torch
 from megazero import checkpoint, program
 from megazero.architecture import Architecture, units
 from megazero.checkpoint import Reader, Writer
-from megazero.comm import Wires, connect, environment
+from megazero.comm import Stuck, Wires, connect, environment, first_to_say
 from megazero.command_line import flatten
 from megazero.config import Config
 from megazero.data.dataset import MockSamples, SampleSource, open_split
@@ -311,6 +313,35 @@ def start(run: Run) -> None:
     run.say(f"device      {name}, torch {torch.__version__}; peak {peak / 1e12:.4g} TFLOP/s: {source}")
     run.say(f"            {MFU}")
     run.metrics = Metrics(run.plan, peak, device, run.progress.step, run.wires.rank)
+
+
+def launch(config: Callable[[], Config]) -> NoReturn:
+    """Runs the program on this rank. A mistake or a failure is told once, by the rank that met it first; exit codes 2 and 1."""
+    rank = environment()[0]
+    try:
+        main(config())
+    except UserError as error:
+        for sentence in error.sentences:
+            if first_to_say(sentence):
+                print(f"error: {sentence}", file=sys.stderr, flush=True)
+        leave(2)
+    except Stuck as error:
+        if first_to_say("failure"):
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        leave(1)
+    except Exception:
+        if first_to_say("failure"):
+            print(f"rank {rank} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+        leave(1)
+    sys.exit(0)
+
+
+def leave(code: int) -> NoReturn:
+    """Ends the process; with peers at once, since cleaning up would wait for them."""
+    sys.stdout.flush()
+    if environment()[1] > 1:
+        os._exit(code)
+    sys.exit(code)
 
 
 class signals:

@@ -1,0 +1,170 @@
+"""The collectives of every backend, what they count, and what happens when a rank is lost."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from pool import Pool, RankError, _free_port
+from support import SHAPES, TINY, batches, resolved
+
+from megazero.comm import connect
+from megazero.mesh import Mesh
+from megazero.train import Run
+
+
+@pytest.fixture(scope="module")
+def pool() -> Any:
+    made = Pool()
+    yield made
+    made.close()
+
+
+def test_groups_cover_the_world_and_neighbours_share_tensors() -> None:
+    mesh = Mesh(2, 3, 4, 2)
+    groups = mesh.groups()
+    for axis, size in (("tp", 4), ("kv", 2), ("dp", 3), ("world", 24)):
+        assert all(len(g) == size for g in groups[axis]) and sorted(r for g in groups[axis] for r in g) == list(range(24))
+    assert groups["tp"][0] == (0, 1, 2, 3) and groups["dp"][0] == (0, 4, 8) and groups["kv"][1] == (2, 3)
+    assert mesh.place(17) == (1, 1, 1) and mesh.members("dp", 17) == (13, 17, 21)
+
+
+def several(dtype: torch.dtype, backend: str) -> list[torch.Tensor]:
+    """Every collective, all under way at once and waited for in another order than they were started."""
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    group = connect(Mesh(1, 1, world), rank, backend, 60)["tp"]
+    x = torch.arange(6 * world, dtype=dtype).view(2 * world, 3) + 100 * rank
+    works = [group.all_gather(x), group.reduce_scatter(x.clone()), group.all_reduce(x.clone()[:, :1].contiguous()),
+             group.all_reduce((x * (-1) ** rank).flatten()[:5].clone(), "max"), group.all_gather(x.new_empty(0, 3))]
+    return [w.wait() for w in reversed(works)][::-1]
+
+
+@pytest.mark.parametrize("backend", ["gloo", "gloo+late"])
+@pytest.mark.parametrize("world", [2, 3, 4])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_collectives(world: int, dtype: torch.dtype, backend: str, pool: Pool) -> None:
+    given = [torch.arange(6 * world, dtype=dtype).view(2 * world, 3) + 100 * r for r in range(world)]
+    total = torch.stack([g.float() for g in given]).sum(0).to(dtype)
+    for rank, (gathered, scattered, summed, highest, nothing) in enumerate(pool.run(world, several, dtype, backend)):
+        assert torch.equal(gathered, torch.cat(given))
+        assert torch.equal(scattered, total[2 * rank:2 * rank + 2])
+        assert torch.equal(summed, total[:, :1])
+        assert torch.equal(highest, torch.stack([(g * (-1) ** r).flatten()[:5] for r, g in enumerate(given)]).amax(0))
+        assert nothing.shape == (0, 3)
+
+
+def half_sum(backend: str) -> torch.Tensor:
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    x = torch.full((world,), 256.0 if rank == 0 else 1.0, dtype=torch.bfloat16)
+    return connect(Mesh(1, 1, world), rank, backend, 60)["tp"].reduce_scatter(x).wait()
+
+
+def test_half_precision_is_summed_in_fp32_and_rounded_once(pool: Pool) -> None:
+    """256 + 1 is 256 in bf16, so adding four ones one by one would be lost."""
+    assert all(part.item() == 260.0 for part in pool.run(5, half_sum, "gloo"))
+
+
+def changes_too_early() -> None:
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    group = connect(Mesh(1, 1, world), rank, "gloo+late", 60)["tp"]
+    x = torch.ones(world)
+    work = group.all_gather(x)
+    x += 1
+    work.wait()
+
+
+def test_late_finds_an_input_that_changed_before_the_wait(pool: Pool) -> None:
+    with pytest.raises(RankError, match="the input of all-gather changed before it was waited for"):
+        pool.run(2, changes_too_early)
+
+
+def test_fake_plays_any_rank_of_any_mesh() -> None:
+    wires = connect(Mesh(16, 8, 8), 777, "fake", 1)
+    assert wires.place == (12, 1, 1) and wires["tp"].size == 8 and wires["dp"].rank == 1
+    assert wires["tp"].all_gather(torch.ones(2, 3)).wait().shape == (16, 3)
+    assert wires["tp"].reduce_scatter(torch.ones(16, 3)).wait().shape == (2, 3)
+    assert wires.line.sent["tp"] == 7 * 6 * 4 + 7 * 6 * 4
+
+
+LAYOUTS = [
+    "--tp 2", "--tp 3 --seq-length 25", "--tp 4 --num-query-groups 2", "--tp 8 --num-query-groups 1 --recompute-granularity full",
+    "--tp 2 --dp 2 --recompute-granularity selective", "--dp 3", "--tp 4 --dp 2 --micro-batch-size 2 --bf16", "--tp 2 --dp 3 --qk-layernorm",
+    "--tp 2 --swiglu --normalization RMSNorm --disable-bias-linear --untie-embeddings-and-output-weights", "--tp 6 --dp 1 --fp16",
+]
+
+
+@pytest.mark.parametrize("words", LAYOUTS)
+@pytest.mark.parametrize("logits", [1 << 24, 128 * 10])
+def test_the_plan_knows_the_bytes_on_the_wire(words: str, logits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One step of one rank of each layout, without its peers."""
+    monkeypatch.setattr("megazero.plan.LOGITS", logits)
+    monkeypatch.setattr("megazero.decoder.LOGITS", logits)
+    words = f"{TINY} --hidden-size 48 --num-attention-heads 24 --global-batch-size 12 {words}"
+    sizes = words.split()
+    world = int(sizes[sizes.index("--tp") + 1] if "--tp" in sizes else 1) * int(sizes[sizes.index("--dp") + 1] if "--dp" in sizes else 1)
+    plan = resolved(words, world)
+    run = Run(plan, None, torch.device("cpu"), connect(plan.mesh, world - 1, "fake", 60))
+    run.initialise()
+    run.step()
+    assert {axis: run.wires.line.sent[axis] for axis in plan.traffic} == plan.traffic
+    assert set(run.wires.line.sent) <= set(plan.traffic)
+
+
+def test_the_fake_backend_runs_on_one_rank_what_the_shapes_say() -> None:
+    for shape in SHAPES.values():
+        plan = resolved(f"{TINY} {shape} --num-attention-heads 8 --tp 4", 4)
+        run = Run(plan, None, torch.device("cpu"), connect(plan.mesh, 3, "fake", 60))
+        run.initialise()
+        assert batches(run)
+        run.step()
+
+
+FAULTY = """
+import os, signal, sys, time
+sys.path.insert(0, sys.argv[1])
+from megazero import config
+from megazero.executor import Executor
+from megazero.train import launch
+what, who = sys.argv[2], int(sys.argv[3])
+plain, calls = Executor._forward, [0]
+
+def forward(self, action):
+    calls[0] += 1
+    if calls[0] == 7 and int(os.environ["RANK"]) == who:
+        if what == "kill": os.kill(os.getpid(), signal.SIGKILL)
+        if what == "stop": os.kill(os.getpid(), signal.SIGSTOP)
+        if what == "raise": raise ValueError("made up in forward")
+    plain(self, action)
+
+Executor._forward = forward
+launch(lambda: config.from_command_line(sys.argv[4:]))
+"""
+
+
+@pytest.mark.parametrize("what, who", [("kill", 1), ("stop", 2), ("raise", 1), ("raise", 0), ("kill", 0)])
+def test_a_lost_rank_is_named_and_nobody_hangs(what: str, who: int, tmp_path: Path) -> None:
+    script = tmp_path / "faulty.py"
+    script.write_text(FAULTY)
+    words = f"{TINY} --hidden-size 48 --num-attention-heads 6 --tp 3 --distributed-timeout-minutes 0.1".split()
+    command = [sys.executable, str(script), str(Path(__file__).resolve().parents[1]), what, str(who), *words]
+    common = os.environ | {"WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "OMP_NUM_THREADS": "1"}
+    ranks = [subprocess.Popen(command, env=common | {"RANK": str(r), "LOCAL_RANK": str(r)}, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL,
+                              text=True) for r in range(3)]
+    start = time.monotonic()
+    try:
+        others = [p.communicate(timeout=60)[1] for r, p in enumerate(ranks) if r != who or what != "stop"]
+    finally:
+        ranks[who].send_signal(signal.SIGKILL)
+        ranks[who].wait()
+    told = "".join(others)
+    assert time.monotonic() - start < 45
+    assert all(p.returncode != 0 for p in ranks), told
+    if what == "raise":
+        assert f"rank {who} failed:" in told and told.count("ValueError: made up in forward") == 1, told
+    else:
+        assert f"rank {who} did not answer within 6 s" in told and " gave up in " in told and " over tp: " in told, told
