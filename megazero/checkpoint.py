@@ -63,7 +63,14 @@ class Writer:
     """Saves to a folder. With `background`, `save` returns when the slices are copied and a thread writes them."""
 
     def __init__(self, folder: Path, keep_last: int | None, background: bool, rank: int = 0, group: Group | None = None) -> None:
-        """`group` are the ranks that save together (default: this one alone); nothing else may use it meanwhile."""
+        """`group` are the ranks that save together (default: this one alone); nothing else may use it meanwhile.
+
+        Makes the folder, so that one that cannot be written is told before the first step and not at the first save.
+        """
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--save {folder}: cannot be made ({error.strerror}); name a folder that can be written to.") from None
         self.folder, self.keep_last, self.background, self.rank, self.group = folder, keep_last, background, rank, group or Alone()
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -83,7 +90,7 @@ class Writer:
     def _commit(self, target: Path, slices: list[Slice], header: Mapping[str, Any]) -> None:
         write(target, slices, header, self.rank, self.group)
         if self.rank == 0:
-            prune(self.folder, self.keep_last)
+            prune(self.folder, self.keep_last, target)
 
     def _write(self, target: Path, slices: list[Slice], header: Mapping[str, Any]) -> None:
         try:
@@ -180,13 +187,13 @@ def _fresh_folder(folder: Path, step: int) -> Path:
     return next(folder / n for n in names if not (folder / n / INDEX).is_file())
 
 
-def prune(folder: Path, keep_last: int | None) -> None:
-    """Removes all but the newest `keep_last` checkpoints, and older saves of a step that was saved again. Index first."""
+def prune(folder: Path, keep_last: int | None, just_saved: Path | None = None) -> None:
+    """Removes all but the newest `keep_last` checkpoints, and older saves of a step saved again; never `just_saved`. Index first."""
     found = complete(folder)
     newest = dict(found)
     kept = sorted(newest)[-keep_last:] if keep_last else sorted(newest)
     for step, path in found:
-        if step not in kept or path != newest[step]:
+        if path != just_saved and (step not in kept or path != newest[step]):
             (path / INDEX).unlink()
             shutil.rmtree(path, ignore_errors=True)
 
@@ -260,6 +267,8 @@ class Reader:
             out = torch.empty(box.size, dtype=part.dtype) if out is None else out
             out[common.moved(tuple(-o for o in box.offset)).slices] = part
             filled += common.numel
+        if box.numel == 0:                                      # a rank beyond the end of the vocabulary
+            return torch.empty(box.size)
         if filled != box.numel or out is None:
             raise UserError(f"{self.folder}: holds {filled} of {box.numel} elements of {kind}/{name}; {self._other()}.")
         return out
@@ -289,6 +298,9 @@ class Reader:
 def find(folder: Path, step: int | None, flag: str = "--load") -> Path:
     """The folder of the newest complete checkpoint, or of a given step; `folder` may also be that of one checkpoint."""
     if (folder / INDEX).is_file():
+        own = re.match(r"step-(\d+)", folder.name)
+        if step is not None and own and int(own[1]) != step:
+            raise UserError(f"--ckpt-step {step}: {flag} {folder} is the folder of step {int(own[1])} alone; give the folder above it.")
         return folder
     if not folder.is_dir():
         raise UserError(f"{flag} {folder}: there is no such folder.")

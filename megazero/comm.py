@@ -378,4 +378,4 @@ def first_to_say(what: str) -> bool:
 
 def environment() -> tuple[int, int]:
     """(rank, world size) as torchrun says; (0, 1) without it."""
-    return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    return int(os.environ.get("RANK") or 0), int(os.environ.get("WORLD_SIZE") or 1)

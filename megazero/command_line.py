@@ -63,16 +63,23 @@ def leaves(cls: type) -> dict[str, list[Option]]:
 
 
 def parse(
-    cls: type[T], argv: Sequence[str] | None = None, *, prog: str | None = None, presets: Mapping[str, Mapping[str, Any]] | None = None
+    cls: type[T], argv: Sequence[str] | None = None, *, prog: str | None = None,
+    presets: Mapping[str, Mapping[str, Any]] | None = None, elsewhere: Mapping[str, str] | None = None,
 ) -> T:
     """The settings that `argv` (default: the process's) asks for.
 
     Later wins: defaults, then the row of `presets` named by `--model`, then the file named by `--config`, then flags.
-    Raises UserError with one sentence per mistake.
+    `elsewhere` says of words that are no flags here what to write instead. Raises UserError with one sentence per mistake.
     """
+    elsewhere = elsewhere or {}
     options = {o.name: o for group in leaves(cls).values() for o in group}
-    given, errors = _read_flags(cls, options, list(sys.argv[1:] if argv is None else argv), prog)
-    from_file = read_file(Path(given["config"]), options) if "config" in given else {}
+    given, errors = _read_flags(cls, options, list(sys.argv[1:] if argv is None else argv), prog, elsewhere)
+    from_file: dict[str, Any] = {}
+    if "config" in given:
+        try:
+            from_file = read_file(Path(given["config"]), options, elsewhere)
+        except UserError as error:
+            errors += error.sentences
     model = given.get("model", from_file.get("model"))
     preset: Mapping[str, Any] = {}
     if presets is not None and model is not None:
@@ -106,7 +113,7 @@ def flatten(settings: Any) -> dict[str, Any]:
     return out
 
 
-def read_file(path: Path, options: Mapping[str, Option]) -> dict[str, Any]:
+def read_file(path: Path, options: Mapping[str, Option], elsewhere: Mapping[str, str] | None = None) -> dict[str, Any]:
     """The values a TOML, YAML or JSON file gives, flat, checked against the options. Raises UserError."""
     try:
         data = _load(path)
@@ -122,9 +129,15 @@ def read_file(path: Path, options: Mapping[str, Option]) -> dict[str, Any]:
     for key, value in _flat_items(data):
         name = names.get(key.replace("-", "_"))
         if name is None:
-            errors.append(f"--config {path}: no such key {key!r}{nearest(key.replace('-', '_'), names)}.")
+            hint = (elsewhere or {}).get(key.replace("_", "-"))
+            errors.append(f"--config {path}: {key} {hint}." if hint else
+                          f"--config {path}: no such key {key!r}{nearest(key.replace('-', '_'), names)}.")
         elif name in values:
             errors.append(f"--config {path}: {key!r} is given twice; keep one.")
+        elif name == "config":
+            errors.append(f"--config {path}: a file cannot name another with {key!r}; put its keys here.")
+        elif value is None:
+            continue                                            # YAML's null and JSON's: not said
         else:
             try:
                 values[name] = _typed(options[name], value)
@@ -190,7 +203,7 @@ class _Help(argparse.HelpFormatter):
 
 
 def _read_flags(
-    cls: type, options: Mapping[str, Option], argv: list[str], prog: str | None
+    cls: type, options: Mapping[str, Option], argv: list[str], prog: str | None, elsewhere: Mapping[str, str]
 ) -> tuple[dict[str, Any], list[str]]:
     parser = _Parser(prog=prog, usage="%(prog)s [flags]", description=(cls.__doc__ or "").strip(), formatter_class=_Help,
                      allow_abbrev=False, argument_default=argparse.SUPPRESS, add_help=False)
@@ -202,8 +215,7 @@ def _read_flags(
             _add(group, o)
     given, unknown = parser.parse_known_args(argv)
     flags = [s for a in parser._actions for s in a.option_strings]
-    errors = [f"{word.split('=')[0]}: no such flag{nearest(word.split('=')[0], flags)}." if word.startswith("-")
-              else f"{word}: belongs to no flag; see --help."
+    errors = [_unknown(word.split("=")[0], flags, elsewhere)
               for word in unknown if word.startswith("--") or not _after_unknown(word, unknown)]
     values: dict[str, Any] = {}
     for name, value in vars(given).items():
@@ -213,6 +225,13 @@ def _read_flags(
             shown = " ".join(map(str, value)) if isinstance(value, list) else value
             errors.append(f"{options[name].flag} {shown}: {error}.")
     return values, errors
+
+
+def _unknown(word: str, flags: list[str], elsewhere: Mapping[str, str]) -> str:
+    """What to say of a word that no flag takes."""
+    if word[2:] in elsewhere and word.startswith("--"):
+        return f"{word} {elsewhere[word[2:]]}."
+    return f"{word}: no such flag{nearest(word, flags)}." if word.startswith("-") else f"{word}: belongs to no flag; see --help."
 
 
 def _after_unknown(word: str, unknown: list[str]) -> bool:
@@ -264,11 +283,13 @@ def _one(o: Option, value: Any) -> Any:
         raise ValueError("must be true or false")
     if isinstance(value, bool):
         raise ValueError(f"must be {_article(o.kind)}, not true or false")
+    if not isinstance(value, (str, int, float)):
+        raise ValueError(f"must be {_article(o.kind)}, not a {type(value).__name__}")
     try:
         if o.kind is int:
             return _integer(value)
         return o.kind(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise ValueError(f"must be {_article(o.kind)}") from None
 
 

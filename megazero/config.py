@@ -3,12 +3,10 @@
 The words are Megatron-LM's. What follows from them (sizes, counts, memory) is in plan.py; nothing here is derived or read.
 """
 
-import sys
 from dataclasses import dataclass
 from typing import Any
 
 from megazero.command_line import option, parse
-from megazero.errors import UserError
 
 DTYPES = ("fp64", "fp32", "bf16", "fp16")
 SCHEDULES = ("gpipe", "1f1b")
@@ -235,10 +233,4 @@ MEGATRON_WORDS = {
 
 def from_command_line(argv: list[str] | None = None) -> Config:
     """The configuration that a command line (default: the process's) asks for. Raises UserError."""
-    words = sys.argv[1:] if argv is None else argv
-    known = [f"--{w[2:].split('=')[0]} {MEGATRON_WORDS[w[2:].split('=')[0]]}." for w in words
-             if w.startswith("--") and w[2:].split("=")[0] in MEGATRON_WORDS]
-    if known:
-        raise UserError(*known)
-    return parse(Config, argv, prog="pretrain_gpt.py", presets=PRESETS)
-
+    return parse(Config, argv, prog="pretrain_gpt.py", presets=PRESETS, elsewhere=MEGATRON_WORDS)

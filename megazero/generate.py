@@ -79,7 +79,7 @@ def choose(scores: Tensor, temperature: float, top_k: int | None, source: torch.
     if temperature == 0:
         return int(scores.argmax())
     best, index = scores.topk(min(top_k or len(scores), len(scores)))
-    return int(index[torch.multinomial(torch.softmax(best / temperature, 0), 1, generator=source)])
+    return int(index[torch.multinomial(torch.softmax((best - best.max()) / temperature, 0), 1, generator=source)])
 
 
 def stream_text(tokenizer: Tokenizer, prompt: Sequence[int], tokens: Iterable[int]) -> Iterator[str]:

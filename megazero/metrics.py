@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from megazero.architecture import flops_per_token
+from megazero.errors import UserError
 from megazero.plan import Plan, gib
 
 MFU = "MFU counts 6 N + 6 L h S FLOPs per token (causal attention, recompute not counted)"
@@ -67,14 +68,18 @@ class Metrics:
         self.plan, self.peak, self.device = plan, peak, device
         self.per_token = flops_per_token(plan.architecture)
         self.window: list[Mapping[str, Any]] = []
-        self.file, self.board = None, None
+        self.file: Any = None
+        self.board: Any = None
         self.tells = rank == 0
         folder = plan.config.logging.log_dir
         if folder is not None and self.tells:
             from torch.utils.tensorboard import SummaryWriter
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            self.file = continued(Path(folder) / "metrics.jsonl", resumed)
-            self.board = SummaryWriter(str(Path(folder) / "tensorboard"), purge_step=resumed + 1)
+            try:
+                Path(folder).mkdir(parents=True, exist_ok=True)
+                self.file = continued(Path(folder) / "metrics.jsonl", resumed)
+                self.board = SummaryWriter(str(Path(folder) / "tensorboard"), purge_step=resumed + 1)
+            except OSError as error:
+                raise UserError(f"--log-dir {folder}: cannot be written ({error.strerror}); name a folder that can.") from None
 
     def step(self, figures: dict[str, Any]) -> dict[str, Any]:
         """Logs one step; adds what follows from its time. Returns the whole record."""
@@ -97,8 +102,13 @@ class Metrics:
 
     def _write(self, record: Mapping[str, Any], step: int, prefix: str = "train/") -> None:
         if self.file is not None and self.board is not None:
-            self.file.write(json.dumps(record) + "\n")
-            self.file.flush()
+            try:
+                self.file.write(json.dumps(record) + "\n")
+                self.file.flush()
+            except OSError as error:                            # a full disk must not end the run
+                say(f"warning: {self.file.name} cannot be written ({error.strerror}); nothing more is logged there")
+                self.file = None
+                return
             for name, value in record.items():
                 if name not in ("step", "split"):
                     self.board.add_scalar(prefix + name, float(value), step)
@@ -117,9 +127,9 @@ class Metrics:
                 f"{gib(last['memory_bytes'])} | {clock(seconds * (iters - last['step']))} left")
 
     def close(self) -> None:
-        if self.file is not None and self.board is not None:
-            self.file.close()
-            self.board.close()
+        for sink in (self.file, self.board):
+            if sink is not None:
+                sink.close()
 
 
 def continued(path: Path, resumed: int) -> Any:
@@ -127,12 +137,19 @@ def continued(path: Path, resumed: int) -> Any:
     if path.exists() and resumed == 0:
         path.rename(next(p for n in range(1, 100_000) if not (p := path.with_name(f"metrics-{n}.jsonl")).exists()))
     elif path.exists():
-        whole = [line for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]     # the last may be torn
-        kept = [line for line in whole if json.loads(line)["step"] <= resumed]
+        kept = [line for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if step_of(line) <= resumed]
         draft = path.with_suffix(".draft")
         draft.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
         draft.replace(path)
     return path.open("a", encoding="utf-8")
+
+
+def step_of(line: str) -> float:
+    """The step of a line of metrics.jsonl; infinity for one that was torn when its run was killed."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
 
 
 def clock(seconds: float) -> str:

@@ -28,7 +28,6 @@ class Verdict:
 
     loss: Tensor
     norm: Tensor
-    valid: Tensor
     found_inf: Tensor
     factor: Tensor
     norms: Tensor
@@ -101,7 +100,7 @@ class Optimizer:
         if self.clip > 0:
             factor = factor * (self.clip / (norm + 1e-6)).clamp(max=1.0)
         found = ~(norm.isfinite() & loss.isfinite())
-        return Verdict(loss / tokens, norm, tokens, found.float(), factor, norms)
+        return Verdict(loss / tokens, norm, found.float(), factor, norms)
 
     def step(self, verdict: Verdict, lr: Tensor) -> None:
         """Updates the masters, or leaves every bit as it was. Then publishes."""

@@ -163,7 +163,7 @@ def kept_per_token(a: Architecture, recompute: str) -> int:
 
 def checks(config: Config, world: int) -> list[str]:
     """A sentence for every way in which the configuration cannot run on `world` ranks."""
-    parts = (_sizes, _model, _layout, _batches, _schedule, _precision, _data, _files)
+    parts = (_sizes, _model, _layout, _batches, _schedule, _precision, _data, _files, _unused)
     found = [sentence for part in parts for wrong, sentence in part(config, world) if wrong]
     return list(dict.fromkeys(found))
 
@@ -285,7 +285,9 @@ def _schedule(c: Config, world: int) -> Iterator[Check]:
             "--lr-warmup-fraction": o.lr_warmup_fraction}
     given = [f"{flag} {value}" for flag, value in said.items() if value is not None]
     yield len(given) > 1, f"{', '.join(given[1:])}: cannot be combined with {given[0] if given else ''}; keep one."
-    length = o.lr_decay_iters or t.train_iters
+    batch = max(t.global_batch_size or t.micro_batch_size, 1)
+    run = t.train_iters if t.train_iters is not None else (t.train_samples or 0) // batch
+    length = o.lr_decay_iters or (o.lr_decay_samples // batch if o.lr_decay_samples else run)
     yield (length and o.lr_warmup_iters and o.lr_warmup_iters > length and o.lr_decay_style != "constant",
            f"--lr-warmup-iters {o.lr_warmup_iters}: is longer than the whole curve of {length} steps; write less than {length}.")
     wsd = o.lr_decay_style == "WSD"
@@ -295,6 +297,26 @@ def _schedule(c: Config, world: int) -> Iterator[Check]:
            "out.")
     yield (wsd and length and o.lr_wsd_decay_iters and o.lr_wsd_decay_iters > length,
            f"--lr-wsd-decay-iters {o.lr_wsd_decay_iters}: is longer than the whole curve of {length} steps; write at most {length}.")
+
+
+def _unused(c: Config, world: int) -> Iterator[Check]:
+    """Values that nothing would read. A value equal to the default is not told from one that was not given."""
+    m, o, p, d, plain = c.model, c.optimizer, c.precision, c.data, Config()
+    rows = [
+        (m.position_embedding_type == "rope", "--position-embedding-type rope", m, plain.model, ("rotary_base", "rotary_percent")),
+        (m.use_rope_scaling, "--use-rope-scaling", m, plain.model,
+         ("rope_scaling_factor", "rope_low_freq_factor", "rope_high_freq_factor", "rope_original_length")),
+        (o.optimizer == "adam", "--optimizer adam", o, plain.optimizer, ("adam_beta1", "adam_beta2", "adam_eps")),
+        (o.optimizer == "sgd", "--optimizer sgd", o, plain.optimizer, ("sgd_momentum",)),
+        (c.dtype == "fp16" and p.loss_scale is None, "--fp16 and a dynamic loss scale", p, plain.precision,
+         ("initial_loss_scale", "min_loss_scale", "loss_scale_window", "hysteresis")),
+        (d.data_path or not (d.train_data_path or d.mock_data), "--data-path", d, plain.data, ("split",)),
+        (d.tokenizer_type is not None, "--tokenizer-type", d, plain.data, ("tokenizer_model", "vocab_file", "merge_file")),
+    ]
+    for applies, with_, given, default, names in rows:
+        for name in names:
+            value = getattr(given, name)
+            yield (not applies and value != getattr(default, name), f"--{name.replace('_', '-')} {value}: has no effect without {with_}.")
 
 
 def _precision(c: Config, world: int) -> Iterator[Check]:

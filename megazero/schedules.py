@@ -18,7 +18,7 @@ def learning_rate(plan: Plan, applied: int) -> float:
     if o.lr_decay_style == "constant":
         return o.lr
     if o.lr_decay_style == "inverse-square-root":
-        return max(o.min_lr, o.lr * math.sqrt(max(warmup, 1) / step))
+        return max(o.min_lr, o.lr * math.sqrt(max(warmup, 1) / max(step, 1)))
     if step >= length:
         return o.min_lr
     if o.lr_decay_style == "WSD":
@@ -54,7 +54,7 @@ class LossScale:
         if self.constant:
             return self
         if finite:
-            grown = self.good + 1 == self.window
+            grown = self.good + 1 >= self.window
             return replace(self, value=self.value * 2 if grown else self.value, good=0 if grown else self.good + 1,
                            bad=0 if grown else self.bad)
         if self.bad + 1 < self.hysteresis:

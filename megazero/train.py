@@ -12,7 +12,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -27,14 +27,14 @@ from megazero.comm import Stuck, Wires, connect, environment, first_to_say
 from megazero.command_line import flatten
 from megazero.config import Config
 from megazero.data.dataset import MockSamples, SampleSource, open_split
-from megazero.data.tokenizers import Tokenizer, build_tokenizer
+from megazero.data.tokenizers import Tokenizer, build_tokenizer, same_tokenizer
 from megazero.decoder import Batch, Decoder
 from megazero.errors import UserError
 from megazero.executor import Executor
 from megazero.layout import flat
 from megazero.metrics import MFU, Metrics, clock, peak_flops, say
 from megazero.optimizer import Optimizer, Verdict
-from megazero.plan import Plan, checks, plan
+from megazero.plan import Plan, checks, gib, plan
 from megazero.schedules import LossScale, Progress, learning_rate, loss_scale
 from megazero.unit import TORCH_DTYPE, Unit
 
@@ -68,8 +68,8 @@ class Run:
         self.evaluation = program.evaluation(len(parts))
         self.progress = Progress(loss_scale(c))                 # as of the last verdict that was read
         self.pending: Pending | None = None
-        self.train_samples = samples(c, a, "train")
-        self.valid_samples = samples(c, a, "valid") if c.training.eval_iters and plan.train_iters else None
+        self.train_samples = samples(c, a, "train", tokenizer)
+        self.valid_samples = samples(c, a, "valid", tokenizer) if c.training.eval_iters and plan.train_iters else None
         k = c.checkpoint
         self.writer = Writer(Path(k.save), k.keep_last, k.async_save, wires.rank, wires["saved"]) if k.save else None
         self.stop_reason = ""
@@ -156,15 +156,16 @@ class Run:
         self.say(f"step {after.step:,} skipped on rank 0: {what}{moved}; nothing was changed")
         limit = self.config.training.max_skipped_steps
         if after.skipped_in_a_row >= limit:
-            raise UserError(f"--max-skipped-steps {limit}: {limit} steps in a row were not finite, the last because {what}; nothing was "
-                            f"saved after step {after.step - limit}. Lower --lr, or look at the data of the last steps.")
+            raise UserError(f"--max-skipped-steps {limit}: {limit} steps in a row were not finite, the last because {what}; the weights "
+                            f"are those of step {after.step - limit}. Lower --lr, or look at the data of the last steps.")
 
     # ---- the loop
 
     def train(self) -> None:
         """From where the run is to its end, with evaluations, checkpoints and early exits."""
         t, k = self.config.training, self.config.checkpoint
-        self.saved = self.progress.step if self.config.checkpoint.load and not self.config.checkpoint.finetune else -1
+        there = k.save is not None and k.load is not None and Path(k.load).resolve() == Path(k.save).resolve()
+        self.saved = self.progress.step if there and not k.finetune else -1
         step = self.progress.step
         self.lap()
         while step < self.plan.train_iters and not self.stop_reason:
@@ -242,7 +243,7 @@ class Run:
         finetune = self.config.checkpoint.finetune
         kinds = ("weight",) if finetune else ("weight", *self.optimizer.MOMENTS[self.config.optimizer.optimizer])
         errors = different(reader.index["architecture"], asdict(self.plan.architecture), reader.folder)
-        errors = errors or self._wrong_optimizer(reader, kinds)
+        errors = errors or self._wrong_optimizer(reader, kinds) or ([] if finetune else self._wrong_tokenizer(reader))
         errors = errors or checkpoint.mismatches(reader, [u.flat for u in self.units.values()], kinds)
         if errors:
             raise UserError(*errors)
@@ -251,10 +252,18 @@ class Run:
             unit.publish()
         if not finetune:
             saved = reader.index["progress"]
-            scale = LossScale(**saved.pop("loss_scale"))
-            keep = scale if scale.constant == self.progress.loss_scale.constant and not scale.constant else self.progress.loss_scale
-            self.progress = Progress(**saved, loss_scale=keep)
+            then, now = LossScale(**saved.pop("loss_scale")), self.progress.loss_scale
+            if not (then.constant or now.constant):             # where it was, by the rule of this run
+                now = replace(now, value=max(then.value, now.minimum), good=then.good, bad=min(then.bad, now.hysteresis - 1))
+            self.progress = Progress(**saved, loss_scale=now)
             self.optimizer.set_steps(self.progress.applied)
+
+    def _wrong_tokenizer(self, reader: Reader) -> list[str]:
+        theirs = reader.index.get("tokenizer")
+        if theirs is None or self.tokenizer is None or same_tokenizer(theirs, self.tokenizer.identity()):
+            return []
+        return [f"--load {reader.folder}: was trained with another tokenizer ({theirs.get('type')}, other files than now); give that one "
+                "(its files are in the folder `tokenizer` beside the checkpoints), or --finetune and a new --save."]
 
     def _wrong_optimizer(self, reader: Reader, kinds: Sequence[str]) -> list[str]:
         missing = [k for k in kinds if k not in reader.kinds]
@@ -284,6 +293,7 @@ def main(config: Config) -> None:
     resolved = plan(config, world, max(tokenizer.vocab_size if tokenizer else 0, config.data.vocab_size or 0))
     if rank == 0:
         say(resolved.describe())
+    look_ahead(resolved, tokenizer, device)
     if config.check:
         return
     wires = connect(resolved.mesh, rank, "nccl" if device.type == "cuda" else "gloo", 60 * config.parallel.distributed_timeout_minutes)
@@ -292,6 +302,47 @@ def main(config: Config) -> None:
     with signals(run):
         run.train()
     wires.close()
+
+
+def look_ahead(plan: Plan, tokenizer: Tokenizer | None, device: torch.device) -> None:
+    """Everything that can go wrong later and can be known now: data, checkpoint, folders, memory. Raises UserError; writes nothing."""
+    config, k = plan.config, plan.config.checkpoint
+    samples(config, plan.architecture, "train", tokenizer)
+    if config.training.eval_iters and plan.train_iters:
+        samples(config, plan.architecture, "valid", tokenizer)
+    reader = find_checkpoint(config, lambda _: None)
+    step = 0 if reader is None or k.finetune else int(reader.index["step"])
+    if reader is not None:
+        errors = different(reader.index["architecture"], asdict(plan.architecture), reader.folder)
+        if errors:
+            raise UserError(*errors)
+    later = [s for s, _ in checkpoint.complete(Path(k.save)) if s > step] if k.save else []
+    if later:
+        raise UserError(f"--save {k.save}: holds a checkpoint of step {later[-1]}, beyond step {step} where this run begins; name a new "
+                        "folder, or resume from it with --load.")
+    for flag, folder in (("--save", k.save), ("--log-dir", config.logging.log_dir)):
+        if folder is not None and not writable(Path(folder)):
+            raise UserError(f"{flag} {folder}: is not a folder that can be written to; name another.")
+    exact = sum(n for what, n in plan.memory.items() if what not in ("activations", "logits"))
+    there = memory_of(device)
+    if exact > there:
+        raise UserError(f"--hidden-size {plan.architecture.hidden}, --num-layers {plan.architecture.layers}: weights, gradients and "
+                        f"optimizer take {gib(exact)} per rank, this {device.type} has {gib(there)}; choose a smaller model, or more ranks "
+                        "with --tp.")
+
+
+def writable(folder: Path) -> bool:
+    """Can a file be made in this folder, or can the folder be made?"""
+    while not folder.exists():
+        folder = folder.parent
+    return folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
+
+
+def memory_of(device: torch.device) -> int:
+    """Bytes of memory of a CUDA device, or of this machine."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def start(run: Run) -> None:
@@ -371,14 +422,14 @@ def choose_device(config: Config) -> torch.device:
     return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if there and wanted != "cpu" else torch.device("cpu")
 
 
-def samples(config: Config, a: Architecture, split: str) -> SampleSource:
+def samples(config: Config, a: Architecture, split: str, tokenizer: Tokenizer | None) -> SampleSource:
     """The samples of a split, as the configuration says."""
     d, seed = config.data, config.training.seed
     if d.mock_data:
         return MockSamples(a.vocab_size, a.seq_length, seed, split)
     flag, own = {"train": ("--train-data-path", d.train_data_path), "valid": ("--valid-data-path", d.valid_data_path)}[split]
     return open_split(own or d.data_path, None if own else d.split, split, a.seq_length, seed, d.shuffle, a.vocab_size,
-                      flag if own else "--data-path")
+                      flag if own else "--data-path", tokenizer.identity() if tokenizer else None)
 
 
 def tokenizer_of(config: Config) -> Tokenizer | None:

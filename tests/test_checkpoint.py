@@ -15,7 +15,7 @@ from safetensors import safe_open
 from support import TINY, built, named, train
 
 from megazero import checkpoint
-from megazero.checkpoint import INDEX, Reader, Writer, complete, find, owned, prune
+from megazero.checkpoint import INDEX, Reader, Writer, complete, find, owned
 from megazero.errors import UserError
 from megazero.layout import Box
 
@@ -78,11 +78,22 @@ def test_slices_of_several_ranks_make_one_tensor(tmp_path: Path) -> None:
 def test_keep_last_and_saving_a_step_again(tmp_path: Path) -> None:
     train(f"{TINY} --save {tmp_path} --save-interval 1 --keep-last 2")
     assert [s for s, _ in complete(tmp_path)] == [4, 5]
-    train(f"{TINY} --save {tmp_path} --seed 7 --save-interval 5")
+    run = built(f"{TINY} --seed 7")
+    slices = [s for u in run.units.values() for s in owned(u.flat, run.buffers(u))]
+    Writer(tmp_path, None, False).save(slices, run.header() | {"step": 5})
     assert [p.name for _, p in complete(tmp_path)] == ["step-00000004", "step-00000005.1"], "the same step again goes beside, then replaces"
     assert Reader(tmp_path).index["config"]["seed"] == 7
-    prune(tmp_path, None)
-    assert len(complete(tmp_path)) == 2
+    Writer(tmp_path, 1, False).save(slices, run.header() | {"step": 2})
+    assert [step for step, _ in complete(tmp_path)] == [2, 5], "what was just saved stays"
+
+
+def test_a_run_does_not_start_before_checkpoints_that_are_there(tmp_path: Path) -> None:
+    """Neither overwriting a branch nor losing one's own work to --keep-last."""
+    train(f"{TINY} --save {tmp_path} --save-interval 1")
+    for words in (f"--load {tmp_path} --ckpt-step 3", f"--load {tmp_path} --finetune", ""):
+        with pytest.raises(UserError, match="holds a checkpoint of step 5, beyond step [03] where this run begins"):
+            train(f"{TINY} --save {tmp_path} {words}")
+    assert [s for s, _ in complete(tmp_path)] == [1, 2, 3, 4, 5]
 
 
 def test_background_writing_saves_the_same(tmp_path: Path) -> None:
@@ -201,6 +212,7 @@ def test_what_does_not_fit_is_listed(tmp_path: Path) -> None:
         "--num-layers 3": "its layers is 2, this model's 3",
         "--optimizer sgd": "--optimizer sgd: .* has no momentum_buffer .*saved with adam",
         "--ckpt-step 9": "--ckpt-step 9: .* holds steps 3",
+        f"--load {folder} --ckpt-step 9": "--ckpt-step 9: .* is the folder of step 3 alone",
         "--vocab-size 102": "its vocab size is 101, this model's 102",
     }.items():
         with pytest.raises(UserError, match=told):
@@ -224,5 +236,5 @@ def test_finetune_takes_the_weights_alone(tmp_path: Path) -> None:
 def test_a_read_only_folder_is_one_sentence(tmp_path: Path) -> None:
     blocked = tmp_path / "file"
     blocked.write_text("not a folder")
-    with pytest.raises(UserError, match="--save .*: cannot be written"):
+    with pytest.raises(UserError, match="--save .*: is not a folder that can be written to"):
         train(f"{TINY} --save {blocked}")

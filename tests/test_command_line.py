@@ -116,6 +116,14 @@ WRONG = {
     "--use-distributed-optimizer": "--use-distributed-optimizer is --zero-stage 1 here.",
     "--eod-mask-loss": "--eod-mask-loss: needs --tokenizer-type, to know the end-of-document token.",
     "--no-mock-data --data-path missing/data": "missing/data",
+    "--sgd-momentum 0.5": "--sgd-momentum 0.5: has no effect without --optimizer sgd.",
+    "--rotary-base 5e5": "--rotary-base 500000.0: has no effect without --position-embedding-type rope.",
+    "--merge-file zz": "--merge-file zz: has no effect without --tokenizer-type.",
+    "--hysteresis 3 --bf16": "--hysteresis 3: has no effect without --fp16 and a dynamic loss scale.",
+    "--train-iters 1e400": "--train-iters 1e400: must be a whole number.",
+    "--hidden-size 10000000 --num-attention-heads 10": "choose a smaller model, or more ranks with --tp.",
+    "--save /proc/x": "--save /proc/x: cannot be made (No such file or directory); name a folder that can be written to.",
+    "--log-dir setup.py": "--log-dir setup.py: is not a folder that can be written to; name another.",
     "stray": "stray: belongs to no flag; see --help.",
 }
 
@@ -135,12 +143,30 @@ def test_each_mistake_gets_its_sentence(words: str, monkeypatch: pytest.MonkeyPa
     "swiglu = 1": "swiglu = 1: must be true or false",
     "num_layers = 3\nnum-layers = 4": "'num-layers' is given twice; keep one",
     "num_layers = ": "is not valid TOML",
+    'save = ["a", "b"]': "must be a word, not a list",
+    'config = "other.toml"': "a file cannot name another",
+    "use_flash_attn = true": "use_flash_attn is always on; leave it out",
 }.items())
 def test_mistakes_in_a_file(key: str, sentence: str, tmp_path: Path) -> None:
     (tmp_path / "c.toml").write_text(key)
     with pytest.raises(UserError) as error:
         from_command_line(["--config", str(tmp_path / "c.toml")])
     assert sentence in str(error.value) and str(tmp_path / "c.toml") in str(error.value)
+
+
+def test_mistakes_of_the_file_and_of_the_flags_are_told_together(tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text("num_layer: 3\nsave: null\n")
+    with pytest.raises(UserError) as error:
+        from_command_line(["--config", str(tmp_path / "c.yaml"), "--nosuch", "--lr", "x", "--use-flash-attn"])
+    assert len(error.value.sentences) == 4
+    (tmp_path / "c.yaml").write_text("save: null\n")
+    assert from_command_line(["--config", str(tmp_path / "c.yaml")]).checkpoint.save is None
+
+
+def test_check_looks_at_data_and_checkpoints(tmp_path: Path) -> None:
+    for words, told in (("--no-mock-data --data-path nowhere/data", "nowhere/data"), ("--load nowhere", "there is no such folder")):
+        with pytest.raises(UserError, match=told):
+            train(f"{TINY} --check {words}")
 
 
 def run(*words: str) -> subprocess.CompletedProcess[str]:

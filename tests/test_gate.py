@@ -32,7 +32,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, steps: set[int], name: str = "layers
 @pytest.mark.parametrize("dtype", ["fp64", "fp32", "bf16", "fp16"])
 def test_a_bad_step_changes_nothing(dtype: str, optimizer: str, value: float, monkeypatch: pytest.MonkeyPatch, tmp_path, capsys) -> None:
     """Step 1 (the optimizer's first) and step 3 are bad: the others must be those of a run that never saw them."""
-    words = f"{TINY} --dtype {dtype} --optimizer {optimizer} --lr-warmup-iters 3 --loss-scale-window 2 --hysteresis 1"
+    words = f"{TINY} --dtype {dtype} --optimizer {optimizer} --lr-warmup-iters 3" + (" --loss-scale-window 2 --hysteresis 1" if dtype == "fp16" else "")
     clean = train(words.replace("--train-iters 5", "--train-iters 3 --lr-decay-iters 5"), tmp_path / "clean")
     poison(monkeypatch, {1, 3}, value=value)
     records = train(words, tmp_path / "log")

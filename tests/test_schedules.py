@@ -5,6 +5,7 @@ import math
 import pytest
 from support import TINY, resolved
 
+from megazero.errors import UserError
 from megazero.schedules import Progress, learning_rate, loss_scale
 
 
@@ -31,7 +32,14 @@ def test_decay_starts_at_the_top_and_ends_at_the_bottom(style: str, formula) -> 
     assert curve(f"--lr-decay-style {style} --min-lr 0.1 --lr-warmup-iters 20 --lr-decay-samples 80") == got
 
 
+def test_lengths_in_samples_are_checked_too() -> None:
+    words = f"{TINY} --train-samples 40 --lr-decay-style WSD --lr-wsd-decay-iters 50".replace("--train-iters 5 ", "")
+    with pytest.raises(UserError, match="--lr-wsd-decay-iters 50: is longer than the whole curve of 40 steps"):
+        resolved(words)
+
+
 def test_inverse_square_root() -> None:
+    assert curve("--lr-decay-style inverse-square-root")[:2] == [1.0, 1.0]
     got = curve("--lr-decay-style inverse-square-root --lr-warmup-iters 25 --min-lr 0.55")
     assert got[25] == 1.0 and got[64] == pytest.approx(math.sqrt(25 / 64)) and got[99] == 0.55
 

@@ -29,6 +29,7 @@ def checks(s: Generate) -> list[str]:
     return [sentence for wrong, sentence in (
         (s.max_new_tokens < 0, f"--max-new-tokens {s.max_new_tokens}: must be 0 or greater."),
         (not 0 <= s.temperature < float("inf"), f"--temperature {s.temperature:g}: must be 0 or greater."),
+        (not 0 <= s.seed < 2**63, f"--seed {s.seed}: must be at least 0 and less than 2^63."),
         (s.top_k is not None and s.top_k < 1, f"--top-k {s.top_k}: must be at least 1."),
         (s.top_k is not None and s.temperature == 0,
          f"--top-k {s.top_k}: has no effect at temperature 0; add --temperature 1, or leave it out."),

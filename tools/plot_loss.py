@@ -23,6 +23,9 @@ Curve = list[tuple[int, float]]         # (step, loss)
 
 def main() -> None:
     settings = parse(Settings, prog="plot_loss.py")
+    for flag, size in (("--width", settings.width), ("--height", settings.height)):
+        if size < 2:
+            raise UserError(f"{flag} {size}: must be at least 2.")
     train, valid = read(Path(settings.log_dir) / "metrics.jsonl")
     print(drawn(train, settings.width, settings.height))
     print("  ".join(f"valid {loss:.3f} at step {step:,}" for step, loss in valid[-3:]))
@@ -38,10 +41,14 @@ def read(path: Path) -> tuple[Curve, Curve]:
         raise UserError(f"--log-dir {path.parent}: {path.name} cannot be read ({error.strerror}); give the folder of a run.") from None
     except ValueError:
         raise UserError(f"{path}: is damaged: each line should be one JSON object.") from None
-    train = [(r["step"], r["loss"]) for r in records if "split" not in r and not r["skipped"]]
+    try:
+        train = [(r["step"], r["loss"]) for r in records if "split" not in r and not r["skipped"]]
+        valid = [(r["step"], r["loss"]) for r in records if r.get("split") == "valid"]
+    except (KeyError, TypeError):
+        raise UserError(f"{path}: is damaged: each line should be one step or one evaluation.") from None
     if not train:
         raise UserError(f"{path}: holds no training step.")
-    return train, [(r["step"], r["loss"]) for r in records if r.get("split") == "valid"]
+    return train, valid
 
 
 def drawn(curve: Curve, width: int, height: int) -> str:
@@ -70,7 +77,10 @@ def paint(train: Curve, valid: Curve, path: Path) -> None:
     axes.set(xlabel="step", ylabel="loss (nats per token)")
     axes.grid(alpha=0.3)
     axes.legend()
-    figure.savefig(path, dpi=120)
+    try:
+        figure.savefig(path, dpi=120)
+    except (OSError, ValueError) as error:
+        raise UserError(f"--output {path}: cannot be written ({error}); name a .png in a folder that is there.") from None
 
 
 if __name__ == "__main__":

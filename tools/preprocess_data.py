@@ -2,11 +2,16 @@
 
 from megazero.command_line import parse, run
 from megazero.data.preprocess import PreprocessSettings, preprocess
+from megazero.errors import UserError
 
 
 def main() -> None:
-    for report in preprocess(parse(PreprocessSettings, prog="preprocess_data.py")):
-        print(report)
+    settings = parse(PreprocessSettings, prog="preprocess_data.py")
+    try:
+        for report in preprocess(settings):
+            print(report)
+    except OSError as error:
+        raise UserError(f"--output-prefix {settings.output_prefix}: cannot be written ({error.strerror}).") from None
 
 
 if __name__ == "__main__":

@@ -9,16 +9,17 @@ Every rank reads its own samples from the map; the whole state of a loader is th
 
 import json
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
 from megazero.data.indexed import IndexedDataset
 from megazero.data.order import DENOMINATOR, MASK, SPLITS, Blend, ChunkOrder, mix, split_ranges, stable_hash
+from megazero.data.tokenizers import same_tokenizer
 from megazero.errors import UserError
 
 
@@ -155,17 +156,20 @@ class MockSamples:
 
 def open_split(
     paths: Sequence[str], split: str | None, which: str, sequence_length: int, seed: int, shuffle: bool,
-    vocab_size: int | None = None, flag: str = "--data-path",
+    vocab_size: int | None = None, flag: str = "--data-path", tokenizer: Mapping[str, Any] | None = None,
 ) -> Samples:
     """The samples of one split ("train", "valid" or "test") of the datasets that the words of `flag` name.
 
     `split` is Megatron's "969,30,1"; None takes each dataset whole. Without weights, datasets count by their tokens. With a
     `vocab_size` (ids the model knows) a dataset with others is refused: at once when its sidecar tells, else when one is read.
+    With a `tokenizer` (its identity) a dataset whose sidecar names another is refused.
     Raises UserError.
     """
     assert which in SPLITS, which
     prefixes, weights = parse_paths(paths, flag)
-    parts = [_open_part(prefix, split, which, sequence_length, seed, shuffle, vocab_size) for prefix in prefixes]
+    for prefix in prefixes:
+        _check_sidecar(prefix, vocab_size, tokenizer)
+    parts = [_open_part(prefix, split, which, sequence_length, seed, shuffle) for prefix in prefixes]
     return Samples(which, parts, weights, vocab_size)
 
 
@@ -194,13 +198,10 @@ def _number(word: str) -> float | None:
         return None
 
 
-def _open_part(
-    prefix: str, split: str | None, which: str, sequence_length: int, seed: int, shuffle: bool, vocab_size: int | None
-) -> Part:
+def _open_part(prefix: str, split: str | None, which: str, sequence_length: int, seed: int, shuffle: bool) -> Part:
     dataset = IndexedDataset(prefix)
     if dataset.dtype.kind not in "iu":
         raise UserError(f"{prefix}.idx: holds {dataset.dtype} numbers, expected whole ones; this is no dataset of tokens.")
-    has_sidecar = _check_sidecar(prefix, vocab_size)
     documents, first, last = _split_of(dataset, split, which)
     if last - first <= sequence_length:
         asked = f"--split {split} gives {which}" if split else f"{which} has"
@@ -209,7 +210,7 @@ def _open_part(
                         "more data or a smaller --seq-length.")
     tokens = np.asarray(dataset.tokens[first:last])
     return Part(prefix, documents, tokens, ChunkOrder(len(tokens), sequence_length, seed, shuffle),
-                ChunkOrder(len(tokens), sequence_length, seed, shuffle=False), has_sidecar)
+                ChunkOrder(len(tokens), sequence_length, seed, shuffle=False), Path(f"{prefix}.json").exists())
 
 
 def _split_of(dataset: IndexedDataset, split: str | None, which: str) -> tuple[int, int, int]:
@@ -222,16 +223,20 @@ def _split_of(dataset: IndexedDataset, split: str | None, which: str) -> tuple[i
     return last - first, dataset.document_token_boundaries(first), dataset.document_token_boundaries(last)
 
 
-def _check_sidecar(prefix: str, vocab_size: int | None) -> bool:
-    """Is there a sidecar (PREFIX.json, which preprocessing writes)? Raises UserError when its vocabulary exceeds the model's."""
+def _check_sidecar(prefix: str, vocab_size: int | None, tokenizer: Mapping[str, Any] | None) -> None:
+    """Raises UserError when PREFIX.json, which preprocessing writes, tells of ids the model does not know, or of another tokenizer."""
     path = Path(f"{prefix}.json")
     if not path.exists():
-        return False
+        return
     try:
-        told = int(json.loads(path.read_text(encoding="utf-8"))["vocab_size"])
+        sidecar = json.loads(path.read_text(encoding="utf-8"))
+        told = int(sidecar["vocab_size"])
     except (OSError, ValueError, KeyError, TypeError):
         raise UserError(f"{path}: is no sidecar with a vocab_size; make the dataset again or remove this file.") from None
     if vocab_size is not None and told > vocab_size:
         raise UserError(f"{prefix}: was made with a vocabulary of {told} ids (see {path.name}), the model has {vocab_size}; "
                         "train with the tokenizer the dataset was made with.")
-    return True
+    made_with = sidecar.get("tokenizer")
+    if tokenizer is not None and made_with is not None and not same_tokenizer(made_with, tokenizer):
+        raise UserError(f"{prefix}: was made with a {made_with.get('type')} that is not this {tokenizer['type']} (see {path.name}: "
+                        "other files or another type); train with the tokenizer the dataset was made with.")

@@ -102,6 +102,8 @@ def preprocess(settings: PreprocessSettings) -> list[Report]:
         raise UserError(f"--append-eod: this {settings.tokenizer_type} has no end-of-document token; leave the flag out.")
     if settings.workers < 1:
         raise UserError(f"--workers {settings.workers}: must be at least 1.")
+    if len(set(settings.json_keys)) != len(settings.json_keys):
+        raise UserError(f"--json-keys {' '.join(settings.json_keys)}: names a key twice; keep one.")
     sources = find_sources(settings.input, settings.json_keys)
     dtype = best_dtype(tokenizer.vocab_size)
     began, size = time.monotonic(), sum(source.path.stat().st_size for source in sources)
@@ -109,6 +111,9 @@ def preprocess(settings: PreprocessSettings) -> list[Report]:
         writers = {key: stack.enter_context(IndexedWriter(f"{settings.output_prefix}_{key}_document", dtype))
                    for key in settings.json_keys}
         skipped = _write_all(writers, settings, batches(read_items(sources)), size)
+        if skipped and not any(writer.document_count for writer in writers.values()):
+            raise UserError(f"--input {' '.join(settings.input)}: nothing in it could be read (see above); a .json or .jsonl file must "
+                            "hold one object per line. Nothing was written.")
         for writer in writers.values():
             Path(f"{writer.prefix}.json").unlink(missing_ok=True)          # the old sidecar must not describe the new dataset
     seconds = time.monotonic() - began
@@ -140,7 +145,7 @@ def find_sources(inputs: Sequence[str], json_keys: Sequence[str] = ("text",)) ->
     sources: list[Source] = []
     for name in inputs:
         path = Path(name)
-        if not path.exists():
+        if not name or not path.exists():
             raise UserError(f"--input {name}: no such file or folder.")
         if path.is_dir():
             sources += [Source(file, file.suffix == ".jsonl") for file in _walk(path)]     # a .json among sources is a text
@@ -308,5 +313,5 @@ def _write_sidecar(report: Report, tokenizer: Tokenizer, settings: PreprocessSet
                "documents": report.documents, "tokens": report.tokens, "skipped": report.skipped,
                "sources": [str(source.path) for source in sources]}
     partial = Path(f"{report.prefix}.json.partial")
-    partial.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    partial.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     os.replace(partial, f"{report.prefix}.json")

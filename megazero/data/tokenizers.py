@@ -142,8 +142,12 @@ class HuggingFaceTokenizer(_LibraryTokenizer):
 
     def _names_of_the_end(self) -> Iterable[str]:
         config = self.files().get("tokenizer_config.json")
-        end = _read_json("--tokenizer-model", config).get("eos_token") if config else None
-        return (end["content"] if isinstance(end, dict) else end,) if end else USUAL_ENDS
+        said = _read_json("--tokenizer-model", config) if config else {}
+        end = said.get("eos_token") if isinstance(said, dict) else said
+        end = end.get("content", end) if isinstance(end, dict) else end
+        if end is not None and not isinstance(end, str):
+            raise UserError(f"--tokenizer-model {config}: its eos_token should be a text, not {end!r}; repair or remove it.")
+        return (end,) if end else USUAL_ENDS
 
     def files(self) -> dict[str, Path]:
         beside = {name: self._path.with_name(name) for name in ("tokenizer_config.json", "special_tokens_map.json")}
@@ -248,6 +252,14 @@ def load_tokenizer(identity: Mapping[str, Any], folder: str | Path) -> Tokenizer
     if changed:
         raise UserError(f"{at / changed[0]}: is not the tokenizer file that was kept here (another sha256); restore it.")
     return tokenizer
+
+
+def same_tokenizer(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
+    """Do two identities give the same ids? The files a type cannot do without count, what lies beside them does not."""
+    if any(a.get(key) != b.get(key) for key in ("type", "vocab_size", "eod")) or a.get("type") not in TYPES:
+        return False
+    names = [name for name in TYPES[a["type"]].needs.values() if name]
+    return all(a["files"].get(name) == b["files"].get(name) for name in names)
 
 
 def characters_of(texts: Iterable[str]) -> list[str]:

@@ -143,6 +143,13 @@ def to_config(a: Architecture, family: Family) -> dict[str, Any]:
 
 def from_config(config: Mapping[str, Any]) -> tuple[Architecture, Family]:
     """The architecture that a config.json describes. Raises UserError for what this decoder cannot be."""
+    try:
+        return _from_config(config)
+    except (TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"config.json: holds a value of the wrong kind ({error}); fetch it again.") from None
+
+
+def _from_config(config: Mapping[str, Any]) -> tuple[Architecture, Family]:
     family = FAMILIES.get(config.get("model_type", ""))
     if family is None:
         raise UserError(f"config.json: model_type {config.get('model_type')} is not known here; there are {', '.join(FAMILIES)}.")
@@ -177,6 +184,8 @@ def _value(config: Mapping[str, Any], field: Field, values: Mapping[str, Any], e
     if kind is int and not (type(value) is int and (value > 0 or field.ours == "learned_positions")):
         errors.append(f"config.json: {field.theirs} {value!r} must be a whole number greater than 0.")
         return 1
+    if kind is bool and type(value) is not bool and not field.words:
+        errors.append(f"config.json: {field.theirs} {value!r} must be true or false.")
     return field.words[value] if field.words else float(value) if kind is float else value
 
 
@@ -197,6 +206,8 @@ def _rope_from_config(config: Mapping[str, Any], channels: int, errors: list[str
     except KeyError as missing:
         errors.append(f"config.json: rope_parameters: {missing.args[0]} is missing.")
         scaling = None
+    if not base > 0:
+        errors.append(f"config.json: rope_theta {base:g} must be greater than 0.")
     if kind not in ("default", "llama3"):
         errors.append(f"config.json: rope_parameters: rope_type {kind} is not known here; there are default, llama3.")
     return Rotary(base, channels, scaling)

@@ -116,6 +116,8 @@ def import_folder(folder: Path, output: Path, told: Told = lambda *_: None) -> t
     if not folder.is_dir():
         raise UserError(f"--input {folder}: there is no such folder.")
     config = read_json(folder / "config.json")
+    if not isinstance(config, dict) or not isinstance(config.get("model_type", ""), str):
+        raise UserError(f"{folder / 'config.json'}: is not a model's configuration, an object with a model_type; fetch it again.")
     a, family = from_config(config)
     reasons = obstacles(a, family)
     if reasons:

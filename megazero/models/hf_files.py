@@ -137,7 +137,7 @@ class Source:
     def _paths(self) -> list[Path]:
         if (self.folder / INDEX).is_file():
             names = read_json(self.folder / INDEX).get("weight_map")
-            if not isinstance(names, dict):
+            if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
                 raise UserError(f"{self.folder / INDEX}: has no weight_map; fetch it again.")
             return [self.folder / name for name in sorted(set(names.values()))]
         if (self.folder / "model.safetensors").is_file():

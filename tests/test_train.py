@@ -1,0 +1,140 @@
+"""The loop's own arithmetic: masks, validation, momentum, tokenizers; each against a few lines of plain torch."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from support import TINY, built, byte_dataset, gradients, lines, named, python_source, train
+from test_step import Silent, close, expected
+
+from megazero.checkpoint import Reader
+from megazero.data.dataset import open_split
+from megazero.data.indexed import IndexedWriter
+from megazero.decoder import Batch
+from megazero.errors import UserError
+from megazero.schedules import LossScale
+
+BYTES = "--num-layers 1 --hidden-size 32 --num-attention-heads 2 --seq-length 24 --lr 1e-2 --tokenizer-type ByteTokenizer --dtype fp64"
+
+
+@pytest.mark.parametrize("accumulation", [1, 2, 4])
+def test_the_gradient_is_that_of_the_mean_over_valid_tokens(accumulation: int) -> None:
+    """Micro-batches with very different numbers of valid tokens: an average of averages would be wrong."""
+    run = built(f"{TINY} --dtype fp64 --optimizer sgd --clip-grad 0 --micro-batch-size {4 // accumulation} --global-batch-size 4")
+    tokens = torch.randint(101, (4, 25), generator=torch.Generator().manual_seed(3))
+    mask = torch.ones(4, 24, dtype=torch.float64)
+    mask[0, 3:], mask[2, 1:] = 0, 0
+    size = 4 // accumulation
+    data = [Batch(tokens[i:i + size, :-1].contiguous(), tokens[i:i + size, 1:].contiguous(), mask[i:i + size], torch.arange(i, i + size), 0)
+            for i in range(0, 4, size)]
+    loss, want = expected(run, data)
+    run.batches = lambda step, first: data  # type: ignore[method-assign]
+    run.metrics = Silent()  # type: ignore[assignment]
+    run.step()
+    assert run.pending
+    verdict = run.pending.verdict
+    assert float(verdict.loss) == pytest.approx(loss, rel=1e-12)
+    assert float(verdict.norm) == pytest.approx(float(torch.stack([g.norm() for g in want.values()]).norm()), rel=1e-12)
+    close(named(run, "grads"), want, 1e-12)                     # in float64 the factor is applied to the gradients themselves
+    assert gradients(run, data) == pytest.approx(loss, abs=0.2), "and the step moved the weights"
+
+
+def test_sgd_is_torchs_sgd_with_momentum_and_no_decay_on_vectors() -> None:
+    run = built(f"{TINY} --dtype fp64 --optimizer sgd --sgd-momentum 0.8 --weight-decay 0.3 --clip-grad 0 --lr-decay-style constant")
+    run.metrics = Silent()  # type: ignore[assignment]
+    leaves = {n: t.clone().requires_grad_() for n, t in named(run).items()}
+    decayed = [t for n, t in leaves.items() if t.dim() == 2]
+    sgd = torch.optim.SGD([{"params": decayed, "weight_decay": 0.3}, {"params": [t for t in leaves.values() if t.dim() < 2], "weight_decay": 0.0}],
+                          lr=0.01, momentum=0.8)
+    for step in range(3):
+        run.step()
+        for name, t in leaves.items():
+            t.grad = named(run, "grads")[name].clone()
+        sgd.step()
+        close(named(run), {n: t.detach() for n, t in leaves.items()}, 1e-14)
+        assert step >= 0
+
+
+def test_eod_mask_takes_the_loss_of_what_follows_an_end_of_document(tmp_path: Path) -> None:
+    """Where the input is the end of a document, the target is the next document's first token: nothing could know it."""
+    prefix, eod = str(tmp_path / "d"), 256
+    with IndexedWriter(prefix, np.uint16) as writer:
+        for i in range(60):
+            writer.add_document([np.array([*range(i, i + 7), eod], np.uint16)])
+    words = f"{BYTES} --data-path {prefix} --split 100,0,0 --eval-iters 0 --train-iters 1 --no-shuffle --init-method-std 0"
+    (plain,), (masked,) = train(words, tmp_path / "a"), train(f"{words} --eod-mask-loss", tmp_path / "b")
+    assert plain["loss"] == pytest.approx(np.log(257)) and masked["loss"] == pytest.approx(np.log(257)), "a mean, not a sum"
+    from megazero import config
+    from megazero.comm import connect
+    from megazero.data.tokenizers import build_tokenizer
+    from megazero.mesh import Mesh
+    from megazero.plan import plan
+    from megazero.train import Run
+    c = config.from_command_line(f"{words} --eod-mask-loss".split())
+    run = Run(plan(c, 1, 257), build_tokenizer("ByteTokenizer"), torch.device("cpu"), connect(Mesh(1, 1, 1), 0, "gloo", 60))
+    (batch,) = run.batches(0, 0)
+    assert (batch.tokens == eod).sum() == 3 and torch.equal(batch.mask == 0, batch.tokens == eod)
+
+
+def test_full_validation_is_every_sample_once_whatever_the_seed(tmp_path: Path) -> None:
+    """11 samples in micro-batches of 4: the mean over all tokens, not of batches; against the same tokens by hand."""
+    prefix = str(tmp_path / "v")
+    with IndexedWriter(prefix, np.uint16) as writer:
+        writer.add_document([np.frombuffer(python_source().encode()[:11 * 24 + 5], np.uint8).astype(np.uint16)])
+    words = (f"{BYTES} --train-data-path {byte_dataset(tmp_path)} --valid-data-path {prefix} --full-validation --micro-batch-size 4 "
+             f"--global-batch-size 4 --train-iters 1 --save {tmp_path / 'ck'}")
+    told = [r for r in train(words, tmp_path / "log") if "split" in r]
+    source = open_split([prefix], None, "valid", 24, 1, shuffle=False)
+    assert source.full_pass() == 11
+    run = built(f"{BYTES.replace('--tokenizer-type ByteTokenizer', '--vocab-size 257 --mock-data')} --train-iters 1 --eval-iters 0")
+    run.load(Reader(tmp_path / "ck"))
+    tokens = torch.from_numpy(np.stack([source.in_order(i) for i in range(11)]))
+    batch = Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), torch.ones(11, 24, dtype=torch.float64), torch.arange(11))
+    assert told[0]["loss"] == pytest.approx(float(run.executor.evaluate(run.evaluation, batch)) / (11 * 24), rel=1e-12)
+    again = [r for r in train(f"{words} --load {tmp_path / 'ck'} --seed 9 --train-iters 1".replace("--train-iters 1 --save", "--save"), tmp_path / "l2")
+             if "split" in r]
+    assert again == [] or again[0]["loss"] == told[0]["loss"]
+
+
+def test_a_dataset_made_with_another_tokenizer_is_refused(tmp_path: Path) -> None:
+    prefix = byte_dataset(tmp_path)
+    sidecar = {"vocab_size": 200, "tokenizer": {"type": "CharTokenizer", "vocab_size": 200, "eod": None, "files": {"characters.json": "0" * 64}}}
+    Path(prefix + ".json").write_text(json.dumps(sidecar))
+    with pytest.raises(UserError, match="was made with a CharTokenizer that is not this ByteTokenizer"):
+        train(f"{BYTES} --data-path {prefix} --split 90,10,0 --train-iters 1 --eval-iters 0")
+
+
+def test_another_tokenizer_on_resume_is_refused(tmp_path: Path) -> None:
+    for name, characters in (("a", "abc\n"), ("b", "cba\n")):
+        (tmp_path / f"{name}.json").write_text(json.dumps(list(characters)))
+    words = TINY.replace("--vocab-size 101 ", "") + f" --tokenizer-type CharTokenizer --save {tmp_path / 'ck'} --load {tmp_path / 'ck'}"
+    train(f"{words} --tokenizer-model {tmp_path / 'a.json'} --exit-interval 2")
+    with pytest.raises(UserError, match="was trained with another tokenizer"):
+        train(f"{words} --tokenizer-model {tmp_path / 'b.json'}")
+    train(f"{words} --tokenizer-model {tmp_path / 'a.json'}")
+
+
+def test_a_resumed_loss_scale_follows_the_rule_it_is_given_now(tmp_path: Path) -> None:
+    words = f"{TINY} --fp16 --save {tmp_path} --load {tmp_path}"
+    train(f"{words} --exit-interval 3")
+    assert LossScale(**Reader(tmp_path).index["progress"]["loss_scale"]).good == 3
+    records = train(f"{words} --loss-scale-window 2", tmp_path / "log")
+    assert [r["loss_scale"] for r in records] == [65536, 131072], "three good steps are enough for a window of two"
+
+
+def test_a_log_that_cannot_be_written_does_not_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from megazero.metrics import Metrics
+    plain = Metrics.step
+
+    def step(self: Metrics, figures: dict[str, object]) -> dict[str, object]:
+        if figures["step"] == 3:
+            self.file.close()
+            self.file = Path("/dev/full").open("w")  # noqa: SIM115
+        return plain(self, figures)
+
+    monkeypatch.setattr(Metrics, "step", step)
+    train(TINY, tmp_path)
+    assert "cannot be written (No space left on device); nothing more is logged there" in capsys.readouterr().out
+    assert len(lines(tmp_path)) == 2
