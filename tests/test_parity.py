@@ -19,7 +19,7 @@ from megazero.comm import connect
 from megazero.train import Run
 
 WORDS = "--num-layers 2 --hidden-size 48 --num-attention-heads 24 --kv-channels 4 --ffn-hidden-size 96 --lr 2e-3 --weight-decay 0.1 --mock-data " \
-        "--adam-eps 1e-5 --train-iters 5 --eval-iters 0 --clip-grad 0.5 --dtype fp64 --global-batch-size 12 --make-vocab-size-divisible-by 8"
+        "--train-iters 5 --eval-iters 0 --clip-grad 0.5 --dtype fp64 --global-batch-size 12 --make-vocab-size-divisible-by 8"
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,8 @@ class Row:
     def model(self) -> str:
         """What one rank must be told to run the same model on the same data."""
         shape = SHAPES[self.shape].replace("--kv-channels 24", "--kv-channels 4").replace("--ffn-hidden-size 96", "")
-        return (f"{WORDS} --vocab-size 101 {shape} --optimizer {self.optimizer} --seq-length {self.tokens} --hidden-dropout {self.dropout} "
+        optimizer = "--optimizer sgd" if self.optimizer == "sgd" else "--adam-eps 1e-5"
+        return (f"{WORDS} --vocab-size 101 {shape} {optimizer} --seq-length {self.tokens} --hidden-dropout {self.dropout} "
                 f"--attention-dropout {self.dropout}")
 
     @property
