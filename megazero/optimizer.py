@@ -54,7 +54,8 @@ class Optimizer:
                                         {"params": self._slices(1), "weight_decay": 0.0}]
         groups = [g for g in groups if g["params"]]
         self.wide = units[0].master.dtype
-        self.lr = torch.zeros((), dtype=self.wide, device=units[0].master.device)
+        device = units[0].master.device
+        self.lr = torch.zeros((), dtype=torch.float32 if device.type == "cuda" else self.wide, device=device)  # CUDA's kernels read fp32
         self._none = torch.zeros(0, dtype=torch.float64, device=self.lr.device)
         if o.optimizer == "adam":
             betas = (o.adam_beta1, o.adam_beta2)

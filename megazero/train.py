@@ -419,7 +419,14 @@ def choose_device(config: Config) -> torch.device:
     wanted, there = config.parallel.device, torch.cuda.is_available()
     if wanted == "cuda" and not there:
         raise UserError("--device cuda: this machine has no CUDA device that torch can use; write --device cpu, or auto.")
-    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if there and wanted != "cpu" else torch.device("cpu")
+    if not there or wanted == "cpu":
+        return torch.device("cpu")
+    local, count = int(os.environ.get("LOCAL_RANK") or 0), torch.cuda.device_count()
+    if local >= count:
+        raise UserError(f"--nproc_per_node: this machine has {count} CUDA device{'' if count == 1 else 's'} and NCCL needs one for each rank; "
+                        f"start {count} here, or write --device cpu.")
+    torch.cuda.set_device(local)
+    return torch.device("cuda", local)
 
 
 def samples(config: Config, a: Architecture, split: str, tokenizer: Tokenizer | None) -> SampleSource:

@@ -54,9 +54,9 @@ def resolved(words: str, world: int = 1) -> Plan:
     return plan(c, world, c.data.vocab_size or 0)
 
 
-def built(words: str) -> Run:
+def built(words: str, device: str = "cpu") -> Run:
     """An initialised run of a command line that gives --vocab-size."""
-    run = Run(resolved(words), None, torch.device("cpu"), connect(Mesh(1, 1, 1), 0, "gloo", 60))
+    run = Run(resolved(words), None, torch.device(device), connect(Mesh(1, 1, 1), 0, "gloo", 60))
     run.initialise()
     return run
 
@@ -70,7 +70,8 @@ def batches(run: Run, step: int = 0, seed: int = 7, masked: bool = False) -> lis
         mask = torch.ones(p.micro_batch, p.architecture.seq_length, dtype=run.optimizer.wide)
         if masked:
             mask[:, ::5] = 0
-        out.append(Batch(t[:, :-1].contiguous(), t[:, 1:].contiguous(), mask, torch.arange(p.micro_batch) + m * p.micro_batch, step))
+        numbers = torch.arange(p.micro_batch) + m * p.micro_batch
+        out.append(Batch(*(x.to(run.device) for x in (t[:, :-1].contiguous(), t[:, 1:].contiguous(), mask, numbers)), step=step))
     return out
 
 
@@ -79,7 +80,7 @@ def gradients(run: Run, data: list[Batch]) -> float:
     count = sum(float(b.mask.sum()) for b in data)
     parts = [p.units for p in run.decoder.parts]
     actions = program.training(run.config.parallel.pipeline_schedule, len(data), parts, run.decoder.head.units)
-    return float(run.executor.train(actions, data, torch.tensor(1 / count, dtype=run.optimizer.wide))) / count
+    return float(run.executor.train(actions, data, torch.tensor(1 / count, dtype=run.optimizer.wide, device=run.device))) / count
 
 
 def named(run: Run, buffer: str = "master") -> dict[str, torch.Tensor]:

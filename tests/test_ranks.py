@@ -75,8 +75,7 @@ def text(tmp_path: Path) -> str:
 def test_a_hundred_steps_on_text(dtype: str, tolerance: float, pool: Pool, tmp_path: Path) -> None:
     """tp 2 against one rank. Two ranks round each partial sum before they add them, one rank rounds the whole: half a unit in the last place
     per row operation, 2^-24 or 2^-8 of an activation. Four such operations a step move a loss of 3 by about 1e-6 or 1e-2. The rate is small
-    enough for the curve itself not to multiply a difference: at four times this rate one rank differs from itself, in another order of sums,
-    by a hundred times as much."""
+    enough for the curve itself not to multiply a difference: at four times this rate the largest one is two hundred times as much in fp32."""
     words = ("--num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 64 --micro-batch-size 4 --train-iters 100 --lr 5e-4 "
              "--lr-warmup-iters 10 --lr-decay-style cosine --swiglu --normalization RMSNorm --position-embedding-type rope --disable-bias-linear "
              "--tokenizer-type ByteTokenizer --split 100,0,0 --eval-iters 0 --log-interval 50 "

@@ -1,0 +1,79 @@
+"""The same step on a CUDA device: pytest -m gpu. Skipped, with a reason, where there is none."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from support import SHAPES, TINY, batches, built, gradients, named, train
+from test_step import Silent
+
+from megazero.checkpoint import Reader
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.mark.parametrize("recompute", ["none", "selective", "full"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_gradients_equal_those_of_the_cpu_in_float64(shape: str, recompute: str) -> None:
+    words = f"{TINY} {SHAPES[shape]} --dtype fp64 --micro-batch-size 2 --global-batch-size 6 --recompute-granularity {recompute}"
+    cpu, gpu = built(words), built(words, "cuda")
+    assert gradients(gpu, batches(gpu)) == pytest.approx(gradients(cpu, batches(cpu)), rel=1e-12)
+    want = named(cpu, "grads")
+    largest = max(float(t.abs().max()) for t in want.values())
+    for name, got in named(gpu, "grads").items():
+        own = float(want[name].abs().max())
+        assert (got.cpu() - want[name]).abs().max() <= 1e-11 * (own if own > 1e-12 * largest else largest), name
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+@pytest.mark.parametrize("dtype, tolerance", [("fp32", 1e-4), ("bf16", 5e-2), ("fp16", 1e-2)])
+def test_ten_steps_stay_near_the_cpu(dtype: str, tolerance: float, optimizer: str) -> None:
+    """fp32 may use other matmul orders; half precisions round differently in each fused kernel: some 2^-8 (2^-11) of a loss of 5 a step."""
+    words = f"{TINY} {SHAPES['llama']} --dtype {dtype} --optimizer {optimizer} --lr 1e-3"
+    losses = []
+    for device in ("cpu", "cuda"):
+        run = built(words, device)
+        run.metrics = Silent()  # type: ignore[assignment]
+        seen = []
+        for _ in range(10):
+            run.step()
+            assert run.pending
+            seen.append(float(run.pending.verdict.loss))
+        losses.append(seen)
+    assert losses[1] == pytest.approx(losses[0], abs=tolerance)
+
+
+def test_a_bad_step_changes_nothing_on_the_device() -> None:
+    run = built(f"{TINY} --bf16", "cuda")
+    run.metrics = Silent()  # type: ignore[assignment]
+    run.step()
+    before = [b.clone() for u in run.units.values() for b in (u.weights, *run.buffers(u).values())]
+    (batch,) = run.batches(1, 1)
+    run.batches = lambda step, first: [type(batch)(batch.tokens, batch.targets, batch.mask * torch.nan, batch.samples, 1)]  # type: ignore[method-assign]
+    run.step()
+    assert run.pending and bool(run.pending.verdict.found_inf)
+    assert all(torch.equal(a, b) for a, b in zip(before, (b for u in run.units.values() for b in (u.weights, *run.buffers(u).values())), strict=True))
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_resume_is_bitwise_on_the_device(dtype: str, tmp_path: Path) -> None:
+    words = f"{TINY} --dtype {dtype} --device cuda"
+    train(f"{words} --save {tmp_path / 'a'}")
+    train(f"{words} --save {tmp_path / 'b'} --exit-interval 3")
+    train(f"{words} --save {tmp_path / 'b'} --load {tmp_path / 'b'}")
+    one, two = Reader(tmp_path / "a"), Reader(tmp_path / "b")
+    assert all(torch.equal(one.read(*key), two.read(*key)) for key in one.tensors)
+
+
+def test_steady_state_allocates_nothing_new() -> None:
+    """After two steps the allocator asks the device for no more memory."""
+    run = built(f"{TINY} --bf16 --hidden-size 256 --num-layers 4 --micro-batch-size 4", "cuda")
+    run.metrics = Silent()  # type: ignore[assignment]
+    for _ in range(3):
+        run.step()
+    torch.cuda.synchronize()
+    reserved = torch.cuda.memory_stats()["num_device_alloc"]
+    for _ in range(5):
+        run.step()
+    torch.cuda.synchronize()
+    assert torch.cuda.memory_stats()["num_device_alloc"] == reserved
