@@ -423,7 +423,7 @@ def choose_device(config: Config) -> torch.device:
         return torch.device("cpu")
     local, count = int(os.environ.get("LOCAL_RANK") or 0), torch.cuda.device_count()
     if local >= count:
-        raise UserError(f"--nproc_per_node: this machine has {count} CUDA device{'' if count == 1 else 's'} and NCCL needs one for each rank; "
+        raise UserError(f"--nproc_per_node: NCCL needs a CUDA device for each rank and this machine has {count}; "
                         f"start {count} here, or write --device cpu.")
     torch.cuda.set_device(local)
     return torch.device("cuda", local)
