@@ -23,7 +23,8 @@ class Verdict:
 
     loss        mean over valid tokens                  norm        of the whole gradient, unscaled, before clipping
     found_inf   0 or 1, float32: skip the step          factor      what each gradient is multiplied by
-    norms       per parameter, as they lie in the units: names the culprit of a skipped step
+    norms       per parameter this rank owns, as they lie in the units: names the culprit of a skipped step
+    stop        how many ranks want to stop after this step
     """
 
     loss: Tensor
@@ -31,6 +32,7 @@ class Verdict:
     found_inf: Tensor
     factor: Tensor
     norms: Tensor
+    stop: Tensor
 
 
 class Optimizer:
@@ -87,21 +89,23 @@ class Optimizer:
             self.steps.append(step)
             self.torch.state[p] = {"step": step, **{m: flat[a:b] for m, flat in self.state[unit.flat.name].items()}}
 
-    def judge(self, loss_sum: Tensor, valid: Tensor, nominal: int, scale: Tensor, world: Group) -> Verdict:
-        """One reduction over all ranks: squares of owned gradients, loss and count of valid tokens (each told by one rank of a copy).
+    def judge(self, loss_sum: Tensor, valid: Tensor, nominal: int, scale: Tensor, world: Group, stop: bool = False) -> Verdict:
+        """One reduction over all ranks: squares of owned gradients, loss and count of valid tokens (each told by one rank of a copy),
+        and whether this rank was asked to stop, so that all stop after the same step.
 
         The gradients are of scale / nominal x the sum of losses; the factor makes them those of the mean over valid tokens.
         """
         norms = torch.stack(torch._foreach_norm(self._pieces, 2, dtype=self.wide)).double() if self._pieces else self._none
-        figures = world.all_reduce(torch.stack((norms.square().sum(), loss_sum, valid.double()))).wait()
-        squares, loss, tokens = figures.unbind()
+        asked = torch.full_like(loss_sum, float(stop), dtype=torch.float64)
+        figures = world.all_reduce(torch.stack((norms.square().sum(), loss_sum, valid.double(), asked))).wait()
+        squares, loss, tokens, stops = figures.unbind()
         tokens = tokens.clamp(min=1)
         factor = nominal / tokens / scale.double()
         norm = squares.sqrt() * factor
         if self.clip > 0:
             factor = factor * (self.clip / (norm + 1e-6)).clamp(max=1.0)
         found = ~(norm.isfinite() & loss.isfinite())
-        return Verdict(loss / tokens, norm, found.float(), factor, norms)
+        return Verdict(loss / tokens, norm, found.float(), factor, norms, stops)
 
     def step(self, verdict: Verdict, lr: Tensor) -> None:
         """Updates the masters, or leaves every bit as it was. Then publishes."""

@@ -147,7 +147,7 @@ def traffic(p: Plan) -> dict[str, int]:
         "tp": p.micro_batches * ((10 * a.layers + 4 + again) * move + loss) + sum(all_reduce_bytes(n, wide, p.tp) for n in partial[False]),
         "kv": sum(all_reduce_bytes(n, wide, mesh.kv) for n in partial[True]),
         "dp": sum(all_reduce_bytes(f.size, wide, p.dp) for f in flats),
-        "world": all_reduce_bytes(3, 8, p.world),
+        "world": all_reduce_bytes(4, 8, p.world),
     }
 
 

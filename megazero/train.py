@@ -72,7 +72,7 @@ class Run:
         self.valid_samples = samples(c, a, "valid", tokenizer) if c.training.eval_iters and plan.train_iters else None
         k = c.checkpoint
         self.writer = Writer(Path(k.save), k.keep_last, k.async_save, wires.rank, wires["saved"]) if k.save else None
-        self.stop_reason = ""
+        self.stop_reason = self.signalled = ""
         self.metrics: Metrics           # made when the step to go on from is known
         self.started = self.clock = time.perf_counter()
 
@@ -87,7 +87,8 @@ class Run:
         valid = torch.stack([b.mask.sum(dtype=torch.float64) for b in batches]).sum()
         total = self.executor.train(self.training, batches, scale / self.plan.tokens_per_step)
         self.wires.line.doing = f"the gate of step {good.step + 1}"
-        verdict = self.optimizer.judge(self.told(total), self.told(valid), self.plan.tokens_per_step, scale, self.wires["world"])
+        verdict = self.optimizer.judge(self.told(total), self.told(valid), self.plan.tokens_per_step, scale, self.wires["world"],
+                                       stop=bool(self.asked_to_stop()))
         self.optimizer.step(verdict, lr)
         self.settle()
         self.pending = Pending(verdict, lr, scale, self.plan.global_batch, self.lap())
@@ -145,15 +146,22 @@ class Run:
             "step": self.progress.step, "loss": done.verdict.loss.item(), "grad_norm": done.verdict.norm.item(), "lr": done.lr.item(),
             "loss_scale": done.scale.item(), "skipped": skipped, "samples": self.progress.samples,
             "tokens": done.samples * self.plan.architecture.seq_length, "seconds": done.seconds + waited})
+        if done.verdict.stop > 0:
+            self.stop_reason = self.asked_to_stop() or "another rank was asked to stop"
         if skipped:
             self._explain(done, before.loss_scale, self.progress)
 
     def _explain(self, done: Pending, scale: LossScale, after: Progress) -> None:
+        """Tells which parameter was not finite, and which rank owns it: every rank names the last one of its own."""
+        everyone = list(dict.fromkeys(p.shard.parameter.name for u in self.units.values() for p in u.flat.pieces))
         culprits = [name for name, norm in zip(self.optimizer.names, done.verdict.norms.tolist(), strict=True) if norm - norm != 0]
-        what = (f"the gradient of {culprits[-1]} is not finite ({len(culprits)} of {len(self.optimizer.names)} parameters)" if culprits
-                else "the loss is not finite")
+        mine = torch.tensor([everyone.index(culprits[-1]) if culprits else -1, len(culprits)], device=self.device)
+        last, count = self.wires["world"].all_gather(mine.view(1, 2)).wait().unbind(1)
+        rank = int(last.argmax())
+        what = (f"the gradient of {everyone[int(last[rank])]} is not finite ({int(count[rank])} of {len(everyone)} parameters)"
+                if last[rank] >= 0 else "the loss is not finite")
         moved = f", loss scale {scale.value:g} -> {after.loss_scale.value:g}" if after.loss_scale.value != scale.value else ""
-        self.say(f"step {after.step:,} skipped on rank 0: {what}{moved}; nothing was changed")
+        self.say(f"step {after.step:,} skipped on rank {rank}: {what}{moved}; nothing was changed")
         limit = self.config.training.max_skipped_steps
         if after.skipped_in_a_row >= limit:
             raise UserError(f"--max-skipped-steps {limit}: {limit} steps in a row were not finite, the last because {what}; the weights "
@@ -177,7 +185,8 @@ class Run:
                 self.lap()                                      # an evaluation is not part of the next step's time
             if self.writer is not None and k.save_interval and step % k.save_interval == 0:
                 self.save()
-            self.stop_reason = self.stop_reason or self._stop(step)
+            if t.exit_interval and step % t.exit_interval == 0:
+                self.stop_reason = f"--exit-interval {t.exit_interval}"
         self.settle(last=True)
         if self.writer is not None and self.saved != self.progress.step:
             self.save()
@@ -185,11 +194,11 @@ class Run:
         self.say(f"done at step {self.progress.step:,}{': ' + self.stop_reason if self.stop_reason else ''}, after "
             f"{clock(time.perf_counter() - self.started)}")
 
-    def _stop(self, step: int) -> str:
-        """Why the run should end after this step, or nothing."""
+    def asked_to_stop(self) -> str:
+        """Why this rank should stop, or nothing. Ranks may differ: the gate of the next step tells all of them."""
         t = self.config.training
-        if t.exit_interval and step % t.exit_interval == 0:
-            return f"--exit-interval {t.exit_interval}"
+        if self.signalled:
+            return self.signalled
         if t.exit_duration_in_mins and time.perf_counter() - self.started > 60 * t.exit_duration_in_mins:
             return f"--exit-duration-in-mins {t.exit_duration_in_mins:g}"
         return ""
@@ -407,7 +416,7 @@ class signals:
             self.before = {s: signal.signal(s, self._handle) for s in (signal.SIGTERM, signal.SIGINT)}
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.run.stop_reason = f"signal {signal.Signals(number).name}"
+        self.run.signalled = f"signal {signal.Signals(number).name}"
         self.__exit__()
 
     def __exit__(self, *_: object) -> None:

@@ -1,5 +1,6 @@
 """The real program on several ranks: what it saves loads in any layout, and goes on as if nothing had changed."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,8 @@ from support import SHARED, byte_dataset, lines, train
 
 from megazero.checkpoint import Reader
 from megazero.data.indexed import IndexedWriter
+from megazero.train import Run
+from megazero.unit import Weight
 
 WORDS = ("--num-layers 2 --hidden-size 48 --num-attention-heads 6 --num-query-groups 2 --seq-length 32 --position-embedding-type rope "
          "--micro-batch-size 1 --global-batch-size 6 --lr 2e-3 --lr-warmup-iters 3 --lr-decay-style cosine --train-iters 12 --adam-eps 1e-5 "
@@ -86,3 +89,55 @@ def test_a_hundred_steps_on_text(dtype: str, tolerance: float, pool: Pool, tmp_p
     far = [abs(a - b) for a, b in zip(one, two, strict=True)]
     print(f"{dtype}: loss {one[0]:.4f} -> {one[-1]:.4f}, largest difference {max(far):.2e} at step {far.index(max(far)) + 1}, mean {sum(far) / 100:.2e}")
     assert one[-1] < 0.75 * one[0] and max(far) < tolerance
+
+
+def signalled(words: str, log: str) -> None:
+    """Rank 1 alone is asked to stop, in step 3: all must stop after the same step."""
+    plain, calls = Run.step, [0]
+
+    def step(run: Run) -> None:
+        calls[0] += 1
+        if calls[0] == 3 and run.wires.rank == 1:
+            run.signalled = "signal SIGTERM"
+        plain(run)
+
+    Run.step = step  # type: ignore[method-assign]
+    try:
+        train(words, Path(log))
+    finally:
+        Run.step = plain  # type: ignore[method-assign]
+
+
+def test_all_ranks_stop_after_the_same_step(pool: Pool, tmp_path: Path) -> None:
+    words = f"{WORDS} --data-path {byte_dataset(tmp_path)} --tp 2 --save {tmp_path / 'ck'}"
+    pool.run(2, signalled, words, str(tmp_path / "log"), seconds=60)
+    assert Reader(tmp_path / "ck").index["step"] in (3, 4, 5)
+
+
+def poisoned(words: str, who: int, log: str) -> None:
+    """One rank's part of one gradient is NaN in step 2."""
+    plain_add, plain_step, calls = Weight.add_product, Run.step, [0]
+
+    def step(run: Run) -> None:
+        calls[0] += 1
+        plain_step(run)
+
+    def add(weight: Weight, dy: torch.Tensor, x: torch.Tensor) -> None:
+        plain_add(weight, dy, x)
+        if calls[0] == 2 and weight.operand.name == "layers.0.mlp.up.weight" and int(os.environ["RANK"]) == who:
+            weight.grad[0, 0] = torch.nan
+
+    Run.step, Weight.add_product = step, add  # type: ignore[method-assign]
+    try:
+        train(words, Path(log))
+    finally:
+        Run.step, Weight.add_product = plain_step, plain_add  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("who, layout", [(1, "--tp 2"), (3, "--tp 2 --dp 2"), (0, "--tp 2 --dp 2")])
+def test_a_bad_gradient_on_any_rank_skips_the_step_on_all(who: int, layout: str, pool: Pool, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = f"{WORDS} --data-path {byte_dataset(tmp_path)} {layout} --train-iters 4 --lr-decay-iters 12 --save {tmp_path / 'ck'}".replace("--train-iters 12 ", "")
+    pool.run(4 if "--dp" in layout else 2, poisoned, words, who, str(tmp_path / "log"), seconds=60)
+    assert [r["skipped"] for r in lines(tmp_path / "log") if "split" not in r] == [False, True, False, False]
+    assert f"skipped on rank {who % 2}: the gradient of layers.0.mlp.up.weight is not finite (1 of" in capsys.readouterr().out
+    assert all(Reader(tmp_path / "ck").read(*key).isfinite().all() for key in Reader(tmp_path / "ck").tensors)
