@@ -24,7 +24,7 @@ from megazero.command_line import option
 from megazero.decoder import Batch
 from megazero.metrics import memory_bytes
 from megazero.plan import plan
-from megazero.train import Run
+from megazero.run import Run
 
 
 @dataclass(frozen=True)

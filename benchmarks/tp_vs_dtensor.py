@@ -30,7 +30,7 @@ from megazero.comm import connect, environment
 from megazero.command_line import option
 from megazero.decoder import Batch
 from megazero.plan import plan
-from megazero.train import Run
+from megazero.run import Run
 
 
 @dataclass(frozen=True)

@@ -1,294 +1,50 @@
-"""The run: build it from a plan, train, evaluate, save, resume.
-
-The host works a step ahead of the device. What a step decided (was it finite?) is read while the next one runs; until
-then its learning rate and loss scale have two possible values, and the device picks the right one. So no step waits for
-the host, and a skipped step moves neither the learning rate nor anything else.
-"""
+"""The program: everything that can be wrong is looked for first, then the run is built, started and trained."""
 
 import os
 import platform
 import signal
 import sys
-import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-import numpy as np
 import torch
 
-from megazero import checkpoint, program
-from megazero.architecture import Architecture, units
-from megazero.checkpoint import Reader, Writer
-from megazero.comm import Stuck, Wires, connect, environment, first_to_say
+from megazero import checkpoint
+from megazero.checkpoint import Reader
+from megazero.comm import Stuck, connect, environment, first_to_say
 from megazero.command_line import flatten
 from megazero.config import Config
-from megazero.data.dataset import MockSamples, SampleSource, open_split
-from megazero.data.tokenizers import Tokenizer, build_tokenizer, same_tokenizer
-from megazero.decoder import Batch, Decoder
+from megazero.data.tokenizers import Tokenizer, build_tokenizer
 from megazero.errors import UserError
-from megazero.executor import Executor
-from megazero.layout import flat
-from megazero.metrics import MFU, Metrics, clock, peak_flops, say
-from megazero.optimizer import Optimizer, Verdict
+from megazero.metrics import MFU, Metrics, peak_flops, say
 from megazero.plan import Plan, checks, gib, plan
-from megazero.schedules import LossScale, Progress, learning_rate, loss_scale
-from megazero.unit import TORCH_DTYPE, Unit
-
-Tensor = torch.Tensor
+from megazero.run import Run, different, samples
+from megazero.unit import TORCH_DTYPE
 
 
-@dataclass(frozen=True)
-class Pending:
-    """A step whose verdict the host has not read: its figures on the device, and what is known of it already."""
-
-    verdict: Verdict
-    lr: Tensor
-    scale: Tensor
-    samples: int
-    seconds: float
-
-
-class Run:
-    """A training run on one rank: its parts, and where it is."""
-
-    def __init__(self, plan: Plan, tokenizer: Tokenizer | None, device: torch.device, wires: Wires) -> None:
-        self.plan, self.config, self.tokenizer, self.device, self.wires = plan, plan.config, tokenizer, device, wires
-        a, c = plan.architecture, plan.config
-        self.units = {spec.name: Unit(flat(spec, wires.place.tp, plan.tp), TORCH_DTYPE[c.dtype], device) for spec in units(a)}
-        self.decoder = Decoder(a, self.units, wires["tp"], c.training.seed, c.training.recompute_granularity, device)
-        self.executor = Executor(self.decoder, wires)
-        self.owner = wires.place.dp == 0                        # of data-parallel copies, the one that counts and is saved
-        self.optimizer = Optimizer(list(self.units.values()), c, self.owner)
-        parts = [p.units for p in self.decoder.parts]
-        self.training = program.training(c.parallel.pipeline_schedule, plan.micro_batches, parts, self.decoder.head.units)
-        self.evaluation = program.evaluation(len(parts))
-        self.progress = Progress(loss_scale(c))                 # as of the last verdict that was read
-        self.pending: Pending | None = None
-        self.train_samples = samples(c, a, "train", tokenizer)
-        self.valid_samples = samples(c, a, "valid", tokenizer) if c.training.eval_iters and plan.train_iters else None
-        k = c.checkpoint
-        self.writer = Writer(Path(k.save), k.keep_last, k.async_save, wires.rank, wires["saved"]) if k.save else None
-        self.stop_reason = self.signalled = ""
-        self.metrics: Metrics           # made when the step to go on from is known
-        self.started = self.clock = time.perf_counter()
-
-    # ---- one step
-
-    def step(self) -> None:
-        """Starts one step, then reads the verdict of the one before."""
-        good, bad = self.futures()
-        scale, lr = self.choose(good.loss_scale.value, bad.loss_scale.value), self.choose(learning_rate(self.plan, good.applied),
-                                                                                           learning_rate(self.plan, bad.applied))
-        batches = self.batches(good.step, good.samples)
-        valid = torch.stack([b.mask.sum(dtype=torch.float64) for b in batches]).sum()
-        total = self.executor.train(self.training, batches, scale / self.plan.tokens_per_step)
-        self.wires.line.doing = f"the gate of step {good.step + 1}"
-        verdict = self.optimizer.judge(self.told(total), self.told(valid), self.plan.tokens_per_step, scale, self.wires["world"],
-                                       stop=bool(self.asked_to_stop()))
-        self.optimizer.step(verdict, lr)
-        self.settle()
-        self.pending = Pending(verdict, lr, scale, self.plan.global_batch, self.lap())
-
-    def told(self, figure: Tensor) -> Tensor:
-        """The figure on one rank of each tensor-parallel group, 0 on the others, which know the same: sums count it once."""
-        return figure if self.wires.place.tp == 0 else torch.zeros_like(figure)
-
-    def lap(self) -> float:
-        """Seconds since the last lap."""
-        before, self.clock = self.clock, time.perf_counter()
-        return self.clock - before
-
-    def futures(self) -> tuple[Progress, Progress]:
-        """Where the run is if the pending step was finite, and if it was not."""
-        if self.pending is None:
-            return self.progress, self.progress
-        return self.progress.after(True, self.pending.samples), self.progress.after(False, self.pending.samples)
-
-    def choose(self, good: float, bad: float) -> Tensor:
-        """The value that fits the pending verdict, on the device."""
-        wide = self.optimizer.wide
-        values = torch.tensor([good, bad], dtype=wide, device=self.device)
-        return values[0] if self.pending is None else torch.where(self.pending.verdict.found_inf == 0, values[0], values[1])
-
-    def batches(self, step: int, first: int) -> list[Batch]:
-        """This rank's micro-batches of a step, whose samples start at number `first`: data-parallel ranks take turns."""
-        size, dp, rank = self.plan.micro_batch, self.plan.dp, self.wires.place.dp
-        starts = [first + (m * dp + rank) * size for m in range(self.plan.micro_batches)]
-        numbers = [range(start, start + size) for start in starts]
-        return [self.batch(self.train_samples.sample, mine, step) for mine in numbers]
-
-    def batch(self, sample: Callable[[int], np.ndarray], numbers: range, step: int | None) -> Batch:
-        """One micro-batch of the samples of these numbers. Without a step it is for evaluation: nothing is dropped."""
-        tokens = torch.from_numpy(np.stack([sample(k) for k in numbers])).to(self.device, non_blocking=True)
-        x, y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-        mask = torch.ones(x.shape, dtype=self.optimizer.wide, device=self.device)
-        if self.config.data.eod_mask_loss:
-            assert self.tokenizer is not None and self.tokenizer.eod is not None
-            mask = mask.masked_fill(x == self.tokenizer.eod, 0)
-        return Batch(x, y, mask, torch.tensor(list(numbers), device=self.device), step)
-
-    def settle(self, last: bool = False) -> None:
-        """Reads the pending verdict, if any: logs it, counts it, ends the run after too many skipped steps.
-
-        `last`: no step is running behind it, so waiting for it is part of its own time, not of the next one's.
-        """
-        if self.pending is None:
-            return
-        done, self.pending = self.pending, None
-        skipped = bool(done.verdict.found_inf.item())
-        waited = self.lap() if last else 0.0
-        before, self.progress = self.progress, self.progress.after(not skipped, done.samples)
-        self.metrics.step({
-            "step": self.progress.step, "loss": done.verdict.loss.item(), "grad_norm": done.verdict.norm.item(), "lr": done.lr.item(),
-            "loss_scale": done.scale.item(), "skipped": skipped, "samples": self.progress.samples,
-            "tokens": done.samples * self.plan.architecture.seq_length, "seconds": done.seconds + waited})
-        if done.verdict.stop > 0:
-            self.stop_reason = self.asked_to_stop() or "another rank was asked to stop"
-        if skipped:
-            self._explain(done, before.loss_scale, self.progress)
-
-    def _explain(self, done: Pending, scale: LossScale, after: Progress) -> None:
-        """Tells which parameter was not finite, and which rank owns it: every rank names the last one of its own."""
-        everyone = list(dict.fromkeys(p.shard.parameter.name for u in self.units.values() for p in u.flat.pieces))
-        culprits = [name for name, norm in zip(self.optimizer.names, done.verdict.norms.tolist(), strict=True) if norm - norm != 0]
-        mine = torch.tensor([everyone.index(culprits[-1]) if culprits else -1, len(culprits)], device=self.device)
-        last, count = self.wires["world"].all_gather(mine.view(1, 2)).wait().unbind(1)
-        rank = int(last.argmax())
-        what = (f"the gradient of {everyone[int(last[rank])]} is not finite ({int(count[rank])} of {len(everyone)} parameters)"
-                if last[rank] >= 0 else "the loss is not finite")
-        moved = f", loss scale {scale.value:g} -> {after.loss_scale.value:g}" if after.loss_scale.value != scale.value else ""
-        self.say(f"step {after.step:,} skipped on rank {rank}: {what}{moved}; nothing was changed")
-        limit = self.config.training.max_skipped_steps
-        if after.skipped_in_a_row >= limit:
-            raise UserError(f"--max-skipped-steps {limit}: {limit} steps in a row were not finite, the last because {what}; the weights "
-                            f"are those of step {after.step - limit}. Lower --lr, or look at the data of the last steps.")
-
-    # ---- the loop
-
-    def train(self) -> None:
-        """From where the run is to its end, with evaluations, checkpoints and early exits."""
-        t, k = self.config.training, self.config.checkpoint
-        there = k.save is not None and k.load is not None and Path(k.load).resolve() == Path(k.save).resolve()
-        self.saved = self.progress.step if there and not k.finetune else -1
-        step = self.progress.step
-        self.lap()
-        while step < self.plan.train_iters and not self.stop_reason:
-            self.step()
-            step += 1
-            if self.valid_samples is not None and (step % t.eval_interval == 0 or step == self.plan.train_iters):
-                self.settle(last=True)
-                self.metrics.evaluation(step, "valid", self.evaluate(self.valid_samples))
-                self.lap()                                      # an evaluation is not part of the next step's time
-            if self.writer is not None and k.save_interval and step % k.save_interval == 0:
-                self.save()
-            if t.exit_interval and step % t.exit_interval == 0:
-                self.stop_reason = f"--exit-interval {t.exit_interval}"
-        self.settle(last=True)
-        if self.writer is not None and self.saved != self.progress.step:
-            self.save()
-        self.close()
-        self.say(f"done at step {self.progress.step:,}{': ' + self.stop_reason if self.stop_reason else ''}, after "
-            f"{clock(time.perf_counter() - self.started)}")
-
-    def asked_to_stop(self) -> str:
-        """Why this rank should stop, or nothing. Ranks may differ: the gate of the next step tells all of them."""
-        t = self.config.training
-        if self.signalled:
-            return self.signalled
-        if t.exit_duration_in_mins and time.perf_counter() - self.started > 60 * t.exit_duration_in_mins:
-            return f"--exit-duration-in-mins {t.exit_duration_in_mins:g}"
-        return ""
-
-    def evaluate(self, source: SampleSource) -> float:
-        """Mean loss over the first samples of the validation order, or over all of them: the same ones each time."""
-        t, size = self.config.training, self.plan.micro_batch
-        count = source.full_pass() if t.full_validation else t.eval_iters * self.plan.global_batch
-        sample = source.in_order if t.full_validation else source.sample
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
-        valid = torch.zeros((), dtype=torch.float64, device=self.device)
-        for low in range(self.wires.place.dp * size, count, self.plan.dp * size):
-            batch = self.batch(sample, range(low, min(low + size, count)), None)
-            total += self.executor.evaluate(self.evaluation, batch)
-            valid += batch.mask.sum(dtype=torch.float64)
-        total, valid = self.wires["world"].all_reduce(torch.stack((self.told(total), self.told(valid)))).wait()
-        return (total / valid).item()
-
-    # ---- state
-
-    def initialise(self) -> None:
-        for unit in self.units.values():
-            unit.initialise(self.config.training.seed)
-
-    def buffers(self, unit: Unit) -> dict[str, Tensor]:
-        """Everything a checkpoint holds of a unit: kind -> flat buffer."""
-        return {"weight": unit.master, **self.optimizer.state[unit.flat.name]}
-
-    def save(self) -> None:
-        """Saves the run as it is after the last step."""
-        assert self.writer is not None
-        self.settle(last=True)
-        slices = [s for unit in self.units.values() for s in checkpoint.owned(unit.flat, self.buffers(unit)) if self.owner]
-        path = self.writer.save(slices, self.header())
-        if self.wires.rank == 0:
-            save_tokenizer(self.writer.folder, self.tokenizer)
-        self.saved = self.progress.step
-        self.say(f"step {self.progress.step:,} | saved to {path}" + (" (writing in the background)" if self.writer.background else ""))
-        self.lap()
-
-    def header(self) -> dict[str, Any]:
-        """What the index says of the run."""
-        p = self.plan
-        return {"step": self.progress.step, "progress": asdict(self.progress), "config": flatten(self.config),
-                "optimizer": self.config.optimizer.optimizer, "architecture": asdict(p.architecture),
-                "tokenizer": self.tokenizer.identity() if self.tokenizer else None,
-                "layout": {"tp": p.tp, "pp": p.pp, "dp": p.dp, "zero_stage": self.config.parallel.zero_stage}}
-
-    def load(self, reader: Reader) -> None:
-        """Continues from a checkpoint, or with --finetune takes its weights alone."""
-        finetune = self.config.checkpoint.finetune
-        kinds = ("weight",) if finetune else ("weight", *self.optimizer.MOMENTS[self.config.optimizer.optimizer])
-        errors = different(reader.index["architecture"], asdict(self.plan.architecture), reader.folder)
-        errors = errors or self._wrong_optimizer(reader, kinds) or ([] if finetune else self._wrong_tokenizer(reader))
-        errors = errors or checkpoint.mismatches(reader, [u.flat for u in self.units.values()], kinds)
-        if errors:
-            raise UserError(*errors)
-        for unit in self.units.values():
-            checkpoint.fill(reader, unit.flat, {k: v for k, v in self.buffers(unit).items() if k in kinds})
-            unit.publish()
-        if not finetune:
-            saved = reader.index["progress"]
-            then, now = LossScale(**saved.pop("loss_scale")), self.progress.loss_scale
-            if not (then.constant or now.constant):             # where it was, by the rule of this run
-                now = replace(now, value=max(then.value, now.minimum), good=then.good, bad=min(then.bad, now.hysteresis - 1))
-            self.progress = Progress(**saved, loss_scale=now)
-            self.optimizer.set_steps(self.progress.applied)
-
-    def _wrong_tokenizer(self, reader: Reader) -> list[str]:
-        theirs = reader.index.get("tokenizer")
-        if theirs is None or self.tokenizer is None or same_tokenizer(theirs, self.tokenizer.identity()):
-            return []
-        return [f"--load {reader.folder}: was trained with another tokenizer ({theirs.get('type')}, other files than now); give that one "
-                "(its files are in the folder `tokenizer` beside the checkpoints), or --finetune and a new --save."]
-
-    def _wrong_optimizer(self, reader: Reader, kinds: Sequence[str]) -> list[str]:
-        missing = [k for k in kinds if k not in reader.kinds]
-        theirs = reader.index.get("optimizer")
-        saved = f"with {theirs}" if theirs else "without an optimizer"
-        return [f"--optimizer {self.config.optimizer.optimizer}: {reader.folder} has no {' and no '.join(missing)} (it was saved {saved}); "
-                "add --finetune to start the optimizer afresh."] if missing else []
-
-    def say(self, text: str) -> None:
-        if self.wires.rank == 0:
-            say(text)
-
-    def close(self) -> None:
-        if self.writer is not None:
-            self.writer.wait()
-        self.metrics.close()
+def launch(config: Callable[[], Config]) -> NoReturn:
+    """Runs the program on this rank. A mistake or a failure is told once, by the rank that met it first; exit codes 2 and 1."""
+    rank = environment()[0]
+    try:
+        main(config())
+    except UserError as error:
+        for sentence in error.sentences:
+            if first_to_say(sentence):
+                print(f"error: {sentence}", file=sys.stderr, flush=True)
+        leave(2)
+    except Stuck as error:
+        if first_to_say("failure"):
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        leave(1)
+    except Exception:
+        if first_to_say("failure"):
+            print(f"rank {rank} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+        leave(1)
+    sys.exit(0)
 
 
 def main(config: Config) -> None:
@@ -340,20 +96,6 @@ def look_ahead(plan: Plan, tokenizer: Tokenizer | None, device: torch.device) ->
                         "with --tp.")
 
 
-def writable(folder: Path) -> bool:
-    """Can a file be made in this folder, or can the folder be made?"""
-    while not folder.exists():
-        folder = folder.parent
-    return folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
-
-
-def memory_of(device: torch.device) -> int:
-    """Bytes of memory of a CUDA device, or of this machine."""
-    if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
 def start(run: Run) -> None:
     """Weights and position, from a checkpoint or afresh; tells what was found."""
     config, device = run.config, run.device
@@ -375,25 +117,18 @@ def start(run: Run) -> None:
     run.metrics = Metrics(run.plan, peak, device, run.progress.step, run.wires.rank)
 
 
-def launch(config: Callable[[], Config]) -> NoReturn:
-    """Runs the program on this rank. A mistake or a failure is told once, by the rank that met it first; exit codes 2 and 1."""
-    rank = environment()[0]
-    try:
-        main(config())
-    except UserError as error:
-        for sentence in error.sentences:
-            if first_to_say(sentence):
-                print(f"error: {sentence}", file=sys.stderr, flush=True)
-        leave(2)
-    except Stuck as error:
-        if first_to_say("failure"):
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        leave(1)
-    except Exception:
-        if first_to_say("failure"):
-            print(f"rank {rank} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
-        leave(1)
-    sys.exit(0)
+def writable(folder: Path) -> bool:
+    """Can a file be made in this folder, or can the folder be made?"""
+    while not folder.exists():
+        folder = folder.parent
+    return folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
+
+
+def memory_of(device: torch.device) -> int:
+    """Bytes of memory of a CUDA device, or of this machine."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
 def leave(code: int) -> NoReturn:
@@ -438,16 +173,6 @@ def choose_device(config: Config) -> torch.device:
     return torch.device("cuda", local)
 
 
-def samples(config: Config, a: Architecture, split: str, tokenizer: Tokenizer | None) -> SampleSource:
-    """The samples of a split, as the configuration says."""
-    d, seed = config.data, config.training.seed
-    if d.mock_data:
-        return MockSamples(a.vocab_size, a.seq_length, seed, split)
-    flag, own = {"train": ("--train-data-path", d.train_data_path), "valid": ("--valid-data-path", d.valid_data_path)}[split]
-    return open_split(own or d.data_path, None if own else d.split, split, a.seq_length, seed, d.shuffle, a.vocab_size,
-                      flag if own else "--data-path", tokenizer.identity() if tokenizer else None)
-
-
 def tokenizer_of(config: Config) -> Tokenizer | None:
     d = config.data
     if d.tokenizer_type is None:
@@ -475,32 +200,7 @@ def find_checkpoint(config: Config, say: Callable[[str], None]) -> Reader | None
     return Reader(k.load, k.ckpt_step)
 
 
-def different(saved: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> list[str]:
-    """A sentence for each field of the architecture in which a checkpoint differs."""
-    free = ("seq_length", "init_std", "attention_dropout", "hidden_dropout", "pad_rows")          # do not change the weights
-    return [f"--load {folder}: its {key.replace('_', ' ')} is {saved.get(key)}, this model's {value}; give the flags it was trained with."
-            for key, value in now.items() if key not in free and _plain(saved.get(key)) != _plain(value)]
-
-
-def _plain(value: Any) -> Any:
-    """JSON makes lists of tuples: compare them as one."""
-    if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
-    return list(value) if isinstance(value, tuple) else value
-
-
 def changed(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What the configuration says otherwise than the one that was saved: nothing fails silently."""
     own = {"load", "save", "config", "check", "exit_interval", "log_interval", "log_dir", "save_interval", "ckpt_step"}
     return [f"--{k.replace('_', '-')} was {saved.get(k)}, is {v}" for k, v in now.items() if k not in own and k in saved and saved[k] != v]
-
-
-def save_tokenizer(folder: Path, tokenizer: Tokenizer | None) -> None:
-    """Copies the tokenizer's files beside the checkpoints, so that those are enough to generate and export."""
-    for name, path in (tokenizer.files() if tokenizer else {}).items():
-        target = folder / "tokenizer" / name
-        if not target.exists() or target.read_bytes() != path.read_bytes():
-            target.parent.mkdir(parents=True, exist_ok=True)
-            draft = target.with_name(name + ".draft")
-            draft.write_bytes(path.read_bytes())
-            draft.replace(target)

@@ -14,7 +14,8 @@ from megazero.data.indexed import IndexedWriter
 from megazero.decoder import Batch
 from megazero.mesh import Mesh
 from megazero.plan import Plan, plan
-from megazero.train import Run, main
+from megazero.run import Run
+from megazero.train import main
 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 

@@ -15,7 +15,7 @@ from support import SHAPES, TINY, batches, resolved
 
 from megazero.comm import connect
 from megazero.mesh import Mesh
-from megazero.train import Run
+from megazero.run import Run
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ FLOORS = [
     ["unit", "ops", "attention"],
     ["decoder", "executor", "models.families"],
     ["optimizer", "checkpoint", "metrics", "models.hf_files", "models.hf_tokenizer", "models.hf"],
-    ["train", "generate"],
+    ["run", "train", "generate"],
 ]
 PLACE = {f"megazero.{name}": (floor, i) for floor, names in enumerate(FLOORS) for i, name in enumerate(names)}
 

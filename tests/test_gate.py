@@ -5,8 +5,8 @@ import torch
 from support import TINY, built, lines, named, train
 
 from megazero.errors import UserError
+from megazero.run import Run
 from megazero.schedules import LossScale, loss_scale
-from megazero.train import Run
 from megazero.unit import Weight
 
 

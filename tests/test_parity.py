@@ -16,7 +16,7 @@ from pool import Pool
 from support import SHAPES, resolved
 
 from megazero.comm import connect
-from megazero.train import Run
+from megazero.run import Run
 
 WORDS = "--num-layers 2 --hidden-size 48 --num-attention-heads 24 --kv-channels 4 --ffn-hidden-size 96 --lr 2e-3 --weight-decay 0.1 --mock-data " \
         "--train-iters 5 --eval-iters 0 --clip-grad 0.5 --dtype fp64 --global-batch-size 12 --make-vocab-size-divisible-by 8"

@@ -47,7 +47,7 @@ def test_activations_of_the_plan_are_what_autograd_keeps(shape: str, recompute: 
     """Bytes that the blocks' graphs save, each storage once, against the plan's estimate: within a tenth (statistics of norms and
     of attention are not in it), except where attention makes copies for its own kernel."""
     from megazero.program import Action
-    from megazero.train import Run
+    from megazero.run import Run
     run: Run = built(f"{TINY} {SHAPES[shape]} --dtype fp64 --micro-batch-size 2 --seq-length 64 --recompute-granularity {recompute}")
     from support import batches
     (batch,) = batches(run)

@@ -12,7 +12,7 @@ from support import SHARED, byte_dataset, lines, train
 
 from megazero.checkpoint import Reader
 from megazero.data.indexed import IndexedWriter
-from megazero.train import Run
+from megazero.run import Run
 from megazero.unit import Weight
 
 WORDS = ("--num-layers 2 --hidden-size 48 --num-attention-heads 6 --num-query-groups 2 --seq-length 32 --position-embedding-type rope "

@@ -9,7 +9,7 @@ from megazero import decoder
 from megazero.attention import attention, rotary_table
 from megazero.comm import Alone
 from megazero.decoder import Batch
-from megazero.train import Run
+from megazero.run import Run
 
 Tensor = torch.Tensor
 

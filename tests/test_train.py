@@ -71,7 +71,7 @@ def test_eod_mask_takes_the_loss_of_what_follows_an_end_of_document(tmp_path: Pa
     from megazero.data.tokenizers import build_tokenizer
     from megazero.mesh import Mesh
     from megazero.plan import plan
-    from megazero.train import Run
+    from megazero.run import Run
     c = config.from_command_line(f"{words} --eod-mask-loss".split())
     run = Run(plan(c, 1, 257), build_tokenizer("ByteTokenizer"), torch.device("cpu"), connect(Mesh(1, 1, 1), 0, "gloo", 60))
     (batch,) = run.batches(0, 0)
