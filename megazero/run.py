@@ -75,8 +75,8 @@ class Run:
     def step(self) -> None:
         """Starts one step, then reads the verdict of the one before."""
         good, bad = self.futures()
-        scale, lr = self.choose(good.loss_scale.value, bad.loss_scale.value), self.choose(learning_rate(self.plan, good.applied),
-                                                                                           learning_rate(self.plan, bad.applied))
+        scale = self.choose(good.loss_scale.value, bad.loss_scale.value)
+        lr = self.choose(learning_rate(self.plan, good.applied), learning_rate(self.plan, bad.applied))
         batches = self.batches(good.step, good.samples)
         valid = torch.stack([b.mask.sum(dtype=torch.float64) for b in batches]).sum()
         total = self.executor.train(self.training, batches, scale / self.plan.tokens_per_step)
@@ -185,8 +185,8 @@ class Run:
         if self.writer is not None and self.saved != self.progress.step:
             self.save()
         self.close()
-        self.say(f"done at step {self.progress.step:,}{': ' + self.stop_reason if self.stop_reason else ''}, after "
-            f"{clock(time.perf_counter() - self.started)}")
+        why = f": {self.stop_reason}" if self.stop_reason else ""
+        self.say(f"done at step {self.progress.step:,}{why}, after {clock(time.perf_counter() - self.started)}")
 
     def asked_to_stop(self) -> str:
         """Why this rank should stop, or nothing. Ranks may differ: the gate of the next step tells all of them."""
