@@ -342,7 +342,7 @@ def connect(mesh: Mesh, rank: int, backend: str, seconds: float) -> Wires:
     made: dict[str, Group] = {}
     for axis, rows in mesh.groups().items():
         for ranks in rows:
-            group = _make(kind, axis, ranks, line)
+            group = _make(kind, axis, ranks, Line(rank, seconds, "saving a checkpoint", line.sent) if axis == "saved" else line)
             if rank in ranks:
                 made[axis] = Late(group) if wrap == "late" and len(ranks) > 1 else group
     wires = Wires(mesh, rank, made, line, started)

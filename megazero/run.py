@@ -146,7 +146,8 @@ class Run:
             self._explain(done, before.loss_scale, self.progress)
 
     def _explain(self, done: Pending, scale: LossScale, after: Progress) -> None:
-        """Tells which parameter was not finite, and which rank owns it: every rank names the last one of its own."""
+        """Tells which parameter was not finite, and on which rank that owns it; every rank names the last one of its own. (Which
+        data-parallel rank it came from is gone with the sum.)"""
         everyone = list(dict.fromkeys(p.shard.parameter.name for u in self.units.values() for p in u.flat.pieces))
         culprits = [name for name, norm in zip(self.optimizer.names, done.verdict.norms.tolist(), strict=True) if norm - norm != 0]
         mine = torch.tensor([everyone.index(culprits[-1]) if culprits else -1, len(culprits)], device=self.device)
@@ -155,9 +156,12 @@ class Run:
         what = (f"the gradient of {everyone[int(last[rank])]} is not finite ({int(count[rank])} of {len(everyone)} parameters)"
                 if last[rank] >= 0 else "the loss is not finite")
         moved = f", loss scale {scale.value:g} -> {after.loss_scale.value:g}" if after.loss_scale.value != scale.value else ""
-        self.say(f"step {after.step:,} skipped on rank {rank}: {what}{moved}; nothing was changed")
+        owner = f" on rank {rank}" if last[rank] >= 0 and self.plan.world > 1 else ""
+        self.say(f"step {after.step:,} skipped: {what}{owner}{moved}; nothing was changed")
         limit = self.config.training.max_skipped_steps
         if after.skipped_in_a_row >= limit:
+            if self.writer is not None:
+                self.writer.wait()                              # what is being saved in the background is good
             raise UserError(f"--max-skipped-steps {limit}: {limit} steps in a row were not finite, the last because {what}; the weights "
                             f"are those of step {after.step - limit}. Lower --lr, or look at the data of the last steps.")
 
@@ -208,6 +212,7 @@ class Run:
             batch = self.batch(sample, range(low, min(low + size, count)), None)
             total += self.executor.evaluate(self.evaluation, batch)
             valid += batch.mask.sum(dtype=torch.float64)
+        self.wires.line.doing = f"the end of the evaluation after step {self.progress.step}"
         total, valid = self.wires["world"].all_reduce(torch.stack((self.told(total), self.told(valid)))).wait()
         return (total / valid).item()
 

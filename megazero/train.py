@@ -1,10 +1,12 @@
 """The program: everything that can be wrong is looked for first, then the run is built, started and trained."""
 
+import json
 import os
 import platform
 import signal
 import sys
 import traceback
+import zlib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -32,6 +34,7 @@ def launch(config: Callable[[], Config]) -> NoReturn:
     try:
         main(config())
     except UserError as error:
+        first_to_say("failure")                                 # peers that lose this rank have nothing to add
         for sentence in error.sentences:
             if first_to_say(sentence):
                 print(f"error: {sentence}", file=sys.stderr, flush=True)
@@ -88,12 +91,14 @@ def look_ahead(plan: Plan, tokenizer: Tokenizer | None, device: torch.device) ->
     for flag, folder in (("--save", k.save), ("--log-dir", config.logging.log_dir)):
         if folder is not None and not writable(Path(folder)):
             raise UserError(f"{flag} {folder}: is not a folder that can be written to; name another.")
-    exact = sum(n for what, n in plan.memory.items() if what not in ("activations", "logits"))
+    here = int(os.environ.get("LOCAL_WORLD_SIZE") or 1) if device.type == "cpu" else 1          # ranks that share this memory
+    exact = here * sum(n for what, n in plan.memory.items() if what not in ("activations", "logits"))
     there = memory_of(device)
     if exact > there:
+        ranks = f"{here} rank{'s' if here > 1 else ''}"
         raise UserError(f"--hidden-size {plan.architecture.hidden}, --num-layers {plan.architecture.layers}: weights, gradients and "
-                        f"optimizer take {gib(exact)} per rank, this {device.type} has {gib(there)}; choose a smaller model, or more ranks "
-                        "with --tp.")
+                        f"optimizer take {gib(exact)} for {ranks}, this {device.type} has {gib(there)}; choose a smaller model, or more "
+                        "ranks with --tp.")
 
 
 def start(run: Run) -> None:
@@ -110,6 +115,7 @@ def start(run: Run) -> None:
         run.say(f"loaded      {reader.folder}{': weights alone' if config.checkpoint.finetune else ''}")
         for line in changed(reader.index["config"], flatten(config)):
             run.say(f"changed     {line}")
+    same_start(run, -1 if reader is None else int(reader.index["step"]))
     peak, source = peak_flops(device, config.dtype, TORCH_DTYPE[config.dtype])
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads of {platform.machine()}"
     run.say(f"device      {name}, torch {torch.__version__}; peak {peak / 1e12:.4g} TFLOP/s: {source}")
@@ -157,6 +163,19 @@ class signals:
     def __exit__(self, *_: object) -> None:
         for number, handler in self.before.items():
             signal.signal(number, handler)
+
+
+def same_start(run: Run, step: int) -> None:
+    """Raises UserError unless all ranks found the same checkpoint (-1: none) and the same configuration."""
+    words = zlib.crc32(json.dumps(flatten(run.config), sort_keys=True).encode())
+    told = torch.tensor([step, -step, words, -words], dtype=torch.float64, device=run.device)
+    high, low, one, other = run.wires["world"].all_reduce(told, "max").wait().tolist()
+    if high != -low:
+        first = "none" if low == 1 else f"step {-low:g}"
+        raise UserError(f"--load {run.config.checkpoint.load}: ranks do not see the same checkpoint, but {first} to step {high:g}; it must "
+                        "lie on a file system that all of them share.")
+    if one != -other:
+        raise UserError("--config: ranks were started with different flags or files; start all of them with the same command.")
 
 
 def choose_device(config: Config) -> torch.device:

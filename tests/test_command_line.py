@@ -121,7 +121,7 @@ WRONG = {
     "--merge-file zz": "--merge-file zz: has no effect without --tokenizer-type.",
     "--hysteresis 3 --bf16": "--hysteresis 3: has no effect without --fp16 and a dynamic loss scale.",
     "--train-iters 1e400": "--train-iters 1e400: must be a whole number.",
-    "--hidden-size 10000000 --num-attention-heads 10": "choose a smaller model, or more ranks with --tp.",
+    "--hidden-size 10000000 --num-attention-heads 10": "for 1 rank, this cpu has",
     "--save /proc/x": "--save /proc/x: cannot be made (No such file or directory); name a folder that can be written to.",
     "--log-dir setup.py": "--log-dir setup.py: is not a folder that can be written to; name another.",
     "stray": "stray: belongs to no flag; see --help.",

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from pool import Pool
+from pool import Pool, RankError
 from support import SHARED, byte_dataset, lines, train
 
 from megazero.checkpoint import Reader
@@ -139,5 +139,21 @@ def test_a_bad_gradient_on_any_rank_skips_the_step_on_all(who: int, layout: str,
     words = f"{WORDS} --data-path {byte_dataset(tmp_path)} {layout} --train-iters 4 --lr-decay-iters 12 --save {tmp_path / 'ck'}".replace("--train-iters 12 ", "")
     pool.run(4 if "--dp" in layout else 2, poisoned, words, who, str(tmp_path / "log"), seconds=60)
     assert [r["skipped"] for r in lines(tmp_path / "log") if "split" not in r] == [False, True, False, False]
-    assert f"skipped on rank {who % 2}: the gradient of layers.0.mlp.up.weight is not finite (1 of" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "skipped: the gradient of layers.0.mlp.up.weight is not finite (1 of" in told and f"parameters) on rank {who % 2}; nothing" in told
     assert all(Reader(tmp_path / "ck").read(*key).isfinite().all() for key in Reader(tmp_path / "ck").tensors)
+
+
+def loads_its_own(words: str, folder: str) -> None:
+    """Each rank has a file system of its own."""
+    os.chdir(Path(folder) / os.environ["RANK"])
+    train(words)
+
+
+def test_ranks_that_do_not_see_the_same_checkpoint_do_not_start(pool: Pool, tmp_path: Path) -> None:
+    words = f"{WORDS} --data-path {byte_dataset(tmp_path)} --save ck --load ck"
+    for rank in "01":
+        (tmp_path / rank).mkdir()
+    initial(words.replace("--save ck --load ck", ""), str(tmp_path / "0" / "ck"))
+    with pytest.raises(RankError, match="ranks do not see the same checkpoint, but none to step 0"):
+        pool.run(2, loads_its_own, f"{words} --tp 2", str(tmp_path))
