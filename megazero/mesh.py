@@ -51,6 +51,12 @@ class Mesh:
         }
         return {axis: [tuple(int(r) for r in row) for row in groups] for axis, groups in rows.items()}
 
+    def describe(self) -> list[str]:
+        """Each axis of several ranks with its groups, the first few of many."""
+        axes = {axis: rows for axis, rows in self.groups().items() if len(rows[0]) > 1 and axis not in ("world", "saved")}
+        told = {axis: " ".join("(" + " ".join(map(str, row)) + ")" for row in rows[:4]) for axis, rows in axes.items()}
+        return [f"{axis} {text}{f' and {len(axes[axis]) - 4} more' if len(axes[axis]) > 4 else ''}" for axis, text in told.items()]
+
     def members(self, axis: str, rank: int) -> tuple[int, ...]:
         """The group of an axis that a rank belongs to."""
         return next(group for group in self.groups()[axis] if rank in group)

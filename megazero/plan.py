@@ -81,6 +81,7 @@ class Plan:
             f"compute     {flops_per_token(a):.4g} FLOPs per token (6 N + 6 L h S: causal attention, no recompute counted), "
             f"{flops_per_token(a) * self.tokens_per_step * self.train_iters:.3g} in all",
             f"memory      {gib(total)} per rank: " + ", ".join(f"{k} {gib(v)}" for k, v in self.memory.items()),
+            *([f"groups      {'; '.join(self.mesh.describe())}"] if self.world > 1 else []),
             *([f"wire        {gib(sum(self.traffic.values()))} sent per rank and step: "
                + ", ".join(f"{axis} {gib(n)}" for axis, n in self.traffic.items() if n)] if self.world > 1 else []),
         ])

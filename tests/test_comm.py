@@ -31,6 +31,7 @@ def test_groups_cover_the_world_and_neighbours_share_tensors() -> None:
     for axis, size in (("tp", 4), ("kv", 2), ("dp", 3), ("world", 24)):
         assert all(len(g) == size for g in groups[axis]) and sorted(r for g in groups[axis] for r in g) == list(range(24))
     assert groups["tp"][0] == (0, 1, 2, 3) and groups["dp"][0] == (0, 4, 8) and groups["kv"][1] == (2, 3)
+    assert mesh.describe()[0] == "tp (0 1 2 3) (4 5 6 7) (8 9 10 11) (12 13 14 15) and 2 more"
     assert mesh.place(17) == (1, 1, 1) and mesh.members("dp", 17) == (13, 17, 21)
 
 
