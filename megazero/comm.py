@@ -6,7 +6,7 @@ change, after `wait()`. One is a size: a group of one hands back what it is give
     nccl    torch's collectives on CUDA
     gloo    built from point-to-point messages, two to three times as fast as gloo's own; sums are taken in rank order, in fp32 for
             half precision and rounded once, so they are the same in every run
-    fake    no peers: any rank of any mesh in one process, on real or on fake tensors; sums are of one rank's share
+    fake    no peers: any rank of any mesh in one process; sums are of one rank's share
     late    around another, for tests: results are NaN until waited for, and inputs that change before that are an error
 
 Bytes sent are counted by axis, as if by a ring: reduce-scatter and all-gather send (n - 1) / n of the whole, all-reduce twice that.
@@ -27,7 +27,6 @@ import torch.distributed as dist
 from megazero.mesh import Mesh, all_reduce_bytes
 
 Tensor = torch.Tensor
-BACKENDS = ("nccl", "gloo", "fake", "late")
 
 
 class Stuck(RuntimeError):

@@ -38,7 +38,7 @@ def test_the_gradient_is_that_of_the_mean_over_valid_tokens(accumulation: int) -
     assert float(verdict.loss) == pytest.approx(loss, rel=1e-12)
     assert float(verdict.norm) == pytest.approx(float(torch.stack([g.norm() for g in want.values()]).norm()), rel=1e-12)
     close(named(run, "grads"), want, 1e-12)                     # in float64 the factor is applied to the gradients themselves
-    assert gradients(run, data) == pytest.approx(loss, abs=0.2), "and the step moved the weights"
+    assert gradients(run, data) < loss, "and the step moved the weights downhill"
 
 
 def test_sgd_is_torchs_sgd_with_momentum_and_no_decay_on_vectors() -> None:
@@ -48,13 +48,12 @@ def test_sgd_is_torchs_sgd_with_momentum_and_no_decay_on_vectors() -> None:
     decayed = [t for n, t in leaves.items() if t.dim() == 2]
     sgd = torch.optim.SGD([{"params": decayed, "weight_decay": 0.3}, {"params": [t for t in leaves.values() if t.dim() < 2], "weight_decay": 0.0}],
                           lr=0.01, momentum=0.8)
-    for step in range(3):
+    for _ in range(3):
         run.step()
         for name, t in leaves.items():
             t.grad = named(run, "grads")[name].clone()
         sgd.step()
         close(named(run), {n: t.detach() for n, t in leaves.items()}, 1e-14)
-        assert step >= 0
 
 
 def test_eod_mask_takes_the_loss_of_what_follows_an_end_of_document(tmp_path: Path) -> None:
@@ -93,9 +92,8 @@ def test_full_validation_is_every_sample_once_whatever_the_seed(tmp_path: Path) 
     tokens = torch.from_numpy(np.stack([source.in_order(i) for i in range(11)]))
     batch = Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), torch.ones(11, 24, dtype=torch.float64), torch.arange(11))
     assert told[0]["loss"] == pytest.approx(float(run.executor.evaluate(run.evaluation, batch)) / (11 * 24), rel=1e-12)
-    again = [r for r in train(f"{words} --load {tmp_path / 'ck'} --seed 9 --train-iters 1".replace("--train-iters 1 --save", "--save"), tmp_path / "l2")
-             if "split" in r]
-    assert again == [] or again[0]["loss"] == told[0]["loss"]
+    other = open_split([prefix], None, "valid", 24, 9, shuffle=True)
+    assert all(np.array_equal(source.in_order(i), other.in_order(i)) for i in range(11)), "neither seed nor shuffle matters to a full pass"
 
 
 def test_a_dataset_made_with_another_tokenizer_is_refused(tmp_path: Path) -> None:
