@@ -11,6 +11,7 @@ from math import prod, sqrt
 
 from megazero.config import Config, Model
 from megazero.layout import Cut, OperandSpec, Parameter, UnitSpec
+from megazero.program import Part
 
 
 @dataclass(frozen=True)
@@ -94,6 +95,13 @@ def units(a: Architecture) -> tuple[UnitSpec, ...]:
             *([] if a.tied else [one(Parameter("head.output.weight", (a.vocab_size, a.hidden), a.init_std, cut=vocabulary), a.pad_rows)]),
         )),
     )
+
+
+def parts(a: Architecture) -> tuple[Part, ...]:
+    """The units that the embedding, each block and the head read. The embedding's backward needs no weights."""
+    blocks = (Part((f"layers.{i}",), (f"layers.{i}",)) for i in range(a.layers))
+    head = ("head", "embedding") if a.tied else ("head",)
+    return Part(("embedding", "positions") if a.learned_positions else ("embedding",), ()), *blocks, Part(head, head)
 
 
 def block(a: Architecture, i: int) -> UnitSpec:

@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 
 from megazero.comm import Alone, Group
 from megazero.errors import UserError
-from megazero.layout import Box, Flat, intersect
+from megazero.layout import Box, Flat, Piece, intersect
 
 FORMAT, VERSION, INDEX = "megazero-checkpoint", 1, "index.json"
 Tensor = torch.Tensor
@@ -49,14 +49,18 @@ class Slice:
         return f"{self.kind}/{self.name}" + ("" if whole else "@" + ",".join(map(str, self.box.offset)))
 
 
-def owned(flat: Flat, buffers: Mapping[str, Tensor]) -> Iterator[Slice]:
-    """The slices of one unit that this rank owns, as views of its buffers (kind -> flat buffer)."""
+def held(flat: Flat, low: int, buffers: Mapping[str, Tensor]) -> Iterator[tuple[Piece, Slice]]:
+    """What buffers (kind -> the slice of a unit's flat buffer that starts at `low`) hold of logical tensors, as views of them."""
     for piece in flat.pieces:
-        if piece.shard.owner:
-            p = piece.shard.parameter
-            for start, box in piece.boxes(0, flat.size):
-                for kind, buffer in buffers.items():
-                    yield Slice(kind, p.name, p.shape, box, buffer[start:start + box.numel].view(box.size))
+        p = piece.shard.parameter
+        for kind, buffer in buffers.items():
+            for start, box in piece.boxes(low, low + len(buffer)):
+                yield piece, Slice(kind, p.name, p.shape, box, buffer[start - low:start - low + box.numel].view(box.size))
+
+
+def owned(flat: Flat, low: int, buffers: Mapping[str, Tensor]) -> list[Slice]:
+    """The part of it that this tensor-parallel rank owns."""
+    return [slice_ for piece, slice_ in held(flat, low, buffers) if piece.shard.owner]
 
 
 class Writer:
@@ -312,12 +316,10 @@ def find(folder: Path, step: int | None, flag: str = "--load") -> Path:
     return found[max(found) if step is None else step]
 
 
-def fill(reader: Reader, flat: Flat, buffers: Mapping[str, Tensor]) -> None:
-    """Reads what a unit's buffers hold (kind -> flat buffer), whatever layout wrote it."""
-    for piece in flat.pieces:
-        for kind, buffer in buffers.items():
-            value = reader.read(kind, piece.shard.parameter.name, piece.shard.box)
-            buffer[piece.start:piece.stop] = value.flatten()
+def fill(reader: Reader, flat: Flat, low: int, buffers: Mapping[str, Tensor]) -> None:
+    """Reads what a unit's buffers hold (see `held`), whatever layout wrote it."""
+    for _, slice_ in held(flat, low, buffers):
+        slice_.tensor.copy_(reader.read(slice_.kind, slice_.name, slice_.box))
 
 
 def mismatches(reader: Reader, flats: Sequence[Flat], kinds: Sequence[str]) -> list[str]:

@@ -18,7 +18,6 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import timedelta
-from math import ceil
 from typing import Protocol
 
 import torch
@@ -40,16 +39,19 @@ class Work(Protocol):
 
 
 class Group(Protocol):
-    """Calls on the ranks of one axis. Tensors are contiguous; dimension 0 is what is gathered and scattered."""
+    """Calls on the ranks of one axis. Tensors are contiguous; dimension 0 is what is gathered and scattered.
+
+    `into` is where the result goes, if given; it may be the whole that x is this rank's part of, or this rank's part of x.
+    """
 
     size: int
     rank: int
 
-    def all_gather(self, x: Tensor) -> Work:
+    def all_gather(self, x: Tensor, into: Tensor | None = None) -> Work:
         """[n, ...] on each rank -> [size n, ...] on all, in rank order."""
         ...
 
-    def reduce_scatter(self, x: Tensor) -> Work:
+    def reduce_scatter(self, x: Tensor, into: Tensor | None = None) -> Work:
         """[size n, ...] on each rank -> [n, ...]: this rank's part of the sum."""
         ...
 
@@ -82,14 +84,19 @@ class Alone:
     size = 1
     rank = 0
 
-    def all_gather(self, x: Tensor) -> Work:
-        return Done(x)
+    def all_gather(self, x: Tensor, into: Tensor | None = None) -> Work:
+        return Done(_placed(x, into))
 
-    def reduce_scatter(self, x: Tensor) -> Work:
-        return Done(x)
+    def reduce_scatter(self, x: Tensor, into: Tensor | None = None) -> Work:
+        return Done(_placed(x, into))
 
     def all_reduce(self, x: Tensor, op: str = "sum") -> Work:
         return Done(x)
+
+
+def _placed(x: Tensor, into: Tensor | None) -> Tensor:
+    """x, in `into` if there is one; nothing moves when it is there already."""
+    return x if into is None or into.data_ptr() == x.data_ptr() else into.copy_(x)
 
 
 class _Several:
@@ -132,35 +139,36 @@ class Gloo(_Several):
         super().__init__(axis, ranks, line)
         self.process_group, self.calls = process_group, 0
 
-    def all_gather(self, x: Tensor) -> Work:
-        out = x.new_empty(self.size * len(x), *x.shape[1:])
+    def all_gather(self, x: Tensor, into: Tensor | None = None) -> Work:
+        out = x.new_empty(self.size * len(x), *x.shape[1:]) if into is None else into
         parts = list(out.chunk(self.size)) if len(x) else [x] * self.size
-        parts[self.rank].copy_(x)
+        _placed(x, parts[self.rank])
         self._count(x)
         return self._exchange("all-gather", [x] * self.size, parts, lambda: out)
 
-    def reduce_scatter(self, x: Tensor) -> Work:
+    def reduce_scatter(self, x: Tensor, into: Tensor | None = None) -> Work:
         parts = list(x.chunk(self.size))
-        got = [torch.empty_like(parts[self.rank]) if r != self.rank else parts[r] for r in range(self.size)]
         self._count(parts[self.rank])
-        return self._exchange("reduce-scatter", parts, got, lambda: _total(got, "sum"))
+        return self._exchange("reduce-scatter", parts, got := self._received(parts), lambda: _total(got, "sum", into))
 
     def all_reduce(self, x: Tensor, op: str = "sum") -> Work:
-        flat = x.new_zeros(self.size * ceil(x.numel() / self.size))
-        flat[:x.numel()] = x.view(-1)
+        """A reduce-scatter and, once that is waited for, an all-gather; in place where the ranks divide the elements."""
+        missing = -x.numel() % self.size
+        flat = torch.cat((x.view(-1), x.new_zeros(missing))) if missing else x.view(-1)
         parts = list(flat.chunk(self.size))
-        got = [torch.empty_like(parts[0]) if r != self.rank else parts[r] for r in range(self.size)]
         self._count(parts[0], times=2)
-        second = self._tag()
+        got, second = self._received(parts), self._tag()
 
         def finish() -> Tensor:
-            whole = torch.empty_like(flat)
-            places = list(whole.chunk(self.size))
-            places[self.rank].copy_(_total(got, op))
-            self._exchange("all-reduce", [places[self.rank]] * self.size, places, lambda: whole, second).wait()
-            return x.copy_(whole[:x.numel()].view(x.shape))
+            _total(got, op, parts[self.rank])
+            self._exchange("all-reduce", [parts[self.rank]] * self.size, parts, lambda: flat, second).wait()
+            return x.copy_(flat[:x.numel()].view(x.shape)) if missing else x
 
         return self._exchange("all-reduce", parts, got, finish)
+
+    def _received(self, parts: Sequence[Tensor]) -> list[Tensor]:
+        """Room for every rank's share of what this rank sums; its own share is there."""
+        return [part if r == self.rank else torch.empty_like(parts[self.rank]) for r, part in enumerate(parts)]
 
     def _tag(self) -> int:
         self.calls += 1
@@ -189,17 +197,16 @@ def _host(x: Tensor) -> Tensor:
     return x.cpu() if x.is_cuda else x
 
 
-def _total(parts: Sequence[Tensor], op: str) -> Tensor:
-    """Sum or maximum in rank order, half precision in fp32 and rounded once."""
-    if op == "max":
-        out = parts[0].clone()
-        for part in parts[1:]:
-            torch.maximum(out, part, out=out)
-        return out
-    total = parts[0].to(torch.promote_types(parts[0].dtype, torch.float32), copy=True)
-    for part in parts[1:]:
-        total += part
-    return total.to(parts[0].dtype)
+def _total(parts: Sequence[Tensor], op: str, into: Tensor | None = None) -> Tensor:
+    """Sum or maximum in rank order, half precision in fp32 and rounded once. `into` may be one of the parts."""
+    dtype = parts[0].dtype
+    wide = torch.promote_types(dtype, torch.float32) if op == "sum" else dtype
+    add = torch.add if op == "sum" else torch.maximum
+    at_once = into if len(parts) == 2 and wide == dtype else None                       # else a part not yet read could be lost
+    total = add(parts[0].to(wide), parts[1].to(wide), out=at_once)
+    for part in parts[2:]:
+        add(total, part, out=total)
+    return _placed(total.to(dtype), into)
 
 
 @dataclass
@@ -232,13 +239,13 @@ class Nccl(_Several):
         super().__init__(axis, ranks, line)
         self.process_group = process_group
 
-    def all_gather(self, x: Tensor) -> Work:
-        out = x.new_empty(self.size * len(x), *x.shape[1:])
+    def all_gather(self, x: Tensor, into: Tensor | None = None) -> Work:
+        out = x.new_empty(self.size * len(x), *x.shape[1:]) if into is None else into
         self._count(x)
         return _Collective(self, "all-gather", self.gather_call(out, x.contiguous(), group=self.process_group, async_op=True), out)
 
-    def reduce_scatter(self, x: Tensor) -> Work:
-        out = x.new_empty(len(x) // self.size, *x.shape[1:])
+    def reduce_scatter(self, x: Tensor, into: Tensor | None = None) -> Work:
+        out = x.new_empty(len(x) // self.size, *x.shape[1:]) if into is None else into
         self._count(out)
         return _Collective(self, "reduce-scatter", self.scatter_call(out, x.contiguous(), group=self.process_group, async_op=True), out)
 
@@ -253,14 +260,17 @@ class Nccl(_Several):
 class Fake(_Several):
     """No peers: shapes, bytes and memory are right, values are those of one rank's share."""
 
-    def all_gather(self, x: Tensor) -> Work:
+    def all_gather(self, x: Tensor, into: Tensor | None = None) -> Work:
         self._count(x)
-        return Done(x.repeat(self.size, *(1 for _ in x.shape[1:])))
+        into = x.new_empty(self.size * len(x), *x.shape[1:]) if into is None else into
+        for part in into.chunk(self.size) if len(x) else ():
+            _placed(x, part)
+        return Done(into)
 
-    def reduce_scatter(self, x: Tensor) -> Work:
-        part = x[self.rank * (len(x) // self.size):(self.rank + 1) * (len(x) // self.size)].clone()
+    def reduce_scatter(self, x: Tensor, into: Tensor | None = None) -> Work:
+        part = x.chunk(self.size)[self.rank]
         self._count(part)
-        return Done(part)
+        return Done(part.clone() if into is None else _placed(part, into))
 
     def all_reduce(self, x: Tensor, op: str = "sum") -> Work:
         self.line.sent[self.axis] += all_reduce_bytes(x.numel(), x.element_size(), self.size)
@@ -269,20 +279,21 @@ class Fake(_Several):
 
 @dataclass
 class _Held:
-    """A result that is handed over at wait(), into the tensor that was poisoned."""
+    """A result that is handed over at wait(), into the tensor that was poisoned until then."""
 
     inner: Work
-    given: Tensor
-    copy: Tensor
-    in_place: bool
     what: str
+    given: Tensor                                               # the input, and what it was
+    copy: Tensor
+    into: Tensor | None
 
     def wait(self) -> Tensor:
-        if not self.in_place:
-            same = torch.equal(self.given.view(torch.uint8), self.copy.view(torch.uint8)) if self.given.numel() else True
-            assert same, f"the input of {self.what} changed before it was waited for"
-            return self.inner.wait()
-        return self.given.copy_(self.inner.wait())
+        result = self.inner.wait()
+        if self.into is not None:
+            return self.into.copy_(result)
+        same = torch.equal(self.given.view(torch.uint8), self.copy.view(torch.uint8)) if self.given.numel() else True
+        assert same, f"the input of {self.what} changed before it was waited for"
+        return result
 
 
 class Late:
@@ -291,18 +302,20 @@ class Late:
     def __init__(self, inner: Group) -> None:
         self.inner, self.size, self.rank = inner, inner.size, inner.rank
 
-    def all_gather(self, x: Tensor) -> Work:
-        x = x.contiguous()
-        return _Held(self.inner.all_gather(x), x, x.clone(), False, "all-gather")
+    def all_gather(self, x: Tensor, into: Tensor | None = None) -> Work:
+        return self._held("all-gather", self.inner.all_gather, x.contiguous(), into)
 
-    def reduce_scatter(self, x: Tensor) -> Work:
-        x = x.contiguous()
-        return _Held(self.inner.reduce_scatter(x), x, x.clone(), False, "reduce-scatter")
+    def reduce_scatter(self, x: Tensor, into: Tensor | None = None) -> Work:
+        return self._held("reduce-scatter", self.inner.reduce_scatter, x.contiguous(), into)
 
     def all_reduce(self, x: Tensor, op: str = "sum") -> Work:
+        return self._held("all-reduce", lambda y: self.inner.all_reduce(y, op), x, x)
+
+    def _held(self, what: str, call: Callable[[Tensor], Work], x: Tensor, into: Tensor | None) -> Work:
         copy = x.clone()
-        x.fill_(torch.nan)
-        return _Held(self.inner.all_reduce(copy, op), x, copy, True, "all-reduce")
+        if into is not None:
+            into.fill_(torch.nan)                               # x too where it shares memory with the result
+        return _Held(call(copy), what, x, x.clone(), into)
 
 
 class Wires:
@@ -323,7 +336,7 @@ class Wires:
     def device(self) -> torch.device:
         return torch.device("cuda", torch.cuda.current_device()) if self.backend == "nccl" else torch.device("cpu")
 
-    backend = "gloo"
+    backend, late = "gloo", False
 
     def close(self) -> None:
         if self._started:
@@ -345,7 +358,7 @@ def connect(mesh: Mesh, rank: int, backend: str, seconds: float) -> Wires:
             if rank in ranks:
                 made[axis] = Late(group) if wrap == "late" and len(ranks) > 1 else group
     wires = Wires(mesh, rank, made, line, started)
-    wires.backend = kind
+    wires.backend, wires.late = kind, wrap == "late"
     return wires
 
 

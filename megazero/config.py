@@ -23,6 +23,14 @@ class Parallel:
     pipeline_model_parallel_size: int = option(1, "stages the layers are split into", alias=["pp"], unit="ranks")
     data_parallel_size: int | None = option(None, "copies of the model; default: what is left of the ranks", alias=["dp"], unit="ranks")
     zero_stage: int = option(0, "what data-parallel ranks share: 1 optimizer state, 2 gradients too, 3 weights too", unit="0-3")
+    zero_shard_size: int | None = option(None, "data-parallel ranks that share one copy of the ZeRO state, which the others repeat; "
+                                         "default all", unit="ranks")
+    reduce_every: int = option(1, "micro-batches whose gradients are summed before they travel, with --zero-stage 2 or 3",
+                               unit="micro-batches")
+    keep_weights: int = option(1, "forward and backward passes for which weights stay once gathered, with --zero-stage 3", unit="passes")
+    bucket_size: int = option(0, "parameters up to which neighbouring blocks travel as one; 0 is block by block", unit="parameters")
+    overlap_grad_reduce: bool = option(True, "gradients travel while the backward pass goes on")
+    overlap_param_gather: bool = option(True, "weights travel while the passes before them go on")
     pipeline_schedule: str = option("1f1b", "order of the forward and backward passes of the micro-batches", choices=SCHEDULES)
     distributed_timeout_minutes: float = option(10.0, "how long a rank waits for another before it gives up", unit="minutes")
     device: str = option("auto", "where to compute; auto takes CUDA where there is one", choices=("auto", "cpu", "cuda"))

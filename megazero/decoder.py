@@ -2,8 +2,7 @@
 
     b samples   s tokens of a sample   t = b s, padded to a multiple of tp   h hidden   n heads and o channels of this tensor-parallel rank
 
-Activations between parts are [t / tp, h]. A part names the units whose weights it reads, so that whoever runs it can
-gather them before and release them after.
+Activations between parts are [t / tp, h]. Which units a part reads is said by architecture.parts.
 """
 
 from collections.abc import Callable, Mapping
@@ -16,8 +15,8 @@ import torch.nn.functional as F
 from megazero.architecture import Architecture
 from megazero.attention import attention, attention_keep, rotary_table, rotate
 from megazero.comm import Alone, Group
+from megazero.cost import LOGITS
 from megazero.ops import column, cross_entropy, embedding, layer_norm, positions, rms_norm, row
-from megazero.plan import LOGITS
 from megazero.random import keep_mask, key
 from megazero.unit import Unit, Weight
 
@@ -42,7 +41,7 @@ class Decoder:
 
     def __init__(self, a: Architecture, units: Mapping[str, Unit], group: Group, seed: int, recompute: str, device: torch.device) -> None:
         self.a, self.units, self.group, self.seed, self.recompute = a, units, group, seed, recompute
-        dtype = next(iter(units.values())).weights.dtype
+        dtype = next(iter(units.values())).weight_slice.dtype
         self.rotary = rotary_table(a.rotary, a.seq_length, dtype, device) if a.rotary else None
         self.parts: tuple[Embedding | Block, ...] = (Embedding(self), *(Block(self, i) for i in range(a.layers)))
         self.head = Head(self)
@@ -84,7 +83,7 @@ class Embedding:
     """Tokens -> [t / tp, h]. Its input is only a leaf for autograd to start from."""
 
     def __init__(self, decoder: Decoder) -> None:
-        self.d, self.units = decoder, ("embedding", "positions") if decoder.a.learned_positions else ("embedding",)
+        self.d = decoder
         self.words, self.places = decoder.weight("embedding.weight"), decoder.maybe("positions.weight")
 
     def __call__(self, leaf: Tensor, batch: Batch) -> Tensor:
@@ -99,7 +98,7 @@ class Block:
     """x + attention(norm(x)), then x + mlp(norm(x)): pre-norm (Radford et al. 2019)."""
 
     def __init__(self, decoder: Decoder, layer: int) -> None:
-        self.d, self.name, self.units = decoder, f"layers.{layer}", (f"layers.{layer}",)
+        self.d, self.name = decoder, f"layers.{layer}"
         at, mlp = f"{self.name}.attention", f"{self.name}.mlp"
         w, maybe = decoder.weight, decoder.maybe
         self.norm, self.mlp_norm = decoder.norm(f"{at}.norm"), decoder.norm(f"{mlp}.norm")
@@ -152,7 +151,7 @@ class Head:
     """Final norm, output matrix (the embedding's when tied), loss."""
 
     def __init__(self, decoder: Decoder) -> None:
-        self.d, self.units = decoder, ("head", "embedding") if decoder.a.tied else ("head",)
+        self.d = decoder
         self.norm = decoder.norm("head.norm")
         self.output = decoder.weight("embedding.weight" if decoder.a.tied else "head.output.weight")
 

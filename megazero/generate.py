@@ -25,7 +25,7 @@ def build_from_checkpoint(reader: Reader, dtype: str = "fp32", device: torch.dev
     if errors:
         raise UserError(*errors)
     for unit in built.values():
-        fill(reader, unit.flat, {"weight": unit.master})
+        fill(reader, unit.flat, unit.low, {"weight": unit.master})
         unit.publish()
     return Decoder(a, built, Alone(), seed=0, recompute="none", device=device)
 
@@ -62,7 +62,7 @@ def generate(
 
     Ends before `stop`. Only the last `seq_length` tokens are looked at; only ids below `vocab_size` are drawn (padding is not).
     """
-    device = next(iter(decoder.units.values())).weights.device
+    device = next(iter(decoder.units.values())).weight_slice.device
     source, ids = torch.Generator().manual_seed(seed), list(prompt)
     for _ in range(max_new_tokens):
         window = torch.tensor([ids[-decoder.a.seq_length:]], device=device)

@@ -9,7 +9,7 @@ unit (a transformer block, an embedding) lie in one `Flat` buffer:
             ^ 0 decayed operands first                     ^ decay_end                            ^ size
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import ceil, prod
@@ -115,6 +115,17 @@ class UnitSpec:
         return tuple(p for o in self.operands for p in o.parameters)
 
 
+def joined(units: Sequence[UnitSpec], elements: int) -> list[UnitSpec]:
+    """Neighbours joined into units of at most so many logical elements, where they are not larger by themselves."""
+    out: list[list[UnitSpec]] = []
+    for unit in units:
+        if out and sum(prod(p.shape) for u in (*out[-1], unit) for p in u.parameters) <= elements:
+            out[-1].append(unit)
+        else:
+            out.append([unit])
+    return [g[0] if len(g) == 1 else UnitSpec(f"{g[0].name}-{g[-1].name}", tuple(o for u in g for o in u.operands)) for g in out]
+
+
 @dataclass(frozen=True)
 class Shard:
     """One parameter as one tensor-parallel rank holds it.
@@ -203,6 +214,11 @@ class Flat:
     operands: tuple[Operand, ...]
     decay_end: int
     size: int
+
+    @property
+    def kind(self) -> tuple[tuple[int, Shape], ...]:
+        """Equal for units laid out alike, whose whole buffers can take each other's place."""
+        return tuple((o.start, o.shape) for o in self.operands)
 
     @cached_property
     def pieces(self) -> tuple[Piece, ...]:

@@ -25,12 +25,17 @@ def all_reduce_bytes(elements: int, width: int, ranks: int) -> int:
 
 @dataclass(frozen=True)
 class Mesh:
-    """The sizes of the axes. `kv` is how many neighbouring tensor-parallel ranks hold the same key-value heads (1: none do)."""
+    """The sizes of the axes.
+
+    kv       how many neighbouring tensor-parallel ranks hold the same key-value heads (1: none do)
+    shard    how many neighbouring data-parallel ranks share one copy of the ZeRO state; dp / shard copies replicate it
+    """
 
     pp: int
     dp: int
     tp: int
     kv: int = 1
+    shard: int = 1
 
     @property
     def world(self) -> int:
@@ -45,7 +50,8 @@ class Mesh:
         rows = {
             "tp": ranks.reshape(-1, self.tp),
             "kv": ranks.reshape(-1, self.kv),
-            "dp": ranks.transpose(0, 2, 1).reshape(-1, self.dp),
+            "shard": ranks.transpose(0, 2, 1).reshape(-1, self.shard),
+            "replicate": ranks.reshape(self.pp, -1, self.shard, self.tp).transpose(0, 3, 2, 1).reshape(-1, self.dp // self.shard),
             "world": ranks.reshape(1, -1),
             "saved": ranks.reshape(1, -1),                      # the same ranks once more: checkpoints are written beside training
         }

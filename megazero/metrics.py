@@ -12,8 +12,9 @@ from typing import Any
 import torch
 
 from megazero.architecture import flops_per_token
+from megazero.cost import gib
 from megazero.errors import UserError
-from megazero.plan import Plan, gib
+from megazero.plan import Plan
 
 MFU = "MFU counts 6 N + 6 L h S FLOPs per token (causal attention, recompute not counted)"
 

@@ -1,4 +1,4 @@
-"""Gradient norm, gate and update over the units' flat buffers.
+"""Gradient norm, gate and update over the slices of the units that this rank updates.
 
 The verdict of a step, apply or skip, is a number on the device: the fused kernels of torch take it (`found_inf`) together
 with the factor that undoes loss scale, token count and clipping (`grad_scale`), so a step needs no word from the host.
@@ -38,20 +38,20 @@ class Verdict:
 class Optimizer:
     """AdamW (Loshchilov and Hutter 2019) or SGD with momentum, one kernel over all flat buffers.
 
-    `state[unit][moment]` is a flat buffer beside the master it belongs to; decay applies to its first `decay_end` elements.
+    `state[unit][moment]` is a flat buffer beside the master it belongs to: the whole or a slice; decay applies up to the unit's
+    `decay_end`.
     """
 
     MOMENTS = {"adam": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",)}
 
-    def __init__(self, units: Sequence[Unit], config: Config, owner: bool = True) -> None:
-        """`owner`: is this the data-parallel rank whose copy counts in norms and is saved?"""
+    def __init__(self, units: Sequence[Unit], config: Config) -> None:
         o = config.optimizer
         self.units, self.clip = units, o.clip_grad
         self.state = {u.flat.name: {m: torch.zeros_like(u.master) for m in self.MOMENTS[o.optimizer]} for u in units}
         self.steps: list[Tensor] = []
-        owned = [(u, p) for u in units for p in u.flat.pieces if p.shard.owner and owner]
-        self._pieces = [u.grads[p.start:p.stop] for u, p in owned]
-        self.names = [p.shard.parameter.name for _, p in owned]
+        owned = [(u, *piece) for u in units if u.owner for piece in u.pieces() if piece[0].shard.owner]
+        self._pieces = [u.grad_slice[a:b] for u, _, a, b in owned]
+        self.names = [p.shard.parameter.name for _, p, _, _ in owned]
         groups: list[dict[str, Any]] = [{"params": self._slices(0), "weight_decay": o.weight_decay},
                                         {"params": self._slices(1), "weight_decay": 0.0}]
         groups = [g for g in groups if g["params"]]
@@ -68,15 +68,18 @@ class Optimizer:
 
     def _ranges(self) -> list[tuple[Unit, int, int, int]]:
         """(unit, start, stop, 0 decayed or 1 not) of each slice that a kernel sees."""
-        both = [(u, *r) for u in self.units for r in ((0, u.flat.decay_end, 0), (u.flat.decay_end, u.flat.size, 1))]
-        return [(u, a, b, which) for u, a, b, which in both if a < b]
+        out = []
+        for u in self.units:
+            middle = min(max(u.flat.decay_end - u.low, 0), len(u.master))
+            out += [(u, 0, middle, 0), (u, middle, len(u.master), 1)]
+        return [r for r in out if r[1] < r[2]]
 
     def _slices(self, which: int) -> list[Tensor]:
         slices = []
         for unit, a, b, kind in self._ranges():
             if kind == which:
                 p = unit.master[a:b].detach().requires_grad_()  # requires_grad is how torch.optim knows a parameter
-                p.grad = unit.grads[a:b]
+                p.grad = unit.grad_slice[a:b]
                 slices.append(p)
         return slices
 
@@ -112,7 +115,7 @@ class Optimizer:
         self.lr.copy_(lr)
         if self.wide == torch.float64:                          # the kernels take the factor in fp32: too coarse for fp64
             for unit in self.units:
-                unit.grads.mul_(verdict.factor)
+                unit.grad_slice.mul_(verdict.factor)
         else:
             self.torch.grad_scale = (1 / verdict.factor).float()  # type: ignore[attr-defined]
         self.torch.found_inf = verdict.found_inf                # type: ignore[attr-defined]

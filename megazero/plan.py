@@ -3,21 +3,20 @@
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import ceil
+from functools import cached_property
 
-from megazero.architecture import Architecture, architecture, ffn_size, flops_per_token, parameter_count, units
+from megazero import program
+from megazero.architecture import Architecture, architecture, ffn_size, parts, units
 from megazero.config import Config
 from megazero.errors import UserError
-from megazero.layout import flat, ragged_rows
-from megazero.mesh import Mesh, all_reduce_bytes
-
-BYTES = {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2}
-LOGITS = 1 << 24                    # elements of logits that exist at a time in head and loss
+from megazero.layout import UnitSpec, joined
+from megazero.mesh import Mesh
+from megazero.program import Action, Part, Zero
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The resolved run. `memory` is bytes on one rank by category, weights to optimizer exact, activations estimated."""
+    """The resolved run."""
 
     config: Config
     architecture: Architecture
@@ -28,12 +27,11 @@ class Plan:
     micro_batch: int
     micro_batches: int
     train_iters: int
-    memory: dict[str, int]
 
     @property
     def mesh(self) -> Mesh:
         kv = self.architecture.kv_heads
-        return Mesh(self.pp, self.dp, self.tp, max(self.tp // kv, 1) if kv < self.tp else 1)
+        return Mesh(self.pp, self.dp, self.tp, max(self.tp // kv, 1) if kv < self.tp else 1, self.shard)
 
     @property
     def global_batch(self) -> int:
@@ -59,36 +57,47 @@ class Plan:
         return o.lr_decay_iters or self.train_iters
 
     @property
-    def traffic(self) -> dict[str, int]:
-        """Bytes that one rank sends in a training step, by axis."""
-        return traffic(self)
+    def shard(self) -> int:
+        """Data-parallel ranks that share one copy of what the ZeRO level shares."""
+        p = self.config.parallel
+        return (p.zero_shard_size or self.dp) if p.zero_stage else 1
 
-    def describe(self) -> str:
-        """The plan as printed at the start."""
-        a, c = self.architecture, self.config
-        positions = "learned" if a.learned_positions else "rotary" if a.rotary else "no"
-        total = sum(self.memory.values())
-        return "\n".join([
-            f"model       {parameter_count(a):,} parameters: {a.layers} layers x {a.hidden}, {a.heads} heads x {a.head_dim}"
-            + (f" over {a.kv_heads} kv heads" if a.kv_heads != a.heads else "") + f", ffn {a.ffn} {a.activation}, {a.norm}, "
-            f"{positions} positions, vocabulary {a.vocab_size:,}, {'tied' if a.tied else 'untied'}",
-            f"ranks       {self.world} = tp {self.tp} x pp {self.pp} x dp {self.dp}, ZeRO {c.parallel.zero_stage}, "
-            f"schedule {c.parallel.pipeline_schedule}",
-            f"step        {self.global_batch} samples x {a.seq_length} = {self.tokens_per_step:,} tokens: dp {self.dp} x "
-            f"{self.micro_batches} micro-batches of {self.micro_batch}; {self.train_iters:,} steps, "
-            f"{self.train_iters * self.tokens_per_step:,} tokens",
-            f"precision   {c.dtype}, recompute {c.training.recompute_granularity}",
-            f"compute     {flops_per_token(a):.4g} FLOPs per token (6 N + 6 L h S: causal attention, no recompute counted), "
-            f"{flops_per_token(a) * self.tokens_per_step * self.train_iters:.3g} in all",
-            f"memory      {gib(total)} per rank: " + ", ".join(f"{k} {gib(v)}" for k, v in self.memory.items()),
-            *([f"groups      {'; '.join(self.mesh.describe())}"] if self.world > 1 else []),
-            *([f"wire        {gib(sum(self.traffic.values()))} sent per rank and step: "
-               + ", ".join(f"{axis} {gib(n)}" for axis, n in self.traffic.items() if n)] if self.world > 1 else []),
-        ])
+    @property
+    def zero(self) -> Zero:
+        p = self.config.parallel
+        lag = 0 if self.shard == 1 or not p.overlap_grad_reduce else 1 if p.zero_stage >= 2 or self.shard < self.dp else None
+        return Zero(p.zero_stage, p.keep_weights, p.reduce_every, p.overlap_param_gather, lag)
 
+    @cached_property
+    def units(self) -> tuple[UnitSpec, ...]:
+        """Every unit, blocks joined as --bucket-size says, in the order of the forward pass."""
+        all_units = units(self.architecture)
+        blocks = [u for u in all_units if u.name.startswith("layers.")]
+        first = all_units.index(blocks[0])
+        return (*all_units[:first], *joined(blocks, self.config.parallel.bucket_size), *all_units[first + len(blocks):])
 
-def gib(n: float) -> str:
-    return f"{n / 2**30:.2f} GiB" if n >= 2**29 else f"{n / 2**20:.1f} MiB"
+    @cached_property
+    def parts(self) -> tuple[Part, ...]:
+        """Which units each part reads, under their joined names."""
+        home = {p.name: unit.name for unit in self.units for p in unit.parameters}
+        now = {unit.name: home[unit.parameters[0].name] for unit in units(self.architecture)}
+        return tuple(Part(*(tuple(now[u] for u in names) for names in part)) for part in parts(self.architecture))
+
+    @property
+    def stages(self) -> dict[int, range]:
+        """The parts of each stage of a rank."""
+        return {0: range(len(self.parts))}
+
+    @property
+    def training(self) -> list[Action]:
+        """One training step of a rank."""
+        passes = program.one_stage(self.config.parallel.pipeline_schedule, self.micro_batches)
+        return program.training(passes, self.stages, self.parts, self.zero)
+
+    @property
+    def evaluation(self) -> list[Action]:
+        """The loss of one micro-batch without gradients."""
+        return program.evaluation(self.stages, self.parts, self.zero)
 
 
 def plan(config: Config, world: int, vocab_size: int) -> Plan:
@@ -103,63 +112,7 @@ def plan(config: Config, world: int, vocab_size: int) -> Plan:
     micro_batches = global_batch // (t.micro_batch_size * dp)
     iters = t.train_iters if t.train_iters is not None else (t.train_samples or 0) // global_batch
     return Plan(config, a, world, p.tensor_model_parallel_size, p.pipeline_model_parallel_size, dp, t.micro_batch_size, micro_batches,
-                iters, memory(config, a, p.tensor_model_parallel_size, micro_batches))
-
-
-def memory(config: Config, a: Architecture, tp: int, micro_batches: int) -> dict[str, int]:
-    """Bytes on one rank by category."""
-    elements = sum(flat(u, 0, tp).size for u in units(a))
-    width = BYTES[config.dtype]
-    full = max(width, 4)                                        # masters, gradients and moments
-    in_flight = micro_batches if config.parallel.pipeline_schedule == "gpipe" else 1
-    tokens = config.training.micro_batch_size * a.seq_length // tp
-    kept = a.layers * kept_per_token(a, config.training.recompute_granularity) * in_flight
-    working = kept_per_token(a, "none") if config.training.recompute_granularity == "full" else 0
-    chunk = min(tokens * tp, max(LOGITS // a.vocab_size, 1)) * (a.vocab_size // tp)
-    return {
-        "weights": elements * width,
-        "master weights": elements * 4 if width == 2 else 0,
-        "gradients": elements * full,
-        "optimizer": elements * full * (2 if config.optimizer.optimizer == "adam" else 1),
-        "activations": tokens * (kept + working) * width,
-        "logits": chunk * (width + full if width == 2 else width),
-    }
-
-
-def traffic(p: Plan) -> dict[str, int]:
-    """Bytes that one rank sends in a training step, by axis; `comm` counts the same.
-
-    tp: a block moves its tokens 4 times forward (gather and scatter for attention and MLP) and 6 times backward (the gather of a
-    column operation is repeated), embedding and head twice each; the loss adds a maximum and two sums per token; then come the
-    sums of partial gradients.
-    """
-    a, mesh, width = p.architecture, p.mesh, BYTES[p.config.dtype]
-    wide = max(width, 4)
-    tokens = ceil(p.micro_batch * a.seq_length / p.tp) * p.tp
-    move = (p.tp - 1) * (tokens // p.tp) * a.hidden * width
-    again = 4 * a.layers + 1 if p.config.training.recompute_granularity == "full" else 0
-    chunk = max(LOGITS // ragged_rows(a.vocab_size, p.tp, a.pad_rows), 1)
-    chunks = [min(chunk, tokens - low) for low in range(0, tokens, chunk)]
-    loss = sum(all_reduce_bytes(c, wide, p.tp) + all_reduce_bytes(2 * c, wide, p.tp) for c in chunks)
-    flats = [flat(u, 0, p.tp) for u in units(a)]
-    partial = {cut: [sum(q.shard.box.numel for q in f.pieces if q.shard.partial and q.shard.cut == cut) for f in flats]
-               for cut in (False, True)}
-    return {
-        "tp": p.micro_batches * ((10 * a.layers + 4 + again) * move + loss) + sum(all_reduce_bytes(n, wide, p.tp) for n in partial[False]),
-        "kv": sum(all_reduce_bytes(n, wide, mesh.kv) for n in partial[True]),
-        "dp": sum(all_reduce_bytes(f.size, wide, p.dp) for f in flats),
-        "world": all_reduce_bytes(4, 8, p.world),
-    }
-
-
-def kept_per_token(a: Architecture, recompute: str) -> int:
-    """Elements per token that one block keeps for its backward pass. The three modes as lists of results kept."""
-    q, kv = a.heads * a.head_dim, a.kv_heads * a.head_dim
-    rotated = q + kv if a.rotary or a.qk_norm else 0
-    selective = {"input": a.hidden, "q, k, v": q + 2 * kv, "rotated q, k": rotated, "attention": q, "middle": a.hidden,
-                 "up": a.ffn * (2 if a.gated else 1)}
-    none = selective | {"norms": 2 * a.hidden, "activation": a.ffn * (2 if a.gated else 1)}
-    return sum({"none": none, "selective": selective, "full": {"input": a.hidden}}[recompute].values())
+                iters)
 
 
 def checks(config: Config, world: int) -> list[str]:
@@ -254,7 +207,13 @@ def _layout(c: Config, world: int) -> Iterator[Check]:
         yield size > 0 and size % tp, f"--tp {tp}: does not divide {flag} {size}; write one of {', '.join(works)}."
     kv = c.model.num_query_groups or 0
     yield kv > 0 and kv % tp and tp % kv, f"--tp {tp}: neither divides --num-query-groups {kv} nor is a multiple of it; change one of them."
-    yield world > tp and p.zero_stage > 0, f"--zero-stage {p.zero_stage}: ZeRO over several ranks is not built yet; leave it out."
+    dp, k = world // (tp * pp), p.zero_shard_size
+    yield (k is not None and p.zero_stage and (k < 1 or dp % k),
+           f"--zero-shard-size {k}: must divide the data-parallel size {dp}; write one of "
+           f"{', '.join(str(n) for n in range(1, dp + 1) if dp % n == 0)}.")
+    for flag, count in (("--reduce-every", p.reduce_every), ("--keep-weights", p.keep_weights)):
+        yield count < 1, f"{flag} {count}: must be at least 1."
+    yield p.bucket_size < 0, f"--bucket-size {p.bucket_size}: must be 0 or more."
 
 
 def _batches(c: Config, world: int) -> Iterator[Check]:
@@ -312,6 +271,9 @@ def _unused(c: Config, world: int) -> Iterator[Check]:
         (c.dtype == "fp16" and p.loss_scale is None, "--fp16 and a dynamic loss scale", p, plain.precision,
          ("initial_loss_scale", "min_loss_scale", "loss_scale_window", "hysteresis")),
         (d.data_path or not (d.train_data_path or d.mock_data), "--data-path", d, plain.data, ("split",)),
+        (c.parallel.zero_stage >= 1, "--zero-stage 1, 2 or 3", c.parallel, plain.parallel, ("zero_shard_size", "overlap_param_gather")),
+        (c.parallel.zero_stage >= 2, "--zero-stage 2 or 3", c.parallel, plain.parallel, ("reduce_every",)),
+        (c.parallel.zero_stage == 3, "--zero-stage 3", c.parallel, plain.parallel, ("keep_weights",)),
         (d.tokenizer_type is not None, "--tokenizer-type", d, plain.data, ("tokenizer_model", "vocab_file", "merge_file")),
     ]
     for applies, with_, given, default, names in rows:

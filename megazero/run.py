@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from megazero import checkpoint, program
-from megazero.architecture import Architecture, units
+from megazero import checkpoint
+from megazero.architecture import Architecture
 from megazero.checkpoint import Reader, Writer
 from megazero.comm import Wires
 from megazero.command_line import flatten
@@ -30,7 +30,7 @@ from megazero.metrics import Metrics, clock, say
 from megazero.optimizer import Optimizer, Verdict
 from megazero.plan import Plan
 from megazero.schedules import LossScale, Progress, learning_rate, loss_scale
-from megazero.unit import TORCH_DTYPE, Unit
+from megazero.unit import TORCH_DTYPE, Buffers, Sharing, Unit
 
 Tensor = torch.Tensor
 
@@ -52,14 +52,12 @@ class Run:
     def __init__(self, plan: Plan, tokenizer: Tokenizer | None, device: torch.device, wires: Wires) -> None:
         self.plan, self.config, self.tokenizer, self.device, self.wires = plan, plan.config, tokenizer, device, wires
         a, c = plan.architecture, plan.config
-        self.units = {spec.name: Unit(flat(spec, wires.place.tp, plan.tp), TORCH_DTYPE[c.dtype], device) for spec in units(a)}
+        sharing = Sharing(c.parallel.zero_stage, wires["shard"], wires["replicate"], Buffers(poison=wires.late))
+        self.units = {u.name: Unit(flat(u, wires.place.tp, plan.tp), TORCH_DTYPE[c.dtype], device, sharing) for u in plan.units}
         self.decoder = Decoder(a, self.units, wires["tp"], c.training.seed, c.training.recompute_granularity, device)
-        self.executor = Executor(self.decoder, wires)
-        self.owner = wires.place.dp == 0                        # of data-parallel copies, the one that counts and is saved
-        self.optimizer = Optimizer(list(self.units.values()), c, self.owner)
-        parts = [p.units for p in self.decoder.parts]
-        self.training = program.training(c.parallel.pipeline_schedule, plan.micro_batches, parts, self.decoder.head.units)
-        self.evaluation = program.evaluation(len(parts))
+        self.executor = Executor(self.decoder, wires, plan.parts)
+        self.optimizer = Optimizer(list(self.units.values()), c)
+        self.training, self.evaluation = plan.training, plan.evaluation
         self.progress = Progress(loss_scale(c))                 # as of the last verdict that was read
         self.pending: Pending | None = None
         self.train_samples = samples(c, a, "train", tokenizer)
@@ -223,14 +221,14 @@ class Run:
             unit.initialise(self.config.training.seed)
 
     def buffers(self, unit: Unit) -> dict[str, Tensor]:
-        """Everything a checkpoint holds of a unit: kind -> flat buffer."""
+        """Everything a checkpoint holds of a unit: kind -> this rank's slice of the flat buffer."""
         return {"weight": unit.master, **self.optimizer.state[unit.flat.name]}
 
     def save(self) -> None:
         """Saves the run as it is after the last step."""
         assert self.writer is not None
         self.settle(last=True)
-        slices = [s for unit in self.units.values() for s in checkpoint.owned(unit.flat, self.buffers(unit)) if self.owner]
+        slices = [s for u in self.units.values() if u.owner for s in checkpoint.owned(u.flat, u.low, self.buffers(u))]
         path = self.writer.save(slices, self.header())
         if self.wires.rank == 0:
             save_tokenizer(self.writer.folder, self.tokenizer)
@@ -256,7 +254,7 @@ class Run:
         if errors:
             raise UserError(*errors)
         for unit in self.units.values():
-            checkpoint.fill(reader, unit.flat, {k: v for k, v in self.buffers(unit).items() if k in kinds})
+            checkpoint.fill(reader, unit.flat, unit.low, {k: v for k, v in self.buffers(unit).items() if k in kinds})
             unit.publish()
         if not finetune:
             saved = reader.index["progress"]

@@ -20,10 +20,11 @@ from megazero.checkpoint import Reader
 from megazero.comm import Stuck, connect, environment, first_to_say
 from megazero.command_line import flatten
 from megazero.config import Config
+from megazero.cost import describe, gib, memory
 from megazero.data.tokenizers import Tokenizer, build_tokenizer
 from megazero.errors import UserError
 from megazero.metrics import MFU, Metrics, peak_flops, say
-from megazero.plan import Plan, checks, gib, plan
+from megazero.plan import Plan, checks, plan
 from megazero.run import Run, different, samples
 from megazero.unit import TORCH_DTYPE
 
@@ -60,7 +61,7 @@ def main(config: Config) -> None:
     tokenizer = tokenizer_of(config)
     resolved = plan(config, world, max(tokenizer.vocab_size if tokenizer else 0, config.data.vocab_size or 0))
     if rank == 0:
-        say(resolved.describe())
+        say(describe(resolved))
     look_ahead(resolved, tokenizer, device)
     if config.check:
         return
@@ -92,7 +93,7 @@ def look_ahead(plan: Plan, tokenizer: Tokenizer | None, device: torch.device) ->
         if folder is not None and not writable(Path(folder)):
             raise UserError(f"{flag} {folder}: is not a folder that can be written to; name another.")
     here = int(os.environ.get("LOCAL_WORLD_SIZE") or 1) if device.type == "cpu" else 1          # ranks that share this memory
-    exact = here * sum(n for what, n in plan.memory.items() if what not in ("activations", "logits"))
+    exact = here * sum(n for what, n in memory(plan).items() if what not in ("activations", "logits"))
     there = memory_of(device)
     if exact > there:
         ranks = f"{here} rank{'s' if here > 1 else ''}"

@@ -3,81 +3,190 @@
 Nothing here is an nn.Parameter and autograd never sees a weight: an operation holds a `Weight`, a handle that says which
 part of which unit it means, looks it up when it needs it, and hands its gradient over when it has it (ops.py). So a
 gradient is written once, into the place where the optimizer and the wire read it, and no pass clears buffers before a step.
+
+Data-parallel ranks cut each flat buffer into equal slices (layout.cuts). The ZeRO level says of which tensors a rank keeps
+only its slice; whole buffers of the others are borrowed for as long as the program (program.py) needs them.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Hashable
+from dataclasses import dataclass, field
 
 import torch
 
-from megazero.comm import Group
-from megazero.layout import Box, Flat, Operand
+from megazero.comm import Alone, Group, Work
+from megazero.layout import Box, Flat, Operand, Piece, cuts
 from megazero.random import fill_normal, key
 
 TORCH_DTYPE = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+Tensor = torch.Tensor
+
+
+class Buffers:
+    """Whole buffers that units borrow, each kind for units laid out alike. Made when first needed, and kept: a step in the steady
+    state allocates nothing. `poison` fills what is given back with NaN, so that a late reader shows (tests)."""
+
+    def __init__(self, poison: bool = False) -> None:
+        self.poison = poison
+        self.free: dict[Hashable, list[Tensor]] = {}
+        self.bytes = 0                                          # of all that were made
+
+    def take(self, kind: Hashable, size: int, like: Tensor) -> Tensor:
+        free = self.free.setdefault(kind, [])
+        if free:
+            return free.pop()
+        made = like.new_zeros(size)                             # zeros: nothing ever writes between the operands
+        self.bytes += made.nbytes
+        return made
+
+    def give(self, kind: Hashable, buffer: Tensor, flat: Flat) -> None:
+        for o in flat.operands if self.poison else ():
+            buffer[o.start:o.stop].fill_(torch.nan)
+        self.free[kind].append(buffer)
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """How data-parallel ranks share a unit: the ranks of `shard` hold its slices, those of `replicate` the same slice once more.
+
+    level    1: optimizer state and masters are slices, 2: gradients too, 3: weights too. With a shard group of one, a slice is the whole
+    """
+
+    level: int = 0
+    shard: Group = field(default_factory=Alone)
+    replicate: Group = field(default_factory=Alone)
+    buffers: Buffers = field(default_factory=Buffers)
 
 
 class Unit:
     """The flat buffers of one unit on one rank.
 
-    weights   [flat.size], compute dtype: what forward and backward read
-    master    [flat.size], fp32 (fp64 with fp64 weights): what the optimizer changes; the weights themselves if the dtypes agree
-    grads     [flat.size], the master's dtype: sum over the micro-batches of a step
+    weights         [size], compute dtype: what forward and backward read; None while only the slice is here (level 3)
+    grads           [size], the master's dtype: the sum that grows now; None while there is none (from level 2)
+    weight_slice    [high - low], compute dtype: this rank's slice of the weights, a view of them below level 3
+    grad_slice      [high - low]: this rank's slice of the step's gradient, a view of `grads` below level 2
+    master          [high - low], fp32 (fp64 with fp64 weights): what the optimizer changes; weight_slice itself if the dtypes agree
     """
 
-    def __init__(self, flat: Flat, dtype: torch.dtype, device: torch.device) -> None:
-        self.flat = flat
+    def __init__(self, flat: Flat, dtype: torch.dtype, device: torch.device, sharing: Sharing | None = None) -> None:
+        self.flat, self.sharing = flat, sharing or Sharing()
+        level, shard, ranks = self.sharing.level, self.sharing.shard, self.sharing.shard.size * self.sharing.replicate.size
         wide = torch.float64 if dtype == torch.float64 else torch.float32
-        self.weights = torch.zeros(flat.size, dtype=dtype, device=device)
-        self.master = self.weights if dtype == wide else torch.zeros(flat.size, dtype=wide, device=device)
-        self.grads = torch.zeros(flat.size, dtype=wide, device=device)
+        self.size = cuts(flat.size, ranks)[-1]                  # so that every sum over ranks can be shared evenly
+        self.low, self.high = (self.size // shard.size * (shard.rank + i) for i in (0, 1))
+        self.weights = torch.zeros(self.size, dtype=dtype, device=device) if level < 3 else None
+        self.grads = torch.zeros(self.size, dtype=wide, device=device) if level < 2 else None
+        self.weight_slice = self._slice(self.weights, dtype, device)
+        self.grad_slice = self._slice(self.grads, wide, device)
+        self.master = self.weight_slice if dtype == wide else self._slice(None, wide, device)
         self._operands = {o.name: o for o in flat.operands}
-        self._fresh: set[str] = set(self._operands)             # operands without a gradient yet in this step
+        self._fresh: set[str] = set(self._operands)             # operands without a gradient yet in this sum
+        self._stale = True                                      # the whole weights are older than the slices
+        self._gathering: Work | None = None
+
+    def _slice(self, whole: Tensor | None, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.zeros(self.high - self.low, dtype=dtype, device=device) if whole is None else whole[self.low:self.high]
 
     def __contains__(self, operand: str) -> bool:
         return operand in self._operands
 
+    @property
+    def owner(self) -> bool:
+        """Is this the rank whose copy of the slice counts in norms and is saved?"""
+        return self.sharing.replicate.rank == 0
+
     def weight(self, operand: str) -> "Weight":
         return Weight(self, self._operands[operand])
 
+    # ---- weights: slices are published, then gathered, and released where they do not stay
+
     def initialise(self, seed: int) -> None:
-        """Draws the masters from (seed, name, element index), then publishes them."""
+        """Draws this rank's masters from (seed, name, element index), then publishes them."""
         for piece in self.flat.pieces:
-            p, out = piece.shard.parameter, self.master[piece.start:piece.stop]
-            if p.std == 0:
-                out.fill_(p.mean)
-            else:
-                drawn = torch.empty(piece.shard.box.size, dtype=out.dtype)
-                fill_normal(drawn, key(seed, p.name), p.shape, piece.shard.box, p.mean, p.std)
-                out.copy_(drawn.view(-1))
+            p = piece.shard.parameter
+            for start, box in piece.boxes(self.low, self.high):
+                out = self.master[start - self.low:start - self.low + box.numel]
+                if p.std == 0:
+                    out.fill_(p.mean)
+                else:
+                    drawn = torch.empty(box.size, dtype=out.dtype)
+                    fill_normal(drawn, key(seed, p.name), p.shape, box, p.mean, p.std)
+                    out.copy_(drawn.view(-1))
         self.publish()
 
     def publish(self) -> None:
-        """Masters -> weights, after they changed."""
-        if self.weights is not self.master:
-            self.weights.copy_(self.master)
+        """Masters -> this rank's slice of the weights, after they changed. Other ranks see them with the next gather."""
+        if self.weight_slice is not self.master:
+            self.weight_slice.copy_(self.master)
+        self._stale = True
+        if self.sharing.buffers.poison and self.weights is not None:
+            self.weights[:self.low].fill_(torch.nan)
+            self.weights[self.high:].fill_(torch.nan)
+
+    def gather(self) -> None:
+        """The whole weights begin to arrive; `arrive` waits for them. Nothing travels when they are here."""
+        if self.weights is None:
+            self.weights = self.sharing.buffers.take((self.flat.kind, "weights"), self.size, self.weight_slice)
+        if self._stale:
+            self._gathering, self._stale = self.sharing.shard.all_gather(self.weight_slice, self.weights), False
+
+    def arrive(self) -> None:
+        if self._gathering is not None:
+            self._gathering.wait()
+            self._gathering = None
+
+    def release(self) -> None:
+        """Level 3: whoever needs the whole weights again must gather them."""
+        assert self.weights is not None and self.sharing.level == 3, f"{self.flat.name} has nothing to release"
+        self.arrive()
+        self.sharing.buffers.give((self.flat.kind, "weights"), self.weights, self.flat)
+        self.weights, self._stale = None, True
+
+    # ---- gradients: a sum is opened, grows, is closed, and is reduced to this rank's slice
 
     def open(self) -> None:
-        """Forgets the gradients of the last step: the next one to arrive overwrites, later ones add."""
+        """A new sum of gradients: the first one to arrive overwrites what was there, later ones add."""
+        if self.grads is None:
+            self.grads = self.sharing.buffers.take((self.flat.kind, "grads"), self.size, self.grad_slice)
         self._fresh = set(self._operands)
 
-    def close(self) -> None:
-        """The step's gradients are complete: what nothing was handed to is zero."""
+    def close(self) -> Tensor:
+        """The sum is complete: what nothing was handed to is zero. Returns a number that is finite if all of them are."""
+        assert self.grads is not None
         for name in self._fresh:
             o = self._operands[name]
             self.grads[o.start:o.stop].zero_()
         self._fresh = set()
+        return self.grads.sum()
 
-    def finish(self, groups: Mapping[str, Group]) -> None:
-        """Sums gradients that are partial: over `tp` for what every rank holds whole, over `kv` for shared key-value heads."""
-        for axis, cut in (("tp", False), ("kv", True)):
-            parts = [self.grads[p.start:p.stop] for p in self.flat.pieces if p.shard.partial and p.shard.cut == cut]
-            if parts and groups[axis].size > 1:
-                total = groups[axis].all_reduce(torch.cat(parts)).wait()
-                torch._foreach_copy_(parts, total.split([len(p) for p in parts]))
+    def reduce(self) -> Work:
+        """This rank's slice of the sum over the ranks that share this unit begins to arrive."""
+        assert self.grads is not None
+        into = self.grad_slice if self.sharing.level < 2 else self.grads[self.low:self.high]
+        return self.sharing.shard.reduce_scatter(self.grads, into)
+
+    def land(self, arrived: Tensor, first: bool) -> None:
+        """Adds a slice that arrived to those of this step before it; from level 2 the whole buffer goes back."""
+        if self.sharing.level < 2:
+            return
+        if first:
+            self.grad_slice.copy_(arrived)
+        else:
+            self.grad_slice.add_(arrived)
+        assert self.grads is not None
+        self.sharing.buffers.give((self.flat.kind, "grads"), self.grads, self.flat)
+        self.grads = None
+
+    def partial(self, cut: bool) -> list[Tensor]:
+        """What of the gradient's slice is partial, of shards that are cut or not: tensor-parallel ranks must add theirs."""
+        return [self.grad_slice[a:b] for p, a, b in self.pieces() if p.shard.partial and p.shard.cut == cut]
+
+    def pieces(self) -> list[tuple[Piece, int, int]]:
+        """(piece, from, to) of every piece of which this rank's slice holds something, counted from the slice's begin."""
+        ranges = ((p, max(p.start, self.low), min(p.stop, self.high)) for p in self.flat.pieces)
+        return [(p, a - self.low, b - self.low) for p, a, b in ranges if a < b]
 
     def is_first(self, operand: Operand) -> bool:
-        """Is this operand's gradient still unwritten in this step? Asked once per gradient: it is written from now on."""
+        """Is this operand's gradient still unwritten in this sum? Asked once per gradient: it is written from now on."""
         first = operand.name in self._fresh
         self._fresh.discard(operand.name)
         return first
@@ -91,15 +200,17 @@ class Weight:
     operand: Operand
 
     @property
-    def value(self) -> torch.Tensor:
+    def value(self) -> Tensor:
         """The weight itself, a view of the unit's buffer. Look it up anew in backward; never save it."""
-        o = self.operand
-        return self.unit.weights[o.start:o.stop].view(o.shape)
+        o, weights = self.operand, self.unit.weights
+        assert weights is not None, f"{o.name} is read while {self.unit.flat.name} is released"
+        return weights[o.start:o.stop].view(o.shape)
 
     @property
-    def grad(self) -> torch.Tensor:
-        o = self.operand
-        return self.unit.grads[o.start:o.stop].view(o.shape)
+    def grad(self) -> Tensor:
+        o, grads = self.operand, self.unit.grads
+        assert grads is not None, f"{o.name} gets a gradient while {self.unit.flat.name} has no sum open"
+        return grads[o.start:o.stop].view(o.shape)
 
     @property
     def rows(self) -> Box:
@@ -107,7 +218,7 @@ class Weight:
         (piece,) = self.operand.pieces
         return piece.shard.box
 
-    def add_product(self, dy: torch.Tensor, x: torch.Tensor) -> None:
+    def add_product(self, dy: Tensor, x: Tensor) -> None:
         """grad += dyT x, for dy [tokens, rows] and x [tokens, columns]; in one pass where the dtypes agree."""
         keep = 0 if self.unit.is_first(self.operand) else 1     # 0 overwrites: what was there, NaN included, does not count
         grad = self.grad
@@ -118,15 +229,15 @@ class Weight:
         else:
             self._merge(dy.T @ x, keep)
 
-    def add(self, grad: torch.Tensor) -> None:
+    def add(self, grad: Tensor) -> None:
         """grad += a whole gradient."""
         self._merge(grad, 0 if self.unit.is_first(self.operand) else 1)
 
-    def add_sum(self, dy: torch.Tensor) -> None:
+    def add_sum(self, dy: Tensor) -> None:
         """grad += dy summed over tokens, for dy [tokens, width] and a vector."""
-        self.add(dy.sum(0, dtype=self.unit.grads.dtype))
+        self.add(dy.sum(0, dtype=self.grad.dtype))
 
-    def add_rows(self, index: torch.Tensor, rows: torch.Tensor) -> None:
+    def add_rows(self, index: Tensor, rows: Tensor) -> None:
         """grad[index] += rows, for index [n] and rows [n, columns]; rows that repeat add up, in a fixed order."""
         grad = self.grad
         if self.unit.is_first(self.operand):
@@ -136,7 +247,7 @@ class Weight:
         else:
             grad.index_add_(0, index, rows.to(grad.dtype))                           # in order, and five times as fast
 
-    def _merge(self, grad: torch.Tensor, keep: int) -> None:
+    def _merge(self, grad: Tensor, keep: int) -> None:
         if keep:
             self.grad.add_(grad)
         else:

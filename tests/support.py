@@ -2,13 +2,14 @@
 
 import json
 import sysconfig
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from megazero import config, program
+from megazero import config
 from megazero.comm import connect
 from megazero.data.indexed import IndexedWriter
 from megazero.decoder import Batch
@@ -79,13 +80,11 @@ def batches(run: Run, step: int = 0, seed: int = 7, masked: bool = False) -> lis
 def gradients(run: Run, data: list[Batch]) -> float:
     """One forward and backward of the program; leaves the gradients of the mean loss in the units and returns that loss."""
     count = sum(float(b.mask.sum()) for b in data)
-    parts = [p.units for p in run.decoder.parts]
-    actions = program.training(run.config.parallel.pipeline_schedule, len(data), parts, run.decoder.head.units)
-    return float(run.executor.train(actions, data, torch.tensor(1 / count, dtype=run.optimizer.wide, device=run.device))) / count
+    return float(run.executor.train(replace(run.plan, micro_batches=len(data)).training, data, torch.tensor(1 / count, dtype=run.optimizer.wide, device=run.device))) / count
 
 
 def named(run: Run, buffer: str = "master") -> dict[str, torch.Tensor]:
-    """The logical tensors of a run on one rank: masters, or `grads`."""
+    """The logical tensors of a run on one rank: masters, or `grad_slice`."""
     return {p.shard.parameter.name: getattr(u, buffer)[p.start:p.stop].view(p.shard.parameter.shape)
             for u in run.units.values() for p in u.flat.pieces}
 

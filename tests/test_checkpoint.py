@@ -37,7 +37,7 @@ def test_what_is_saved_is_what_was_there(tmp_path: Path) -> None:
             between[piece.start:piece.stop] = False
         for moment in run.optimizer.state[unit.flat.name].values():
             moment[between] = 0
-    slices = [s for u in run.units.values() for s in owned(u.flat, run.buffers(u))]
+    slices = [s for u in run.units.values() for s in owned(u.flat, u.low, run.buffers(u))]
     path = Writer(tmp_path, None, False).save(slices, run.header())
     reader = Reader(tmp_path)
     assert reader.folder == path and reader.kinds == {"weight", "exp_avg", "exp_avg_sq"}
@@ -79,7 +79,7 @@ def test_keep_last_and_saving_a_step_again(tmp_path: Path) -> None:
     train(f"{TINY} --save {tmp_path} --save-interval 1 --keep-last 2")
     assert [s for s, _ in complete(tmp_path)] == [4, 5]
     run = built(f"{TINY} --seed 7")
-    slices = [s for u in run.units.values() for s in owned(u.flat, run.buffers(u))]
+    slices = [s for u in run.units.values() for s in owned(u.flat, u.low, run.buffers(u))]
     Writer(tmp_path, None, False).save(slices, run.header() | {"step": 5})
     assert [p.name for _, p in complete(tmp_path)] == ["step-00000004", "step-00000005.1"], "the same step again goes beside, then replaces"
     assert Reader(tmp_path).index["config"]["seed"] == 7

@@ -15,6 +15,7 @@ from pool import Pool, RankError
 from support import SHAPES, TINY, resolved
 
 from megazero.comm import connect
+from megazero.cost import traffic
 from megazero.mesh import Mesh
 from megazero.run import Run
 
@@ -27,13 +28,13 @@ def pool() -> Any:
 
 
 def test_groups_cover_the_world_and_neighbours_share_tensors() -> None:
-    mesh = Mesh(2, 3, 4, 2)
+    mesh = Mesh(2, 6, 4, 2, 3)
     groups = mesh.groups()
-    for axis, size in (("tp", 4), ("kv", 2), ("dp", 3), ("world", 24)):
-        assert all(len(g) == size for g in groups[axis]) and sorted(r for g in groups[axis] for r in g) == list(range(24))
-    assert groups["tp"][0] == (0, 1, 2, 3) and groups["dp"][0] == (0, 4, 8) and groups["kv"][1] == (2, 3)
-    assert mesh.describe()[0] == "tp (0 1 2 3) (4 5 6 7) (8 9 10 11) (12 13 14 15) and 2 more"
-    assert mesh.place(17) == (1, 1, 1) and mesh.members("dp", 17) == (13, 17, 21)
+    for axis, size in (("tp", 4), ("kv", 2), ("shard", 3), ("replicate", 2), ("world", 48)):
+        assert all(len(g) == size for g in groups[axis]) and sorted(r for g in groups[axis] for r in g) == list(range(48))
+    assert groups["tp"][0] == (0, 1, 2, 3) and groups["shard"][0] == (0, 4, 8) and groups["kv"][1] == (2, 3)
+    assert mesh.describe()[0] == "tp (0 1 2 3) (4 5 6 7) (8 9 10 11) (12 13 14 15) and 8 more"
+    assert mesh.place(29) == (1, 1, 1) and mesh.members("shard", 29) == (25, 29, 33) and mesh.members("replicate", 29) == (29, 41)
 
 
 def several(dtype: torch.dtype, backend: str) -> list[torch.Tensor]:
@@ -43,6 +44,10 @@ def several(dtype: torch.dtype, backend: str) -> list[torch.Tensor]:
     x = torch.arange(6 * world, dtype=dtype).view(2 * world, 3) + 100 * rank
     works = [group.all_gather(x), group.reduce_scatter(x.clone()), group.all_reduce(x.clone()[:, :1].contiguous()),
              group.all_reduce((x * (-1) ** rank).flatten()[:5].clone(), "max"), group.all_gather(x.new_empty(0, 3))]
+    whole = torch.zeros_like(x.repeat(world, 1))
+    whole[len(x) * rank:len(x) * (rank + 1)] = x
+    both = x.clone()
+    works += [group.all_gather(whole.chunk(world)[rank], whole), group.reduce_scatter(both, both.chunk(world)[rank])]       # in place
     return [w.wait() for w in reversed(works)][::-1]
 
 
@@ -52,12 +57,13 @@ def several(dtype: torch.dtype, backend: str) -> list[torch.Tensor]:
 def test_collectives(world: int, dtype: torch.dtype, backend: str, pool: Pool) -> None:
     given = [torch.arange(6 * world, dtype=dtype).view(2 * world, 3) + 100 * r for r in range(world)]
     total = torch.stack([g.float() for g in given]).sum(0).to(dtype)
-    for rank, (gathered, scattered, summed, highest, nothing) in enumerate(pool.run(world, several, dtype, backend)):
+    for rank, (gathered, scattered, summed, highest, nothing, *placed) in enumerate(pool.run(world, several, dtype, backend)):
         assert torch.equal(gathered, torch.cat(given))
         assert torch.equal(scattered, total[2 * rank:2 * rank + 2])
         assert torch.equal(summed, total[:, :1])
         assert torch.equal(highest, torch.stack([(g * (-1) ** r).flatten()[:5] for r, g in enumerate(given)]).amax(0))
         assert nothing.shape == (0, 3)
+        assert torch.equal(placed[0], gathered) and torch.equal(placed[1], scattered)
 
 
 def half_sum(backend: str) -> torch.Tensor:
@@ -87,7 +93,7 @@ def test_late_finds_an_input_that_changed_before_the_wait(pool: Pool) -> None:
 
 def test_fake_plays_any_rank_of_any_mesh() -> None:
     wires = connect(Mesh(16, 8, 8), 777, "fake", 1)
-    assert wires.place == (12, 1, 1) and wires["tp"].size == 8 and wires["dp"].rank == 1
+    assert wires.place == (12, 1, 1) and wires["tp"].size == 8 and wires["replicate"].rank == 1
     assert wires["tp"].all_gather(torch.ones(2, 3)).wait().shape == (16, 3)
     assert wires["tp"].reduce_scatter(torch.ones(16, 3)).wait().shape == (2, 3)
     assert wires.line.sent["tp"] == 7 * 6 * 4 + 7 * 6 * 4
@@ -104,7 +110,7 @@ LAYOUTS = [
 @pytest.mark.parametrize("logits", [1 << 24, 128 * 10])
 def test_the_plan_knows_the_bytes_on_the_wire(words: str, logits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """One step of one rank of each layout, without its peers."""
-    monkeypatch.setattr("megazero.plan.LOGITS", logits)
+    monkeypatch.setattr("megazero.cost.LOGITS", logits)
     monkeypatch.setattr("megazero.decoder.LOGITS", logits)
     words = f"{TINY} --hidden-size 48 --num-attention-heads 24 --global-batch-size 12 {words}"
     sizes = words.split()
@@ -113,8 +119,9 @@ def test_the_plan_knows_the_bytes_on_the_wire(words: str, logits: int, monkeypat
     run = Run(plan, None, torch.device("cpu"), connect(plan.mesh, world - 1, "fake", 60))
     run.initialise()
     run.step()
-    assert {axis: run.wires.line.sent[axis] for axis in plan.traffic} == plan.traffic
-    assert set(run.wires.line.sent) <= set(plan.traffic)
+    expected = traffic(plan, world - 1)
+    assert {axis: run.wires.line.sent[axis] for axis in expected} == expected
+    assert set(run.wires.line.sent) <= set(expected)
 
 
 def test_the_fake_backend_runs_on_one_rank_what_the_shapes_say() -> None:

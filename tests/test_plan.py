@@ -7,6 +7,7 @@ from support import SHAPES, TINY, built, resolved
 from megazero import config
 from megazero.architecture import flops_per_token, matmul_count, parameter_count
 from megazero.config import PRESETS
+from megazero.cost import describe, memory
 from megazero.plan import checks, plan
 from megazero.random import key
 
@@ -25,7 +26,7 @@ def test_presets_have_the_published_number_of_parameters(model: str, vocabulary:
 
 @pytest.mark.parametrize("model", PRESETS)
 def test_every_preset_has_a_plan(model: str) -> None:
-    told = resolved(f"{COMMON} --model {model} --vocab-size 50257 --bf16").describe()
+    told = describe(resolved(f"{COMMON} --model {model} --vocab-size 50257 --bf16"))
     assert "memory" in told and "FLOPs per token" in told
 
 
@@ -33,9 +34,9 @@ def test_every_preset_has_a_plan(model: str) -> None:
 @pytest.mark.parametrize("dtype", ["fp64", "fp32", "bf16"])
 def test_memory_of_the_plan_is_what_is_allocated(shape: str, dtype: str) -> None:
     run = built(f"{TINY} {SHAPES[shape]} --dtype {dtype}")
-    units, m = run.units.values(), run.plan.memory
+    units, m = run.units.values(), memory(run.plan)
     assert m["weights"] == sum(u.weights.nbytes for u in units)
-    assert m["master weights"] == sum(u.master.nbytes for u in units if u.master is not u.weights)
+    assert m["master weights"] == sum(u.master.nbytes for u in units if u.master is not u.weight_slice)
     assert m["gradients"] == sum(u.grads.nbytes for u in units)
     assert m["optimizer"] == sum(t.nbytes for state in run.optimizer.state.values() for t in state.values())
     assert parameter_count(run.plan.architecture) == sum(p.shard.box.numel for u in units for p in u.flat.pieces)
@@ -65,7 +66,7 @@ def test_activations_of_the_plan_are_what_autograd_keeps(shape: str, recompute: 
             run.executor._forward(Action("F", 1 + layer, 0))
     if recompute == "full":
         storages = {id(x): x.nbytes for (part, _), (x, _) in run.executor.kept.items() if part}
-    working = run.plan.memory["activations"] if recompute != "full" else 2 * 2 * 64 * 64 * 8
+    working = memory(run.plan)["activations"] if recompute != "full" else 2 * 2 * 64 * 64 * 8
     assert sum(storages.values()) == pytest.approx(working, rel=0.12)
 
 

@@ -82,9 +82,9 @@ def test_loss_and_gradients_equal_plain_autograd(shape: str, recompute: str, mon
     data = batches(run, masked=True)
     loss, want = expected(run, data)
     assert abs(gradients(run, data) - loss) < 1e-13
-    close(named(run, "grads"), want, 1e-12)
+    close(named(run, "grad_slice"), want, 1e-12)
     assert abs(gradients(run, data) - loss) < 1e-13             # a second step overwrites the first one's gradients
-    close(named(run, "grads"), want, 1e-12)
+    close(named(run, "grad_slice"), want, 1e-12)
 
 
 @pytest.mark.parametrize("how", ["--pipeline-schedule gpipe", "--recompute-granularity selective", "--recompute-granularity full",
@@ -137,10 +137,10 @@ def test_lower_precisions_stay_near_float64(shape: str, dtype: str) -> None:
         unit.publish()
     for unit in run.units.values():
         unit.publish()
-    loss, want = gradients(exact, batches(exact)), named(exact, "grads")
+    loss, want = gradients(exact, batches(exact)), named(exact, "grad_slice")
     assert abs(gradients(run, batches(run)) - loss) < {"fp32": 1e-5, "bf16": 2e-2, "fp16": 3e-3}[dtype]
     rounding = {"fp32": 2**-24, "bf16": 2**-8, "fp16": 2**-11}[dtype]
-    error = torch.stack([(g.double() - want[name]).norm() for name, g in named(run, "grads").items()]).norm()
+    error = torch.stack([(g.double() - want[name]).norm() for name, g in named(run, "grad_slice").items()]).norm()
     assert error < 2 * 30**0.5 * rounding * torch.stack([g.norm() for g in want.values()]).norm()
 
 
@@ -157,7 +157,7 @@ def test_a_fully_masked_batch_changes_nothing_but_decay() -> None:
     run = built(f"{TINY} --dtype fp64")
     data = [Batch(b.tokens, b.targets, b.mask * 0, b.samples, 0) for b in batches(run)]
     assert run.executor.train(run.training, data, torch.ones((), dtype=torch.float64)) == 0
-    assert all(g.count_nonzero() == 0 for g in named(run, "grads").values())
+    assert all(g.count_nonzero() == 0 for g in named(run, "grad_slice").values())
     verdict = run.optimizer.judge(torch.zeros((), dtype=torch.float64), torch.zeros(()), 24, torch.ones(()), run.wires["world"])
     assert verdict.norm == 0 and verdict.loss == 0 and verdict.found_inf == 0
 

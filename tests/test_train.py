@@ -37,7 +37,7 @@ def test_the_gradient_is_that_of_the_mean_over_valid_tokens(accumulation: int) -
     verdict = run.pending.verdict
     assert float(verdict.loss) == pytest.approx(loss, rel=1e-12)
     assert float(verdict.norm) == pytest.approx(float(torch.stack([g.norm() for g in want.values()]).norm()), rel=1e-12)
-    close(named(run, "grads"), want, 1e-12)                     # in float64 the factor is applied to the gradients themselves
+    close(named(run, "grad_slice"), want, 1e-12)                     # in float64 the factor is applied to the gradients themselves
     assert gradients(run, data) < loss, "and the step moved the weights downhill"
 
 
@@ -51,7 +51,7 @@ def test_sgd_is_torchs_sgd_with_momentum_and_no_decay_on_vectors() -> None:
     for _ in range(3):
         run.step()
         for name, t in leaves.items():
-            t.grad = named(run, "grads")[name].clone()
+            t.grad = named(run, "grad_slice")[name].clone()
         sgd.step()
         close(named(run), {n: t.detach() for n, t in leaves.items()}, 1e-14)
 

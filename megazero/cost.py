@@ -1,0 +1,145 @@
+"""What a plan costs one rank: bytes of memory, bytes on the wire, and the plan as printed at the start. Pure.
+
+Both follow from the program that the rank will run, so that they are what happens and not what somebody expects of it.
+"""
+
+from collections import Counter
+from collections.abc import Mapping
+from math import ceil
+
+from megazero.architecture import Architecture, flops_per_token, parameter_count
+from megazero.layout import Flat, Shape, cuts, flat, ragged_rows
+from megazero.mesh import all_reduce_bytes
+from megazero.plan import Plan
+from megazero.program import Action
+
+BYTES = {"fp64": 8, "fp32": 4, "bf16": 2, "fp16": 2}
+LOGITS = 1 << 24                    # elements of logits that exist at a time in head and loss
+
+
+def gib(n: float) -> str:
+    return f"{n / 2**30:.2f} GiB" if n >= 2**29 else f"{n / 2**20:.1f} MiB"
+
+
+def flats(p: Plan, rank: int) -> dict[str, Flat]:
+    """How the units of a rank are laid out, by name."""
+    return {u.name: flat(u, p.mesh.place(rank).tp, p.tp) for u in p.units}
+
+
+def stored(f: Flat, p: Plan) -> int:
+    """Elements of a unit's whole buffer: cut evenly among the data-parallel ranks, padding included."""
+    return cuts(f.size, p.dp)[-1]
+
+
+def memory(p: Plan, rank: int = 0) -> dict[str, int]:
+    """Bytes on one rank by category; exact but for activations and logits, which are estimated."""
+    c, a, level = p.config, p.architecture, p.zero.level
+    units = flats(p, rank)
+    whole = sum(stored(f, p) for f in units.values())
+    part, width = whole // p.shard, BYTES[c.dtype]
+    full = max(width, 4)                                        # masters, gradients and moments
+    return {
+        "weights": (part if level == 3 else whole) * width,
+        "master weights": part * 4 if width == 2 else 0,
+        "gradients": (part if level >= 2 else whole) * full,
+        "optimizer": part * full * (2 if c.optimizer.optimizer == "adam" else 1),
+        "gathered weights": borrowed(p.training, units, p, "gather", "release") * width if level == 3 else 0,
+        "gradient sums": borrowed(p.training, units, p, "open", "land") * full if level >= 2 else 0,
+        **working(p, a, width, full),
+    }
+
+
+def borrowed(program: list[Action], units: Mapping[str, Flat], p: Plan, take: str, give: str) -> int:
+    """Elements of the whole buffers that exist at most at a time, each kind for itself (unit.Buffers)."""
+    now, most, size = Counter[tuple[tuple[int, Shape], ...]](), Counter[tuple[tuple[int, Shape], ...]](), {}
+    for action in program:
+        if action.kind in (take, give):
+            f = units[action.unit]
+            now[f.kind] += 1 if action.kind == take else -1
+            most[f.kind], size[f.kind] = max(most[f.kind], now[f.kind]), stored(f, p)
+    return sum(n * size[kind] for kind, n in most.items())
+
+
+def working(p: Plan, a: Architecture, width: int, full: int) -> dict[str, int]:
+    """Estimates of what a step needs besides."""
+    t = p.config.training
+    in_flight = p.micro_batches if p.config.parallel.pipeline_schedule == "gpipe" else 1
+    tokens = t.micro_batch_size * a.seq_length // p.tp
+    kept = a.layers * kept_per_token(a, t.recompute_granularity) * in_flight
+    again = kept_per_token(a, "none") if t.recompute_granularity == "full" else 0
+    chunk = min(tokens * p.tp, max(LOGITS // a.vocab_size, 1)) * (a.vocab_size // p.tp)
+    return {"activations": tokens * (kept + again) * width, "logits": chunk * (width + full if width == 2 else width)}
+
+
+def kept_per_token(a: Architecture, recompute: str) -> int:
+    """Elements per token that one block keeps for its backward pass. The three modes as lists of results kept."""
+    q, kv = a.heads * a.head_dim, a.kv_heads * a.head_dim
+    rotated = q + kv if a.rotary or a.qk_norm else 0
+    selective = {"input": a.hidden, "q, k, v": q + 2 * kv, "rotated q, k": rotated, "attention": q, "middle": a.hidden,
+                 "up": a.ffn * (2 if a.gated else 1)}
+    none = selective | {"norms": 2 * a.hidden, "activation": a.ffn * (2 if a.gated else 1)}
+    return sum({"none": none, "selective": selective, "full": {"input": a.hidden}}[recompute].values())
+
+
+def traffic(p: Plan, rank: int = 0) -> dict[str, int]:
+    """Bytes that one rank sends in a training step, by axis; `comm` counts the same."""
+    width = BYTES[p.config.dtype]
+    wide, ranks, units = max(width, 4), p.mesh.place(rank).dp % p.shard, flats(p, rank)
+    sent = Counter(dict.fromkeys(("tp", "kv", "shard", "replicate", "world"), 0))
+    for action in p.training:
+        part = stored(units[action.unit], p) // p.shard if action.unit else 0
+        sent["shard"] += (p.shard - 1) * part * {"gather": width, "reduce": wide}.get(action.kind, 0)
+        sent["replicate"] += all_reduce_bytes(part, wide, p.dp // p.shard) if action.kind == "replicate" else 0
+        sent["tp"] += computation(action, p, width, wide)
+    for axis, cut, size in (("tp", False, p.tp), ("kv", True, p.mesh.kv)):
+        n = sum(_partial(f, stored(f, p) // p.shard, ranks, cut) for f in units.values())
+        sent[axis] += all_reduce_bytes(n, wide, size)
+    return {**sent, "world": all_reduce_bytes(4, 8, p.world)}
+
+
+def _partial(f: Flat, part: int, rank: int, cut: bool) -> int:
+    """Elements of a rank's slice whose gradients tensor-parallel ranks must add."""
+    common = ((max(q.start, rank * part), min(q.stop, (rank + 1) * part)) for q in f.pieces if q.shard.partial and q.shard.cut == cut)
+    return sum(max(stop - start, 0) for start, stop in common)
+
+
+def computation(action: Action, p: Plan, width: int, wide: int) -> int:
+    """Bytes over tp of one computation.
+
+    A block moves its tokens 4 times forward (gather and scatter for attention and MLP) and 6 times backward (the gather of a
+    column operation is repeated), embedding and head twice each; the loss adds a maximum and two sums per token.
+    """
+    a, t = p.architecture, p.config.training
+    tokens = ceil(p.micro_batch * a.seq_length / p.tp) * p.tp
+    move = (p.tp - 1) * (tokens // p.tp) * a.hidden * width
+    again = 4 if t.recompute_granularity == "full" else 0
+    if action.kind == "L":
+        chunk = max(LOGITS // ragged_rows(a.vocab_size, p.tp, a.pad_rows), 1)
+        chunks = [min(chunk, tokens - low) for low in range(0, tokens, chunk)]
+        return 2 * move + sum(all_reduce_bytes(c, wide, p.tp) + all_reduce_bytes(2 * c, wide, p.tp) for c in chunks)
+    blocks = {"F": 4, "B": 6 + again}
+    return move * (1 if action.part == 0 else blocks[action.kind]) if action.kind in blocks else 0
+
+
+def describe(p: Plan) -> str:
+    """The plan as printed at the start."""
+    a, c = p.architecture, p.config
+    positions = "learned" if a.learned_positions else "rotary" if a.rotary else "no"
+    need, sent = memory(p), traffic(p)
+    shared = f"over {p.shard} ranks" + (f", repeated {p.dp // p.shard} times" if p.shard < p.dp else "")
+    return "\n".join([
+        f"model       {parameter_count(a):,} parameters: {a.layers} layers x {a.hidden}, {a.heads} heads x {a.head_dim}"
+        + (f" over {a.kv_heads} kv heads" if a.kv_heads != a.heads else "") + f", ffn {a.ffn} {a.activation}, {a.norm}, "
+        f"{positions} positions, vocabulary {a.vocab_size:,}, {'tied' if a.tied else 'untied'}",
+        f"ranks       {p.world} = tp {p.tp} x pp {p.pp} x dp {p.dp}, ZeRO {c.parallel.zero_stage}"
+        + (f" {shared}" if c.parallel.zero_stage else "") + f", schedule {c.parallel.pipeline_schedule}",
+        f"step        {p.global_batch} samples x {a.seq_length} = {p.tokens_per_step:,} tokens: dp {p.dp} x "
+        f"{p.micro_batches} micro-batches of {p.micro_batch}; {p.train_iters:,} steps, {p.train_iters * p.tokens_per_step:,} tokens",
+        f"precision   {c.dtype}, recompute {c.training.recompute_granularity}",
+        f"compute     {flops_per_token(a):.4g} FLOPs per token (6 N + 6 L h S: causal attention, no recompute counted), "
+        f"{flops_per_token(a) * p.tokens_per_step * p.train_iters:.3g} in all",
+        f"memory      {gib(sum(need.values()))} per rank: " + ", ".join(f"{k} {gib(v)}" for k, v in need.items() if v),
+        *([f"groups      {'; '.join(p.mesh.describe())}"] if p.world > 1 else []),
+        *([f"wire        {gib(sum(sent.values()))} sent per rank and step: "
+           + ", ".join(f"{axis} {gib(n)}" for axis, n in sent.items() if n)] if p.world > 1 else []),
+    ])
