@@ -65,12 +65,13 @@ class Zero:
 
 
 class Use(NamedTuple):
-    """A computation, and the units whose weights it reads and whose gradients it adds to. `number` is that of its pass."""
+    """A computation, and the units whose weights it reads and whose gradients it adds to, in a pass over its stage (its `turn`)."""
 
     action: Action
     reads: tuple[str, ...]
     writes: tuple[str, ...]
-    number: int
+    stage: int
+    turn: int
 
 
 class Span(NamedTuple):
@@ -83,14 +84,18 @@ class Span(NamedTuple):
 
 def training(passes: Sequence[Pass], stages: Mapping[int, range], parts: Sequence[Part], zero: Zero) -> list[Action]:
     """One training step of one rank. `stages` says which parts each stage has; the last part of all is the head."""
-    uses = [use for number, p in enumerate(passes) for use in _uses(p, stages[p.stage], parts, number)]
+    count: Counter[int] = Counter()
+    uses = []
+    for p in passes:
+        uses += _uses(p, stages[p.stage], parts, count[p.stage])
+        count[p.stage] += 1
     return _woven(uses, weights(uses, zero), gradients(uses, zero), zero)
 
 
 def evaluation(stages: Mapping[int, range], parts: Sequence[Part], zero: Zero) -> list[Action]:
     """Forward of one micro-batch through the stages of one rank, and its loss."""
-    uses = [Use(Action("E" if i == len(parts) - 1 else "F", i, 0), parts[i].forward, (), number)
-            for number, own in enumerate(stages.values()) for i in own]
+    uses = [Use(Action("E" if i == len(parts) - 1 else "F", i, 0), parts[i].forward, (), stage, 0)
+            for stage, own in stages.items() for i in own]
     return _woven(uses, weights(uses, zero), [], zero)
 
 
@@ -101,12 +106,12 @@ def one_stage(schedule: str, micro_batches: int) -> list[Pass]:
     return [Pass(kind, 0, m) for m in range(micro_batches) for kind in "FB"]
 
 
-def _uses(p: Pass, own: range, parts: Sequence[Part], number: int) -> list[Use]:
+def _uses(p: Pass, own: range, parts: Sequence[Part], count: int) -> list[Use]:
     """A pass part by part. The head's forward waits for its backward: together they need the logits once."""
     head = len(parts) - 1
     if p.kind == "F":
-        return [Use(Action("F", i, p.micro), parts[i].forward, (), number) for i in own if i != head]
-    return [Use(Action("L" if i == head else "B", i, p.micro), parts[i].backward, parts[i].forward, number) for i in reversed(own)]
+        return [Use(Action("F", i, p.micro), parts[i].forward, (), p.stage, count) for i in own if i != head]
+    return [Use(Action("L" if i == head else "B", i, p.micro), parts[i].backward, parts[i].forward, p.stage, count) for i in reversed(own)]
 
 
 def weights(uses: Sequence[Use], zero: Zero) -> list[Span]:
@@ -115,8 +120,7 @@ def weights(uses: Sequence[Use], zero: Zero) -> list[Span]:
     spans = []
     for unit in _units(uses, lambda use: use.reads):
         at = [i for i, use in enumerate(uses) if unit in use.reads]
-        turn = {n: k for k, n in enumerate(dict.fromkeys(uses[i].number for i in at))}
-        groups = _grouped(at, lambda i, turn=turn: turn[uses[i].number] // zero.keep if zero.level == 3 else 0)     # type: ignore[misc]
+        groups = _grouped([(i, (uses[i].stage, uses[i].turn // zero.keep) if zero.level == 3 else None) for i in at])
         spans += _merged([Span(unit, max(first - early, 0), last) for first, last in groups])
     return spans
 
@@ -127,7 +131,7 @@ def gradients(uses: Sequence[Use], zero: Zero) -> list[Span]:
     for unit in _units(uses, lambda use: use.writes):
         at = [i for i, use in enumerate(uses) if unit in use.writes]
         turn = {m: k for k, m in enumerate(dict.fromkeys(uses[i].action.micro for i in at))}
-        groups = _grouped(at, lambda i, turn=turn: turn[uses[i].action.micro] // zero.every if zero.level >= 2 else 0)  # type: ignore[misc]
+        groups = _grouped([(i, turn[uses[i].action.micro] // zero.every if zero.level >= 2 else 0) for i in at])
         spans += _merged([Span(unit, first, last) for first, last in groups])
     return spans
 
@@ -136,11 +140,11 @@ def _units(uses: Sequence[Use], of: Callable[[Use], tuple[str, ...]]) -> list[st
     return list(dict.fromkeys(unit for use in uses for unit in of(use)))
 
 
-def _grouped(at: Sequence[int], key: Callable[[int], Hashable]) -> list[tuple[int, int]]:
-    """First and last place of each group of places."""
+def _grouped(places: Sequence[tuple[int, Hashable]]) -> list[tuple[int, int]]:
+    """First and last place of each group of (place, group)."""
     groups: dict[Hashable, list[int]] = {}
-    for i in at:
-        groups.setdefault(key(i), []).append(i)
+    for place, group in places:
+        groups.setdefault(group, []).append(place)
     return [(group[0], group[-1]) for group in groups.values()]
 
 

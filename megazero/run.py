@@ -44,6 +44,7 @@ class Pending:
     scale: Tensor
     samples: int
     seconds: float
+    witness: Mapping[str, Tensor]
 
 
 class Run:
@@ -83,7 +84,7 @@ class Run:
                                        stop=bool(self.asked_to_stop()))
         self.optimizer.step(verdict, lr)
         self.settle()
-        self.pending = Pending(verdict, lr, scale, self.plan.global_batch, self.lap())
+        self.pending = Pending(verdict, lr, scale, self.plan.global_batch, self.lap(), self.executor.witness)
 
     def told(self, figure: Tensor) -> Tensor:
         """The figure on one rank of each tensor-parallel group, 0 on the others, which know the same: sums count it once."""
@@ -144,18 +145,22 @@ class Run:
             self._explain(done, before.loss_scale, self.progress)
 
     def _explain(self, done: Pending, scale: LossScale, after: Progress) -> None:
-        """Tells which parameter was not finite, and on which rank that owns it; every rank names the last one of its own. (Which
-        data-parallel rank it came from is gone with the sum.)"""
-        everyone = list(dict.fromkeys(p.shard.parameter.name for u in self.units.values() for p in u.flat.pieces))
-        culprits = [name for name, norm in zip(self.optimizer.names, done.verdict.norms.tolist(), strict=True) if norm - norm != 0]
-        mine = torch.tensor([everyone.index(culprits[-1]) if culprits else -1, len(culprits)], device=self.device)
-        last, count = self.wires["world"].all_gather(mine.view(1, 2)).wait().unbind(1)
-        rank = int(last.argmax())
-        what = (f"the gradient of {everyone[int(last[rank])]} is not finite ({int(count[rank])} of {len(everyone)} parameters)"
-                if last[rank] >= 0 else "the loss is not finite")
+        """Tells which parameters were not finite, and on which ranks the gradients of the last of them were not before they were summed."""
+        units = {p.name: u.name for u in self.plan.units for p in u.parameters}
+        everyone = list(units)
+        bad = torch.zeros(len(everyone), device=self.device)
+        for name, norm in zip(self.optimizer.names, done.verdict.norms.tolist(), strict=True):
+            bad[everyone.index(name)] = float(norm - norm != 0)
+        culprits = self.wires["world"].all_reduce(bad, "max").wait().nonzero().flatten().tolist()
+        what, where = "the loss is not finite", ""
+        if culprits:
+            last = everyone[culprits[-1]]
+            mine = done.witness.get(units[last], torch.zeros((), device=self.device))
+            seen = self.wires["world"].all_gather(mine.isfinite().logical_not().float().view(1)).wait().nonzero().flatten().tolist()
+            what = f"the gradient of {last} is not finite ({len(culprits)} of {len(everyone)} parameters)"
+            where = f" on rank{'s' if len(seen) > 1 else ''} {', '.join(map(str, seen[:8]))}" if self.plan.world > 1 else ""
         moved = f", loss scale {scale.value:g} -> {after.loss_scale.value:g}" if after.loss_scale.value != scale.value else ""
-        owner = f" on rank {rank}" if last[rank] >= 0 and self.plan.world > 1 else ""
-        self.say(f"step {after.step:,} skipped: {what}{owner}{moved}; nothing was changed")
+        self.say(f"step {after.step:,} skipped: {what}{where}{moved}; nothing was changed")
         limit = self.config.training.max_skipped_steps
         if after.skipped_in_a_row >= limit:
             if self.writer is not None:
