@@ -125,6 +125,11 @@ CI = [
     Row(tp=4, tokens=25, shape="llama", micro=3, late=True), Row(tp=8, shape="llama-tied-scaled", tokens=25), Row(tp=2, recompute="selective"),
     Row(tp=2, recompute="full", shape="llama"), Row(tp=2, dp=2, recompute="selective", late=True, shape="qwen", optimizer="sgd"), Row(tp=2, micro=3, dropout=0.1),
     Row(tp=4, dp=2, dropout=0.1, shape="llama", recompute="full"), Row(tp=2, schedule="gpipe", micro=2), Row(tp=3, shape="relu2"),
+    Row(dp=2, level=1), Row(dp=3, level=1, optimizer="sgd", late=True), Row(dp=4, level=1, shard=2, shape="llama", late=True),
+    Row(dp=2, level=2, late=True), Row(tp=2, dp=3, level=2, every=2, shape="llama", micro=2, optimizer="sgd"), Row(dp=4, level=2, shard=2, late=True, recompute="full"),
+    Row(dp=2, level=3, micro=6, shape="gpt2-plain", optimizer="sgd"), Row(dp=3, level=3, late=True, recompute="selective", shape="qwen"),
+    Row(tp=2, dp=2, level=3, late=True, recompute="full", shape="llama", keep=2, every=2), Row(dp=4, level=3, shard=2, schedule="gpipe", late=True),
+    Row(dp=2, level=3, keep=3, late=True, extra="--bucket-size 100000", tokens=25), Row(dp=4, level=3, micro=3, shape="llama-tied-scaled", dropout=0.1),
     Row(dp=2, micro=3, shape="qwen"), Row(tp=8, shape="gpt2", late=True, recompute="full"), Row(dp=3, recompute="selective", shape="llama", late=True),
 ]
 FULL = [Row(tp, dp, shape, recompute, micro, optimizer, tokens=tokens, late=late)
@@ -132,6 +137,9 @@ FULL = [Row(tp, dp, shape, recompute, micro, optimizer, tokens=tokens, late=late
         for shape in SHAPES if tp != 3 or shape in ("gpt2", "gpt2-plain", "relu2", "llama-tied-scaled")
         for recompute, micro in (("none", 1), ("selective", 2), ("full", 1))
         for optimizer, tokens, late in (("adam", 24, False), ("sgd", 25, True))]
+ZERO = [Row(tp, dp, shape, recompute, micro, optimizer, late=late, level=level)
+        for level in (0, 1, 2, 3) for tp in (1, 2) for dp in (2, 3, 4) for recompute in ("none", "selective", "full") for micro in (1, 3)
+        for shape, optimizer, late in (("gpt2", "sgd", True), ("llama", "adam", False))]
 
 
 @pytest.fixture(scope="module")
@@ -147,6 +155,6 @@ def test_equal_to_one_rank(row: Row, pool: Pool) -> None:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("row", FULL, ids=str)
+@pytest.mark.parametrize("row", FULL + ZERO, ids=str)
 def test_equal_to_one_rank_in_full(row: Row, pool: Pool) -> None:
     compare(row, pool)
