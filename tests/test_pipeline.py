@@ -131,6 +131,15 @@ def test_stages_lie_in_a_loop() -> None:
     assert [str(p) for p in needs(Pass("B", 1, 0), 3)] == ["F1,0", "B2,0"]
 
 
+def test_two_ranks_in_a_loop_need_a_wire_for_each_kind() -> None:
+    """Forward outputs and gradients that rank 1 sends to rank 0 may overtake each other, but `verify` finds each kind in order."""
+    receiver, sender = passes("interleaved", 2, 5, 2)
+    sent = [p for p in sender if p[:2] != ("F", 3)]         # the last stage has nobody to send to
+    taken = [n for p in receiver for n in needs(p, 4) if n in sender]
+    assert sent != taken and sorted(sent) == sorted(taken)
+    assert all([p for p in sent if p.kind == kind] == [p for p in taken if p.kind == kind] for kind in "FB")
+
+
 DEADLOCK = """\
 no rank can move:
 rank 0 stands before B0,0, which needs B1,0 of rank 1
