@@ -20,7 +20,7 @@ from megazero import checkpoint
 from megazero.comm import connect
 from megazero.run import Run
 
-WORDS = "--num-layers 2 --hidden-size 48 --num-attention-heads 24 --kv-channels 4 --ffn-hidden-size 96 --lr 2e-3 --weight-decay 0.1 --mock-data " \
+WORDS = "--hidden-size 48 --num-attention-heads 24 --kv-channels 4 --ffn-hidden-size 96 --lr 2e-3 --weight-decay 0.1 --mock-data " \
         "--train-iters 5 --eval-iters 0 --clip-grad 0.5 --dtype fp64 --global-batch-size 12 --make-vocab-size-divisible-by 8"
 
 
@@ -42,6 +42,9 @@ class Row:
     shard: int = 0
     every: int = 1
     keep: int = 1
+    pp: int = 1
+    virtual: int = 1
+    layers: int = 2
     extra: str = ""
 
     def __str__(self) -> str:
@@ -53,13 +56,13 @@ class Row:
         """What one rank must be told to run the same model on the same data."""
         shape = SHAPES[self.shape].replace("--kv-channels 24", "--kv-channels 4").replace("--ffn-hidden-size 96", "")
         optimizer = "--optimizer sgd" if self.optimizer == "sgd" else "--adam-eps 1e-5"
-        return (f"{WORDS} --vocab-size 101 {shape} {optimizer} --seq-length {self.tokens} --hidden-dropout {self.dropout} "
+        return (f"{WORDS} --num-layers {self.layers} --vocab-size 101 {shape} {optimizer} --seq-length {self.tokens} --hidden-dropout {self.dropout} "
                 f"--attention-dropout {self.dropout}")
 
     @property
     def words(self) -> str:
-        return (f"{self.model} --tp {self.tp} --dp {self.dp} --recompute-granularity {self.recompute} --micro-batch-size {self.micro} "
-                f"--pipeline-schedule {self.schedule} --zero-stage {self.level} --reduce-every {self.every} --keep-weights {self.keep} "
+        return (f"{self.model} --tp {self.tp} --pp {self.pp} --dp {self.dp} --recompute-granularity {self.recompute} --micro-batch-size {self.micro} "
+                f"--pipeline-schedule {self.schedule} --num-virtual-stages-per-pipeline-rank {self.virtual} --zero-stage {self.level} --reduce-every {self.every} --keep-weights {self.keep} "
                 f"{f'--zero-shard-size {self.shard}' if self.shard else ''} {self.extra}")
 
 
@@ -102,7 +105,7 @@ def alone(words: str) -> tuple[list[tuple[float, float]], dict[str, torch.Tensor
 
 def compare(row: Row, pool: Pool, tolerance: float = 1e-12) -> None:
     want_figures, want_gradients, want_weights = alone(row.model)
-    world, covered = row.tp * row.dp, Counter[str]()
+    world, covered = row.tp * row.pp * row.dp, Counter[str]()
     for figures, gradients, weights in pool.run(world, play, row.words, world, "gloo+late" if row.late else "gloo"):
         for got, want in zip(figures, want_figures, strict=True):
             assert got == pytest.approx(want, rel=tolerance, abs=0)
