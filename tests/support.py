@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from megazero import config
+from megazero import config, pipeline
 from megazero.comm import connect
 from megazero.data.indexed import IndexedWriter
 from megazero.decoder import Batch
@@ -99,3 +99,38 @@ def lines(log: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (log / "metrics.jsonl").read_text().splitlines()]
 
 
+def check_program(plan: Plan, rank: int) -> None:
+    """Weights that are read are gathered, gradients that are written have a sum open, every sum is reduced and lands once, every message
+    is made room for, and no more activations are held than the schedule says."""
+    whole, grows, travels, done = set(), set(), set(), []
+    expected, held = set(), set()
+    for action in plan.training(rank):
+        kind, unit, part = action.kind, action.unit, action.part
+        if kind in ("F", "L", "B"):
+            reads = plan.parts[part].backward if kind == "B" else plan.parts[part].forward
+            assert set(reads) <= whole and (kind == "F" or set(plan.parts[part].forward) <= grows), action
+            if kind != "L":
+                (held.add if kind == "F" else held.remove)((part, action.micro))
+            assert len({(m, next(s for s, own in enumerate(plan.stages) if i in own)) for i, m in held}) <= limit(plan, rank)
+        elif kind in ("gather", "release"):
+            assert (unit in whole) == (kind == "release"), action
+            (whole.add if kind == "gather" else whole.discard)(unit)
+        elif kind == "open":
+            assert unit not in grows | travels, action
+            grows.add(unit)
+        elif kind == "reduce":
+            grows.remove(unit)
+            travels.add(unit)
+        elif kind == "land":
+            travels.remove(unit)
+        elif kind == "replicate":
+            done.append(unit)
+        elif kind in ("expect", "recv"):
+            (expected.add if kind == "expect" else expected.remove)(action[1:])
+    assert not grows and not travels and not expected and not held and sorted(done) == sorted(u.name for u in plan.units_of(rank))
+    assert plan.zero.level < 3 or not whole
+
+
+def limit(plan: Plan, rank: int) -> int:
+    """Micro-batches in stages that a rank may hold at one time."""
+    return pipeline.held(plan.config.parallel.pipeline_schedule, plan.pp, plan.micro_batches, plan.virtual)[plan.mesh.place(rank).pp]

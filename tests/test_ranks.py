@@ -36,7 +36,7 @@ def test_a_run_moves_between_layouts(pool: Pool, tmp_path: Path) -> None:
     words = f"{WORDS} --data-path {byte_dataset(tmp_path)}"
     train(f"{words} --save {tmp_path / 'whole'}", tmp_path / "log")
     moved = f"{words} --save {tmp_path / 'moved'} --load {tmp_path / 'moved'}"
-    for world, layout, stop in ((4, "--tp 2 --dp 2 --zero-stage 2", 3), (1, "", 5), (3, "--dp 3 --zero-stage 3", 8), (6, "--tp 3 --dp 2 --zero-stage 1", 10),
+    for world, layout, stop in ((4, "--tp 2 --dp 2 --zero-stage 2", 3), (1, "", 5), (3, "--dp 3 --zero-stage 3", 8), (4, "--pp 2 --dp 2 --zero-stage 1", 10),
                                 (2, "--tp 2 --async-save", 12)):
         pool.run(world, train, f"{moved} {layout} --exit-interval {stop}", tmp_path / "log2")
         assert Reader(tmp_path / "moved").index["step"] == stop
@@ -58,7 +58,7 @@ def initial(words: str, folder: str) -> None:
 def test_any_layout_starts_from_the_same_weights(pool: Pool, tmp_path: Path) -> None:
     words = f"{WORDS} --data-path {byte_dataset(tmp_path)}"
     initial(words, str(tmp_path / "a"))
-    for world, layout in ((2, "--tp 2"), (6, "--tp 2 --dp 3 --zero-stage 1"), (3, "--dp 3 --zero-stage 3")):
+    for world, layout in ((2, "--tp 2"), (4, "--pp 2 --dp 2 --zero-stage 1"), (3, "--dp 3 --zero-stage 3")):
         pool.run(world, initial, f"{words} {layout}", str(tmp_path / f"b{world}"))
         one, two = Reader(tmp_path / "a"), Reader(tmp_path / f"b{world}")
         assert all(torch.equal(one.read(*key), two.read(*key)) for key in one.tensors)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from pool import Pool
-from support import SHAPES, TINY, resolved
+from support import SHAPES, TINY, check_program, resolved
 
 from megazero.comm import Wires, connect
 from megazero.cost import BYTES, flats, memory, stored, traffic
@@ -154,27 +154,7 @@ def test_nothing_is_used_before_it_is_there(level: int, words: str, shape: str) 
     if ("--reduce-every" in words and level < 2) or ("--keep" in words and level < 3) or ("param" in words and level < 1):
         pytest.skip("has no effect at this level")
     plan = resolved(f"{SMALL} {SHAPES[shape]} --num-layers 3 --global-batch-size 24 --zero-stage {level} {words}", 4)
-    whole, grows, travels, done = set(), set(), set(), []
-    for action in plan.training(0):
-        kind, unit, part = action.kind, action.unit, action.part
-        if kind in ("F", "L", "B"):
-            reads = plan.parts[part].backward if kind == "B" else plan.parts[part].forward
-            assert set(reads) <= whole and (kind == "F" or set(plan.parts[part].forward) <= grows), action
-        elif kind in ("gather", "release"):
-            assert (unit in whole) == (kind == "release"), action
-            (whole.add if kind == "gather" else whole.discard)(unit)
-        elif kind == "open":
-            assert unit not in grows | travels, action
-            grows.add(unit)
-        elif kind == "reduce":
-            grows.remove(unit)
-            travels.add(unit)
-        elif kind == "land":
-            travels.remove(unit)
-        else:
-            done.append(unit)
-    assert not grows and not travels and sorted(done) == sorted(u.name for u in plan.units)
-    assert level < 3 or not whole
+    check_program(plan, 0)
 
 
 # ---- the same bits, whatever overlaps

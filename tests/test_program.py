@@ -1,0 +1,236 @@
+"""Programs of whole pipelines: that nobody waits for ever, that messages meet, that what a schedule and ZeRO weave together is sound; and
+that a rank which hangs says where it stands."""
+
+import os
+import random
+import subprocess
+import sys
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from pool import Pool, RankError
+from support import SHAPES, TINY, check_program, resolved
+from test_zero import started
+
+from megazero.comm import connect
+from megazero.cost import memory, traffic
+from megazero.executor import Executor
+from megazero.pipeline import SCHEDULES
+from megazero.plan import Plan
+from megazero.program import Action, around, verify
+from megazero.run import Run
+
+SMALL = TINY.replace("--num-layers 2 --hidden-size 64 --num-attention-heads 4 ", "--hidden-size 48 --num-attention-heads 6 --micro-batch-size 1 ")
+SMALL = f"{SMALL} --dtype fp64 --adam-eps 1e-5"
+
+
+@pytest.fixture(scope="module")
+def pool() -> Any:
+    made = Pool()
+    yield made
+    made.close()
+
+
+@dataclass(frozen=True)
+class Case:
+    """A random pipeline: `counts` layers in each stage."""
+
+    schedule: str
+    pp: int
+    virtual: int
+    counts: tuple[int, ...]
+    dp: int
+    micro: int
+    level: int
+    extra: str
+    tied: bool
+
+    @property
+    def words(self) -> str:
+        layout = "|".join("t" * n for n in self.counts)
+        return (f"{self.model} --pp {self.pp} --dp {self.dp} --num-virtual-stages-per-pipeline-rank {self.virtual} --pipeline-schedule {self.schedule} "
+                f"--zero-stage {self.level} {self.extra}" + (f" --pipeline-layout E{layout}L" if len(self.counts) > 1 else ""))
+
+    @property
+    def model(self) -> str:
+        return (f"{SMALL} --num-layers {sum(self.counts)} --global-batch-size {self.dp * self.micro} "
+                + ("" if self.tied else "--untie-embeddings-and-output-weights"))
+
+
+def case(seed: int, most: int) -> Case:
+    """Random, with at most `most` ranks."""
+    r = random.Random(seed)
+    schedule = r.choice(list(SCHEDULES))
+    pp, virtual = r.randint(1, min(8, most)), r.randint(1, 3) if SCHEDULES[schedule].looped else 1
+    counts = [r.randint(1, 3) for _ in range(pp * virtual)]
+    if len(counts) > 1:
+        counts[0], counts[-1] = r.randint(0, 2), r.randint(0, 2)
+    counts[-1] += not sum(counts)
+    level = r.randint(0, 3)
+    extra = [r.choice(["", "--bucket-size 60000", "--no-overlap-grad-reduce"])]
+    extra += [r.choice(["", "--no-overlap-param-gather"])] if level else []
+    extra += [r.choice(["", "--reduce-every 3"])] if level >= 2 else []
+    extra += [r.choice(["", "--keep-weights 2", "--keep-weights 5"])] if level == 3 else []
+    return Case(schedule, pp, virtual, tuple(counts), r.randint(1, max(1, min(most // pp, 4))), r.randint(1, 13), level, " ".join(extra), r.random() < 0.5)
+
+
+def pipeline(plan: Plan) -> list[list[Action]]:
+    """The programs of the ranks of the first pipeline."""
+    return [plan.training(rank) for rank in range(0, plan.world, plan.world // plan.pp)]
+
+
+def test_500_random_pipelines_are_sound() -> None:
+    for seed in range(500):
+        c = case(seed, 32)
+        plan = resolved(c.words, c.pp * c.dp)
+        assert verify(pipeline(plan)) == [], c
+        evaluations = [plan.evaluation(rank) for rank in range(0, plan.world, plan.world // plan.pp)]
+        assert verify(evaluations) == [] and sum(a.kind == "E" for e in evaluations for a in e) == 1
+        for rank in range(0, plan.world, plan.world // plan.pp):
+            check_program(plan, rank)
+
+
+def test_verify_finds_what_is_wrong() -> None:
+    plan = resolved(f"{SMALL} --num-layers 4 --pp 4 --global-batch-size 4", 4)
+    good = pipeline(plan)
+    assert verify(good) == []
+    last = [i for i, a in enumerate(good[1]) if a.kind == "send" and a.way == "F"]
+    mute = [*good[:1], good[1][:last[-1]] + good[1][last[-1] + 1:], *good[2:]]
+    assert any("rank 2 waits for ever" in p and "[recv F2,3]" in p for p in verify(mute))
+    deaf = [*good[:2], [a for a in good[2] if a.kind != "recv" or a.way != "F" or a.micro != 3], good[3]]
+    assert any("nobody takes send F1,3 of rank 1" in p for p in verify(deaf))
+    swapped = list(good[1])
+    swapped[last[0]], swapped[last[1]] = swapped[last[1]], swapped[last[0]]
+    assert "rank 2 takes send F1,1 for recv F2,0" in verify([good[0], swapped, *good[2:]])[0]
+
+
+@cache
+def alone(words: str) -> tuple[float, float]:
+    return two_steps(words, 1)
+
+
+def two_steps(words: str, world: int, backend: str = "gloo") -> tuple[float, float]:
+    """(loss, norm) of the second step."""
+    run = started(resolved(words, world), int(os.environ["RANK"]) if world > 1 else 0, backend)
+    run.step()
+    run.step()
+    assert run.pending
+    return float(run.pending.verdict.loss), float(run.pending.verdict.norm)
+
+
+def runs_like_one_rank(seed: int, pool: Pool) -> None:
+    c = case(1000 + seed, 8)
+    world = c.pp * c.dp
+    found = pool.run(world, two_steps, c.words, world, "gloo+late" if seed % 2 else "gloo") if world > 1 else [two_steps(c.words, 1)]
+    for got in found:
+        assert got == pytest.approx(alone(c.model), rel=1e-12), c
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_random_pipelines_run(seed: int, pool: Pool) -> None:
+    runs_like_one_rank(seed, pool)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("seed", range(8, 38))
+def test_more_random_pipelines_run(seed: int, pool: Pool) -> None:
+    runs_like_one_rank(seed, pool)
+
+
+@pytest.mark.parametrize("words", [
+    "--num-layers 4 --pp 4 --tp 2 --global-batch-size 6", "--num-layers 5 --pp 2 --pipeline-schedule interleaved --num-virtual-stages-per-pipeline-rank 2 --global-batch-size 5",
+    "--num-layers 4 --pp 2 --dp 2 --zero-stage 1 --tp 2 --global-batch-size 8", "--num-layers 3 --pp 3 --dp 4 --zero-stage 3 --zero-shard-size 2 --global-batch-size 8 --bf16",
+    "--num-layers 4 --pp 2 --dp 2 --zero-stage 2 --pipeline-schedule gpipe --global-batch-size 6 --untie-embeddings-and-output-weights"])
+def test_the_plan_knows_bytes_and_memory_of_each_stage(words: str) -> None:
+    words = f"{SMALL.replace('--dtype fp64', '' if '--bf16' in words else '--dtype fp64')} {words}"
+    sizes = dict(zip(words.split(), words.split()[1:], strict=False))
+    world = int(sizes["--pp"]) * int(sizes.get("--dp", 1)) * int(sizes.get("--tp", 1))
+    for rank in {0, world // 2, world - 1}:
+        plan = resolved(words, world)
+        run = started(plan, rank, "fake")
+        run.step()
+        expected = traffic(plan, rank)
+        assert {axis: run.wires.line.sent[axis] for axis in expected} == expected and set(run.wires.line.sent) <= set(expected)
+        assert memory(plan, rank)["optimizer"] == sum(t.nbytes for state in run.optimizer.state.values() for t in state.values())
+
+
+def test_outputs_are_freed_once_they_have_left() -> None:
+    """What stays of a micro-batch in flight is what its backward needs; the output itself is with the next stage."""
+    plan = resolved(f"{SMALL} --num-layers 4 --pp 2 --global-batch-size 4 --recompute-granularity full", 2)
+    run = started(plan, 0, "fake")
+    seen: list[int] = []
+    plain = run.executor._send
+
+    def send(action: Action) -> None:
+        plain(action)
+        seen.append(sum(x.nbytes for (part, _), (x, _) in run.executor.kept.items() if part) // (24 * 48 * 8))
+        assert not any(isinstance(t, torch.Tensor) and t.nbytes > 8 for micro, t in run.executor.flow.items() if micro == action.micro)
+
+    run.executor.do["send"] = send
+    run.step()
+    assert max(seen) == 2 * 2, "two micro-batches in flight, one input for each of two blocks"
+
+
+def stuck(words: str) -> None:
+    """Rank 1 never comes to its third backward pass."""
+    rank, plain = int(os.environ["RANK"]), Executor._send
+
+    def send(self: Executor, action: Action) -> None:
+        if rank == 1 and action == Action("send", 1, 2, way="B"):
+            import time
+            time.sleep(60)
+        plain(self, action)
+
+    Executor._send = send  # type: ignore[method-assign]
+    plan = resolved(words, 3)
+    run = Run(plan, None, torch.device("cpu"), connect(plan.mesh, rank, "gloo", 3))
+    run.initialise()
+    run.step()
+
+
+def test_a_hang_says_where_the_rank_stands(pool: Pool) -> None:
+    with pytest.raises(RankError, match=r"(?s)rank [02] gave up in recv [FB]\d,\d, receiving over pp: rank 1 did not answer within 3 s"
+                                        r".*where it stands: .*B\d,\d \| .*\[recv [FB]\d,\d\] \| [FB]\d,\d"):
+        pool.run(3, stuck, f"{SMALL} --num-layers 3 --pp 3 --global-batch-size 6", seconds=60)
+
+
+def test_around_shows_the_place() -> None:
+    program = resolved(f"{SMALL} --num-layers 1 --global-batch-size 2").training(0)
+    assert around(program, program.index(Action("L", 2, 0))) == "F0,0 | F1,0 | [L2,0] | B1,0 | B0,0 | F0,1 | F1,1 ..."
+
+
+def test_llama_with_pipelines_has_every_weight_once() -> None:
+    plan = resolved(f"{SMALL} {SHAPES['llama']} --num-layers 7 --pp 2 --pipeline-schedule breadth-first --num-virtual-stages-per-pipeline-rank 3", 2)
+    held = [u.name for rank in range(2) for u in plan.units_of(rank)]
+    assert sorted(held) == sorted(u.name for u in plan.units) and [len(s) for s in plan.stages] == [2, 1, 1, 1, 1, 3]
+
+
+BUILD = """
+import resource, sys, torch
+from megazero.comm import connect
+from megazero.config import from_command_line
+from megazero.cost import memory
+from megazero.plan import plan
+from megazero.run import Run
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+p = plan(from_command_line(sys.argv[1:]), 8 * 96 * 8, 50257)
+wires, before = connect(p.mesh, 3000, "fake", 60), peak()
+run = Run(p, None, torch.device("cpu"), wires)
+run.initialise()
+print(peak() - before, sum(n for what, n in memory(p, 3000).items() if what in ("weights", "master weights", "gradients", "optimizer")))
+"""
+
+
+def test_a_rank_of_a_175b_model_takes_the_memory_of_the_plan() -> None:
+    """One layer's worth of ranks: built and initialised by itself, with nothing whole on the way."""
+    words = ("--model gpt3-175b --tp 8 --pp 96 --dp 8 --zero-stage 2 --bf16 --lr 6e-5 --global-batch-size 1536 --train-iters 10 --eval-iters 0 "
+             "--mock-data --vocab-size 50257")
+    done = subprocess.run([sys.executable, "-c", BUILD, *words.split()], capture_output=True, text=True, check=True)
+    took, planned = map(int, done.stdout.split())
+    assert 0.9 * planned < took < 1.15 * planned, (took, planned)
