@@ -110,9 +110,11 @@ class Unit:
                 if p.std == 0:
                     out.fill_(p.mean)
                 else:
-                    drawn = torch.empty(box.size, dtype=out.dtype)
+                    here = out.view(box.size)
+                    drawn = torch.empty_like(here, device="cpu") if out.is_cuda else here
                     fill_normal(drawn, key(seed, p.name), p.shape, box, p.mean, p.std)
-                    out.copy_(drawn.view(-1))
+                    if drawn is not here:
+                        here.copy_(drawn)
         self.publish()
 
     def publish(self) -> None:
