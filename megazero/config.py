@@ -235,8 +235,6 @@ MEGATRON_WORDS = {
     "transformer-impl": "is not needed; leave it out",
     "use-distributed-optimizer": "is --zero-stage 1 here",
     "data-parallel-sharding-strategy": "is --zero-stage here",
-    "overlap-grad-reduce": ALWAYS_ON,
-    "overlap-param-gather": ALWAYS_ON,
     "ddp-bucket-size": "is --bucket-size here",
     "num-layers-per-virtual-pipeline-stage": "is said by --num-virtual-stages-per-pipeline-rank",
     "pipeline-model-parallel-layout": "is --pipeline-layout here",

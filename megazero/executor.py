@@ -29,8 +29,8 @@ class Executor:
         self.do: dict[str, Callable[[Action], None]] = {
             "F": self._forward, "L": self._loss, "B": self._backward, "E": self._evaluate, "gather": lambda a: self._unit(a).gather(),
             "release": lambda a: self._unit(a).release(), "open": lambda a: self._unit(a).open(), "reduce": self._reduce,
-            "land": self._land, "replicate": self._replicate, "tie": self._tie, "expect": self._expect, "recv": self._receive,
-            "send": self._send}
+            "land": self._land, "replicate": self._replicate, "settle": lambda a: self._settle(a.unit), "tie": self._tie,
+            "expect": self._expect, "recv": self._receive, "send": self._send}
 
     def train(self, program: Sequence[Action], batches: Sequence[Batch], scale: Tensor) -> Tensor:
         """Leaves the gradients of `scale` x the sum of losses in the units' slices; returns that sum, unscaled, float64."""

@@ -9,7 +9,7 @@
     open U        a sum of gradients of unit U begins
     reduce U,k    it is complete for the k-th time in this step: its sum over the ranks of `shard` begins to travel
     land U,k      that sum has arrived, and joins the others of this step
-    replicate U   the step's sum of this rank's slice begins to travel over the ranks of `replicate`
+    replicate U   the step's sum of this rank's slice begins to travel over the ranks of `replicate`; settle U: it has arrived
     tie U         the sums of the two stages that hold a tied unit are added
 
 A part is a number: 0 is the embedding, 1 .. n the blocks, n + 1 the head. Passes come from a schedule (pipeline.py); what ZeRO
@@ -53,6 +53,7 @@ class Zero:
     every           levels 2 and 3: micro-batches whose gradients are summed before they travel
     prefetch        weights are gathered one part ahead of their use
     lag             reductions that may be under way when the next one starts; None: all of the step
+    patient         sums over `replicate` may be under way until the end of the step
     """
 
     level: int = 0
@@ -60,6 +61,7 @@ class Zero:
     every: int = 1
     prefetch: bool = True
     lag: int | None = None
+    patient: bool = True
 
 
 @dataclass(frozen=True)
@@ -197,17 +199,17 @@ def woven(uses: Sequence[Use], whole: Sequence[Span], sums: Sequence[Span], zero
     for i, use in enumerate(uses):
         program += [Action("gather", unit=u) for u in gathers[i]]
         if any(a.unit in opens[i] for a in under_way):                                  # its buffer is the one under way
-            program += _landed(under_way, left, 0)
+            program += _landed(under_way, left, 0, zero)
         program += [Action("open", unit=u) for u in opens[i]]
         program.append(use.action)
         program += [Action("release", unit=u) for u in releases[i] if zero.level == 3]
         for unit in reduces[i]:
-            program += _landed(under_way, left, zero.lag - 1) if zero.lag else []
+            program += _landed(under_way, left, zero.lag - 1, zero) if zero.lag else []
             under_way.append(Action("reduce", micro=done[unit], unit=unit))
             done[unit] += 1
             left[unit] -= 1
-            program += under_way[-1:] + ([] if zero.lag is None else _landed(under_way, left, zero.lag))
-    return program + _landed(under_way, left, 0)
+            program += under_way[-1:] + ([] if zero.lag is None else _landed(under_way, left, zero.lag, zero))
+    return program + _landed(under_way, left, 0, zero)
 
 
 def _by(spans: Sequence[Span], end: str) -> Mapping[int, list[str]]:
@@ -218,14 +220,14 @@ def _by(spans: Sequence[Span], end: str) -> Mapping[int, list[str]]:
     return found
 
 
-def _landed(under_way: list[Action], left: Mapping[str, int], most: int) -> list[Action]:
+def _landed(under_way: list[Action], left: Mapping[str, int], most: int, zero: Zero) -> list[Action]:
     """What waits for reductions, oldest first, until at most `most` are under way; a unit's last one makes the step's sum."""
     actions = []
     while len(under_way) > most:
         done = under_way.pop(0)
         actions.append(done._replace(kind="land"))
         if not left[done.unit] and all(a.unit != done.unit for a in under_way):
-            actions.append(Action("replicate", unit=done.unit))
+            actions += [Action(kind, unit=done.unit) for kind in (("replicate",) if zero.patient else ("replicate", "settle"))]
     return actions
 
 
