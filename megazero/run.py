@@ -155,7 +155,7 @@ class Run:
         everyone = list(units)
         bad = torch.zeros(len(everyone), device=self.device)
         for name, norm in zip(self.optimizer.names, done.verdict.norms.tolist(), strict=True):
-            bad[everyone.index(name)] = float(norm - norm != 0)
+            bad[everyone.index(name)] += float(norm - norm != 0)
         culprits = self.wires["world"].all_reduce(bad, "max").wait().nonzero().flatten().tolist()
         what, where = "the loss is not finite", ""
         if culprits:
@@ -216,8 +216,11 @@ class Run:
         sample = source.in_order if t.full_validation else source.sample
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         valid = torch.zeros((), dtype=torch.float64, device=self.device)
-        for low in range(self.wires.place.dp * size, count, self.plan.dp * size):
-            batch = self.batch(sample, range(low, min(low + size, count)), None)
+        for first in range(0, count, self.plan.dp * size):
+            low = first + self.wires.place.dp * size
+            batch = self.batch(sample, range(low, min(low + size, count)) or range(1), None)
+            if low >= count:                                    # no sample is left for this rank, but its peers need it to gather weights
+                batch = replace(batch, mask=torch.zeros_like(batch.mask))
             total += self.executor.evaluate(self.evaluation, batch)
             valid += batch.mask.sum(dtype=torch.float64)
         self.wires.line.doing = f"the end of the evaluation after step {self.progress.step}"
