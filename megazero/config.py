@@ -12,7 +12,8 @@ DTYPES = ("fp64", "fp32", "bf16", "fp16")
 SCHEDULES = ("gpipe", "1f1b")
 DECAY_STYLES = ("constant", "linear", "cosine", "inverse-square-root", "WSD")
 WSD_STYLES = ("linear", "cosine", "exponential", "minus_sqrt")
-TOKENIZERS = ("SentencePieceTokenizer", "GPT2BPETokenizer", "HuggingFaceTokenizer", "ByteTokenizer", "CharTokenizer", "NullTokenizer")
+TOKENIZERS = ("SentencePieceTokenizer", "Llama2Tokenizer", "GPT2BPETokenizer", "HuggingFaceTokenizer", "TiktokenTokenizer", "ByteTokenizer",
+              "CharTokenizer", "NullTokenizer")
 
 
 @dataclass(frozen=True)

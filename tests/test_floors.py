@@ -9,7 +9,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = [
     ["errors"],
     ["command_line", "config", "layout", "mesh", "architecture", "plan", "schedules", "program", "random",
-     "data.indexed", "data.order", "data.tokenizers", "data.dataset", "data.preprocess"],
+     "data.files", "data.indexed", "data.order", "data.tokenizers", "data.sidecar", "data.dataset", "data.sources", "data.preprocess"],
     ["comm"],
     ["unit", "ops", "attention"],
     ["decoder", "executor", "models.families"],

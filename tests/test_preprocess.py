@@ -7,11 +7,13 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from test_indexed import contents, plain_bytes
 
 from megazero.data.indexed import IndexedDataset
-from megazero.data.preprocess import PreprocessSettings, batches, find_sources, preprocess, read_items, with_end
+from megazero.data.preprocess import PreprocessSettings, batches, preprocess, with_ends
+from megazero.data.sources import Place, find_sources, read_chunks
 from megazero.errors import UserError
 
 REPOSITORY = Path(__file__).parents[1]
@@ -47,7 +49,7 @@ def test_bytes_are_megatrons(tmp_path: Path, workers: int) -> None:
     sidecar = json.loads((tmp_path / "out_text_document.json").read_text())
     assert sidecar["tokenizer"]["type"] == "GPT2BPETokenizer" and set(sidecar["tokenizer"]["files"]) == {"vocab.json", "merges.txt"}
     assert (sidecar["vocab_size"], sidecar["documents"], sidecar["tokens"]) == (50_257, 7222, 330_807)
-    assert sidecar["sources"] == [str(DATA / "tinyshakespeare.jsonl")]
+    assert sidecar["sources"] == [[str(DATA / "tinyshakespeare.jsonl"), 1_220_396]]
 
 
 EDGE = ["", "a", "", "emoji 😀", "nul \0 nul", "cr\r\nlf", "line\u2028separator", " ", "x" * 300_000, ""]
@@ -74,7 +76,8 @@ def test_lists_of_sentences_are_sequences(tmp_path: Path) -> None:
     source = jsonl(tmp_path / "a.jsonl", {"text": ["a", "", "bc"]}, {"text": []}, {"text": ["", ""]})
     preprocess(settings(tmp_path, source, append_eod=True))
     assert contents(tmp_path / "out_text_document") == plain_bytes([[[97], [98, 99, 256]], [], []], 8, "H")
-    assert with_end([[], [1], []], None) == [[1]]
+    tokens, lengths, sequences = with_ends(np.array([1, 2, 3]), np.array([0, 1, 0, 2, 0]), [3, 0, 1, 1], 9)
+    assert (tokens.tolist(), lengths.tolist(), sequences.tolist()) == ([1, 9, 2, 3, 9], [2, 3], [1, 0, 1, 0])
 
 
 def test_keys_make_a_dataset_each(tmp_path: Path) -> None:
@@ -130,9 +133,9 @@ def test_a_file_of_nothing(tmp_path: Path) -> None:
 def test_reading_keeps_only_a_batch_in_hand(tmp_path: Path) -> None:
     source = tmp_path / "a.jsonl"
     source.write_bytes(b'{"text": "' + b"x" * 1000 + b'"}\n' * 1 + b'{"text": "y"}\n' * 20_000)
-    groups = batches(read_items(find_sources([str(source)])))
-    first = next(groups)
-    assert 100 < len(first) < 2000 and sum(map(len, groups)) + len(first) == 20_001
+    groups = batches(read_chunks(find_sources([str(source)]), ["text"], Place()))
+    held = [sum(len(chunk.raw) for chunk in group) for group in groups]
+    assert sum(held) == source.stat().st_size and max(held) < 300_000 and len(held) > 1
 
 
 def test_mistakes(tmp_path: Path) -> None:

@@ -7,19 +7,17 @@
 Every rank reads its own samples from the map; the whole state of a loader is the number of samples consumed.
 """
 
-import json
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from megazero.data.indexed import IndexedDataset
 from megazero.data.order import DENOMINATOR, MASK, SPLITS, Blend, ChunkOrder, mix, split_ranges, stable_hash
-from megazero.data.tokenizers import same_tokenizer
+from megazero.data.sidecar import check_sidecar
 from megazero.errors import UserError
 
 
@@ -167,9 +165,8 @@ def open_split(
     """
     assert which in SPLITS, which
     prefixes, weights = parse_paths(paths, flag)
-    for prefix in prefixes:
-        _check_sidecar(prefix, vocab_size, tokenizer)
-    parts = [_open_part(prefix, split, which, sequence_length, seed, shuffle) for prefix in prefixes]
+    known = [check_sidecar(prefix, vocab_size, tokenizer) for prefix in prefixes]
+    parts = [_open_part(prefix, split, which, sequence_length, seed, shuffle, told) for prefix, told in zip(prefixes, known, strict=True)]
     return Samples(which, parts, weights, vocab_size)
 
 
@@ -198,7 +195,7 @@ def _number(word: str) -> float | None:
         return None
 
 
-def _open_part(prefix: str, split: str | None, which: str, sequence_length: int, seed: int, shuffle: bool) -> Part:
+def _open_part(prefix: str, split: str | None, which: str, sequence_length: int, seed: int, shuffle: bool, has_sidecar: bool) -> Part:
     dataset = IndexedDataset(prefix)
     if dataset.dtype.kind not in "iu":
         raise UserError(f"{prefix}.idx: holds {dataset.dtype} numbers, expected whole ones; this is no dataset of tokens.")
@@ -210,7 +207,7 @@ def _open_part(prefix: str, split: str | None, which: str, sequence_length: int,
                         "more data or a smaller --seq-length.")
     tokens = np.asarray(dataset.tokens[first:last])
     return Part(prefix, documents, tokens, ChunkOrder(len(tokens), sequence_length, seed, shuffle),
-                ChunkOrder(len(tokens), sequence_length, seed, shuffle=False), Path(f"{prefix}.json").exists())
+                ChunkOrder(len(tokens), sequence_length, seed, shuffle=False), has_sidecar)
 
 
 def _split_of(dataset: IndexedDataset, split: str | None, which: str) -> tuple[int, int, int]:
@@ -221,22 +218,3 @@ def _split_of(dataset: IndexedDataset, split: str | None, which: str) -> tuple[i
         return 0, *split_ranges(split, dataset.token_count)[which]
     first, last = split_ranges(split, dataset.document_count)[which]
     return last - first, dataset.document_token_boundaries(first), dataset.document_token_boundaries(last)
-
-
-def _check_sidecar(prefix: str, vocab_size: int | None, tokenizer: Mapping[str, Any] | None) -> None:
-    """Raises UserError when PREFIX.json, which preprocessing writes, tells of ids the model does not know, or of another tokenizer."""
-    path = Path(f"{prefix}.json")
-    if not path.exists():
-        return
-    try:
-        sidecar = json.loads(path.read_text(encoding="utf-8"))
-        told = int(sidecar["vocab_size"])
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{path}: is no sidecar with a vocab_size; make the dataset again or remove this file.") from None
-    if vocab_size is not None and told > vocab_size:
-        raise UserError(f"{prefix}: was made with a vocabulary of {told} ids (see {path.name}), the model has {vocab_size}; "
-                        "train with the tokenizer the dataset was made with.")
-    made_with = sidecar.get("tokenizer")
-    if tokenizer is not None and made_with is not None and not same_tokenizer(made_with, tokenizer):
-        raise UserError(f"{prefix}: was made with a {made_with.get('type')} that is not this {tokenizer['type']} (see {path.name}: "
-                        "other files or another type); train with the tokenizer the dataset was made with.")

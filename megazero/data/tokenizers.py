@@ -2,25 +2,32 @@
 
     type                     its files                                      end of document
     SentencePieceTokenizer   --tokenizer-model X.model                      the model's eos
+    Llama2Tokenizer          --tokenizer-model X.model                      the model's eos; every text begins with its bos
     GPT2BPETokenizer         --vocab-file vocab.json --merge-file merges    <|endoftext|>
     HuggingFaceTokenizer     --tokenizer-model tokenizer.json or its folder tokenizer_config.json's eos_token, or a usual name
+    TiktokenTokenizer        --tokenizer-model X.tiktoken                   see ENCODINGS
     ByteTokenizer            none: the 256 bytes of UTF-8                   256
     CharTokenizer            --tokenizer-model characters.json              none
     NullTokenizer            none: the text is ids, --vocab-size of them    the id after the last, as in Megatron
 
-No tokenizer adds anything of its own to a text: no begin of text, no end of document. A library is imported by the type
-that needs it.
+No tokenizer but Megatron's Llama2Tokenizer adds anything of its own to a text: no begin of text, no end of document. A library
+is imported by the type that needs it.
 """
 
+import base64
 import hashlib
 import json
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
+import numpy as np
+
+from megazero.data.files import library
 from megazero.errors import UserError
 
 if TYPE_CHECKING:
@@ -49,6 +56,17 @@ class Tokenizer(ABC):
         """The ids of one text."""
         return self.encode_batch([text])[0]
 
+    def encode_flat(self, texts: Sequence[str], dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
+        """(ids of all texts back to back [ids], how many each text has [texts]); preprocessing calls nothing else."""
+        ids = self.encode_batch(texts)
+        lengths = np.fromiter(map(len, ids), np.int64, len(ids))
+        return np.fromiter(chain.from_iterable(ids), dtype, int(lengths.sum())), lengths
+
+    def id_of(self, name: str) -> int | None:
+        """The id that a special token's name becomes, if it becomes one id."""
+        ids = self.encode_batch([name])[0]
+        return ids[0] if len(ids) == 1 else None
+
     def files(self) -> dict[str, Path]:
         """The files it was made from, under the names a checkpoint keeps them by; see `load_tokenizer`."""
         return {}
@@ -64,6 +82,7 @@ class Tokenizer(ABC):
 
 class SentencePieceTokenizer(Tokenizer):
     needs = {"tokenizer_model": "tokenizer.model"}
+    _begins = False                              # does every text begin with the model's begin of text?
 
     def __init__(self, tokenizer_model: str) -> None:
         from sentencepiece import SentencePieceProcessor
@@ -76,13 +95,22 @@ class SentencePieceTokenizer(Tokenizer):
         self.eod = self._model.eos_id() if self._model.eos_id() >= 0 else None
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return self._model.encode(list(texts), num_threads=1)          # workers are processes
+        return self._model.encode(list(texts), num_threads=1, add_bos=self._begins)            # workers are processes
+
+    def encode_flat(self, texts: Sequence[str], dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
+        return _flat(self._model.encode(list(texts), num_threads=1, add_bos=self._begins, return_type="numpy"), dtype)
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._model.decode([int(i) for i in ids])
 
     def files(self) -> dict[str, Path]:
         return {"tokenizer.model": self._path}
+
+
+class Llama2Tokenizer(SentencePieceTokenizer):
+    """Megatron's: every text begins with the model's begin of text, an empty one, too."""
+
+    _begins = True
 
 
 class _LibraryTokenizer(Tokenizer):
@@ -154,12 +182,75 @@ class HuggingFaceTokenizer(_LibraryTokenizer):
         return {"tokenizer.json": self._path} | {name: path for name, path in beside.items() if path.exists()}
 
 
+class Encoding(NamedTuple):
+    """What a .tiktoken file does not say: how text is cut before merging, and the special tokens by name."""
+
+    pattern: str
+    specials: Mapping[str, int]
+
+
+_GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+_CL100K = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s")
+_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
+_O200K = (rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*"
+          r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+")
+
+# As published, by the number of ranks in the file: r50k_base (GPT-2), p50k_base, cl100k_base, o200k_base, Llama 3. Any other file is
+# cut as cl100k_base, and its end of document is the id after its last rank.
+ENCODINGS: Mapping[int, Encoding] = {
+    50_256: Encoding(_GPT2, {END_OF_TEXT: 50_256}),
+    50_280: Encoding(_GPT2, {END_OF_TEXT: 50_256}),
+    100_256: Encoding(_CL100K, {END_OF_TEXT: 100_257, "<|fim_prefix|>": 100_258, "<|fim_middle|>": 100_259, "<|fim_suffix|>": 100_260,
+                                "<|endofprompt|>": 100_276}),
+    199_998: Encoding(_O200K, {END_OF_TEXT: 199_999, "<|endofprompt|>": 200_018}),
+    128_000: Encoding(_CL100K, {"<|begin_of_text|>": 128_000, "<|end_of_text|>": 128_001}
+                      | {f"<|reserved_special_token_{i}|>": 128_002 + i for i in range(254)}),
+}
+
+
+class TiktokenTokenizer(Tokenizer):
+    needs = {"tokenizer_model": "tokenizer.tiktoken"}
+
+    def __init__(self, tokenizer_model: str) -> None:
+        tiktoken = library("tiktoken", "data", f"--tokenizer-model {tokenizer_model}")
+        self._path = _existing("--tokenizer-model", tokenizer_model, "a .tiktoken file")
+        try:
+            rows = [line.split() for line in self._path.read_bytes().splitlines() if line]
+            ranks = {base64.b64decode(piece, validate=True): int(rank) for piece, rank in rows}
+        except ValueError:
+            ranks = {}
+        if not {bytes([b]) for b in range(256)} <= ranks.keys() or len(set(ranks.values())) < len(ranks):
+            raise UserError(f"--tokenizer-model {tokenizer_model}: is not a .tiktoken file: each line should be a piece in base64 and its "
+                            "rank, all 256 bytes among them.")
+        known = ENCODINGS.get(len(ranks), Encoding(_CL100K, {END_OF_TEXT: max(ranks.values()) + 1}))
+        self._inner = tiktoken.Encoding(self._path.name, pat_str=known.pattern, mergeable_ranks=ranks, special_tokens=dict(known.specials))
+        self._specials = set(known.specials)
+        self.vocab_size = max(*known.specials.values(), *ranks.values()) + 1
+        self.eod = next(known.specials[name] for name in USUAL_ENDS if name in known.specials)
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [self._inner.encode(text, allowed_special=self._specials) for text in texts]       # one thread: workers are processes
+
+    def encode_flat(self, texts: Sequence[str], dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
+        return _flat([self._inner.encode_to_numpy(text, allowed_special=self._specials) for text in texts], dtype)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self._inner.decode([int(i) for i in ids])
+
+    def files(self) -> dict[str, Path]:
+        return {"tokenizer.tiktoken": self._path}
+
+
 class ByteTokenizer(Tokenizer):
     def __init__(self) -> None:
         self.vocab_size, self.eod = 257, 256
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [list(text.encode("utf-8")) for text in texts]
+
+    def encode_flat(self, texts: Sequence[str], dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
+        raw = [text.encode("utf-8") for text in texts]
+        return np.frombuffer(b"".join(raw), np.uint8).astype(dtype), np.array([len(r) for r in raw], np.int64)
 
     def decode(self, ids: Sequence[int]) -> str:
         return bytes(int(i) for i in ids if i < 256).decode("utf-8", errors="replace")
@@ -217,7 +308,8 @@ class NullTokenizer(Tokenizer):
 
 
 TYPES: Mapping[str, type[Tokenizer]] = {cls.__name__: cls for cls in (
-    SentencePieceTokenizer, GPT2BPETokenizer, HuggingFaceTokenizer, ByteTokenizer, CharTokenizer, NullTokenizer)}
+    SentencePieceTokenizer, Llama2Tokenizer, GPT2BPETokenizer, HuggingFaceTokenizer, TiktokenTokenizer, ByteTokenizer, CharTokenizer,
+    NullTokenizer)}
 
 
 def build_tokenizer(
@@ -265,6 +357,11 @@ def same_tokenizer(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
 def characters_of(texts: Iterable[str]) -> list[str]:
     """The characters that occur, sorted: what a CharTokenizer's JSON file holds."""
     return sorted(set().union(*texts))
+
+
+def _flat(ids: Sequence[np.ndarray], dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
+    """What `encode_flat` gives, from the ids of each text."""
+    return np.concatenate([np.empty(0, dtype), *ids], dtype=dtype, casting="unsafe"), np.fromiter(map(len, ids), np.int64, len(ids))
 
 
 def _flag(name: str) -> str:
