@@ -95,16 +95,40 @@ def _expand_remote(word: str) -> tuple[list[str], bool]:
         raise UserError(f"{word}: cannot be listed ({error}).") from None
 
 
-def _zstd(file: BinaryIO) -> BinaryIO:
-    reader = library("zstandard", "data", "a .zst file").ZstdDecompressor().stream_reader(file, read_across_frames=True)
-    return cast(BinaryIO, io.BufferedReader(reader, 1 << 17))
+class _Zstd(io.RawIOBase):
+    """Frames of Zstandard one after the other. The library's own reader takes a file that was cut short for a whole one."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._new = library("zstandard", "data", "a .zst file").ZstdDecompressor().decompressobj
+        self._file, self._frame, self._packed, self._ready = file, self._new(), b"", b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, into: Any) -> int:
+        while not self._ready:
+            self._packed = self._packed or self._file.read(1 << 17)
+            if not self._packed:
+                return self._end()
+            if self._frame.eof:
+                self._frame = self._new()
+            self._ready = self._frame.decompress(self._packed)
+            self._packed = self._frame.unused_data if self._frame.eof else b""
+        count = min(len(into), len(self._ready))
+        into[:count], self._ready = self._ready[:count], self._ready[count:]
+        return count
+
+    def _end(self) -> int:
+        if not self._frame.eof:
+            raise EOFError("the file ends within a frame")
+        return 0
 
 
 COMPRESSIONS: Mapping[str, Callable[[BinaryIO], BinaryIO]] = {
     ".gz": lambda file: cast(BinaryIO, gzip.GzipFile(fileobj=file)),
     ".bz2": lambda file: cast(BinaryIO, bz2.BZ2File(file)),
     ".xz": lambda file: cast(BinaryIO, lzma.LZMAFile(file)),        # noqa: SIM115  (Opened closes what is below)
-    ".zst": _zstd,
+    ".zst": lambda file: cast(BinaryIO, io.BufferedReader(_Zstd(file), 1 << 17)),
 }
 
 
