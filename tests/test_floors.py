@@ -9,10 +9,11 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = [
     ["errors"],
     ["command_line", "config", "layout", "mesh", "architecture", "plan", "schedules", "program", "random",
-     "data.files", "data.indexed", "data.order", "data.tokenizers", "data.sidecar", "data.dataset", "data.sources", "data.preprocess"],
+     "data.files", "data.indexed", "data.order", "data.tokenizers", "data.sidecar",
+     "data.megatron_order", "data.dataset", "data.fim", "data.splits", "data.sources", "data.preprocess"],
     ["comm"],
     ["unit", "ops", "attention"],
-    ["decoder", "executor", "models.families"],
+    ["data.loader", "decoder", "executor", "models.families"],
     ["optimizer", "checkpoint", "metrics", "models.hf_files", "models.hf_tokenizer", "models.hf"],
     ["run", "train", "generate"],
 ]

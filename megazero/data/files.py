@@ -100,7 +100,7 @@ class _Zstd(io.RawIOBase):
 
     def __init__(self, file: BinaryIO) -> None:
         self._new = library("zstandard", "data", "a .zst file").ZstdDecompressor().decompressobj
-        self._file, self._frame, self._packed, self._ready = file, self._new(), b"", b""
+        self._file, self._frame, self._packed, self._ready = file, self._new(), b"", memoryview(b"")
 
     def readable(self) -> bool:
         return True
@@ -112,7 +112,7 @@ class _Zstd(io.RawIOBase):
                 return self._end()
             if self._frame.eof:
                 self._frame = self._new()
-            self._ready = self._frame.decompress(self._packed)
+            self._ready = memoryview(self._frame.decompress(self._packed))
             self._packed = self._frame.unused_data if self._frame.eof else b""
         count = min(len(into), len(self._ready))
         into[:count], self._ready = self._ready[:count], self._ready[count:]

@@ -246,6 +246,17 @@ class IndexedDataset:
             raise self.damaged(f"the lengths of document {i} add up to {told} tokens", f"{last - first}, as its offsets say")
         return self.tokens[first:last]
 
+    def sequence_lengths(self, first: int, last: int) -> np.ndarray:
+        """The lengths of sequences [first, last) in tokens, none negative, each sequence ending where the next one starts [n]."""
+        lengths, size = np.asarray(self.lengths[first:last], np.int64), self.dtype.itemsize
+        starts = np.append(self.offsets[first:last], self.sequence_start(last) * size)
+        wrong = np.flatnonzero((lengths < 0) | (starts[:-1] + lengths * size != starts[1:]))
+        if len(wrong):
+            i = int(wrong[0])
+            raise self.damaged(f"sequence {first + i} has {lengths[i]} tokens from byte {starts[i]} on, the next starts at {starts[i + 1]}",
+                               "each to end where the next one starts")
+        return lengths
+
     def document_of(self, token: int) -> int:
         """The document that holds a place of the token stream: a search in the boundaries."""
         assert 0 <= token < self.token_count, f"token {token} of {self.token_count}"
@@ -261,6 +272,10 @@ class IndexedDataset:
         sequence = int(self.documents[i])
         if not 0 <= sequence <= self.sequence_count:
             raise self.damaged(f"document {i} starts at sequence {sequence}", f"0 to {self.sequence_count}")
+        return self.sequence_start(sequence)
+
+    def sequence_start(self, sequence: int) -> int:
+        """The place in `tokens` where a sequence starts; for sequence_count, the end of the last one."""
         if sequence == self.sequence_count:
             return self.token_count
         byte, size = int(self.offsets[sequence]), self.dtype.itemsize
