@@ -212,7 +212,9 @@ def open_stages(
 
 
 def _counts(weights: Sequence[float] | None, datasets: int, reading: Reading, cut: bool) -> list[int | None]:
-    """Samples that Megatron's order of each dataset is built for; None is one epoch."""
+    """Samples that Megatron's order of each dataset is built for; None is one epoch. No other order depends on it."""
+    if not reading.megatron:
+        return [None] * datasets
     if weights is not None and (datasets > 1 or cut):           # one dataset with a weight is a blend to --data-path alone
         return list(blend_counts(weights, reading.count)[1])
     return [reading.count] if datasets == 1 else [None] * datasets
