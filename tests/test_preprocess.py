@@ -4,16 +4,19 @@ import json
 import os
 import subprocess
 import sys
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 from test_indexed import contents, plain_bytes
+from test_tokenizers import PIECES, tiktoken_file
 
 from megazero.data.indexed import IndexedDataset
 from megazero.data.preprocess import PreprocessSettings, batches, preprocess, with_ends
 from megazero.data.sources import Place, find_sources, read_chunks
+from megazero.data.tokenizers import ENCODINGS
 from megazero.errors import UserError
 
 REPOSITORY = Path(__file__).parents[1]
@@ -63,6 +66,55 @@ def test_bytes_are_those_of_the_format(tmp_path: Path, append_eod: bool, workers
     every = [*EDGE, *map(str, range(500))]
     documents = [[[*text.encode(), *([256] if append_eod else [])]] if text else [] for text in every]
     assert contents(tmp_path / "out_text_document") == plain_bytes(documents, 8, "H")
+
+
+@needs_golden
+@pytest.mark.parametrize("kind", ["HuggingFaceTokenizer", "GPT2BPETokenizer", "SentencePieceTokenizer", "Llama2Tokenizer", "TiktokenTokenizer",
+                                  "CharTokenizer", "NullTokenizer"])
+def test_bytes_of_each_tokenizer_are_those_of_its_own_library(tmp_path: Path, kind: str) -> None:
+    """Ids from the library itself, files from the format alone."""
+    files, texts = DATA / "tokenizers", [*EDGE, "日本語 <|endoftext|> e\u0301", *(f"Words and more words, {i} of them." for i in range(300))]
+    more: dict[str, object] = {}
+    if kind in ("HuggingFaceTokenizer", "GPT2BPETokenizer"):
+        import tokenizers
+        library = tokenizers.Tokenizer.from_file(str(files / "gpt2_hf" / "tokenizer.json"))
+        ids, eod, size = [library.encode(t, add_special_tokens=False).ids for t in texts], 50_256, 50_257
+        more = {"vocab_file": str(files / "gpt2" / "vocab.json"), "merge_file": str(files / "gpt2" / "merges.txt")}
+        more = more if kind == "GPT2BPETokenizer" else {"tokenizer_model": str(files / "gpt2_hf")}
+    elif kind in ("SentencePieceTokenizer", "Llama2Tokenizer"):
+        import sentencepiece
+        model = sentencepiece.SentencePieceProcessor(model_file=str(files / "sentencepiece" / "test_model.model"))
+        ids = [([model.bos_id()] if kind == "Llama2Tokenizer" else []) + model.encode(t) for t in texts]
+        eod, size, more = model.eos_id(), 1000, {"tokenizer_model": str(files / "sentencepiece" / "test_model.model")}
+    elif kind == "TiktokenTokenizer":
+        tiktoken = pytest.importorskip("tiktoken")
+        more, size, eod = {"tokenizer_model": tiktoken_file(tmp_path / "t.tiktoken")}, 265, 264
+        ranks = {piece: i for i, piece in enumerate(PIECES)}
+        library = tiktoken.Encoding("plain", pat_str=ENCODINGS[100_256].pattern, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 264})
+        ids = [library.encode(t, allowed_special="all") for t in texts]
+    elif kind == "CharTokenizer":
+        letters = sorted(set("".join(texts)))
+        (tmp_path / "c.json").write_text(json.dumps(letters))
+        ids, eod, size, more = [[letters.index(c) for c in t] for t in texts], None, len(letters), {"tokenizer_model": str(tmp_path / "c.json")}
+    else:
+        texts = ["", "1 2 3", " ", "0"]
+        ids, eod, size, more = [[], [1, 2, 3], [], [0]], 99, 100, {"vocab_size": 99}
+    source = jsonl(tmp_path / "a.jsonl", *({"text": text} for text in texts))
+    preprocess(settings(tmp_path, source, tokenizer_type=kind, append_eod=eod is not None, **more))
+    documents = [[[*i, *([eod] if eod is not None else [])]] if i else [] for i in ids]
+    assert size < 65_500 and contents(tmp_path / "out_text_document") == plain_bytes(documents, 8, "H")
+
+
+@pytest.mark.parametrize("count", [50_000, pytest.param(1_000_000, marks=pytest.mark.full)])
+def test_tiny_documents_in_bounded_memory(tmp_path: Path, count: int) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b"".join(b'{"text": "%d"}\n' % i for i in range(count)))
+    tracemalloc.start()
+    (report,) = preprocess(settings(tmp_path, tmp_path / "a.jsonl", append_eod=True))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    dataset = IndexedDataset(tmp_path / "out_text_document")
+    assert report.documents == dataset.document_count == count and peak < 40_000_000
+    assert dataset.document(count - 1).tolist() == [*str(count - 1).encode(), 256]
 
 
 def test_dtype_follows_the_vocabulary(tmp_path: Path) -> None:

@@ -218,8 +218,8 @@ class TiktokenTokenizer(Tokenizer):
             rows = [line.split() for line in self._path.read_bytes().splitlines() if line]
             ranks = {base64.b64decode(piece, validate=True): int(rank) for piece, rank in rows}
         except ValueError:
-            ranks = {}
-        if not {bytes([b]) for b in range(256)} <= ranks.keys() or len(set(ranks.values())) < len(ranks):
+            rows, ranks = [], {}
+        if not {bytes([b]) for b in range(256)} <= ranks.keys() or min(len(ranks), len(set(ranks.values()))) < len(rows):
             raise UserError(f"--tokenizer-model {tokenizer_model}: is not a .tiktoken file: each line should be a piece in base64 and its "
                             "rank, all 256 bytes among them.")
         known = ENCODINGS.get(len(ranks), Encoding(_CL100K, {END_OF_TEXT: max(ranks.values()) + 1}))
