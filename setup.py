@@ -15,7 +15,7 @@ setup(
         "torch>=2.11",
         "numpy",
         "safetensors",
-        "sentencepiece>=0.2.3",
+        "sentencepiece>=0.2.2",
         "tokenizers>=0.20",
         "orjson",
         "tensorboard",
