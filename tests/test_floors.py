@@ -9,7 +9,8 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = [
     ["errors"],
     ["command_line", "config", "layout", "mesh", "architecture", "plan", "schedules", "program", "random",
-     "data.files", "data.indexed", "data.order", "data.tokenizers", "data.sidecar",
+     "data.files", "data.indexed", "data.order", "data.tokenizer_base", "data.tokenizer_tiktoken",
+     "data.tokenizers", "data.sidecar",
      "data.megatron_order", "data.dataset", "data.fim", "data.splits", "data.verify", "data.edit", "data.sources",
      "data.preprocess"],
     ["comm"],

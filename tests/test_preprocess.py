@@ -16,7 +16,7 @@ from test_tokenizers import PIECES, tiktoken_file
 from megazero.data.indexed import IndexedDataset
 from megazero.data.preprocess import PreprocessSettings, batches, preprocess, with_ends
 from megazero.data.sources import Place, find_sources, read_chunks
-from megazero.data.tokenizers import ENCODINGS
+from megazero.data.tokenizer_tiktoken import ENCODINGS
 from megazero.errors import UserError
 
 REPOSITORY = Path(__file__).parents[1]

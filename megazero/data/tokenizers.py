@@ -5,7 +5,7 @@
     Llama2Tokenizer          --tokenizer-model X.model                      the model's eos; every text begins with its bos
     GPT2BPETokenizer         --vocab-file vocab.json --merge-file merges    <|endoftext|>
     HuggingFaceTokenizer     --tokenizer-model tokenizer.json or its folder tokenizer_config.json's eos_token, or a usual name
-    TiktokenTokenizer        --tokenizer-model X.tiktoken                   see ENCODINGS
+    TiktokenTokenizer        --tokenizer-model X.tiktoken                   see tokenizer_tiktoken.py
     ByteTokenizer            none: the 256 bytes of UTF-8                   256
     CharTokenizer            --tokenizer-model characters.json              none
     NullTokenizer            none: the text is ids, --vocab-size of them    the id after the last, as in Megatron
@@ -14,70 +14,19 @@ No tokenizer but Megatron's Llama2Tokenizer adds anything of its own to a text: 
 is imported by the type that needs it.
 """
 
-import base64
-import hashlib
-import json
 import os
-from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cached_property
-from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from megazero.data.files import library
+from megazero.data.tokenizer_base import END_OF_TEXT, USUAL_ENDS, Tokenizer, existing, flat, read_json
+from megazero.data.tokenizer_tiktoken import TiktokenTokenizer
 from megazero.errors import UserError
 
 if TYPE_CHECKING:
     import tokenizers
-
-END_OF_TEXT = "<|endoftext|>"
-USUAL_ENDS = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "[EOS]")
-
-
-class Tokenizer(ABC):
-    """What every type can do."""
-
-    needs: ClassVar[Mapping[str, str]] = {}      # the constructor's parameters (flags) -> the name a checkpoint keeps the file by
-    vocab_size: int                              # ids are 0 .. vocab_size - 1
-    eod: int | None                              # the id that ends a document, if there is one
-
-    @abstractmethod
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """The ids of each text. Raises UserError for a text this vocabulary cannot say."""
-
-    @abstractmethod
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of these ids; bytes that are no UTF-8 become U+FFFD."""
-
-    def encode(self, text: str) -> list[int]:
-        """The ids of one text."""
-        return self.encode_batch([text])[0]
-
-    def encode_flat(self, texts: Sequence[str], dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
-        """(ids of all texts back to back [ids], how many each text has [texts]); preprocessing calls nothing else."""
-        ids = self.encode_batch(texts)
-        lengths = np.fromiter(map(len, ids), np.int64, len(ids))
-        return np.fromiter(chain.from_iterable(ids), dtype, int(lengths.sum())), lengths
-
-    def id_of(self, name: str) -> int | None:
-        """The id that a special token's name becomes, if it becomes one id."""
-        ids = self.encode_batch([name])[0]
-        return ids[0] if len(ids) == 1 else None
-
-    def files(self) -> dict[str, Path]:
-        """The files it was made from, under the names a checkpoint keeps them by; see `load_tokenizer`."""
-        return {}
-
-    @cached_property
-    def _hashes(self) -> dict[str, str]:
-        return {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in self.files().items()}
-
-    def identity(self) -> dict[str, Any]:
-        """What tells it from others, ready for JSON: type, vocab_size, eod, sha256 of each file."""
-        return {"type": type(self).__name__, "vocab_size": self.vocab_size, "eod": self.eod, "files": self._hashes}
 
 
 class SentencePieceTokenizer(Tokenizer):
@@ -86,7 +35,7 @@ class SentencePieceTokenizer(Tokenizer):
 
     def __init__(self, tokenizer_model: str) -> None:
         from sentencepiece import SentencePieceProcessor
-        self._path = _existing("--tokenizer-model", tokenizer_model, "a sentencepiece .model file")
+        self._path = existing("--tokenizer-model", tokenizer_model, "a sentencepiece .model file")
         try:
             self._model = SentencePieceProcessor(model_file=str(self._path))
         except (RuntimeError, OSError):
@@ -98,7 +47,7 @@ class SentencePieceTokenizer(Tokenizer):
         return self._model.encode(list(texts), num_threads=1, add_bos=self._begins)            # workers are processes
 
     def encode_flat(self, texts: Sequence[str], dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
-        return _flat(self._model.encode(list(texts), num_threads=1, add_bos=self._begins, return_type="numpy"), dtype)
+        return flat(self._model.encode(list(texts), num_threads=1, add_bos=self._begins, return_type="numpy"), dtype)
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._model.decode([int(i) for i in ids])
@@ -136,8 +85,8 @@ class GPT2BPETokenizer(_LibraryTokenizer):
 
     def __init__(self, vocab_file: str, merge_file: str) -> None:
         library = _tokenizers_library()
-        self._vocab = _existing("--vocab-file", vocab_file, "GPT-2's vocab.json")
-        self._merges = _existing("--merge-file", merge_file, "GPT-2's merges.txt")
+        self._vocab = existing("--vocab-file", vocab_file, "GPT-2's vocab.json")
+        self._merges = existing("--merge-file", merge_file, "GPT-2's merges.txt")
         try:
             inner = library.Tokenizer(library.models.BPE.from_file(str(self._vocab), str(self._merges)))
         except Exception as error:                                     # the library raises bare Exception
@@ -158,7 +107,7 @@ class HuggingFaceTokenizer(_LibraryTokenizer):
 
     def __init__(self, tokenizer_model: str) -> None:
         library = _tokenizers_library()
-        given = _existing("--tokenizer-model", tokenizer_model, "a tokenizer.json or its folder", folder=True)
+        given = existing("--tokenizer-model", tokenizer_model, "a tokenizer.json or its folder", folder=True)
         self._path = given / "tokenizer.json" if given.is_dir() else given
         try:
             self._adopt(library.Tokenizer.from_file(str(self._path)))
@@ -170,7 +119,7 @@ class HuggingFaceTokenizer(_LibraryTokenizer):
 
     def _names_of_the_end(self) -> Iterable[str]:
         config = self.files().get("tokenizer_config.json")
-        said = _read_json("--tokenizer-model", config) if config else {}
+        said = read_json("--tokenizer-model", config) if config else {}
         end = said.get("eos_token") if isinstance(said, dict) else said
         end = end.get("content", end) if isinstance(end, dict) else end
         if end is not None and not isinstance(end, str):
@@ -180,65 +129,6 @@ class HuggingFaceTokenizer(_LibraryTokenizer):
     def files(self) -> dict[str, Path]:
         beside = {name: self._path.with_name(name) for name in ("tokenizer_config.json", "special_tokens_map.json")}
         return {"tokenizer.json": self._path} | {name: path for name, path in beside.items() if path.exists()}
-
-
-class Encoding(NamedTuple):
-    """What a .tiktoken file does not say: how text is cut before merging, and the special tokens by name."""
-
-    pattern: str
-    specials: Mapping[str, int]
-
-
-_GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
-_CL100K = (r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+|\s++$|\s*[\r\n]|\s+(?!\S)|\s")
-_UPPER, _LOWER = r"[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]", r"[\p{Ll}\p{Lm}\p{Lo}\p{M}]"
-_O200K = (rf"[^\r\n\p{{L}}\p{{N}}]?{_UPPER}*{_LOWER}+(?i:'s|'t|'re|'ve|'m|'ll|'d)?|[^\r\n\p{{L}}\p{{N}}]?{_UPPER}+{_LOWER}*"
-          r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+")
-
-# As published, by the number of ranks in the file: r50k_base (GPT-2), p50k_base, cl100k_base, o200k_base, Llama 3. Any other file is
-# cut as cl100k_base, and its end of document is the id after its last rank.
-ENCODINGS: Mapping[int, Encoding] = {
-    50_256: Encoding(_GPT2, {END_OF_TEXT: 50_256}),
-    50_280: Encoding(_GPT2, {END_OF_TEXT: 50_256}),
-    100_256: Encoding(_CL100K, {END_OF_TEXT: 100_257, "<|fim_prefix|>": 100_258, "<|fim_middle|>": 100_259, "<|fim_suffix|>": 100_260,
-                                "<|endofprompt|>": 100_276}),
-    199_998: Encoding(_O200K, {END_OF_TEXT: 199_999, "<|endofprompt|>": 200_018}),
-    128_000: Encoding(_CL100K, {"<|begin_of_text|>": 128_000, "<|end_of_text|>": 128_001}
-                      | {f"<|reserved_special_token_{i}|>": 128_002 + i for i in range(254)}),
-}
-
-
-class TiktokenTokenizer(Tokenizer):
-    needs = {"tokenizer_model": "tokenizer.tiktoken"}
-
-    def __init__(self, tokenizer_model: str) -> None:
-        tiktoken = library("tiktoken", "data", f"--tokenizer-model {tokenizer_model}")
-        self._path = _existing("--tokenizer-model", tokenizer_model, "a .tiktoken file")
-        try:
-            rows = [line.split() for line in self._path.read_bytes().splitlines() if line]
-            ranks = {base64.b64decode(piece, validate=True): int(rank) for piece, rank in rows}
-        except ValueError:
-            rows, ranks = [], {}
-        if not {bytes([b]) for b in range(256)} <= ranks.keys() or min(len(ranks), len(set(ranks.values()))) < len(rows):
-            raise UserError(f"--tokenizer-model {tokenizer_model}: is not a .tiktoken file: each line should be a piece in base64 and its "
-                            "rank, all 256 bytes among them.")
-        known = ENCODINGS.get(len(ranks), Encoding(_CL100K, {END_OF_TEXT: max(ranks.values()) + 1}))
-        self._inner = tiktoken.Encoding(self._path.name, pat_str=known.pattern, mergeable_ranks=ranks, special_tokens=dict(known.specials))
-        self._specials = set(known.specials)
-        self.vocab_size = max(*known.specials.values(), *ranks.values()) + 1
-        self.eod = next(known.specials[name] for name in USUAL_ENDS if name in known.specials)
-
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return [self._inner.encode(text, allowed_special=self._specials) for text in texts]       # one thread: workers are processes
-
-    def encode_flat(self, texts: Sequence[str], dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
-        return _flat([self._inner.encode_to_numpy(text, allowed_special=self._specials) for text in texts], dtype)
-
-    def decode(self, ids: Sequence[int]) -> str:
-        return self._inner.decode([int(i) for i in ids])
-
-    def files(self) -> dict[str, Path]:
-        return {"tokenizer.tiktoken": self._path}
 
 
 class ByteTokenizer(Tokenizer):
@@ -260,8 +150,8 @@ class CharTokenizer(Tokenizer):
     needs = {"tokenizer_model": "characters.json"}
 
     def __init__(self, tokenizer_model: str) -> None:
-        self._path = _existing("--tokenizer-model", tokenizer_model, "a JSON list of characters")
-        data = _read_json("--tokenizer-model", self._path)
+        self._path = existing("--tokenizer-model", tokenizer_model, "a JSON list of characters")
+        data = read_json("--tokenizer-model", self._path)
         try:
             self._ids: dict[str, int] = data if isinstance(data, dict) else {c: i for i, c in enumerate(data)}
             complete = not isinstance(data, str) and set(self._ids.values()) == set(range(len(data))) and len(data) > 0
@@ -359,26 +249,8 @@ def characters_of(texts: Iterable[str]) -> list[str]:
     return sorted(set().union(*texts))
 
 
-def _flat(ids: Sequence[np.ndarray], dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
-    """What `encode_flat` gives, from the ids of each text."""
-    return np.concatenate([np.empty(0, dtype), *ids], dtype=dtype, casting="unsafe"), np.fromiter(map(len, ids), np.int64, len(ids))
-
-
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
-
-
-def _existing(flag: str, path: str, what: str, folder: bool = False) -> Path:
-    if Path(path).is_file() or (folder and Path(path).is_dir()):
-        return Path(path)
-    raise UserError(f"{flag} {path}: no such file; give {what}.")
-
-
-def _read_json(flag: str, path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{flag} {path}: is not valid JSON ({error}).") from None
 
 
 def _tokenizers_library() -> Any:
