@@ -105,6 +105,15 @@ def test_bytes_of_each_tokenizer_are_those_of_its_own_library(tmp_path: Path, ki
     assert size < 65_500 and contents(tmp_path / "out_text_document") == plain_bytes(documents, 8, "H")
 
 
+@pytest.mark.parametrize("size", [3_000_000, pytest.param(300_000_000, marks=pytest.mark.full)])
+def test_one_huge_document(tmp_path: Path, size: int) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "before"}\n{"text": "' + b"xyz " * (size // 4) + b'"}\n{"text": "after"}\n')
+    preprocess(settings(tmp_path, tmp_path / "a.jsonl", append_eod=True))
+    dataset = IndexedDataset(tmp_path / "out_text_document")
+    assert dataset.lengths[:].tolist() == [7, size + 1, 6]
+    assert dataset.tokens[7:].reshape(-1)[:size].reshape(-1, 4).astype(np.uint8).tobytes() == b"xyz " * (size // 4)
+
+
 @pytest.mark.parametrize("count", [50_000, pytest.param(1_000_000, marks=pytest.mark.full)])
 def test_tiny_documents_in_bounded_memory(tmp_path: Path, count: int) -> None:
     (tmp_path / "a.jsonl").write_bytes(b"".join(b'{"text": "%d"}\n' % i for i in range(count)))
