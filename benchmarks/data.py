@@ -76,8 +76,8 @@ def preprocess(s: Preprocess) -> None:
         ratio = f", {best['library', workers, of] / seconds:.2f} of the library" if side == "tool" else ""
         print(f"  {side:<8}{workers} worker{'s' if workers > 1 else ' '} {of:<6}{seconds:7.2f} s {size / 1e6 / seconds:7.2f} MB/s{ratio}")
     for side in ("tool", "library"):
-        print(f"  {side}: 2 workers are {best[side, 1, 'clock'] / best[side, 2, 'clock']:.2f} times 1; by the time on the cores they could be "
-              f"{2 * best[side, 1, 'cores'] / best[side, 2, 'cores']:.2f}")
+        print(f"  {side}: 2 workers are {best[side, 1, 'clock'] / best[side, 2, 'clock']:.2f} times 1; by the time on the cores they could "
+              f"be {2 * best[side, 1, 'cores'] / best[side, 2, 'cores']:.2f}")
 
 
 def _keep(best: dict[tuple[str, int, str], float], side: str, workers: int, clock: float, cores: float) -> None:
