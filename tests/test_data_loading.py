@@ -282,6 +282,14 @@ def test_the_loader_reads_the_next_step_in_the_background() -> None:
     assert threads == {"loader_0"} and read[:8] == list(range(8)) and read.count(4) == 2
 
 
+@pytest.mark.gpu
+def test_what_is_read_for_a_gpu_is_pinned() -> None:
+    loader = Loader(MockSamples(50, 8, 1).sample, pin=True)
+    (tokens,) = loader.take([range(0, 2)], [range(2, 4)])
+    assert tokens.is_pinned() and torch.equal(tokens.cuda(non_blocking=True).cpu(), torch.from_numpy(np.stack([MockSamples(50, 8, 1).sample(k) for k in (0, 1)])))
+    loader.close()
+
+
 def test_reading_ahead_changes_no_step_and_a_test_set_is_evaluated_at_the_end(tmp_path: Path) -> None:
     data = byte_dataset(tmp_path)
     words = (f"{SMALL} --vocab-size 257 --train-data-path {data} --micro-batch-size 2 --global-batch-size 4").replace("--eval-iters 0", "--eval-iters 2")

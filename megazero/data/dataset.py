@@ -85,7 +85,8 @@ class Part:
 
 
 class Samples:
-    """The samples of one split of one dataset or of a blend of several. Opening is cheap: nothing is scanned or built."""
+    """The samples of one split of one dataset or of a blend of several. Opening is cheap: but for Megatron's order nothing is scanned
+    or built."""
 
     def __init__(self, which: str, parts: Sequence[Part], blend: Mixture, vocab_size: int | None) -> None:
         self.which, self.parts, self.blend, self.vocab_size = which, tuple(parts), blend, vocab_size

@@ -33,6 +33,7 @@ MAGIC = b"MMIDIDX\0\0"
 HEADER = struct.Struct("<9sQBQQ")
 DTYPES = {code: np.dtype(name) for code, name in enumerate(("<u1", "<i1", "<i2", "<i4", "<i8", "<f8", "<f4", "<u2"), start=1)}
 BLOCK = 1 << 20                               # lengths turned into offsets at a time: memory stays flat for any corpus
+LONGEST = (1 << 31) - 1                       # tokens of a sequence
 SUMMED = 1 << 26                              # bytes of a checksum
 
 
@@ -105,7 +106,10 @@ class IndexedWriter:
 
     def add(self, tokens: np.ndarray, lengths: np.ndarray, sequences: np.ndarray) -> None:
         """Appends tokens [t], lengths of sequences [s], and how many sequences each document has [d]. The three are streams of
-        their own: they must agree in the end, not in each call."""
+        their own: they must agree in the end, not in each call. Raises UserError for what the format cannot hold."""
+        if lengths.max(initial=0) > LONGEST:
+            raise UserError(f"{self.prefix}.idx: a sequence after document {self.document_count} has {lengths.max()} tokens, the format "
+                            f"holds up to {LONGEST}; cut the text in pieces.")
         raw = np.ascontiguousarray(self._checked(tokens)).view(np.uint8).data
         self._files["bin"].write(raw)
         self._sums.update(raw)
