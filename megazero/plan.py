@@ -142,7 +142,7 @@ def plan(config: Config, world: int, vocab_size: int) -> Plan:
 
 def checks(config: Config, world: int) -> list[str]:
     """A sentence for every way in which the configuration cannot run on `world` ranks."""
-    parts = (_sizes, _model, _layout, _batches, _schedule, _precision, _data, _files, _unused)
+    parts = (_sizes, _model, _layout, _batches, _schedule, _precision, _data, _order, _files, _unused)
     found = [sentence for part in parts for wrong, sentence in part(config, world) if wrong]
     return list(dict.fromkeys(found))
 
@@ -329,7 +329,9 @@ def _unused(c: Config, world: int) -> Iterator[Check]:
         (o.optimizer == "sgd", "--optimizer sgd", o, plain.optimizer, ("sgd_momentum",)),
         (c.dtype == "fp16" and p.loss_scale is None, "--fp16 and a dynamic loss scale", p, plain.precision,
          ("initial_loss_scale", "min_loss_scale", "loss_scale_window", "hysteresis")),
-        (d.data_path or not (d.train_data_path or d.mock_data), "--data-path", d, plain.data, ("split",)),
+        (d.data_path or d.data_args_path or not (d.train_data_path or d.data_schedule or d.mock_data), "--data-path", d, plain.data,
+         ("split",)),
+        (d.fim_rate > 0, "--fim-rate", d, plain.data, ("fim_spm_rate", "fim_prefix_token", "fim_middle_token", "fim_suffix_token")),
         (c.parallel.zero_stage >= 1, "--zero-stage 1, 2 or 3", c.parallel, plain.parallel, ("zero_shard_size", "overlap_param_gather")),
         (c.parallel.zero_stage >= 2, "--zero-stage 2 or 3", c.parallel, plain.parallel, ("reduce_every",)),
         (c.parallel.zero_stage == 3, "--zero-stage 3", c.parallel, plain.parallel, ("keep_weights",)),
@@ -354,23 +356,43 @@ def _precision(c: Config, world: int) -> Iterator[Check]:
 
 def _data(c: Config, world: int) -> Iterator[Check]:
     d, t = c.data, c.training
-    said = {"--data-path": d.data_path, "--train-data-path": d.train_data_path, "--mock-data": d.mock_data}
+    said = {"--data-path": d.data_path, "--data-args-path": d.data_args_path, "--train-data-path": d.train_data_path,
+            "--data-schedule": d.data_schedule, "--mock-data": d.mock_data}
     sources = [flag for flag, given in said.items() if given]
+    apart = d.train_data_path or d.data_schedule
     yield not sources, "--data-path is missing: give the prefix of a preprocessed dataset, or --mock-data."
     yield len(sources) > 1, f"{' and '.join(sources)}: choose one."
-    yield (d.valid_data_path and not d.train_data_path,
-           f"--valid-data-path {' '.join(d.valid_data_path)}: needs --train-data-path; with --data-path the --split decides.")
-    yield (d.train_data_path and not d.valid_data_path and (t.eval_iters or t.full_validation),
+    yield (d.valid_data_path and not apart, f"--valid-data-path {' '.join(d.valid_data_path)}: needs --train-data-path or --data-schedule; "
+           "with --data-path the --split decides.")
+    yield (apart and not d.valid_data_path and (t.eval_iters or t.full_validation),
            "--valid-data-path is missing: give the data to evaluate on, or --eval-iters 0.")
+    yield d.test_data_path and not t.eval_iters, f"--test-data-path {' '.join(d.test_data_path)}: is never read with --eval-iters 0."
     numbers = re.split(r"[,/\s]+", d.split.strip())
     good = all(re.fullmatch(r"\d+(\.\d*)?|\.\d+", n) for n in numbers) and len(numbers) <= 3 and float(numbers[0]) > 0
     yield not good, f"--split {d.split!r}: must be one to three numbers, the first above 0, such as 969,30,1."
     yield (d.tokenizer_type is None and d.vocab_size is None,
            "--tokenizer-type is missing: name the tokenizer the data was made with, or give --vocab-size alone.")
-    needs = {"SentencePieceTokenizer": ("tokenizer_model",), "HuggingFaceTokenizer": ("tokenizer_model",),
-             "CharTokenizer": ("tokenizer_model",), "GPT2BPETokenizer": ("vocab_file", "merge_file"), "NullTokenizer": ("vocab_size",)}
-    for name in needs.get(d.tokenizer_type or "", ()):
+    needs = {"GPT2BPETokenizer": ("vocab_file", "merge_file"), "NullTokenizer": ("vocab_size",), "ByteTokenizer": ()}
+    for name in needs.get(d.tokenizer_type, ("tokenizer_model",)) if d.tokenizer_type else ():
         yield getattr(d, name) is None, f"--{name.replace('_', '-')} is missing: --tokenizer-type {d.tokenizer_type} needs it."
+
+
+def _order(c: Config, world: int) -> Iterator[Check]:
+    """How samples are made of the data."""
+    d = c.data
+    for flag, rate in (("--fim-rate", d.fim_rate), ("--fim-spm-rate", d.fim_spm_rate)):
+        yield not 0 <= rate <= 1, f"{flag} {rate:g}: must be between 0 and 1."
+    for flag, given in (("--eod-mask-loss", d.eod_mask_loss), ("--reset-position-ids", d.reset_position_ids),
+                        ("--reset-attention-mask", d.reset_attention_mask), (f"--fim-rate {d.fim_rate:g}", d.fim_rate)):
+        yield given and d.tokenizer_type is None, f"{flag}: needs --tokenizer-type, to know the end-of-document token."
+    yield d.fim_rate and d.mock_data, f"--fim-rate {d.fim_rate:g}: needs text, which --mock-data has none of; leave one of them out."
+    yield (d.reset_position_ids and c.model.position_embedding_type == "none",
+           "--reset-position-ids: has no effect with --position-embedding-type none; leave it out.")
+    megatron = d.sample_order == "megatron"
+    yield megatron and not d.shuffle, "--no-shuffle: cannot be combined with --sample-order megatron, which shuffles; choose one."
+    yield (megatron and d.data_schedule, f"--data-schedule {d.data_schedule}: cannot be combined with --sample-order megatron, whose "
+           "samples depend on the whole run; choose one.")
+    yield megatron and d.mock_data, "--sample-order megatron: has no effect with --mock-data; leave it out."
 
 
 def _files(c: Config, world: int) -> Iterator[Check]:

@@ -6,21 +6,20 @@ the host, and a skipped step moves neither the learning rate nor anything else.
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from megazero import checkpoint
-from megazero.architecture import Architecture
 from megazero.checkpoint import Reader, Writer
 from megazero.comm import Wires
 from megazero.command_line import flatten
-from megazero.config import Config
-from megazero.data.dataset import MockSamples, SampleSource, open_split
+from megazero.data.dataset import SampleSource
+from megazero.data.loader import Loader, documents_of, positions_of, read
+from megazero.data.splits import samples
 from megazero.data.tokenizers import Tokenizer, same_tokenizer
 from megazero.decoder import Batch, Decoder
 from megazero.errors import UserError
@@ -65,8 +64,10 @@ class Run:
         self.training, self.evaluation = plan.training(wires.rank), plan.evaluation(wires.rank)
         self.progress = Progress(loss_scale(c))                 # as of the last verdict that was read
         self.pending: Pending | None = None
-        self.train_samples = samples(c, a, "train", tokenizer)
-        self.valid_samples = samples(c, a, "valid", tokenizer) if c.training.eval_iters and plan.train_iters else None
+        self.train_samples = samples(plan, "train", tokenizer)
+        self.valid_samples = samples(plan, "valid", tokenizer) if c.training.eval_iters and plan.train_iters else None
+        self.test_samples = samples(plan, "test", tokenizer) if c.data.test_data_path else None
+        self.loader = Loader(self.train_samples.sample, pin=device.type == "cuda")
         k = c.checkpoint
         self.writer = Writer(Path(k.save), k.keep_last, k.async_save, wires.rank, wires["saved"]) if k.save else None
         self.stop_reason = self.signalled = ""
@@ -113,21 +114,28 @@ class Run:
         return values[0] if self.pending is None else torch.where(self.pending.verdict.found_inf == 0, values[0], values[1])
 
     def batches(self, step: int, first: int) -> list[Batch]:
-        """This rank's micro-batches of a step, whose samples start at number `first`: data-parallel ranks take turns."""
+        """This rank's micro-batches of a step, whose samples start at number `first`; those of the next step are read meanwhile."""
+        now = self.numbers(first)
+        tokens = self.loader.take(now, self.numbers(first + self.plan.global_batch))
+        return [self.batch(own, mine, step) for own, mine in zip(tokens, now, strict=True)]
+
+    def numbers(self, first: int) -> list[range]:
+        """The samples of this rank's micro-batches of the step that starts at sample `first`: data-parallel ranks take turns."""
         size, dp, rank = self.plan.micro_batch, self.plan.dp, self.wires.place.dp
         starts = [first + (m * dp + rank) * size for m in range(self.plan.micro_batches)]
-        numbers = [range(start, start + size) for start in starts]
-        return [self.batch(self.train_samples.sample, mine, step) for mine in numbers]
+        return [range(start, start + size) for start in starts]
 
-    def batch(self, sample: Callable[[int], np.ndarray], numbers: range, step: int | None) -> Batch:
-        """One micro-batch of the samples of these numbers. Without a step it is for evaluation: nothing is dropped."""
-        tokens = torch.from_numpy(np.stack([sample(k) for k in numbers])).to(self.device, non_blocking=True)
+    def batch(self, tokens: Tensor, numbers: range, step: int | None) -> Batch:
+        """One micro-batch of tokens [b, s + 1] of the samples of these numbers. Without a step it is for evaluation: nothing is dropped."""
+        tokens = tokens.to(self.device, non_blocking=True)
         x, y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
         mask = torch.ones(x.shape, dtype=self.optimizer.wide, device=self.device)
-        if self.config.data.eod_mask_loss:
-            assert self.tokenizer is not None and self.tokenizer.eod is not None
-            mask = mask.masked_fill(x == self.tokenizer.eod, 0)
-        return Batch(x, y, mask, torch.tensor(list(numbers), device=self.device), step)
+        d, eod = self.config.data, self.tokenizer.eod if self.tokenizer else None
+        if eod is not None and d.eod_mask_loss:
+            mask = mask.masked_fill(x == eod, 0)
+        places = positions_of(x, eod) if eod is not None and d.reset_position_ids else None
+        documents = documents_of(x, eod) if eod is not None and d.reset_attention_mask else None
+        return Batch(x, y, mask, torch.tensor(list(numbers), device=self.device), step, places, documents)
 
     def settle(self, last: bool = False) -> None:
         """Reads the pending verdict, if any: logs it, counts it, ends the run after too many skipped steps.
@@ -196,6 +204,8 @@ class Run:
         self.settle(last=True)
         if self.writer is not None and self.saved != self.progress.step:
             self.save()
+        if self.test_samples is not None and step == self.plan.train_iters:
+            self.metrics.evaluation(step, "test", self.evaluate(self.test_samples))
         self.close()
         why = f": {self.stop_reason}" if self.stop_reason else ""
         self.say(f"done at step {self.progress.step:,}{why}, after {clock(time.perf_counter() - self.started)}")
@@ -218,7 +228,8 @@ class Run:
         valid = torch.zeros((), dtype=torch.float64, device=self.device)
         for first in range(0, count, self.plan.dp * size):
             low = first + self.wires.place.dp * size
-            batch = self.batch(sample, range(low, min(low + size, count)) or range(1), None)
+            numbers = range(low, min(low + size, count)) or range(1)
+            batch = self.batch(read(sample, numbers), numbers, None)
             if low >= count:                                    # no sample is left for this rank, but its peers need it to gather weights
                 batch = replace(batch, mask=torch.zeros_like(batch.mask))
             total += self.executor.evaluate(self.evaluation, batch)
@@ -298,17 +309,8 @@ class Run:
     def close(self) -> None:
         if self.writer is not None:
             self.writer.wait()
+        self.loader.close()
         self.metrics.close()
-
-
-def samples(config: Config, a: Architecture, split: str, tokenizer: Tokenizer | None) -> SampleSource:
-    """The samples of a split, as the configuration says."""
-    d, seed = config.data, config.training.seed
-    if d.mock_data:
-        return MockSamples(a.vocab_size, a.seq_length, seed, split)
-    flag, own = {"train": ("--train-data-path", d.train_data_path), "valid": ("--valid-data-path", d.valid_data_path)}[split]
-    return open_split(own or d.data_path, None if own else d.split, split, a.seq_length, seed, d.shuffle, a.vocab_size,
-                      flag if own else "--data-path", tokenizer.identity() if tokenizer else None)
 
 
 def different(saved: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> list[str]:

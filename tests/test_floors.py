@@ -9,10 +9,13 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS = [
     ["errors"],
     ["command_line", "pipeline", "timeline", "config", "layout", "mesh", "program", "architecture", "plan", "cost", "schedules", "random",
-     "data.indexed", "data.order", "data.tokenizers", "data.dataset", "data.preprocess"],
+     "data.files", "data.indexed", "data.order", "data.tokenizer_base", "data.tokenizer_tiktoken",
+     "data.tokenizers", "data.sidecar",
+     "data.megatron_order", "data.dataset", "data.fim", "data.splits", "data.verify", "data.edit", "data.sources",
+     "data.preprocess"],
     ["comm"],
     ["unit", "ops", "attention"],
-    ["decoder", "executor", "models.families"],
+    ["data.loader", "decoder", "executor", "models.families"],
     ["optimizer", "checkpoint", "metrics", "models.hf_files", "models.hf_tokenizer", "models.hf"],
     ["run", "train", "generate"],
 ]
