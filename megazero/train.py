@@ -17,6 +17,7 @@ import torch
 
 from megazero import checkpoint
 from megazero.checkpoint import Reader
+from megazero.checks import checks
 from megazero.comm import Stuck, connect, environment, first_to_say
 from megazero.command_line import flatten
 from megazero.config import Config
@@ -25,7 +26,7 @@ from megazero.data.splits import samples
 from megazero.data.tokenizers import Tokenizer, build_tokenizer
 from megazero.errors import UserError
 from megazero.metrics import MFU, Metrics, peak_flops, say
-from megazero.plan import Plan, checks, plan
+from megazero.plan import Plan, plan
 from megazero.run import Run, different
 from megazero.unit import TORCH_DTYPE
 

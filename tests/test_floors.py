@@ -8,7 +8,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # A file imports from lower floors, or from files of its own floor that stand before it. docs/design.md draws the picture.
 FLOORS = [
     ["errors"],
-    ["command_line", "pipeline", "timeline", "config", "layout", "mesh", "program", "architecture", "plan", "cost", "schedules", "random",
+    ["command_line", "pipeline", "timeline", "config", "layout", "mesh", "program", "architecture", "checks", "plan", "cost", "schedules", "random",
      "data.files", "data.indexed", "data.order", "data.tokenizer_base", "data.tokenizer_tiktoken",
      "data.tokenizers", "data.sidecar",
      "data.megatron_order", "data.dataset", "data.fim", "data.splits", "data.verify", "data.edit", "data.sources",
