@@ -33,11 +33,11 @@ CPU = torch.device("cpu")
 
 # ---- the model, twice
 
-def words(layers: int, hidden: int, heads: int, seq: int, vocab: int, dtype: str, micro_batch: int, global_batch: int, more: str = "") -> str:
-    """Our command line for a GPT-2 shape, AdamW at 1e-3 with weight decay 0.1, clipping at 1."""
-    return (f"--num-layers {layers} --hidden-size {hidden} --num-attention-heads {heads} --seq-length {seq} --openai-gelu --lr 1e-3 "
-            f"--weight-decay 0.1 --clip-grad 1 --mock-data --train-iters 100 --eval-iters 0 --vocab-size {vocab} "
-            f"--micro-batch-size {micro_batch} --global-batch-size {global_batch} --dtype {dtype} {more}")
+def words(c: Any, data_parallel: int, more: str) -> str:
+    """Our command line for the GPT-2 shape of a benchmark's settings: AdamW at 1e-3 with weight decay 0.1, clipping at 1."""
+    return (f"--num-layers {c.layers} --hidden-size {c.hidden} --num-attention-heads {c.heads} --seq-length {c.seq} --openai-gelu --lr 1e-3 "
+            f"--weight-decay 0.1 --clip-grad 1 --mock-data --train-iters 100 --eval-iters 0 --vocab-size {c.vocab} --dtype {c.dtype} "
+            f"--micro-batch-size {c.batch} --global-batch-size {c.batch * c.accumulate * data_parallel} {more}")
 
 
 def planned(line: str) -> Plan:
@@ -161,7 +161,7 @@ def tell(figures: Any) -> None:
     dist.destroy_process_group()
 
 
-def interleaved(steps: Mapping[str, Callable[[], float]], rounds: int, barrier: Callable[[], None] = lambda: None) -> dict[str, list[float]]:
+def interleaved(steps: Mapping[str, Callable[[], float]], rounds: int, barrier: Callable[[], Any] = lambda: None) -> dict[str, list[float]]:
     """Seconds of each step, one of each kind in turn, after two rounds that do not count. Every round begins with another kind."""
     times: dict[str, list[float]] = {name: [] for name in steps}
     names = list(steps)

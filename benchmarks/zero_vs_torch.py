@@ -23,8 +23,25 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from harness import CPU, GPT, Micro, Step, decayed, drawn_batches, interleaved, is_rank, launched, loss_of, mean_loss, megazero
-from harness import peak_memory, planned, table, tell, words
+from harness import (
+    CPU,
+    GPT,
+    Micro,
+    Step,
+    decayed,
+    drawn_batches,
+    interleaved,
+    is_rank,
+    launched,
+    loss_of,
+    mean_loss,
+    megazero,
+    peak_memory,
+    planned,
+    table,
+    tell,
+    words,
+)
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -57,7 +74,7 @@ class Settings:
 
 
 def line(c: Settings, level: int) -> str:
-    return words(c.layers, c.hidden, c.heads, c.seq, c.vocab, c.dtype, c.batch, c.batch * c.accumulate * c.ranks, f"--zero-stage {level}")
+    return words(c, c.ranks, f"--zero-stage {level}")
 
 
 def trained(model: nn.Module, adam: torch.optim.Optimizer, autocast: bool, last: Callable[[bool], Any]) -> Step:
