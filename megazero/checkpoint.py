@@ -27,7 +27,7 @@ from safetensors.torch import save_file
 
 from megazero.comm import Alone, Group
 from megazero.errors import UserError
-from megazero.layout import Box, Flat, Piece, intersect
+from megazero.layout import Box, Flat, Parameter, Piece, intersect
 
 FORMAT, VERSION, INDEX = "megazero-checkpoint", 1, "index.json"
 Tensor = torch.Tensor
@@ -322,9 +322,9 @@ def fill(reader: Reader, flat: Flat, low: int, buffers: Mapping[str, Tensor]) ->
         slice_.tensor.copy_(reader.read(slice_.kind, slice_.name, slice_.box))
 
 
-def mismatches(reader: Reader, flats: Sequence[Flat], kinds: Sequence[str]) -> list[str]:
-    """A sentence for everything the units need and the checkpoint does not hold, or holds in another shape, or holds beyond."""
-    wanted = {(kind, p.shard.parameter.name): p.shard.parameter.shape for flat in flats for p in flat.pieces for kind in kinds}
+def mismatches(reader: Reader, parameters: Sequence[Parameter], kinds: Sequence[str]) -> list[str]:
+    """A sentence for everything a model needs and the checkpoint does not hold, or holds in another shape, or holds beyond."""
+    wanted = {(kind, p.name): p.shape for p in parameters for kind in kinds}
     out = []
     for (kind, name), shape in wanted.items():
         theirs = reader.shapes.get((kind, name))

@@ -37,6 +37,10 @@ class Work(Protocol):
         """The result, when it is there."""
         ...
 
+    def done(self) -> bool:
+        """Would wait() return at once?"""
+        ...
+
 
 class Group(Protocol):
     """Calls on the ranks of one axis. Tensors are contiguous; dimension 0 is what is gathered and scattered.
@@ -60,6 +64,18 @@ class Group(Protocol):
         ...
 
 
+class Channel(Protocol):
+    """The way from one rank to its neighbour. Messages arrive in the order in which they were sent."""
+
+    def send(self, x: Tensor) -> Work:
+        """x may change after wait()."""
+        ...
+
+    def receive(self, into: Tensor) -> Work:
+        """The next message, of this shape."""
+        ...
+
+
 @dataclass
 class Line:
     """What the groups of one rank share: counters, the time-out, and what the rank is doing now, for reports."""
@@ -76,6 +92,9 @@ class Done:
 
     def wait(self) -> Tensor:
         return self.result
+
+    def done(self) -> bool:
+        return True
 
 
 class Alone:
@@ -115,21 +134,24 @@ class _Several:
 class _Messages:
     """Point-to-point messages on their way, and what makes the result of them."""
 
-    group: "Gloo"
+    line: Line
     what: str
     pending: list[tuple[int, dist.Work]]
     finish: Callable[[], Tensor]
     kept: object                                                # buffers that must live until the messages are through
 
     def wait(self) -> Tensor:
-        line = self.group.line
+        line = self.line
         for peer, work in self.pending:
             try:
                 work.wait(timedelta(seconds=line.seconds))
             except RuntimeError as error:
-                raise Stuck(f"rank {line.rank} gave up in {line.doing}, {self.what} over {self.group.axis}: rank {peer} did not answer "
+                raise Stuck(f"rank {line.rank} gave up in {line.doing}, {self.what}: rank {peer} did not answer "
                             f"within {line.seconds:g} s, or is gone ({str(error).splitlines()[0][:160]})") from error
         return self.finish()
+
+    def done(self) -> bool:
+        return all(work.is_completed() for _, work in self.pending)
 
 
 class Gloo(_Several):
@@ -189,7 +211,27 @@ class Gloo(_Several):
                     into[r].copy_(t)
             return finish()
 
-        return _Messages(self, what, pending, landed, (sent, there))
+        return _Messages(self.line, f"{what} over {self.axis}", pending, landed, (sent, there))
+
+
+class GlooChannel:
+    """Point-to-point messages between two ranks."""
+
+    def __init__(self, sender: int, receiver: int, line: Line, process_group: dist.ProcessGroup) -> None:
+        self.sender, self.receiver, self.line, self.process_group = sender, receiver, line, process_group
+
+    def send(self, x: Tensor) -> Work:
+        self.line.sent["pp"] += x.nbytes
+        given = _host(x)
+        work = dist.isend(given, self.receiver, self.process_group)
+        assert work is not None
+        return _Messages(self.line, "sending over pp", [(self.receiver, work)], lambda: x, given)
+
+    def receive(self, into: Tensor) -> Work:
+        there = _host(into)
+        work = dist.irecv(there, self.sender, self.process_group)
+        assert work is not None
+        return _Messages(self.line, "receiving over pp", [(self.sender, work)], lambda: _placed(there, into), there)
 
 
 def _host(x: Tensor) -> Tensor:
@@ -213,19 +255,20 @@ def _total(parts: Sequence[Tensor], op: str, into: Tensor | None = None) -> Tens
 class _Collective:
     """A collective of torch under way."""
 
-    group: "Nccl"
+    line: Line
     what: str
     work: dist.Work
     result: Tensor
 
     def wait(self) -> Tensor:
-        line = self.group.line
         try:
             self.work.wait()
         except RuntimeError as error:
-            raise Stuck(f"rank {line.rank} gave up in {line.doing}, {self.what} over {self.group.axis} with ranks {self.group.ranks} "
-                        f"({str(error).splitlines()[0][:160]})") from error
+            raise Stuck(f"rank {self.line.rank} gave up in {self.line.doing}, {self.what} ({str(error).splitlines()[0][:160]})") from error
         return self.result
+
+    def done(self) -> bool:
+        return self.work.is_completed()
 
 
 class Nccl(_Several):
@@ -239,22 +282,45 @@ class Nccl(_Several):
         super().__init__(axis, ranks, line)
         self.process_group = process_group
 
+    def _name(self, what: str) -> str:
+        return f"{what} over {self.axis} with ranks {self.ranks}"
+
     def all_gather(self, x: Tensor, into: Tensor | None = None) -> Work:
         out = x.new_empty(self.size * len(x), *x.shape[1:]) if into is None else into
         self._count(x)
-        return _Collective(self, "all-gather", self.gather_call(out, x.contiguous(), group=self.process_group, async_op=True), out)
+        work = self.gather_call(out, x.contiguous(), group=self.process_group, async_op=True)
+        return _Collective(self.line, self._name("all-gather"), work, out)
 
     def reduce_scatter(self, x: Tensor, into: Tensor | None = None) -> Work:
         out = x.new_empty(len(x) // self.size, *x.shape[1:]) if into is None else into
         self._count(out)
-        return _Collective(self, "reduce-scatter", self.scatter_call(out, x.contiguous(), group=self.process_group, async_op=True), out)
+        work = self.scatter_call(out, x.contiguous(), group=self.process_group, async_op=True)
+        return _Collective(self.line, self._name("reduce-scatter"), work, out)
 
     def all_reduce(self, x: Tensor, op: str = "sum") -> Work:
         self.line.sent[self.axis] += all_reduce_bytes(x.numel(), x.element_size(), self.size)
         kind = dist.ReduceOp.MAX if op == "max" else dist.ReduceOp.SUM
         work = dist.all_reduce(x, kind, group=self.process_group, async_op=True)
         assert work is not None
-        return _Collective(self, "all-reduce", work, x)
+        return _Collective(self.line, self._name("all-reduce"), work, x)
+
+
+class NcclChannel:
+    """Two ranks with a communicator of their own for each way, so that a receive that waits blocks no send."""
+
+    def __init__(self, sender: int, receiver: int, line: Line, process_group: dist.ProcessGroup) -> None:
+        self.sender, self.receiver, self.line, self.process_group = sender, receiver, line, process_group
+
+    def send(self, x: Tensor) -> Work:
+        self.line.sent["pp"] += x.nbytes
+        work = dist.isend(x, self.receiver, self.process_group)
+        assert work is not None
+        return _Collective(self.line, f"sending over pp to rank {self.receiver}", work, x)
+
+    def receive(self, into: Tensor) -> Work:
+        work = dist.irecv(into, self.sender, self.process_group)
+        assert work is not None
+        return _Collective(self.line, f"receiving over pp from rank {self.sender}", work, into)
 
 
 class Fake(_Several):
@@ -277,6 +343,20 @@ class Fake(_Several):
         return Done(x)
 
 
+@dataclass(frozen=True)
+class FakeChannel:
+    """Nobody listens; zeros arrive."""
+
+    line: Line
+
+    def send(self, x: Tensor) -> Work:
+        self.line.sent["pp"] += x.nbytes
+        return Done(x)
+
+    def receive(self, into: Tensor) -> Work:
+        return Done(into.zero_())
+
+
 @dataclass
 class _Held:
     """A result that is handed over at wait(), into the tensor that was poisoned until then."""
@@ -294,6 +374,9 @@ class _Held:
         same = torch.equal(self.given.view(torch.uint8), self.copy.view(torch.uint8)) if self.given.numel() else True
         assert same, f"the input of {self.what} changed before it was waited for"
         return result
+
+    def done(self) -> bool:
+        return self.inner.done()
 
 
 class Late:
@@ -318,15 +401,32 @@ class Late:
         return _Held(call(copy), what, x, x.clone(), into)
 
 
-class Wires:
-    """One rank's groups, made once. `close()` when all is well; a process that fails just leaves."""
+@dataclass(frozen=True)
+class LateChannel:
+    """Around another channel."""
 
-    def __init__(self, mesh: Mesh, rank: int, groups: dict[str, Group], line: Line, started: bool) -> None:
-        self.mesh, self.rank, self.groups, self.line, self._started = mesh, rank, groups, line, started
+    inner: Channel
+
+    def send(self, x: Tensor) -> Work:
+        return _Held(self.inner.send(x), "a send", x, x.clone(), None)
+
+    def receive(self, into: Tensor) -> Work:
+        apart = torch.empty_like(into)
+        return _Held(self.inner.receive(apart), "a receive", apart, apart, into.fill_(torch.nan))
+
+
+class Wires:
+    """One rank's groups, and its channels by (send or recv, F or B), made once. `close()` when all is well; a process that fails just
+    leaves."""
+
+    def __init__(self, mesh: Mesh, rank: int, groups: dict[str, Group], channels: dict[tuple[str, str], Channel], line: Line,
+                 started: bool) -> None:
+        self.mesh, self.rank, self.groups, self.channels, self.line, self._started = mesh, rank, groups, channels, line, started
         self.place = mesh.place(rank)
 
     def __getitem__(self, axis: str) -> Group:
-        return self.groups[axis]
+        """The group of an axis; of an axis that this rank has no part in, the rank alone."""
+        return self.groups.get(axis) or Alone()
 
     def barrier(self) -> None:
         """Returns when every rank has come here."""
@@ -357,7 +457,10 @@ def connect(mesh: Mesh, rank: int, backend: str, seconds: float) -> Wires:
             group = _make(kind, axis, ranks, Line(rank, seconds, "saving a checkpoint", line.sent) if axis == "saved" else line)
             if rank in ranks:
                 made[axis] = Late(group) if wrap == "late" and len(ranks) > 1 else group
-    wires = Wires(mesh, rank, made, line, started)
+    channels = _channels(kind, mesh, line)
+    if wrap == "late":
+        channels = {key: LateChannel(channel) for key, channel in channels.items()}
+    wires = Wires(mesh, rank, made, channels, line, started)
     wires.backend, wires.late = kind, wrap == "late"
     return wires
 
@@ -373,6 +476,20 @@ def _make(kind: str, axis: str, ranks: tuple[int, ...], line: Line) -> Group:
     if line.rank not in ranks:
         return Alone()
     return Gloo(axis, ranks, line, process_group) if kind == "gloo" else Nccl(axis, ranks, line, process_group)
+
+
+def _channels(kind: str, mesh: Mesh, line: Line) -> dict[tuple[str, str], Channel]:
+    """This rank's channels. Activations (F) and gradients (B) have channels of their own: between two ranks that are each other's
+    next they would cross in an order that the two do not agree on."""
+    made: dict[tuple[str, str], Channel] = {}
+    for way, pairs in (("F", mesh.channels()), ("B", [(b, a) for a, b in mesh.channels()])):
+        for sender, receiver in pairs:
+            group = None if kind == "fake" else dist.new_group([sender, receiver], timeout=timedelta(seconds=line.seconds), backend=kind)
+            for end, who in (("send", sender), ("recv", receiver)):
+                if line.rank == who:
+                    made[end, way] = (FakeChannel(line) if group is None else
+                                      (GlooChannel if kind == "gloo" else NcclChannel)(sender, receiver, line, group))
+    return made
 
 
 def first_to_say(what: str) -> bool:

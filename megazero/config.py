@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from megazero.command_line import option, parse
+from megazero.pipeline import SCHEDULES
 
 DTYPES = ("fp64", "fp32", "bf16", "fp16")
-SCHEDULES = ("gpipe", "1f1b")
 DECAY_STYLES = ("constant", "linear", "cosine", "inverse-square-root", "WSD")
 WSD_STYLES = ("linear", "cosine", "exponential", "minus_sqrt")
 TOKENIZERS = ("SentencePieceTokenizer", "GPT2BPETokenizer", "HuggingFaceTokenizer", "ByteTokenizer", "CharTokenizer", "NullTokenizer")
@@ -31,7 +31,13 @@ class Parallel:
     bucket_size: int = option(0, "parameters up to which neighbouring blocks travel as one; 0 is block by block", unit="parameters")
     overlap_grad_reduce: bool = option(True, "gradients travel while the backward pass goes on")
     overlap_param_gather: bool = option(True, "weights travel while the passes before them go on")
-    pipeline_schedule: str = option("1f1b", "order of the forward and backward passes of the micro-batches", choices=SCHEDULES)
+    pipeline_schedule: str = option("1f1b", "order of the forward and backward passes of the micro-batches", choices=tuple(SCHEDULES))
+    num_virtual_stages_per_pipeline_rank: int = option(1, "stages on each rank, with --pipeline-schedule interleaved or breadth-first",
+                                                       unit="stages")
+    decoder_first_pipeline_num_layers: int | None = option(None, "layers of the first stage; the others share the rest", unit="layers")
+    decoder_last_pipeline_num_layers: int | None = option(None, "layers of the last stage; the others share the rest", unit="layers")
+    pipeline_layout: str | None = option(None, "what each stage has: E embedding, t layer, L loss, | between stages, as in Ett|(ttt|)*2ttL",
+                                         unit="layout")
     distributed_timeout_minutes: float = option(10.0, "how long a rank waits for another before it gives up", unit="minutes")
     device: str = option("auto", "where to compute; auto takes CUDA where there is one", choices=("auto", "cpu", "cuda"))
 

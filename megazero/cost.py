@@ -10,6 +10,7 @@ from math import ceil
 from megazero.architecture import Architecture, flops_per_token, parameter_count
 from megazero.layout import Flat, Shape, cuts, flat, ragged_rows
 from megazero.mesh import all_reduce_bytes
+from megazero.pipeline import Costs, bubble_time
 from megazero.plan import Plan
 from megazero.program import Action
 
@@ -23,7 +24,7 @@ def gib(n: float) -> str:
 
 def flats(p: Plan, rank: int) -> dict[str, Flat]:
     """How the units of a rank are laid out, by name."""
-    return {u.name: flat(u, p.mesh.place(rank).tp, p.tp) for u in p.units}
+    return {u.name: flat(u, p.mesh.place(rank).tp, p.tp) for u in p.units_of(rank)}
 
 
 def stored(f: Flat, p: Plan) -> int:
@@ -33,7 +34,7 @@ def stored(f: Flat, p: Plan) -> int:
 
 def memory(p: Plan, rank: int = 0) -> dict[str, int]:
     """Bytes on one rank by category; exact but for activations and logits, which are estimated."""
-    c, a, level = p.config, p.architecture, p.zero.level
+    c, level = p.config, p.zero.level
     units = flats(p, rank)
     whole = sum(stored(f, p) for f in units.values())
     part, width = whole // p.shard, BYTES[c.dtype]
@@ -43,9 +44,9 @@ def memory(p: Plan, rank: int = 0) -> dict[str, int]:
         "master weights": part * 4 if width == 2 else 0,
         "gradients": (part if level >= 2 else whole) * full,
         "optimizer": part * full * (2 if c.optimizer.optimizer == "adam" else 1),
-        "gathered weights": borrowed(p.training, units, p, "gather", "release") * width if level == 3 else 0,
-        "gradient sums": borrowed(p.training, units, p, "open", "land") * full if level >= 2 else 0,
-        **working(p, a, width, full),
+        "gathered weights": borrowed(p.training(rank), units, p, "gather", "release") * width if level == 3 else 0,
+        "gradient sums": borrowed(p.training(rank), units, p, "open", "land") * full if level >= 2 else 0,
+        **working(p, rank, width, full),
     }
 
 
@@ -60,15 +61,19 @@ def borrowed(program: list[Action], units: Mapping[str, Flat], p: Plan, take: st
     return sum(n * size[kind] for kind, n in most.items())
 
 
-def working(p: Plan, a: Architecture, width: int, full: int) -> dict[str, int]:
+def working(p: Plan, rank: int, width: int, full: int) -> dict[str, int]:
     """Estimates of what a step needs besides."""
-    t = p.config.training
-    in_flight = p.micro_batches if p.config.parallel.pipeline_schedule == "gpipe" else 1
+    a, t, own = p.architecture, p.config.training, p.stages_of(rank).own
     tokens = t.micro_batch_size * a.seq_length // p.tp
-    kept = a.layers * kept_per_token(a, t.recompute_granularity) * in_flight
+    blocks = {stage: sum(0 < i <= a.layers for i in parts) for stage, parts in own.items()}
+    most, now = 0, 0
+    for step in p.passes[p.mesh.place(rank).pp]:
+        now += blocks[step.stage] * (1 if step.kind == "F" else -1)
+        most = max(most, now)
     again = kept_per_token(a, "none") if t.recompute_granularity == "full" else 0
-    chunk = min(tokens * p.tp, max(LOGITS // a.vocab_size, 1)) * (a.vocab_size // p.tp)
-    return {"activations": tokens * (kept + again) * width, "logits": chunk * (width + full if width == 2 else width)}
+    chunk = min(tokens * p.tp, max(LOGITS // a.vocab_size, 1)) * (a.vocab_size // p.tp) if len(p.stages) - 1 in own else 0
+    kept = most * kept_per_token(a, t.recompute_granularity) + again
+    return {"activations": tokens * kept * width, "logits": chunk * (width + full if width == 2 else width)}
 
 
 def kept_per_token(a: Architecture, recompute: str) -> int:
@@ -85,11 +90,13 @@ def traffic(p: Plan, rank: int = 0) -> dict[str, int]:
     """Bytes that one rank sends in a training step, by axis; `comm` counts the same."""
     width = BYTES[p.config.dtype]
     wide, ranks, units = max(width, 4), p.mesh.place(rank).dp % p.shard, flats(p, rank)
-    sent = Counter(dict.fromkeys(("tp", "kv", "shard", "replicate", "world"), 0))
-    for action in p.training:
+    sent = Counter(dict.fromkeys(("tp", "kv", "shard", "replicate", "tied", "pp", "world"), 0))
+    for action in p.training(rank):
         part = stored(units[action.unit], p) // p.shard if action.unit else 0
         sent["shard"] += (p.shard - 1) * part * {"gather": width, "reduce": wide}.get(action.kind, 0)
         sent["replicate"] += all_reduce_bytes(part, wide, p.dp // p.shard) if action.kind == "replicate" else 0
+        sent["tied"] += all_reduce_bytes(part, wide, 2) if action.kind == "tie" else 0
+        sent["pp"] += share(p) * width if action.kind == "send" else 0
         sent["tp"] += computation(action, p, width, wide)
     for axis, cut, size in (("tp", False, p.tp), ("kv", True, p.mesh.kv)):
         n = sum(_partial(f, stored(f, p) // p.shard, ranks, cut) for f in units.values())
@@ -103,6 +110,11 @@ def _partial(f: Flat, part: int, rank: int, cut: bool) -> int:
     return sum(max(stop - start, 0) for start, stop in common)
 
 
+def share(p: Plan) -> int:
+    """Elements of one micro-batch's activations on one rank: its share of the tokens, padded to a multiple of tp."""
+    return ceil(p.micro_batch * p.architecture.seq_length / p.tp) * p.architecture.hidden
+
+
 def computation(action: Action, p: Plan, width: int, wide: int) -> int:
     """Bytes over tp of one computation.
 
@@ -110,8 +122,7 @@ def computation(action: Action, p: Plan, width: int, wide: int) -> int:
     column operation is repeated), embedding and head twice each; the loss adds a maximum and two sums per token.
     """
     a, t = p.architecture, p.config.training
-    tokens = ceil(p.micro_batch * a.seq_length / p.tp) * p.tp
-    move = (p.tp - 1) * (tokens // p.tp) * a.hidden * width
+    move, tokens = (p.tp - 1) * share(p) * width, share(p) // a.hidden * p.tp
     again = 4 if t.recompute_granularity == "full" else 0
     if action.kind == "L":
         chunk = max(LOGITS // ragged_rows(a.vocab_size, p.tp, a.pad_rows), 1)
@@ -126,6 +137,8 @@ def describe(p: Plan) -> str:
     a, c = p.architecture, p.config
     positions = "learned" if a.learned_positions else "rotary" if a.rotary else "no"
     need, sent = memory(p), traffic(p)
+    layers = [sum(0 < i <= a.layers for i in stage) for stage in p.stages]
+    idle = bubble_time(p.pp, p.micro_batches, p.virtual, Costs(1, 2)) / (p.micro_batches * p.virtual * 3)
     shared = f"over {p.shard} ranks" + (f", repeated {p.dp // p.shard} times" if p.shard < p.dp else "")
     return "\n".join([
         f"model       {parameter_count(a):,} parameters: {a.layers} layers x {a.hidden}, {a.heads} heads x {a.head_dim}"
@@ -133,6 +146,8 @@ def describe(p: Plan) -> str:
         f"{positions} positions, vocabulary {a.vocab_size:,}, {'tied' if a.tied else 'untied'}",
         f"ranks       {p.world} = tp {p.tp} x pp {p.pp} x dp {p.dp}, ZeRO {c.parallel.zero_stage}"
         + (f" {shared}" if c.parallel.zero_stage else "") + f", schedule {c.parallel.pipeline_schedule}",
+        *([f"stages      {len(p.stages)} of {' '.join(map(str, layers))} layers, {p.virtual} per rank; "
+           f"bubble {idle:.0%} of the computing time if all are alike"] if len(p.stages) > 1 else []),
         f"step        {p.global_batch} samples x {a.seq_length} = {p.tokens_per_step:,} tokens: dp {p.dp} x "
         f"{p.micro_batches} micro-batches of {p.micro_batch}; {p.train_iters:,} steps, {p.train_iters * p.tokens_per_step:,} tokens",
         f"precision   {c.dtype}, recompute {c.training.recompute_granularity}",

@@ -5,7 +5,7 @@
 Activations between parts are [t / tp, h]. Which units a part reads is said by architecture.parts.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -37,14 +37,17 @@ class Batch:
 
 
 class Decoder:
-    """The parts of an architecture over its units. Holds no tensors of its own but the rotary table."""
+    """The parts of an architecture over its units, or those of one rank's stages. Holds no tensors of its own but the rotary table."""
 
-    def __init__(self, a: Architecture, units: Mapping[str, Unit], group: Group, seed: int, recompute: str, device: torch.device) -> None:
+    def __init__(self, a: Architecture, units: Mapping[str, Unit], group: Group, seed: int, recompute: str, device: torch.device,
+                 own: Sequence[int] | None = None) -> None:
+        """`own`: the numbers of the parts to be built here, whose units these are; default all."""
         self.a, self.units, self.group, self.seed, self.recompute = a, units, group, seed, recompute
-        dtype = next(iter(units.values())).weight_slice.dtype
-        self.rotary = rotary_table(a.rotary, a.seq_length, dtype, device) if a.rotary else None
-        self.parts: tuple[Embedding | Block, ...] = (Embedding(self), *(Block(self, i) for i in range(a.layers)))
-        self.head = Head(self)
+        self.dtype = next(iter(units.values())).weight_slice.dtype
+        self.rotary = rotary_table(a.rotary, a.seq_length, self.dtype, device) if a.rotary else None
+        own = range(a.layers + 2) if own is None else own
+        self.parts = {i: Block(self, i - 1) if i else Embedding(self) for i in own if i <= a.layers}
+        self.head = Head(self) if a.layers + 1 in own else None
 
     def weight(self, name: str) -> Weight:
         """The handle of an operand, by name."""

@@ -1,12 +1,14 @@
 """Runs a program: the graph of each part is kept apart, so backward is an explicit loop and full recompute the same loop."""
 
 from collections.abc import Callable, Mapping, Sequence
+from math import ceil
 
 import torch
+from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from megazero.comm import Group, Wires, Work
+from megazero.comm import Group, Stuck, Wires, Work
 from megazero.decoder import Batch, Decoder
-from megazero.program import Action, Part
+from megazero.program import Action, Part, around
 from megazero.unit import Unit
 
 Tensor = torch.Tensor
@@ -19,22 +21,26 @@ class Executor:
     def __init__(self, decoder: Decoder, wires: Wires, parts: Sequence[Part]) -> None:
         self.decoder, self.wires, self.parts = decoder, wires, parts
         self.flow: dict[int, Tensor] = {}
-        self.kept: dict[tuple[int, int], tuple[Tensor, Tensor | None]] = {}
+        self.kept: dict[tuple[int, int], tuple[Tensor, GradientEdge | None]] = {}
         self.under_way: dict[tuple[str, str], Work] = {}
+        self.expected: dict[tuple[str, int, int], Work] = {}
+        self.leaving: list[Work] = []
         self.witness: dict[str, Tensor] = {}                    # of the last step, by unit: finite if this rank's own gradients are
         self.do: dict[str, Callable[[Action], None]] = {
             "F": self._forward, "L": self._loss, "B": self._backward, "E": self._evaluate, "gather": lambda a: self._unit(a).gather(),
             "release": lambda a: self._unit(a).release(), "open": lambda a: self._unit(a).open(), "reduce": self._reduce,
-            "land": self._land, "replicate": self._replicate}
+            "land": self._land, "replicate": self._replicate, "tie": self._tie, "expect": self._expect, "recv": self._receive,
+            "send": self._send}
 
     def train(self, program: Sequence[Action], batches: Sequence[Batch], scale: Tensor) -> Tensor:
         """Leaves the gradients of `scale` x the sum of losses in the units' slices; returns that sum, unscaled, float64."""
         self.witness = {}
         total = self._run(program, batches, scale)
-        for (what, unit), work in self.under_way.items():
-            self.wires.line.doing = f"{what} {unit}"
+        for unit in [unit for _, unit in self.under_way]:
+            self._settle(unit)
+        for work in self.leaving:
             work.wait()
-        self.under_way.clear()
+        self.leaving.clear()
         finish(list(self.decoder.units.values()), self.wires.groups)
         return total
 
@@ -45,9 +51,12 @@ class Executor:
     def _run(self, program: Sequence[Action], batches: Sequence[Batch], scale: Tensor | None) -> Tensor:
         self.batches, self.scale = batches, scale
         self.total = torch.zeros((), dtype=torch.float64, device=batches[0].tokens.device)
-        for action in program:
+        for i, action in enumerate(program):
             self.wires.line.doing = str(action)
-            self.do[action.kind](action)
+            try:
+                self.do[action.kind](action)
+            except Stuck as error:
+                raise Stuck(f"{error}; where it stands: {around(program, i)}") from error
         assert not self.kept, f"activations without a backward: {list(self.kept)}"
         self.flow.clear()
         return self.total
@@ -70,11 +79,11 @@ class Executor:
         with torch.set_grad_enabled(graph):
             y = part(x.requires_grad_(graph), batch)
         if self.scale is not None:
-            self.kept[action.part, micro] = x, y if graph else None
+            self.kept[action.part, micro] = x, get_gradient_edge(y) if graph else None  # not y itself, which may leave
         self.flow[micro] = y
 
     def _loss(self, action: Action) -> None:
-        assert self.scale is not None, "a training program needs a loss scale"
+        assert self.scale is not None and self.decoder.head is not None
         self._arrive(self.parts[action.part].forward)
         x = self.flow.pop(action.micro)
         total, self.flow[action.micro] = self.decoder.head.forward_backward(x, self.batches[action.micro], self.scale)
@@ -83,18 +92,34 @@ class Executor:
     def _backward(self, action: Action) -> None:
         micro, part = action.micro, self.decoder.parts[action.part]
         self._arrive(self.parts[action.part].backward)
-        x, y = self.kept.pop((action.part, micro))
-        if y is None:                                           # recompute: the same forward again
-            x = x.requires_grad_()
-            y = part(x, self.batches[micro])
-        torch.autograd.backward(y, self.flow.pop(micro))
+        x, edge = self.kept.pop((action.part, micro))
+        if edge is None:                                        # recompute: the same forward again
+            edge = get_gradient_edge(part(x.requires_grad_(), self.batches[micro]))
+        torch.autograd.backward((edge,), (self.flow.pop(micro),))
         if action.part:
             assert x.grad is not None
             self.flow[micro] = x.grad
 
     def _evaluate(self, action: Action) -> None:
+        assert self.decoder.head is not None
         self._arrive(self.parts[action.part].forward)
         self.total += self.decoder.head(self.flow.pop(action.micro), self.batches[action.micro])
+
+    # ---- messages between stages
+
+    def _expect(self, action: Action) -> None:
+        """Room for a message that comes later, so that it can come while this rank computes."""
+        d, tokens = self.decoder, self.batches[action.micro].tokens
+        room = torch.empty(ceil(tokens.numel() / d.group.size), d.a.hidden, dtype=d.dtype, device=tokens.device)
+        self.expected[action.way, action.part, action.micro] = self.wires.channels["recv", action.way].receive(room)
+
+    def _receive(self, action: Action) -> None:
+        self.flow[action.micro] = self.expected.pop((action.way, action.part, action.micro)).wait()
+
+    def _send(self, action: Action) -> None:
+        """What leaves is kept until it has left, and no longer."""
+        self.leaving = [work for work in self.leaving if not work.done()]
+        self.leaving.append(self.wires.channels["send", action.way].send(self.flow.pop(action.micro).detach().contiguous()))
 
     # ---- sums over data-parallel ranks, which travel while the backward passes of earlier blocks go on
 
@@ -105,6 +130,17 @@ class Executor:
 
     def _land(self, action: Action) -> None:
         self._unit(action).land(self.under_way.pop(("reduce", action.unit)).wait(), first=action.micro == 0)
+
+    def _tie(self, action: Action) -> None:
+        self._settle(action.unit)
+        self.under_way["tie", action.unit] = self.wires["tied"].all_reduce(self._unit(action).grad_slice)
+
+    def _settle(self, unit: str) -> None:
+        """Waits for what is under way of a unit."""
+        for what in ("replicate", "tie"):
+            if (what, unit) in self.under_way:
+                self.wires.line.doing = f"{what} {unit}"
+                self.under_way.pop((what, unit)).wait()
 
     def _replicate(self, action: Action) -> None:
         self.under_way["replicate", action.unit] = self.wires["replicate"].all_reduce(self._unit(action).grad_slice)

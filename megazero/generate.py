@@ -21,7 +21,7 @@ def build_from_checkpoint(reader: Reader, dtype: str = "fp32", device: torch.dev
     """The decoder of a checkpoint with its weights, on one device, for logits and not for training."""
     a, device = architecture_of(reader.index["architecture"]), device or torch.device("cpu")
     built = {spec.name: Unit(flat(spec, 0, 1), TORCH_DTYPE[dtype], device) for spec in units(a)}
-    errors = mismatches(reader, [u.flat for u in built.values()], ("weight",))
+    errors = mismatches(reader, [p for spec in units(a) for p in spec.parameters], ("weight",))
     if errors:
         raise UserError(*errors)
     for unit in built.values():
@@ -44,14 +44,20 @@ def hidden(decoder: Decoder, tokens: Tensor) -> Tensor:
     batch = Batch(tokens, tokens, torch.ones_like(tokens), torch.arange(len(tokens), device=tokens.device))
     x = torch.zeros((), device=tokens.device)
     with torch.no_grad():
-        for part in decoder.parts:
+        for part in decoder.parts.values():
             x = part(x, batch)
     return x
 
 
 def logits(decoder: Decoder, tokens: Tensor) -> Tensor:
     """[b, s] -> [b, s, vocabulary]."""
-    return decoder.head.logits(hidden(decoder, tokens)).view(*tokens.shape, -1)
+    return scores(decoder, hidden(decoder, tokens)).view(*tokens.shape, -1)
+
+
+def scores(decoder: Decoder, x: Tensor) -> Tensor:
+    """[t, h] of the last block -> [t, vocabulary]."""
+    assert decoder.head is not None, "a decoder without a head gives no logits"
+    return decoder.head.logits(x)
 
 
 def generate(
@@ -66,8 +72,8 @@ def generate(
     source, ids = torch.Generator().manual_seed(seed), list(prompt)
     for _ in range(max_new_tokens):
         window = torch.tensor([ids[-decoder.a.seq_length:]], device=device)
-        scores = decoder.head.logits(hidden(decoder, window)[-1:])[0, :vocab_size]
-        token = choose(scores.double().cpu(), temperature, top_k, source)
+        likely = scores(decoder, hidden(decoder, window)[-1:])[0, :vocab_size]
+        token = choose(likely.double().cpu(), temperature, top_k, source)
         if token == stop:
             return
         ids.append(token)

@@ -29,6 +29,8 @@ class Mesh:
 
     kv       how many neighbouring tensor-parallel ranks hold the same key-value heads (1: none do)
     shard    how many neighbouring data-parallel ranks share one copy of the ZeRO state; dp / shard copies replicate it
+    looped   the last stage of a pipeline sends to the first (each rank has several stages)
+    tied     the first and the last rank of a pipeline hold one tied unit
     """
 
     pp: int
@@ -36,6 +38,8 @@ class Mesh:
     tp: int
     kv: int = 1
     shard: int = 1
+    looped: bool = False
+    tied: bool = False
 
     @property
     def world(self) -> int:
@@ -52,10 +56,17 @@ class Mesh:
             "kv": ranks.reshape(-1, self.kv),
             "shard": ranks.transpose(0, 2, 1).reshape(-1, self.shard),
             "replicate": ranks.reshape(self.pp, -1, self.shard, self.tp).transpose(0, 3, 2, 1).reshape(-1, self.dp // self.shard),
+            **({"tied": ranks[[0, -1]].reshape(2, -1).T} if self.tied else {}),
             "world": ranks.reshape(1, -1),
             "saved": ranks.reshape(1, -1),                      # the same ranks once more: checkpoints are written beside training
         }
         return {axis: [tuple(int(r) for r in row) for row in groups] for axis, groups in rows.items()}
+
+    def channels(self) -> list[tuple[int, int]]:
+        """(sender, receiver) of each neighbour pair of each pipeline, downstream; gradients take the same ways back."""
+        ranks = np.arange(self.world).reshape(self.pp, -1)
+        hops = 0 if self.pp == 1 else self.pp if self.looped else self.pp - 1
+        return [(int(a), int(b)) for i in range(hops) for a, b in zip(ranks[i], ranks[(i + 1) % self.pp], strict=True)]
 
     def describe(self) -> list[str]:
         """Each axis of several ranks with its groups, the first few of many."""

@@ -4,6 +4,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate, pairwise
 
 from megazero import program
 from megazero.architecture import Architecture, architecture, ffn_size, parts, units
@@ -11,7 +12,8 @@ from megazero.config import Config
 from megazero.errors import UserError
 from megazero.layout import UnitSpec, joined
 from megazero.mesh import Mesh
-from megazero.program import Action, Part, Zero
+from megazero.pipeline import SCHEDULES, Pass, from_layout, passes, shares
+from megazero.program import Action, Part, Stages, Zero
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,8 @@ class Plan:
     @property
     def mesh(self) -> Mesh:
         kv = self.architecture.kv_heads
-        return Mesh(self.pp, self.dp, self.tp, max(self.tp // kv, 1) if kv < self.tp else 1, self.shard)
+        return Mesh(self.pp, self.dp, self.tp, max(self.tp // kv, 1) if kv < self.tp else 1, self.shard, self.virtual > 1,
+                    self.architecture.tied and self.pp > 1)
 
     @property
     def global_batch(self) -> int:
@@ -68,13 +71,27 @@ class Plan:
         lag = 0 if self.shard == 1 or not p.overlap_grad_reduce else 1 if p.zero_stage >= 2 or self.shard < self.dp else None
         return Zero(p.zero_stage, p.keep_weights, p.reduce_every, p.overlap_param_gather, lag)
 
+    @property
+    def virtual(self) -> int:
+        """Stages on each pipeline rank."""
+        return self.config.parallel.num_virtual_stages_per_pipeline_rank
+
+    @cached_property
+    def stages(self) -> tuple[range, ...]:
+        """The parts of each stage: the embedding belongs to the first, the head to the last."""
+        p, layers = self.config.parallel, self.architecture.layers
+        counts = from_layout(p.pipeline_layout) if p.pipeline_layout else shares(
+            layers, self.pp * self.virtual, p.decoder_first_pipeline_num_layers, p.decoder_last_pipeline_num_layers)
+        borders = [0, *(1 + n for n in accumulate(counts[:-1])), layers + 2]
+        return tuple(range(a, b) for a, b in pairwise(borders))
+
     @cached_property
     def units(self) -> tuple[UnitSpec, ...]:
-        """Every unit, blocks joined as --bucket-size says, in the order of the forward pass."""
-        all_units = units(self.architecture)
-        blocks = [u for u in all_units if u.name.startswith("layers.")]
-        first = all_units.index(blocks[0])
-        return (*all_units[:first], *joined(blocks, self.config.parallel.bucket_size), *all_units[first + len(blocks):])
+        """Every unit in the order of the forward pass; blocks of one stage are joined as --bucket-size says."""
+        specs = {u.name: u for u in units(self.architecture)}
+        blocks = [[specs.pop(f"layers.{i - 1}") for i in stage if 0 < i <= self.architecture.layers] for stage in self.stages]
+        together = [u for stage in blocks for u in joined(stage, self.config.parallel.bucket_size)]
+        return (*(u for name, u in specs.items() if name != "head"), *together, specs["head"])
 
     @cached_property
     def parts(self) -> tuple[Part, ...]:
@@ -83,21 +100,29 @@ class Plan:
         now = {unit.name: home[unit.parameters[0].name] for unit in units(self.architecture)}
         return tuple(Part(*(tuple(now[u] for u in names) for names in part)) for part in parts(self.architecture))
 
-    @property
-    def stages(self) -> dict[int, range]:
-        """The parts of each stage of a rank."""
-        return {0: range(len(self.parts))}
+    def stages_of(self, rank: int) -> Stages:
+        """The stages of one rank, and what the program must know of the others."""
+        place, count = self.mesh.place(rank).pp, len(self.stages)
+        own = {s: self.stages[s] for s in range(place, count, self.pp)}
+        return Stages(own, count, self.parts, self.pp > 1, ("embedding",) if self.mesh.tied and place in (0, self.pp - 1) else ())
 
-    @property
-    def training(self) -> list[Action]:
-        """One training step of a rank."""
-        passes = program.one_stage(self.config.parallel.pipeline_schedule, self.micro_batches)
-        return program.training(passes, self.stages, self.parts, self.zero)
+    def units_of(self, rank: int) -> tuple[UnitSpec, ...]:
+        """The units that one rank holds."""
+        names = {name for own in self.stages_of(rank).own.values() for i in own for name in self.parts[i].forward}
+        return tuple(u for u in self.units if u.name in names)
 
-    @property
-    def evaluation(self) -> list[Action]:
-        """The loss of one micro-batch without gradients."""
-        return program.evaluation(self.stages, self.parts, self.zero)
+    @cached_property
+    def passes(self) -> tuple[tuple[Pass, ...], ...]:
+        """What each pipeline rank runs in a step."""
+        return passes(self.config.parallel.pipeline_schedule, self.pp, self.micro_batches, self.virtual)
+
+    def training(self, rank: int) -> list[Action]:
+        """One training step of one rank."""
+        return program.training(self.passes[self.mesh.place(rank).pp], self.stages_of(rank), self.zero)
+
+    def evaluation(self, rank: int) -> list[Action]:
+        """One rank's part of the loss of one micro-batch, without gradients."""
+        return program.evaluation(self.stages_of(rank), self.zero)
 
 
 def plan(config: Config, world: int, vocab_size: int) -> Plan:
@@ -201,7 +226,7 @@ def _layout(c: Config, world: int) -> Iterator[Check]:
     yield (world % (tp * pp) if dp is None else world != need,
            f"--tp {tp} x --pp {pp}" + (f" x --dp {dp}" if dp else "") + f": {need} ranks are needed{'' if dp else ', or a multiple'}, but "
            f"{world} run{'s' if world == 1 else ''}; start with torchrun --nproc_per_node {need}, or change the sizes.")
-    yield pp > 1, f"--pp {pp}: pipelines are not built yet; leave it out."
+    yield from _stages(c)
     for flag, size in (("--num-attention-heads", c.model.num_attention_heads or 0), ("--ffn-hidden-size", ffn_size(c.model) or 0)):
         works = [str(n) for n in range(1, min(size, 64) + 1) if size % n == 0]
         yield size > 0 and size % tp, f"--tp {tp}: does not divide {flag} {size}; write one of {', '.join(works)}."
@@ -214,6 +239,40 @@ def _layout(c: Config, world: int) -> Iterator[Check]:
     for flag, count in (("--reduce-every", p.reduce_every), ("--keep-weights", p.keep_weights)):
         yield count < 1, f"{flag} {count}: must be at least 1."
     yield p.bucket_size < 0, f"--bucket-size {p.bucket_size}: must be 0 or more."
+
+
+def _stages(c: Config) -> Iterator[Check]:
+    p, layers = c.parallel, c.model.num_layers or 0
+    pp, virtual, looped = p.pipeline_model_parallel_size, p.num_virtual_stages_per_pipeline_rank, SCHEDULES[p.pipeline_schedule].looped
+    yield virtual < 1, f"--num-virtual-stages-per-pipeline-rank {virtual}: must be at least 1."
+    yield (virtual > 1 and not looped, f"--num-virtual-stages-per-pipeline-rank {virtual}: needs --pipeline-schedule interleaved or "
+           f"breadth-first, not {p.pipeline_schedule}.")
+    stages, text = pp * virtual, p.pipeline_layout
+    ends = {"--decoder-first-pipeline-num-layers": p.decoder_first_pipeline_num_layers,
+            "--decoder-last-pipeline-num-layers": p.decoder_last_pipeline_num_layers}
+    given = {flag: n for flag, n in ends.items() if n is not None}
+    if virtual < 1 or layers < 1:
+        return
+    for flag, n in given.items():
+        yield text, f"{flag} {n}: cannot be combined with --pipeline-layout; keep one."
+        yield n < 0 or stages == 1, f"{flag} {n}: must be 0 or more, and needs several stages (--pp)."
+    if text:
+        yield from _layout_text(text, stages, layers)
+    else:
+        rest, free = layers - sum(given.values()), stages - len(given)
+        yield (rest < free or (free == 0 and rest), f"--num-layers {layers}: {rest} layers are left for {free} stages of --pp {pp}"
+               + (f" x {virtual} virtual stages" if virtual > 1 else "") + (f" after {' and '.join(given)}" if given else "")
+               + "; each needs at least one and none may be left over.")
+
+
+def _layout_text(text: str, stages: int, layers: int) -> Iterator[Check]:
+    try:
+        counts = from_layout(text)
+    except ValueError as error:
+        yield True, f"--pipeline-layout {text}: {error}; write something like Et*3|t*4|t*3L."
+        return
+    yield len(counts) != stages, f"--pipeline-layout {text}: has {len(counts)} stages, --pp and virtual stages make {stages}."
+    yield sum(counts) != layers, f"--pipeline-layout {text}: has {sum(counts)} layers, --num-layers is {layers}."
 
 
 def _batches(c: Config, world: int) -> Iterator[Check]:

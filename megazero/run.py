@@ -53,12 +53,16 @@ class Run:
     def __init__(self, plan: Plan, tokenizer: Tokenizer | None, device: torch.device, wires: Wires) -> None:
         self.plan, self.config, self.tokenizer, self.device, self.wires = plan, plan.config, tokenizer, device, wires
         a, c = plan.architecture, plan.config
-        sharing = Sharing(c.parallel.zero_stage, wires["shard"], wires["replicate"], Buffers(poison=wires.late))
-        self.units = {u.name: Unit(flat(u, wires.place.tp, plan.tp), TORCH_DTYPE[c.dtype], device, sharing) for u in plan.units}
-        self.decoder = Decoder(a, self.units, wires["tp"], c.training.seed, c.training.recompute_granularity, device)
+        stages, dtype = plan.stages_of(wires.rank), TORCH_DTYPE[c.dtype]
+        sharing = Sharing(c.parallel.zero_stage, wires["shard"], wires["replicate"], buffers=Buffers(poison=wires.late))
+        tied = replace(sharing, holders=wires["tied"])
+        self.units = {u.name: Unit(flat(u, wires.place.tp, plan.tp), dtype, device, tied if u.name in stages.tied else sharing)
+                      for u in plan.units_of(wires.rank)}
+        self.decoder = Decoder(a, self.units, wires["tp"], c.training.seed, c.training.recompute_granularity, device,
+                               [i for own in stages.own.values() for i in own])
         self.executor = Executor(self.decoder, wires, plan.parts)
         self.optimizer = Optimizer(list(self.units.values()), c)
-        self.training, self.evaluation = plan.training, plan.evaluation
+        self.training, self.evaluation = plan.training(wires.rank), plan.evaluation(wires.rank)
         self.progress = Progress(loss_scale(c))                 # as of the last verdict that was read
         self.pending: Pending | None = None
         self.train_samples = samples(c, a, "train", tokenizer)
@@ -87,8 +91,9 @@ class Run:
         self.pending = Pending(verdict, lr, scale, self.plan.global_batch, self.lap(), self.executor.witness)
 
     def told(self, figure: Tensor) -> Tensor:
-        """The figure on one rank of each tensor-parallel group, 0 on the others, which know the same: sums count it once."""
-        return figure if self.wires.place.tp == 0 else torch.zeros_like(figure)
+        """The figure on the rank that tells it, 0 on those that know the same: sums count it once. The last stage knows the loss."""
+        teller = self.wires.place.tp == 0 and self.wires.place.pp == self.plan.pp - 1
+        return figure if teller else torch.zeros_like(figure)
 
     def lap(self) -> float:
         """Seconds since the last lap."""
@@ -255,7 +260,7 @@ class Run:
         kinds = ("weight",) if finetune else ("weight", *self.optimizer.MOMENTS[self.config.optimizer.optimizer])
         errors = different(reader.index["architecture"], asdict(self.plan.architecture), reader.folder)
         errors = errors or self._wrong_optimizer(reader, kinds) or ([] if finetune else self._wrong_tokenizer(reader))
-        errors = errors or checkpoint.mismatches(reader, [u.flat for u in self.units.values()], kinds)
+        errors = errors or checkpoint.mismatches(reader, [p for u in self.plan.units for p in u.parameters], kinds)
         if errors:
             raise UserError(*errors)
         for unit in self.units.values():

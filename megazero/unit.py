@@ -46,7 +46,8 @@ class Buffers:
 
 @dataclass(frozen=True)
 class Sharing:
-    """How data-parallel ranks share a unit: the ranks of `shard` hold its slices, those of `replicate` the same slice once more.
+    """How data-parallel ranks share a unit: the ranks of `shard` hold its slices, those of `replicate` the same slice once more, and so
+    do the `holders` of a tied unit, at the two ends of a pipeline.
 
     level    1: optimizer state and masters are slices, 2: gradients too, 3: weights too. With a shard group of one, a slice is the whole
     """
@@ -54,6 +55,7 @@ class Sharing:
     level: int = 0
     shard: Group = field(default_factory=Alone)
     replicate: Group = field(default_factory=Alone)
+    holders: Group = field(default_factory=Alone)
     buffers: Buffers = field(default_factory=Buffers)
 
 
@@ -92,7 +94,7 @@ class Unit:
     @property
     def owner(self) -> bool:
         """Is this the rank whose copy of the slice counts in norms and is saved?"""
-        return self.sharing.replicate.rank == 0
+        return self.sharing.replicate.rank == self.sharing.holders.rank == 0
 
     def weight(self, operand: str) -> "Weight":
         return Weight(self, self._operands[operand])

@@ -80,7 +80,7 @@ def batches(run: Run, step: int = 0, seed: int = 7, masked: bool = False) -> lis
 def gradients(run: Run, data: list[Batch]) -> float:
     """One forward and backward of the program; leaves the gradients of the mean loss in the units and returns that loss."""
     count = sum(float(b.mask.sum()) for b in data)
-    return float(run.executor.train(replace(run.plan, micro_batches=len(data)).training, data, torch.tensor(1 / count, dtype=run.optimizer.wide, device=run.device))) / count
+    return float(run.executor.train(replace(run.plan, micro_batches=len(data)).training(0), data, torch.tensor(1 / count, dtype=run.optimizer.wide, device=run.device))) / count
 
 
 def named(run: Run, buffer: str = "master") -> dict[str, torch.Tensor]:

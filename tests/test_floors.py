@@ -8,7 +8,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # A file imports from lower floors, or from files of its own floor that stand before it. docs/design.md draws the picture.
 FLOORS = [
     ["errors"],
-    ["command_line", "config", "layout", "mesh", "program", "architecture", "plan", "cost", "schedules", "random",
+    ["command_line", "pipeline", "timeline", "config", "layout", "mesh", "program", "architecture", "plan", "cost", "schedules", "random",
      "data.indexed", "data.order", "data.tokenizers", "data.dataset", "data.preprocess"],
     ["comm"],
     ["unit", "ops", "attention"],

@@ -9,6 +9,7 @@ is nearly zero: epsilon is 1e-5 here, so that the table measures layouts and not
 from collections import Counter
 from dataclasses import dataclass
 from functools import cache
+from itertools import combinations, product
 from typing import Any
 
 import pytest
@@ -18,10 +19,11 @@ from support import SHAPES, resolved
 
 from megazero import checkpoint
 from megazero.comm import connect
+from megazero.pipeline import SCHEDULES
 from megazero.run import Run
 
-WORDS = "--num-layers 2 --hidden-size 48 --num-attention-heads 24 --kv-channels 4 --ffn-hidden-size 96 --lr 2e-3 --weight-decay 0.1 --mock-data " \
-        "--train-iters 5 --eval-iters 0 --clip-grad 0.5 --dtype fp64 --global-batch-size 12 --make-vocab-size-divisible-by 8"
+WORDS = "--hidden-size 48 --num-attention-heads 24 --kv-channels 4 --ffn-hidden-size 96 --lr 2e-3 --weight-decay 0.1 --mock-data " \
+        "--train-iters 5 --eval-iters 0 --clip-grad 0.5 --dtype fp64 --make-vocab-size-divisible-by 8"
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,10 @@ class Row:
     shard: int = 0
     every: int = 1
     keep: int = 1
+    pp: int = 1
+    virtual: int = 1
+    layers: int = 2
+    batch: int = 12
     extra: str = ""
 
     def __str__(self) -> str:
@@ -53,13 +59,13 @@ class Row:
         """What one rank must be told to run the same model on the same data."""
         shape = SHAPES[self.shape].replace("--kv-channels 24", "--kv-channels 4").replace("--ffn-hidden-size 96", "")
         optimizer = "--optimizer sgd" if self.optimizer == "sgd" else "--adam-eps 1e-5"
-        return (f"{WORDS} --vocab-size 101 {shape} {optimizer} --seq-length {self.tokens} --hidden-dropout {self.dropout} "
+        return (f"{WORDS} --global-batch-size {self.batch} --num-layers {self.layers} --vocab-size 101 {shape} {optimizer} --seq-length {self.tokens} --hidden-dropout {self.dropout} "
                 f"--attention-dropout {self.dropout}")
 
     @property
     def words(self) -> str:
-        return (f"{self.model} --tp {self.tp} --dp {self.dp} --recompute-granularity {self.recompute} --micro-batch-size {self.micro} "
-                f"--pipeline-schedule {self.schedule} --zero-stage {self.level} --reduce-every {self.every} --keep-weights {self.keep} "
+        return (f"{self.model} --tp {self.tp} --pp {self.pp} --dp {self.dp} --recompute-granularity {self.recompute} --micro-batch-size {self.micro} "
+                f"--pipeline-schedule {self.schedule} --num-virtual-stages-per-pipeline-rank {self.virtual} --zero-stage {self.level} --reduce-every {self.every} --keep-weights {self.keep} "
                 f"{f'--zero-shard-size {self.shard}' if self.shard else ''} {self.extra}")
 
 
@@ -102,7 +108,7 @@ def alone(words: str) -> tuple[list[tuple[float, float]], dict[str, torch.Tensor
 
 def compare(row: Row, pool: Pool, tolerance: float = 1e-12) -> None:
     want_figures, want_gradients, want_weights = alone(row.model)
-    world, covered = row.tp * row.dp, Counter[str]()
+    world, covered = row.tp * row.pp * row.dp, Counter[str]()
     for figures, gradients, weights in pool.run(world, play, row.words, world, "gloo+late" if row.late else "gloo"):
         for got, want in zip(figures, want_figures, strict=True):
             assert got == pytest.approx(want, rel=tolerance, abs=0)
@@ -141,6 +147,38 @@ ZERO = [Row(tp, dp, shape, recompute, micro, optimizer, late=late, level=level)
         for level in (0, 1, 2, 3) for tp in (1, 2) for dp in (2, 3, 4) for recompute in ("none", "selective", "full") for micro in (1, 3)
         for shape, optimizer, late in (("gpt2", "sgd", True), ("llama", "adam", False))]
 
+COLUMNS = {"tp": (1, 2, 4), "pp": (1, 2, 3, 4), "dp": (1, 2, 3), "level": (0, 1, 2, 3), "schedule": ("gpipe", "breadth-first", "1f1b", "interleaved"),
+           "recompute": ("none", "selective", "full"), "micro-batches": (1, 3, 8), "shape": ("gpt2", "gpt2-plain", "llama", "llama-tied-scaled")}
+PAIRS: list[tuple[Any, ...]] = [                                # every pair of values of two columns stands in one of these rows
+    (1, 1, 1, 0, "breadth-first", "full", 8, "gpt2-plain"),
+    (1, 1, 1, 2, "interleaved", "none", 1, "llama-tied-scaled"),
+    (1, 1, 1, 2, "breadth-first", "selective", 8, "gpt2-plain"),
+    (1, 1, 1, 3, "gpipe", "full", 1, "gpt2"),
+    (1, 2, 2, 1, "interleaved", "none", 3, "llama"),
+    (2, 2, 1, 2, "gpipe", "selective", 1, "gpt2"),
+    (1, 2, 2, 1, "1f1b", "selective", 8, "gpt2-plain"),
+    (1, 4, 1, 1, "1f1b", "selective", 8, "llama-tied-scaled"),
+    (2, 1, 3, 3, "1f1b", "none", 1, "llama-tied-scaled"),
+    (1, 3, 2, 3, "gpipe", "selective", 8, "llama-tied-scaled"),
+    (2, 1, 3, 1, "gpipe", "none", 3, "gpt2"),
+    (2, 3, 1, 2, "1f1b", "full", 3, "llama"),
+    (1, 2, 3, 0, "interleaved", "full", 1, "gpt2"),
+    (4, 2, 1, 3, "breadth-first", "full", 3, "llama-tied-scaled"),
+    (1, 4, 2, 2, "breadth-first", "none", 8, "gpt2"),
+    (2, 4, 1, 3, "interleaved", "full", 8, "gpt2-plain"),
+    (4, 1, 2, 3, "gpipe", "full", 1, "llama"),
+    (1, 3, 3, 1, "breadth-first", "full", 1, "llama-tied-scaled"),
+    (4, 3, 1, 1, "1f1b", "full", 3, "gpt2"),
+    (4, 1, 3, 2, "interleaved", "selective", 8, "llama"),
+    (1, 4, 3, 0, "gpipe", "selective", 3, "gpt2-plain"),
+    (4, 3, 1, 0, "interleaved", "none", 1, "gpt2-plain"),
+    (2, 4, 2, 0, "breadth-first", "full", 1, "llama"),
+    (4, 4, 1, 0, "1f1b", "none", 3, "llama-tied-scaled"),
+]
+EVERY_PAIR = [Row(tp, dp, shape, recompute, pp=pp, level=level, schedule=schedule, virtual=2 if SCHEDULES[schedule].looped else 1,
+                  layers=pp * (2 if SCHEDULES[schedule].looped else 1) + 1, batch=count * dp, optimizer=("sgd", "adam")[i % 2], late=i % 3 > 0)
+              for i, (tp, pp, dp, level, schedule, recompute, count, shape) in enumerate(PAIRS)]
+
 
 @pytest.fixture(scope="module")
 def pool() -> Any:
@@ -149,7 +187,14 @@ def pool() -> Any:
     made.close()
 
 
-@pytest.mark.parametrize("row", CI, ids=str)
+def test_every_pair_of_values_is_in_the_table() -> None:
+    for (i, one), (j, two) in combinations(enumerate(COLUMNS.values()), 2):
+        assert {(row[i], row[j]) for row in PAIRS} == set(product(one, two)), (i, j)
+    worlds = [tp * pp * dp for tp, pp, dp, *_ in PAIRS]
+    assert worlds.count(16) >= 1 and worlds.count(12) >= 2
+
+
+@pytest.mark.parametrize("row", CI + EVERY_PAIR, ids=str)
 def test_equal_to_one_rank(row: Row, pool: Pool) -> None:
     compare(row, pool)
 

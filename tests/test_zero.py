@@ -139,7 +139,7 @@ def test_live_bytes_per_parameter(level: int, ranks: int, dtype: str) -> None:
 
 def test_a_level_3_step_reads_like_this() -> None:
     plan = resolved(f"{SMALL} {LLAMA} --num-layers 1 --global-batch-size 2 --zero-stage 3", 2)
-    assert " | ".join(str(a) for a in plan.training) == (
+    assert " | ".join(str(a) for a in plan.training(0)) == (
         "gather embedding | gather layers.0 | F0,0 | release embedding | gather head | F1,0 | release layers.0 | gather layers.0 | "
         "open head | L2,0 | release head | reduce head,0 | open layers.0 | B1,0 | release layers.0 | land head,0 | replicate head | reduce layers.0,0 | "
         "open embedding | B0,0 | land layers.0,0 | replicate layers.0 | reduce embedding,0 | land embedding,0 | replicate embedding")
@@ -155,7 +155,7 @@ def test_nothing_is_used_before_it_is_there(level: int, words: str, shape: str) 
         pytest.skip("has no effect at this level")
     plan = resolved(f"{SMALL} {SHAPES[shape]} --num-layers 3 --global-batch-size 24 --zero-stage {level} {words}", 4)
     whole, grows, travels, done = set(), set(), set(), []
-    for action in plan.training:
+    for action in plan.training(0):
         kind, unit, part = action.kind, action.unit, action.part
         if kind in ("F", "L", "B"):
             reads = plan.parts[part].backward if kind == "B" else plan.parts[part].forward

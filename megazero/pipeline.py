@@ -1,0 +1,172 @@
+"""Pipeline schedules as data: which rank runs which pass, and in which order.
+
+    F2,0    forward of stage 2 for micro-batch 0            B2,0    its backward
+
+Stages are numbered through the model and lie on the ranks in a loop: rank r of pp holds stages r, r + pp, r + 2 pp, ... Micro-batches
+go through the pipeline in rounds; within a round a rank takes all of them through one of its stages before it takes the next
+stage, deepest last for forwards, deepest first for backwards. That gives each rank a line of forwards and a line of backwards.
+One rule merges the two: run a forward if there is room for what it leaves behind, else a backward. A schedule is a row that says
+how many rounds there are and how much room.
+
+No clock decides an order; timeline.py plays it on one, and looks for what is wrong with it.
+
+Sources: GPipe (Huang et al. 2019), 1F1B (Narayanan et al. 2019), interleaved (Narayanan et al. 2021), breadth-first (Lamy-Poirier 2023).
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from typing import NamedTuple
+
+
+class Pass(NamedTuple):
+    """One micro-batch through one stage: kind F (forward) or B (backward)."""
+
+    kind: str
+    stage: int
+    micro: int
+
+    def __str__(self) -> str:
+        return f"{self.kind}{self.stage},{self.micro}"
+
+
+Order = Sequence[Sequence[Pass]]            # by rank, in the order it runs them
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A row of the table.
+
+    `looped`    a rank may hold several stages
+    `rounds`    (pp, micro-batches) -> rounds; the micro-batches are shared among them evenly
+    `room`      (rank, pp, virtual, micro-batches of the largest round) -> forwards that may wait for their backward at one time
+    """
+
+    looped: bool
+    rounds: Callable[[int, int], int]
+    room: Callable[[int, int, int, int], int]
+
+
+def _one_round(pp: int, micro_batches: int) -> int:
+    return 1
+
+
+def _full_rounds(pp: int, micro_batches: int) -> int:
+    """Each of at least pp micro-batches, so that the first is back for the next stage when the last has left this one."""
+    return max(1, micro_batches // pp)
+
+
+def _room_for_all(rank: int, pp: int, virtual: int, size: int) -> int:
+    return virtual * size
+
+
+def _room_until_return(rank: int, pp: int, virtual: int, size: int) -> int:
+    """What a rank must have started when its first backward comes back: the round through all its stages but the last, then one pass,
+    and one for each hop to the last rank. In a loop two for each hop: one would do if messages took no time, the second hides them."""
+    return (virtual - 1) * size + min(virtual, 2) * (pp - 1 - rank) + 1
+
+
+SCHEDULES = {
+    "gpipe": Schedule(looped=False, rounds=_one_round, room=_room_for_all),
+    "breadth-first": Schedule(looped=True, rounds=_one_round, room=_room_for_all),
+    "1f1b": Schedule(looped=False, rounds=_full_rounds, room=_room_until_return),
+    "interleaved": Schedule(looped=True, rounds=_full_rounds, room=_room_until_return),
+}
+
+
+def placement(stage: int, pp: int) -> int:
+    """The rank that holds a stage."""
+    return stage % pp
+
+
+def needs(p: Pass, stages: int) -> list[Pass]:
+    """The passes that must have ended before this one can start, of `stages` stages in all."""
+    if p.kind == "F":
+        return [p._replace(stage=p.stage - 1)] if p.stage else []
+    own = p._replace(kind="F")
+    return [own, p._replace(stage=p.stage + 1)] if p.stage < stages - 1 else [own]
+
+
+def passes(schedule: str, pp: int, micro_batches: int, virtual: int) -> tuple[tuple[Pass, ...], ...]:
+    """What each of pp ranks runs, in order, with `virtual` stages on each rank. Any number of micro-batches."""
+    row = SCHEDULES[schedule]
+    assert row.looped or virtual == 1, f"{schedule} has one stage on each rank, not {virtual}"
+    rounds = _rounds(row, pp, micro_batches)
+    return tuple(_merged(*_lines(range(rank, pp * virtual, pp), rounds), _room(row, rank, pp, virtual, rounds)) for rank in range(pp))
+
+
+def held(schedule: str, pp: int, micro_batches: int, virtual: int) -> tuple[int, ...]:
+    """By rank, the most activations it holds at one time, each of one micro-batch in one stage."""
+    row = SCHEDULES[schedule]
+    rounds = _rounds(row, pp, micro_batches)
+    return tuple(min(_room(row, rank, pp, virtual, rounds), virtual * micro_batches) for rank in range(pp))
+
+
+def _rounds(row: Schedule, pp: int, micro_batches: int) -> list[range]:
+    count = row.rounds(pp, micro_batches)
+    return [range(micro_batches * i // count, micro_batches * (i + 1) // count) for i in range(count)]
+
+
+def _room(row: Schedule, rank: int, pp: int, virtual: int, rounds: Sequence[range]) -> int:
+    return row.room(rank, pp, virtual, max(map(len, rounds)))
+
+
+def _lines(stages: Sequence[int], rounds: Sequence[range]) -> tuple[list[Pass], list[Pass]]:
+    """All forwards of a rank, and all its backwards, each in order."""
+    return ([Pass("F", s, m) for micros in rounds for s in stages for m in micros],
+            [Pass("B", s, m) for micros in rounds for s in reversed(stages) for m in micros])
+
+
+def _merged(forwards: list[Pass], backwards: list[Pass], room: int) -> tuple[Pass, ...]:
+    """A forward if fewer than `room` wait for their backward, else a backward."""
+    pairs = ([*forwards[i + room - 1:i + room], backward] for i, backward in enumerate(backwards))
+    return tuple(chain(forwards[:room - 1], *pairs))
+
+
+def shares(layers: int, stages: int, first: int | None = None, last: int | None = None) -> tuple[int, ...]:
+    """Layers of each stage: what `first` and `last` leave is shared as evenly as can be."""
+    fixed = {0: first, stages - 1: last} if stages > 1 else {}
+    free = [s for s in range(stages) if fixed.get(s) is None]
+    rest = layers - sum(n for n in fixed.values() if n is not None)
+    even = {s: rest * (i + 1) // len(free) - rest * i // len(free) for i, s in enumerate(free)}
+    return tuple(even[s] if s in even else int(fixed[s] or 0) for s in range(stages))
+
+
+def from_layout(text: str) -> tuple[int, ...]:
+    """Layers of each stage of a layout in Megatron's words: E embedding, t layer, L loss, | between stages, *n repeats a letter or what
+    is in brackets. Raises ValueError with what is wrong."""
+    plain = re.sub(r"[\s,]", "", text)
+    while plain != (once := re.sub(r"(\w)\*(\d+)|\(([^()]*)\)\*(\d+)", lambda m: (m[1] or m[3]) * int(m[2] or m[4]), plain)):
+        plain = once
+    stages = plain.split("|")
+    if re.search(r"[^EtL|]", plain):
+        raise ValueError("holds something else than E, t, L, |, * and brackets")
+    if not (plain.startswith("E") and plain.endswith("L") and plain.count("E") == plain.count("L") == 1):
+        raise ValueError("must begin with the one E and end with the one L")
+    if not all(stages):
+        raise ValueError("has a stage with nothing in it")
+    return tuple(stage.count("t") for stage in stages)
+
+
+class Costs(NamedTuple):
+    """Times, in any one unit: of a forward and a backward through one stage, and of a message to another rank."""
+
+    forward: float = 1.0
+    backward: float = 2.0
+    communication: float = 0.0
+
+    def of(self, p: Pass) -> float:
+        return self.forward if p.kind == "F" else self.backward
+
+    def shared(self, virtual: int) -> "Costs":
+        """The costs of one of the `virtual` stages that share a rank's layers. A message is as long as before."""
+        return Costs(self.forward / virtual, self.backward / virtual, self.communication)
+
+
+def bubble_time(pp: int, micro_batches: int, virtual: int, costs: Costs) -> float:
+    """How long each rank idles in a step, in all schedules here, when messages take no time; `costs` are those of one stage.
+
+    (pp - 1)(F + B). With fewer micro-batches than ranks each loop but the first also waits for the first micro-batch to come round.
+    """
+    return (pp - 1 + (virtual - 1) * max(0, pp - micro_batches)) * (costs.forward + costs.backward)
