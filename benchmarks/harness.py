@@ -9,6 +9,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
+from functools import partial
 from statistics import median
 from typing import Any
 
@@ -16,6 +18,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from megazero import config
 from megazero.comm import connect, environment
@@ -33,11 +36,11 @@ CPU = torch.device("cpu")
 
 # ---- the model, twice
 
-def words(c: Any, data_parallel: int, more: str) -> str:
-    """Our command line for the GPT-2 shape of a benchmark's settings: AdamW at 1e-3 with weight decay 0.1, clipping at 1."""
-    return (f"--num-layers {c.layers} --hidden-size {c.hidden} --num-attention-heads {c.heads} --seq-length {c.seq} --openai-gelu --lr 1e-3 "
-            f"--weight-decay 0.1 --clip-grad 1 --mock-data --train-iters 100 --eval-iters 0 --vocab-size {c.vocab} --dtype {c.dtype} "
-            f"--micro-batch-size {c.batch} --global-batch-size {c.batch * c.accumulate * data_parallel} {more}")
+def words(c: Any, samples: int, more: str) -> str:
+    """Our command line for the GPT-2 shape of a benchmark's settings, for steps of so many samples."""
+    return (f"--num-layers {c.layers} --hidden-size {c.hidden} --num-attention-heads {c.heads} --seq-length {c.seq} --openai-gelu "
+            f"--lr 1e-3 --weight-decay 0.1 --clip-grad 1 --mock-data --train-iters 100 --eval-iters 0 --vocab-size {c.vocab} "
+            f"--dtype {c.dtype} --micro-batch-size {c.batch} --global-batch-size {samples} {more}")
 
 
 def planned(line: str) -> Plan:
@@ -89,7 +92,7 @@ class GPT(nn.Module):
         a = p.architecture
         self.embedding = nn.Embedding(a.vocab_size, a.hidden) if first else None
         self.positions = nn.Embedding(a.seq_length, a.hidden) if first else None
-        self.layers = nn.ModuleDict({str(i): Block(a.hidden, a.heads) for i in layers or range(a.layers)})
+        self.layers = nn.ModuleDict({str(i): Block(a.hidden, a.heads) for i in (range(a.layers) if layers is None else layers)})
         output = {} if a.tied else {"output": nn.Linear(a.hidden, a.vocab_size, bias=False)}
         self.head = nn.ModuleDict({"norm": nn.LayerNorm(a.hidden), **output}) if last else None
         draw(self, p)
@@ -131,9 +134,35 @@ def decayed(model: nn.Module) -> list[dict[str, Any]]:
             {"params": [p for p in model.parameters() if p.dim() < 2], "weight_decay": 0.0}]
 
 
+def ddp(p: Plan, low: bool = False, optimizer: Callable[..., torch.optim.Optimizer] | None = None) -> Step:
+    """torch's DistributedDataParallel: fp32 weights, under autocast for bf16; or with `low` everything in bf16."""
+    model = GPT(p).bfloat16() if low else GPT(p)
+    wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    adam = (optimizer or torch.optim.AdamW)(decayed(wrapped), lr=1e-3, fused=True)
+    return trained(wrapped, adam, p.config.dtype == "bf16" and not low, lambda last: nullcontext() if last else wrapped.no_sync())
+
+
+def trained(model: nn.Module, adam: torch.optim.Optimizer, autocast: bool, around: Callable[[bool], Any]) -> Step:
+    """The ordinary loop. `around` is told whether a micro-batch is the step's last; what it returns is entered around it."""
+    def step(micros: Sequence[Micro]) -> float:
+        adam.zero_grad(set_to_none=True)
+        total = torch.zeros(())
+        for i, (x, y) in enumerate(micros):
+            with around(i == len(micros) - 1):
+                with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                    loss = loss_of(model(x), y) / len(micros)
+                loss.backward()
+            total += loss.detach()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        adam.step()
+        return float(total)
+
+    return step
+
+
 def drawn_batches(c: Any, ranks: int, rank: int) -> list[Micro]:
-    """The same random tokens for everybody: this rank's [c.batch, c.seq] of each of c.accumulate micro-batches."""
-    shape = (c.accumulate, ranks, c.batch, c.seq + 1)
+    """The same random tokens for everybody: this rank's [c.batch, c.seq] of each of c.micro_batches."""
+    shape = (c.micro_batches, ranks, c.batch, c.seq + 1)
     tokens = torch.randint(c.vocab, shape, generator=torch.Generator().manual_seed(1))[:, rank]
     return [(t[:, :-1].contiguous(), t[:, 1:].contiguous()) for t in tokens]
 
@@ -149,10 +178,6 @@ def launched(ranks: int, *more: str) -> Any:
     return json.loads(ran.stdout.splitlines()[-1])
 
 
-def is_rank() -> bool:
-    return "RANK" in os.environ
-
-
 def tell(figures: Any) -> None:
     """From rank 0 to the process that launched the ranks; ends this one's part."""
     if dist.get_rank() == 0:
@@ -161,7 +186,7 @@ def tell(figures: Any) -> None:
     dist.destroy_process_group()
 
 
-def interleaved(steps: Mapping[str, Callable[[], float]], rounds: int, barrier: Callable[[], Any] = lambda: None) -> dict[str, list[float]]:
+def interleaved(steps: Mapping[str, Callable[[], Any]], rounds: int, barrier: Callable[[], Any] = lambda: None) -> dict[str, list[float]]:
     """Seconds of each step, one of each kind in turn, after two rounds that do not count. Every round begins with another kind."""
     times: dict[str, list[float]] = {name: [] for name in steps}
     names = list(steps)
@@ -176,20 +201,48 @@ def interleaved(steps: Mapping[str, Callable[[], float]], rounds: int, barrier: 
     return times
 
 
-def mean_loss(loss: float) -> float:
-    """Over the ranks."""
-    total = torch.tensor(loss)
-    dist.all_reduce(total)
-    return float(total) / dist.get_world_size()
+def compared(c: Any, kinds: Callable[[Any], Mapping[str, Callable[[], Step]]], batches: Callable[[str], Sequence[Micro]]) -> None:
+    """The whole of a benchmark of several ranks. The first process launches the ranks and prints the table, the others are ranks.
+
+    `kinds` makes the steps to compare, the base first; `batches` is what this rank gets in a step of a kind. `c` has ranks, steps, memory,
+    only and json.
+    """
+    if "RANK" in os.environ:
+        torch.set_num_threads(1)
+        dist.init_process_group("gloo")
+        tell(alone(c, kinds(c), batches) if c.only else in_turn(c, kinds(c), batches))
+        return
+    figures = launched(c.ranks)
+    names = list(figures["times"])
+    memory = {name: launched(c.ranks, "--only", name) for name in ("nothing", *names)} if c.memory else {}
+    print("\n".join(table(figures["times"], names[0], memory, figures["losses"])))
+    if c.json:
+        with open(c.json, "w", encoding="utf-8") as file:
+            json.dump({"settings": vars(c), "torch": torch.__version__, "memory": memory, **figures}, file, indent=1)
 
 
-def peak_memory(step: Callable[[], float] | None) -> int:
-    """Peak resident bytes of the largest rank after four steps; without a step, of what is loaded anyway."""
-    for _ in range(4 if step else 0):
-        step()
+def alone(c: Any, kinds: Mapping[str, Callable[[], Step]], batches: Callable[[str], Sequence[Micro]]) -> int:
+    """Peak resident bytes of the largest rank after four steps of one kind; of `nothing`, what is loaded anyway."""
+    if c.only != "nothing":
+        step = kinds[c.only]()
+        for _ in range(4):
+            step(batches(c.only))
     peak = torch.tensor(memory_bytes(CPU))
     dist.all_reduce(peak, dist.ReduceOp.MAX)
     return int(peak)
+
+
+def in_turn(c: Any, kinds: Mapping[str, Callable[[], Step]], batches: Callable[[str], Sequence[Micro]]) -> dict[str, Any]:
+    """Seconds and last loss (the mean over ranks) of every kind."""
+    losses: dict[str, float] = {}
+
+    def kept(name: str, step: Step) -> None:
+        losses[name] = step(batches(name))
+
+    times = interleaved({name: partial(kept, name, make()) for name, make in kinds.items()}, c.steps, dist.barrier)
+    total = torch.tensor([losses[name] for name in kinds])
+    dist.all_reduce(total)
+    return {"times": times, "losses": dict(zip(kinds, (total / dist.get_world_size()).tolist(), strict=True))}
 
 
 def table(times: Mapping[str, Sequence[float]], base: str, memory: Mapping[str, int], losses: Mapping[str, float]) -> list[str]:

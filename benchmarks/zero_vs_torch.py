@@ -14,43 +14,22 @@ What each keeps, in bytes per parameter at N ranks (weights + masters + gradient
 DDP's buckets hold the gradients themselves (gradient_as_bucket_view).
 """
 
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 import torch.distributed as dist
-from harness import (
-    CPU,
-    GPT,
-    Micro,
-    Step,
-    decayed,
-    drawn_batches,
-    interleaved,
-    is_rank,
-    launched,
-    loss_of,
-    mean_loss,
-    megazero,
-    peak_memory,
-    planned,
-    table,
-    tell,
-    words,
-)
-from torch import nn
+from harness import GPT, Step, compared, ddp, decayed, drawn_batches, megazero, planned, trained, words
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
-from torch.nn.parallel import DistributedDataParallel
 
 from megazero import command_line
 from megazero.comm import environment
 from megazero.command_line import option
+from megazero.plan import Plan
 
 
 @dataclass(frozen=True)
@@ -64,102 +43,45 @@ class Settings:
     heads: int = option(6, "heads")
     seq: int = option(256, "tokens of a sample")
     batch: int = option(2, "samples of a micro-batch of a rank")
-    accumulate: int = option(1, "micro-batches of a step")
+    micro_batches: int = option(1, "micro-batches of a step")
     vocab: int = option(2048, "ids")
     steps: int = option(12, "timed steps of each")
-    kinds: str | None = option(None, "the kinds to time, by comma; all if not given")
+    kinds: str | None = option(None, "the kinds to time beside ddp, by comma; all if not given")
     memory: bool = option(False, "also the peak memory of each kind")
     only: str | None = option(None, "run one kind alone and tell its memory")
     json: str | None = option(None, "file for the figures")
 
 
-def line(c: Settings, level: int) -> str:
-    return words(c, c.ranks, f"--zero-stage {level}")
-
-
-def trained(model: nn.Module, adam: torch.optim.Optimizer, autocast: bool, last: Callable[[bool], Any]) -> Step:
-    """The ordinary loop. `last` is told whether a micro-batch is the step's last; what it returns is entered around it."""
-    def step(micros: Sequence[Micro]) -> float:
-        adam.zero_grad(set_to_none=True)
-        total = torch.zeros(())
-        for i, (x, y) in enumerate(micros):
-            with last(i == len(micros) - 1):
-                with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-                    loss = loss_of(model(x), y) / len(micros)
-                loss.backward()
-            total += loss.detach()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        adam.step()
-        return float(total)
-
-    return step
-
-
-def ddp(c: Settings, low: bool = False, zero: bool = False) -> Step:
-    """fp32 weights, under autocast for bf16; or with `low` everything in bf16. With `zero`, AdamW's state is shared out."""
-    model = GPT(planned(line(c, 0)))
-    wrapped = DistributedDataParallel(model.bfloat16() if low else model, gradient_as_bucket_view=True)
-    groups = decayed(wrapped)
-    adam: torch.optim.Optimizer
-    if zero:
-        adam = ZeroRedundancyOptimizer(groups, torch.optim.AdamW, parameters_as_bucket_view=True, lr=1e-3, betas=(0.9, 0.999), fused=True)
-    else:
-        adam = torch.optim.AdamW(groups, lr=1e-3, fused=True)
-    return trained(wrapped, adam, c.dtype == "bf16" and not low, lambda last: nullcontext() if last else wrapped.no_sync())
+def at_level(c: Settings, level: int) -> Plan:
+    return planned(words(c, c.batch * c.micro_batches * c.ranks, f"--zero-stage {level}"))
 
 
 def fsdp2(c: Settings, reshard: bool) -> Step:
     """fully_shard per block and around all. Without `reshard`, weights stay gathered from forward to backward (ZeRO level 2)."""
-    model = GPT(planned(line(c, 0)))
+    model = GPT(at_level(c, 0))
     low = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if c.dtype == "bf16" else MixedPrecisionPolicy()
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    for layer in model.layers.values():
-        fully_shard(layer, mesh=mesh, mp_policy=low, reshard_after_forward=reshard)
-    fully_shard(model, mesh=mesh, mp_policy=low, reshard_after_forward=reshard)
+    for part in (*model.layers.values(), model):
+        fully_shard(part, mesh=mesh, mp_policy=low, reshard_after_forward=reshard)
     return trained(model, torch.optim.AdamW(decayed(model), lr=1e-3, fused=True), False, lambda last: nullcontext())
 
 
 def kinds(c: Settings) -> dict[str, Callable[[], Step]]:
-    found: dict[str, Callable[[], Step]] = {"ddp": partial(ddp, c)}
-    found |= {f"level {level}": lambda level=level: megazero(planned(line(c, level))) for level in range(4)}  # type: ignore[misc]
-    found |= {"zero optimizer": partial(ddp, c, zero=True), "fsdp2 keep": partial(fsdp2, c, False), "fsdp2": partial(fsdp2, c, True)}
+    shared = partial(ZeroRedundancyOptimizer, optimizer_class=torch.optim.AdamW, parameters_as_bucket_view=True)
+    found: dict[str, Callable[[], Step]] = {"ddp": lambda: ddp(at_level(c, 0))}
+    found |= {f"level {level}": lambda level=level: megazero(at_level(c, level)) for level in range(4)}  # type: ignore[misc]
+    found |= {"zero optimizer": lambda: ddp(at_level(c, 0), optimizer=shared),
+              "fsdp2 keep": lambda: fsdp2(c, False), "fsdp2": lambda: fsdp2(c, True)}
     if c.dtype == "bf16":
-        found["ddp, all bf16"] = partial(ddp, c, low=True)
+        found["ddp, all bf16"] = lambda: ddp(at_level(c, 0), low=True)
     wanted = c.kinds.split(",") if c.kinds else found
-    return {name: made for name, made in found.items() if name in wanted or name == "ddp"}
-
-
-def rank(c: Settings) -> None:
-    """One rank of the timed steps, or of one kind alone."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo")
-    batches = drawn_batches(c, c.ranks, environment()[0])
-    if c.only:
-        alone = kinds(c)[c.only]() if c.only != "nothing" else None
-        tell(peak_memory(alone and (lambda: alone(batches))))
-        return
-    losses: dict[str, float] = {}
-
-    def kept(name: str, step: Step) -> float:
-        losses[name] = step(batches)
-        return losses[name]
-
-    steps = {name: partial(kept, name, made()) for name, made in kinds(c).items()}
-    times = interleaved(steps, c.steps, dist.barrier)
-    tell({"times": times, "losses": {name: mean_loss(x) for name, x in losses.items()}})
+    return {name: make for name, make in found.items() if name in wanted or name == "ddp"}
 
 
 def main() -> None:
     c = command_line.parse(Settings)
-    if is_rank():
-        rank(c)
-        return
-    figures = launched(c.ranks)
-    memory = {name: launched(c.ranks, "--only", name) for name in ("nothing", *kinds(c))} if c.memory else {}
-    print("\n".join(table(figures["times"], "ddp", memory, figures["losses"])))
-    if c.json:
-        with open(c.json, "w", encoding="utf-8") as file:
-            json.dump({"settings": vars(c), "torch": torch.__version__, "device": str(CPU), "memory": memory, **figures}, file, indent=1)
+    batches = drawn_batches(c, c.ranks, environment()[0])
+    compared(c, kinds, lambda kind: batches)
 
 
 if __name__ == "__main__":
