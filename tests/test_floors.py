@@ -10,7 +10,7 @@ FLOORS = [
     ["errors"],
     ["command_line", "pipeline", "timeline", "config", "layout", "mesh", "program", "architecture", "plan", "cost", "schedules", "random",
      "data.indexed", "data.order", "data.tokenizers", "data.dataset", "data.preprocess"],
-    ["comm"],
+    ["shared", "comm"],
     ["unit", "ops", "attention"],
     ["decoder", "executor", "models.families"],
     ["optimizer", "checkpoint", "metrics", "models.hf_files", "models.hf_tokenizer", "models.hf"],
