@@ -163,7 +163,7 @@ class Gloo(_Several):
     def __init__(self, axis: str, ranks: Sequence[int], line: Line, process_group: dist.ProcessGroup) -> None:
         super().__init__(axis, ranks, line)
         self.process_group, self.calls = process_group, 0
-        self.memory = _memory(self.rank, process_group)
+        self.memory = _memory(process_group)
 
     def all_gather(self, x: Tensor, into: Tensor | None = None) -> Work:
         out = x.new_empty(self.size * len(x), *x.shape[1:]) if into is None else into
@@ -230,9 +230,9 @@ class Gloo(_Several):
         return _Messages(self.line, f"{what} over {self.axis}", pending, landed, (sent, there))
 
 
-def _memory(rank: int, process_group: dist.ProcessGroup) -> Memory | None:
+def _memory(process_group: dist.ProcessGroup) -> Memory | None:
     """Memory shared by all ranks of a group of one host; None where they are on several, or have no such memory."""
-    memory = Memory(rank) if hasattr(os, "memfd_create") else None
+    memory = Memory(dist.get_rank(process_group)) if hasattr(os, "memfd_create") else None
     cards = torch.zeros(dist.get_world_size(process_group), 4, dtype=torch.int64)
     dist.all_gather(list(cards), memory.card() if memory else torch.zeros(4, dtype=torch.int64), process_group)
     met = torch.tensor(bool(memory and memory.meet(cards)), dtype=torch.int64)
@@ -245,19 +245,29 @@ class GlooChannel:
 
     def __init__(self, sender: int, receiver: int, line: Line, process_group: dist.ProcessGroup) -> None:
         self.sender, self.receiver, self.line, self.process_group = sender, receiver, line, process_group
+        self.memory, self.peer = _memory(process_group), 1 - dist.get_rank(process_group)
 
     def send(self, x: Tensor) -> Work:
         self.line.sent["pp"] += x.nbytes
-        given = _host(x)
+        given = self.memory.put({self.peer: x})[self.peer] if self.memory and x.nbytes >= SMALL else _host(x)
         work = dist.isend(given, self.receiver, self.process_group)
         assert work is not None
         return _Messages(self.line, "sending over pp", [(self.receiver, work)], lambda: x, given)
 
     def receive(self, into: Tensor) -> Work:
-        there = _host(into)
+        memory = self.memory if into.nbytes >= SMALL else None
+        there = torch.empty(3, dtype=torch.int64) if memory else _host(into)
         work = dist.irecv(there, self.sender, self.process_group)
         assert work is not None
-        return _Messages(self.line, "receiving over pp", [(self.sender, work)], lambda: _placed(there, into), there)
+
+        def landed() -> Tensor:
+            if memory is None:
+                return _placed(there, into)
+            into.copy_(memory.get(self.peer, there, into))
+            memory.read([(self.peer, there)])
+            return into
+
+        return _Messages(self.line, "receiving over pp", [(self.sender, work)], landed, there)
 
 
 def _host(x: Tensor) -> Tensor:
