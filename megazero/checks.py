@@ -1,4 +1,4 @@
-"""Every reason why a configuration cannot run on a number of ranks: a condition, and a sentence with flag, value and what to write. Pure."""
+"""Every reason why a configuration cannot run on a number of ranks: a condition, and a sentence with flag, value, what to write. Pure."""
 
 import re
 from collections.abc import Iterator

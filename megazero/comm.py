@@ -24,8 +24,11 @@ import torch
 import torch.distributed as dist
 
 from megazero.mesh import Mesh, all_reduce_bytes
+from megazero.shared import Memory
 
 Tensor = torch.Tensor
+
+SMALL = 1 << 15                 # bytes: what is smaller travels in the message itself rather than through shared memory
 
 
 class Stuck(RuntimeError):
@@ -160,18 +163,19 @@ class Gloo(_Several):
     def __init__(self, axis: str, ranks: Sequence[int], line: Line, process_group: dist.ProcessGroup) -> None:
         super().__init__(axis, ranks, line)
         self.process_group, self.calls = process_group, 0
+        self.memory = _memory(process_group)
 
     def all_gather(self, x: Tensor, into: Tensor | None = None) -> Work:
         out = x.new_empty(self.size * len(x), *x.shape[1:]) if into is None else into
         parts = list(out.chunk(self.size)) if len(x) else [x] * self.size
         _placed(x, parts[self.rank])
         self._count(x)
-        return self._exchange("all-gather", [x] * self.size, parts, lambda: out)
+        return self._gather("all-gather", x, parts, lambda: out)
 
     def reduce_scatter(self, x: Tensor, into: Tensor | None = None) -> Work:
         parts = list(x.chunk(self.size))
         self._count(parts[self.rank])
-        return self._exchange("reduce-scatter", parts, got := self._received(parts), lambda: _total(got, "sum", into))
+        return self._exchange("reduce-scatter", parts, self._received(parts), lambda got: _total(got, "sum", into))
 
     def all_reduce(self, x: Tensor, op: str = "sum") -> Work:
         """A reduce-scatter and, once that is waited for, an all-gather; in place where the ranks divide the elements."""
@@ -179,14 +183,23 @@ class Gloo(_Several):
         flat = torch.cat((x.view(-1), x.new_zeros(missing))) if missing else x.view(-1)
         parts = list(flat.chunk(self.size))
         self._count(parts[0], times=2)
-        got, second = self._received(parts), self._tag()
+        second = self._tag()
 
-        def finish() -> Tensor:
+        def finish(got: Sequence[Tensor]) -> Tensor:
             _total(got, op, parts[self.rank])
-            self._exchange("all-reduce", [parts[self.rank]] * self.size, parts, lambda: flat, second).wait()
+            self._gather("all-reduce", parts[self.rank], parts, lambda: flat, second).wait()
             return x.copy_(flat[:x.numel()].view(x.shape)) if missing else x
 
-        return self._exchange("all-reduce", parts, got, finish)
+        return self._exchange("all-reduce", parts, self._received(parts), finish)
+
+    def _gather(self, what: str, x: Tensor, parts: Sequence[Tensor], result: Callable[[], Tensor], tag: int = 0) -> Work:
+        """x goes to all, and parts[r] becomes what rank r sent."""
+        def finish(got: Sequence[Tensor]) -> Tensor:
+            for part, arrived in zip(parts, got, strict=True):
+                _placed(arrived, part)
+            return result()
+
+        return self._exchange(what, [x] * self.size, parts, finish, tag)
 
     def _received(self, parts: Sequence[Tensor]) -> list[Tensor]:
         """Room for every rank's share of what this rank sums; its own share is there."""
@@ -196,22 +209,35 @@ class Gloo(_Several):
         self.calls += 1
         return self.calls
 
-    def _exchange(self, what: str, out: Sequence[Tensor], into: Sequence[Tensor], finish: Callable[[], Tensor], tag: int = 0) -> Work:
-        """Sends out[r] to each rank r of the group and receives into[r] from it."""
-        tag, peers = tag or self._tag(), [r for r in range(self.size) if r != self.rank]
-        there = {r: _host(into[r]) for r in peers if into[r].numel()}
+    def _exchange(self, what: str, out: Sequence[Tensor], into: Sequence[Tensor], finish: Callable[[Sequence[Tensor]], Tensor],
+                  tag: int = 0) -> Work:
+        """Sends out[r], which are of one size, to each rank r, and hands `finish` what came from each: in into[r], or in shared memory."""
+        tag, peers = tag or self._tag(), [r for r in range(self.size) if r != self.rank and out[r].numel()]
+        memory = self.memory if out[self.rank].nbytes >= SMALL else None
+        there = {r: torch.empty(3, dtype=torch.int64) if memory else _host(into[r]) for r in peers}
         receives = [(self.ranks[r], dist.irecv(t, self.ranks[r], self.process_group, tag)) for r, t in there.items()]
-        sent = {r: _host(out[r].contiguous()) for r in peers if out[r].numel()}
+        sent = memory.put({r: out[r] for r in peers}) if memory else {r: _host(out[r].contiguous()) for r in peers}
         sends = [(self.ranks[r], dist.isend(t, self.ranks[r], self.process_group, tag)) for r, t in sent.items()]
         pending = [(peer, work) for peer, work in receives + sends if work is not None]
 
         def landed() -> Tensor:
-            for r, t in there.items():
-                if t is not into[r]:                            # came through host memory
-                    into[r].copy_(t)
-            return finish()
+            got = [into[r] if r not in there else memory.get(r, there[r], into[r]) if memory else there[r] for r in range(self.size)]
+            result = finish([t.to(into[self.rank].device) for t in got])
+            if memory:
+                memory.read(there.items())
+            return result
 
         return _Messages(self.line, f"{what} over {self.axis}", pending, landed, (sent, there))
+
+
+def _memory(process_group: dist.ProcessGroup) -> Memory | None:
+    """Memory shared by all ranks of a group of one host; None where they are on several, or have no such memory."""
+    memory = Memory(dist.get_rank(process_group)) if hasattr(os, "memfd_create") else None
+    cards = torch.zeros(dist.get_world_size(process_group), 4, dtype=torch.int64)
+    dist.all_gather(list(cards), memory.card() if memory else torch.zeros(4, dtype=torch.int64), process_group)
+    met = torch.tensor(bool(memory and memory.meet(cards)), dtype=torch.int64)
+    dist.all_reduce(met, dist.ReduceOp.MIN, process_group)
+    return memory if met else None
 
 
 class GlooChannel:
@@ -219,19 +245,29 @@ class GlooChannel:
 
     def __init__(self, sender: int, receiver: int, line: Line, process_group: dist.ProcessGroup) -> None:
         self.sender, self.receiver, self.line, self.process_group = sender, receiver, line, process_group
+        self.memory, self.peer = _memory(process_group), 1 - dist.get_rank(process_group)
 
     def send(self, x: Tensor) -> Work:
         self.line.sent["pp"] += x.nbytes
-        given = _host(x)
+        given = self.memory.put({self.peer: x})[self.peer] if self.memory and x.nbytes >= SMALL else _host(x)
         work = dist.isend(given, self.receiver, self.process_group)
         assert work is not None
         return _Messages(self.line, "sending over pp", [(self.receiver, work)], lambda: x, given)
 
     def receive(self, into: Tensor) -> Work:
-        there = _host(into)
+        memory = self.memory if into.nbytes >= SMALL else None
+        there = torch.empty(3, dtype=torch.int64) if memory else _host(into)
         work = dist.irecv(there, self.sender, self.process_group)
         assert work is not None
-        return _Messages(self.line, "receiving over pp", [(self.sender, work)], lambda: _placed(there, into), there)
+
+        def landed() -> Tensor:
+            if memory is None:
+                return _placed(there, into)
+            into.copy_(memory.get(self.peer, there, into))
+            memory.read([(self.peer, there)])
+            return into
+
+        return _Messages(self.line, "receiving over pp", [(self.sender, work)], landed, there)
 
 
 def _host(x: Tensor) -> Tensor:

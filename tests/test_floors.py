@@ -13,7 +13,7 @@ FLOORS = [
      "data.tokenizers", "data.sidecar",
      "data.megatron_order", "data.dataset", "data.fim", "data.splits", "data.verify", "data.edit", "data.sources",
      "data.preprocess"],
-    ["comm"],
+    ["shared", "comm"],
     ["unit", "ops", "attention"],
     ["data.loader", "decoder", "executor", "models.families"],
     ["optimizer", "checkpoint", "metrics", "models.hf_files", "models.hf_tokenizer", "models.hf"],
