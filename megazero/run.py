@@ -130,12 +130,18 @@ class Run:
         tokens = tokens.to(self.device, non_blocking=True)
         x, y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
         mask = torch.ones(x.shape, dtype=self.optimizer.wide, device=self.device)
-        d, eod = self.config.data, self.tokenizer.eod if self.tokenizer else None
-        if eod is not None and d.eod_mask_loss:
-            mask = mask.masked_fill(x == eod, 0)
-        places = positions_of(x, eod) if eod is not None and d.reset_position_ids else None
-        documents = documents_of(x, eod) if eod is not None and d.reset_attention_mask else None
+        d = self.config.data
+        if d.eod_mask_loss:
+            mask = mask.masked_fill(x == self.eod, 0)
+        places = positions_of(x, self.eod) if d.reset_position_ids else None
+        documents = documents_of(x, self.eod) if d.reset_attention_mask else None
         return Batch(x, y, mask, torch.tensor(list(numbers), device=self.device), step, places, documents)
+
+    @property
+    def eod(self) -> int:
+        """The id that ends a document; flags that need one are refused without it."""
+        assert self.tokenizer is not None and self.tokenizer.eod is not None
+        return self.tokenizer.eod
 
     def settle(self, last: bool = False) -> None:
         """Reads the pending verdict, if any: logs it, counts it, ends the run after too many skipped steps.

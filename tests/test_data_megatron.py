@@ -74,6 +74,8 @@ def test_order_equals_the_description() -> None:
         assert order.samples == len(expected) >= (count or 1)
         for k, tokens in enumerate(expected):
             assert [t for low, high in order.ranges(k) for t in range(low, high)] == tokens
+        with pytest.raises(UserError, match=f"sample {len(expected)} was asked for, this run's order has"):
+            order.ranges(len(expected))
         apart += order.epochs > 1
     assert apart > 50
 

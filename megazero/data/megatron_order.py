@@ -46,7 +46,10 @@ class MegatronOrder:
         self._starts = (np.cumsum(lengths) - lengths)[documents]                          # of each in the split's tokens
 
     def ranges(self, k: int) -> list[tuple[int, int]]:
-        """Where the S + 1 tokens of sample k are in the split's tokens, piece by piece."""
+        """Where the S + 1 tokens of sample k are in the split's tokens, piece by piece. Raises UserError beyond the last sample."""
+        if k >= self.samples:
+            raise UserError(f"--sample-order megatron: sample {k} was asked for, this run's order has {self.samples:,}; keep the length "
+                            "and the batch size that the run began with.")
         at = int(self._shuffle[k]) * self.sequence_length
         end, found = at + self.sequence_length + 1, []
         i = int(np.searchsorted(self._ends, at, side="right"))

@@ -18,7 +18,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
@@ -193,7 +193,8 @@ def _checked(settings: PreprocessSettings) -> Tokenizer:
 
 
 def _write_all(
-    writers: Mapping[str, IndexedWriter], settings: PreprocessSettings, sources: Sequence[Source], state: State, note: Any
+    writers: Mapping[str, IndexedWriter], settings: PreprocessSettings, sources: Sequence[Source], state: State,
+    note: Callable[[], None],
 ) -> None:
     """Encodes and writes everything with a bar of progress, noting it now and then."""
     began = saved = time.monotonic()
