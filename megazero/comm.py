@@ -5,7 +5,8 @@ change, after `wait()`. One is a size: a group of one hands back what it is give
 
     nccl    torch's collectives on CUDA
     gloo    built from point-to-point messages, two to three times as fast as gloo's own; sums are taken in rank order, in fp32 for
-            half precision and rounded once, so they are the same in every run
+            half precision and rounded once, so they are the same in every run; between ranks of one host a message larger than SMALL
+            is the address of what lies in memory that they share (shared.py)
     fake    no peers: any rank of any mesh in one process; sums are of one rank's share
     late    around another, for tests: results are NaN until waited for, and inputs that change before that are an error
 
