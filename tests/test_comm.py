@@ -14,12 +14,11 @@ import torch.distributed as dist
 from pool import Pool, RankError
 from support import SHAPES, TINY, resolved
 
-from megazero import comm
-from megazero.comm import Gloo, connect
+from megazero.comm import Gloo, connect, gloo
+from megazero.comm.shared import Memory
 from megazero.cost import traffic
 from megazero.mesh import Mesh
 from megazero.run import Run
-from megazero.shared import Memory
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +40,7 @@ def test_groups_cover_the_world_and_neighbours_share_tensors() -> None:
 
 def several(dtype: torch.dtype, backend: str, small: int) -> list[torch.Tensor]:
     """Every collective, all under way at once and waited for in another order than they were started."""
-    comm.SMALL = small
+    gloo.SMALL = small
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     group = connect(Mesh(1, 1, world), rank, backend, 60)["tp"]
     x = torch.arange(6 * world, dtype=dtype).view(2 * world, 3) + 100 * rank
@@ -57,7 +56,7 @@ def several(dtype: torch.dtype, backend: str, small: int) -> list[torch.Tensor]:
 @pytest.mark.parametrize("backend", ["gloo", "gloo+late"])
 @pytest.mark.parametrize("world", [2, 3, 4])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("small", [0, comm.SMALL], ids=["shared memory", "messages"])
+@pytest.mark.parametrize("small", [0, gloo.SMALL], ids=["shared memory", "messages"])
 def test_collectives(world: int, dtype: torch.dtype, backend: str, small: int, pool: Pool) -> None:
     given = [torch.arange(6 * world, dtype=dtype).view(2 * world, 3) + 100 * r for r in range(world)]
     total = torch.stack([g.float() for g in given]).sum(0).to(dtype)
