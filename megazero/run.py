@@ -56,7 +56,7 @@ class Run:
         self.units = {u.name: Unit(flat(u, wires.place.tp, plan.tp), TORCH_DTYPE[c.dtype], device, sharing) for u in plan.units}
         self.decoder = Decoder(a, self.units, wires["tp"], c.training.seed, c.training.recompute_granularity, device)
         self.executor = Executor(self.decoder, wires, plan.parts)
-        self.optimizer = Optimizer(list(self.units.values()), c)
+        self.optimizer = Optimizer(list(self.units.values()), c.optimizer)
         self.training, self.evaluation = plan.training, plan.evaluation
         self.progress = Progress(loss_scale(c))                 # as of the last verdict that was read
         self.pending: Pending | None = None

@@ -11,10 +11,10 @@ FLOORS = [
     ["command_line", "config", "layout", "mesh", "program", "architecture", "plan", "cost", "schedules", "random",
      "data.indexed", "data.order", "data.tokenizers", "data.dataset", "data.preprocess"],
     ["comm"],
-    ["unit", "ops", "attention"],
+    ["unit", "ops", "attention", "blocks"],
     ["decoder", "executor", "models.families"],
     ["optimizer", "checkpoint", "metrics", "models.hf_files", "models.hf_tokenizer", "models.hf"],
-    ["run", "train", "generate"],
+    ["run", "train", "generate", "engine"],
 ]
 PLACE = {f"megazero.{name}": (floor, i) for floor, names in enumerate(FLOORS) for i, name in enumerate(names)}
 
