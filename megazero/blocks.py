@@ -114,8 +114,8 @@ class Sums:
     def add(self, weight: Weight, grad: Tensor) -> None:
         """One parameter's gradient of this micro-batch."""
         if weight.unit in self.complete:
-            raise UserError(f"{weight.operand.name}: its gradient came when the backward pass of {weight.unit.flat.name} was over, so it is "
-                            "used outside of that block; give `blocks` without that one.")
+            raise UserError(f"{weight.operand.name}: its gradient came after the backward pass of {weight.unit.flat.name}, so it is used "
+                            "outside of that block; give `blocks` without that one.")
         self._open(weight.unit)
         weight.add(grad)
 
@@ -166,8 +166,8 @@ class Sums:
 def longest_list(model: nn.Module) -> list[nn.Module]:
     """The children of the longest nn.ModuleList that is not inside another: the layers, not the experts of one of them."""
     lists = {f"{n}.": m for n, m in model.named_modules() if isinstance(m, nn.ModuleList)}
-    outer = [m for n, m in lists.items() if not any(n != other and n.startswith(other) for other in lists)]
-    return list(max(outer, key=lambda m: len(m), default=nn.ModuleList()))
+    outer = [list(m) for n, m in lists.items() if not any(n != other and n.startswith(other) for other in lists)]
+    return max(outer, key=len, default=[])
 
 
 def belongings(model: nn.Module, blocks: Sequence[nn.Module]) -> dict[nn.Module, dict[str, nn.Parameter]]:
