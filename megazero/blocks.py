@@ -19,12 +19,11 @@ Homes = dict[int, tuple["Block", Unit]]
 class Block:
     """A submodule's parameters, which come and go together: views of a unit's weights, or of nothing while those are released.
 
-    Frozen parameters are a unit of their own, without gradients. `homes` tells, by address, whose weights a storage holds now;
-    `calls` counts the forward calls whose backward is not over.
+    Frozen parameters are a unit of their own, without gradients. `homes` tells, by address, whose weights a storage holds now.
     """
 
     def __init__(self, name: str, parameters: Mapping[str, nn.Parameter], dtype: torch.dtype, sharing: Sharing, homes: Homes) -> None:
-        self.name, self.homes, self.calls = name, homes, 0
+        self.name, self.homes = name, homes
         self.stays = sharing.level < 3
         self.views: list[tuple[nn.Parameter, Weight, torch.Size]] = []
         self.units = []

@@ -8,7 +8,8 @@
     step                   norm, gate and update over slices, as in any run (optimizer.py)
 
 What belongs to no block, or to several (a tied embedding), is the root: whole from the forward pass to the end of backward.
-Weights and gradients travel in the order in which blocks are called, so every rank must call them in the same order.
+Weights and gradients travel in the order in which blocks are called, so every rank must call them in the same order. When
+autograd recomputes a block (torch.utils.checkpoint, either kind, around a block or within it), hooks run once more, in backward.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -100,13 +101,14 @@ class Engine:
         self.verdict: Verdict | None = None                     # of the last step, until the host has read it
         self.graph = self.in_backward = False                   # graph: will backward follow this forward pass?
         self.saving: saved_tensors_hooks | None = None          # while the module's forward pass runs
-        self.last = self.root                                   # the block that was called last
-        self.after: dict[Block, Block] = {}                     # as learnt from forward passes: to gather ahead
-        self.before: dict[Block, Block] = {}
+        self.order: list[Block] = []                            # calls of the last forward pass: which weights to gather ahead
+        self.calls: list[Block] = []                            # calls of this one
+        self.left: list[Block] = []                             # calls whose backward pass is not over
         self._register(made)
 
     def __call__(self, *inputs: Any, **named: Any) -> Any:
         """The module's own forward pass. Calling the module itself is the same."""
+        self._check()
         return self.module(*inputs, **named)
 
     def backward(self, loss: Tensor) -> None:
@@ -114,6 +116,7 @@ class Engine:
         over micro-batches and ranks."""
         if self.sums.micro == self.sums.accumulation:
             raise UserError(f"backward: this step has had its {self.sums.accumulation} micro-batches; call step(), or raise accumulation.")
+        self._check()
         self._settle()
         self.total += loss.detach()
         self.in_backward = True
@@ -121,8 +124,8 @@ class Engine:
         self.in_backward = False
         for block in (*reversed(self.blocks), self.root):       # those whose inputs, or which themselves, had no part in it too
             self._close(block)
-            block.calls = 0
             self._release(block, backward=True)
+        self.left.clear()
         self.sums.next()
 
     def step(self) -> Verdict | None:
@@ -142,6 +145,10 @@ class Engine:
         self.steps += 1
         return self.verdict
 
+    def _check(self) -> None:
+        if self.in_backward:
+            raise UserError("engine: its last backward pass failed, and part of the gradients of this step is lost; make a new engine.")
+
     @property
     def losses(self) -> int:
         """Losses of a step, of all ranks."""
@@ -160,12 +167,25 @@ class Engine:
 
     def _enter(self, block: Block) -> None:
         """The block is about to run, forward or backward: its weights are needed, the next block's soon."""
-        ahead = self.before.get(block) if self.in_backward else self.after.get(block)
+        ahead = self._ahead(block) if self.zero.prefetch else None
         self.wires.line.doing = f"{'backward' if self.in_backward else 'forward'} of {block.name}"
         block.gather()
-        if ahead and self.zero.prefetch and (ahead.calls or not self.in_backward):
+        if ahead:
             ahead.gather()
         block.arrive()
+
+    def _ahead(self, block: Block) -> Block | None:
+        """The block that follows, if all goes as in the last forward pass; in backward, the one that was called before."""
+        if self.in_backward:
+            i = self._last_call(block)
+            return self.left[i - 1] if i > 0 else None
+        n = len(self.calls)
+        as_before = self.order[:n][-1:] == self.calls[-1:]
+        return self.order[n] if n < len(self.order) and as_before else None
+
+    def _last_call(self, block: Block) -> int:
+        """Where the block stands in `left`, or -1."""
+        return next((i for i in reversed(range(len(self.left))) if self.left[i] is block), -1)
 
     def _release(self, block: Block, backward: bool) -> None:
         """After a pass in which weights are not kept for the next. Passes of a step are counted as in a program."""
@@ -211,10 +231,10 @@ class Engine:
                     p.register_post_accumulate_grad_hook(partial(self._take, weight))
 
     def _begin(self, module: nn.Module, inputs: Any) -> None:
-        """The model's forward pass begins. (In backward, here and below: it is computed again, and what follows is seen to.)"""
+        """The model's forward pass begins. In backward, here and below, it is recomputed: its backward pass is prepared already."""
         if self.in_backward:
             return
-        self.graph, self.last = torch.is_grad_enabled(), self.root
+        self.graph, self.order, self.calls = torch.is_grad_enabled(), self.calls, []
         self._enter(self.root)
         self.saving = saved_tensors_hooks(self._pack, self._unpack)
         self.saving.__enter__()
@@ -232,8 +252,8 @@ class Engine:
         if not self.in_backward:
             if self.saving is None:
                 raise UserError(f"{block.name}: was called outside of the model's own forward pass; call engine(...).")
-            self.after[self.last], self.before[block], self.last = block, self.last, block
-            block.calls += self.graph
+            self.calls.append(block)
+            self.left += [block] * self.graph
         self._enter(block)
         leaves, spec = tree_flatten((inputs, named))
         given = {id(x): x for x in leaves if isinstance(x, Tensor) and x.requires_grad}
@@ -253,9 +273,11 @@ class Engine:
 
     def _leave(self, block: Block) -> None:
         """The backward pass of one call of a block is over."""
-        block.calls -= 1
-        if not block.calls:
-            self._close(block)
+        i = self._last_call(block)
+        if i >= 0:                                              # else of a forward pass before another's backward: the end will close it
+            self.left.pop(i)
+            if block not in self.left:
+                self._close(block)
         self._release(block, backward=True)
 
     def _close(self, block: Block) -> None:

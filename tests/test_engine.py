@@ -1,13 +1,13 @@
-"""The engine beside its figures (test_engine_parity.py): bytes sent, bytes held, what it catches, what it refuses."""
+"""The engine in one process: what it catches, what it refuses, evaluation in between, half precision."""
 
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from modules import MODELS, loss
-from pool import Pool
-from test_engine_parity import HOW, LR, STEPS, Row, data, engine, held, micro_batches, wires
+from test_engine_parity import HOW, LR, STEPS, Row, alive, data, engine, held, wires
 from torch import nn
 
 from megazero.comm import connect
@@ -22,63 +22,6 @@ pytest.importorskip("transformers", reason="the module is transformers' GPT-2, w
 Tensor = torch.Tensor
 
 
-@pytest.fixture(scope="module")
-def pool() -> Any:
-    made = Pool()
-    yield made
-    made.close()
-
-
-def sent(row: Row) -> tuple[int, int, int, int]:
-    """Bytes that this rank sends in the second step over `shard` and `replicate`; its part of the blocks' bytes and of the root's."""
-    e = engine(row)
-    for step in range(2):
-        before = e.wires.line.sent.copy()
-        for ids in micro_batches(e, step):
-            e.backward(loss(e, ids))
-            e.step()
-    now = e.wires.line.sent - before
-    blocks, root = (sum(u.size * 8 * (row.dp - 1) // row.dp for b in bs for u in b.units) for bs in (e.blocks, [e.root]))
-    return now["shard"], now["replicate"], blocks, root
-
-
-@pytest.mark.parametrize("level, recompute", [(0, "none"), (1, "none"), (2, "none"), *((3, how) for how in HOW)])
-def test_bytes_are_those_of_the_level(level: int, recompute: str, pool: Pool) -> None:
-    """Levels 0 and 1: once down, once up. Level 2: up for each of 3 micro-batches. Level 3: blocks down twice for each, the root once."""
-    of_blocks, of_root = ((0, 0), (2, 2), (4, 4), (9, 6))[level]
-    for shard, replicate, blocks, root in pool.run(2, sent, Row(dp=2, level=level, recompute=recompute, accumulation=3)):
-        assert shard == of_blocks * blocks + of_root * root
-        assert replicate == (2 * (blocks + root) if level == 0 else 0)
-
-
-def alive() -> int:
-    """Bytes of all storages that Python's tensors see."""
-    import gc
-    gc.collect()
-    tensors = [x for x in gc.get_objects() if type(x) in (Tensor, nn.Parameter)]
-    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
-
-
-def memory(level: int) -> tuple[int, int, int, int, int]:
-    """Bytes: alive before, after engine and a step; of borrowed buffers; elements of blocks and of the root, padded."""
-    before = alive()
-    e = engine(Row(dp=2, level=level, accumulation=3))
-    for ids in micro_batches(e, 0):
-        e.backward(loss(e, ids))
-        e.step()
-    del ids
-    return before, alive(), e.root.units[0].sharing.buffers.bytes, sum(b.units[0].size for b in e.blocks), e.root.units[0].size
-
-
-@pytest.mark.parametrize("level", range(4))
-def test_memory_is_that_of_the_level(level: int, pool: Pool) -> None:
-    """In float64, 2 ranks: 32 bytes per parameter at level 0 (weight, gradient, two moments), 16 + 16/2, 8 + 24/2, 32/2. Beside them
-    from level 2 two blocks' gradients and the root's are borrowed, at level 3 their weights too; and a few scalars."""
-    for before, after, borrowed, blocks, root in pool.run(2, memory, level):
-        assert borrowed == (0, 0, 1, 2)[level] * 8 * (2 * blocks // 3 + root)
-        assert 0 <= after - before - borrowed - (32, 24, 20, 16)[level] * (blocks + root) < 1024
-
-
 def test_a_stale_handle_is_caught() -> None:
     for level in range(4):
         e = engine(Row(level=level))
@@ -87,6 +30,8 @@ def test_a_stale_handle_is_caught() -> None:
         e.step()
         with pytest.raises(UserError, match="weights of .* as of step 0, but step 1 has changed them; run the forward pass again"):
             e.backward(late)
+        with pytest.raises(UserError, match="its last backward pass failed"):
+            loss(e, data(0))
 
 
 def test_a_change_in_place_is_caught() -> None:
@@ -103,7 +48,7 @@ def test_a_change_in_place_is_caught() -> None:
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 def test_evaluation_changes_nothing(model: str, mode: Any) -> None:
-    """Before, between and after forward and backward; at level 3 nothing stays gathered."""
+    """Before, between and after forward and backward; at level 3 nothing stays gathered. Nor does a forward pass that is dropped."""
     plain, watched = (engine(Row(model, level=3, accumulation=2)) for _ in range(2))
 
     def evaluate() -> float:
@@ -122,8 +67,60 @@ def test_evaluation_changes_nothing(model: str, mode: Any) -> None:
                 assert evaluate() == first
             e.backward(mean)
             e.step()
-    assert evaluate() != first
+    assert evaluate() != first and not watched.left
     assert all(torch.equal(a, b) for (_, _, a), (_, _, b) in zip(held(plain, "master"), held(watched, "master"), strict=True))
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("recompute", HOW)
+def test_forward_passes_may_all_come_first(model: str, recompute: str) -> None:
+    """Two, then both backward, or backward of their sum: as one after the other."""
+    found = []
+    for together, summed in ((False, False), (True, False), (True, True)):
+        e = engine(Row(model, level=3, recompute=recompute, accumulation=1 if summed else 2))
+        passes = [partial(loss, e, ids) for ids in data(0).chunk(2)]
+        means = [run() for run in passes] if together else []
+        for i, run in enumerate([] if summed else passes):
+            e.backward(means[i] if together else run())
+            e.step()
+        if summed:
+            e.backward(sum(means, torch.zeros(())) / 2)
+            e.step()
+        found.append(held(e, "master"))
+    for other in found[1:]:
+        assert all((a - b).abs().max() <= 1e-12 * b.abs().max() for (_, _, a), (_, _, b) in zip(other, found[0], strict=True))
+
+
+def test_a_forward_pass_that_is_dropped_leaves_nothing() -> None:
+    e = engine(Row("odd", level=3))
+    found = []
+    for _ in range(3):
+        loss(e, data(0))
+        found.append(alive())
+    assert found[1] == found[2]
+
+
+class Skipping(nn.Module):
+    """Calls the blocks that it is told to call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(4, 4) for _ in range(4))
+
+    def forward(self, x: Tensor, call: list[int]) -> Tensor:
+        for i in call:
+            x = self.blocks[i](x)
+        return x.sum()
+
+
+def test_a_block_that_is_gathered_ahead_and_not_called_is_released() -> None:
+    e = Engine(Skipping(), wires(Row()), Settings(lr=LR), Zero(3))
+    for call in ([0, 1, 2, 3], [0, 1], [2, 0, 3]):
+        mean = e(torch.rand(3, 4, requires_grad=True), call)
+        assert not e.homes
+        e.backward(mean)
+        assert not e.homes
+        e.step()
 
 
 def in_dtype(dtype: str, scale: float = 0.0) -> tuple[list[float], float]:

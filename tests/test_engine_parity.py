@@ -1,4 +1,4 @@
-"""The engine over stock modules: any level on any number of ranks equals plain autograd on one, with torch.optim.
+"""Stock modules in the engine: any level on any number of ranks equals plain autograd on one, with torch.optim.
 
 Compared to 1e-12 in float64, as in test_parity.py: losses and norms of five steps, every gradient of the first, every weight after the fifth.
 """
@@ -205,8 +205,8 @@ def test_equal_to_plain_autograd_in_full(row: Row, pool: Pool) -> None:
 
 @pytest.mark.parametrize("level", range(4))
 def test_overlap_changes_no_bit(level: int, pool: Pool) -> None:
-    row = Row(dp=3, level=level, recompute="nonreentrant", accumulation=2)
-    for (f, g, w), (f2, g2, w2) in zip(pool.run(3, play, row), pool.run(3, play, replace(row, overlap=False)), strict=True):
+    row = Row(dp=2, level=level, recompute="nonreentrant", accumulation=2)
+    for (f, g, w), (f2, g2, w2) in zip(pool.run(2, play, row), pool.run(2, play, replace(row, overlap=False)), strict=True):
         assert f == f2 and all(torch.equal(a, b) for (_, _, a), (_, _, b) in zip(g + w, g2 + w2, strict=True))
 
 
@@ -237,3 +237,61 @@ def beside_fsdp() -> float:
 
 def test_equal_to_fsdp(pool: Pool) -> None:
     assert max(pool.run(2, beside_fsdp)) <= 1e-12
+
+
+def sent(row: Row) -> tuple[int, int, list[int], list[int]]:
+    """Bytes that this rank sends in the second step over `shard` and `replicate`; of the root and each block its part, of weights and
+    of those that are trained."""
+    e = engine(row)
+    for step in range(2):
+        before = e.wires.line.sent.copy()
+        for ids in micro_batches(e, step):
+            e.backward(loss(e, ids))
+            e.step()
+    now = e.wires.line.sent - before
+    whole, trained = ([sum(u.size * 8 * (row.dp - 1) // row.dp for u in b.units if u.trained >= least) for b in (e.root, *e.blocks)] for least in (0, 1))
+    return now["shard"], now["replicate"], whole, trained
+
+
+# Times that weights travel in a step of 3 micro-batches: of the root and each block; and gradients of all.
+TRAVELS = {
+    Row(level=0): ((0, 0, 0, 0), 0), Row(level=1): ((1, 1, 1, 1), 1), Row(level=2): ((1, 1, 1, 1), 3),
+    **{Row(level=3, recompute=how): ((3, 6, 6, 6), 3) for how in HOW},
+    Row("odd", level=3): ((3, 12, 6, 0), 3),                    # its first block is called twice, its last never
+}
+
+
+@pytest.mark.parametrize("row", TRAVELS, ids=str)
+def test_bytes_are_those_of_the_level(row: Row, pool: Pool) -> None:
+    times, reduced = TRAVELS[row]
+    for shard, replicate, whole, trained in pool.run(2, sent, replace(row, dp=2, accumulation=3)):
+        assert shard == sum(n * w for n, w in zip(times, whole, strict=True)) + reduced * sum(trained)
+        assert replicate == (2 * sum(trained) if row.level == 0 else 0)
+
+
+def alive() -> int:
+    """Bytes of all storages that Python's tensors see."""
+    import gc
+    gc.collect()
+    tensors = [x for x in gc.get_objects() if type(x) in (Tensor, nn.Parameter)]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def memory(level: int) -> tuple[int, int, int, int, int]:
+    """Bytes: alive before, after engine and a step; of borrowed buffers; elements of blocks and of the root, padded."""
+    before = alive()
+    e = engine(Row(dp=2, level=level, accumulation=3))
+    for ids in micro_batches(e, 0):
+        e.backward(loss(e, ids))
+        e.step()
+    del ids
+    return before, alive(), e.root.units[0].sharing.buffers.bytes, sum(b.units[0].size for b in e.blocks), e.root.units[0].size
+
+
+@pytest.mark.parametrize("level", range(4))
+def test_memory_is_that_of_the_level(level: int, pool: Pool) -> None:
+    """In float64, 2 ranks: 32 bytes per parameter at level 0 (weight, gradient, two moments), 16 + 16/2, 8 + 24/2, 32/2. Beside them
+    from level 2 two blocks' gradients and the root's are borrowed, at level 3 their weights too; and a few scalars."""
+    for before, after, borrowed, blocks, root in pool.run(2, memory, level):
+        assert borrowed == (0, 0, 1, 2)[level] * 8 * (2 * blocks // 3 + root)
+        assert 0 <= after - before - borrowed - (32, 24, 20, 16)[level] * (blocks + root) < 1024
