@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from megazero.comm import Group
-from megazero.config import Config
+from megazero.config import Optimizer as Settings
 from megazero.unit import Unit
 
 Tensor = torch.Tensor
@@ -45,8 +45,7 @@ class Optimizer:
 
     MOMENTS = {"adam": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",)}
 
-    def __init__(self, units: Sequence[Unit], config: Config) -> None:
-        o = config.optimizer
+    def __init__(self, units: Sequence[Unit], o: Settings) -> None:
         self.units, self.clip = units, o.clip_grad
         self.state = {u.flat.name: {m: torch.zeros_like(u.master) for m in self.MOMENTS[o.optimizer]} for u in units}
         self.steps: list[Tensor] = []

@@ -60,7 +60,7 @@ class Run:
         self.decoder = Decoder(a, self.units, wires["tp"], c.training.seed, c.training.recompute_granularity, device,
                                [i for own in stages.own.values() for i in own])
         self.executor = Executor(self.decoder, wires, plan.parts)
-        self.optimizer = Optimizer(list(self.units.values()), c)
+        self.optimizer = Optimizer(list(self.units.values()), c.optimizer)
         self.training, self.evaluation = plan.training(wires.rank), plan.evaluation(wires.rank)
         self.progress = Progress(loss_scale(c))                 # as of the last verdict that was read
         self.pending: Pending | None = None

@@ -14,10 +14,10 @@ FLOORS = [
      "data.megatron_order", "data.dataset", "data.fim", "data.splits", "data.verify", "data.edit", "data.sources",
      "data.preprocess"],
     ["comm.group", "comm.shared", "comm.gloo", "comm.nccl", "comm.fake", "comm.late", "comm.wires"],
-    ["unit", "ops", "attention"],
+    ["unit", "ops", "attention", "blocks"],
     ["data.loader", "decoder", "executor", "models.families"],
     ["optimizer", "checkpoint", "metrics", "models.hf_files", "models.hf_tokenizer", "models.hf"],
-    ["run", "train", "generate"],
+    ["run", "train", "generate", "engine"],
 ]
 PLACE = {f"megazero.{name}": (floor, i) for floor, names in enumerate(FLOORS) for i, name in enumerate(names)}
 PLACE["megazero.comm"] = PLACE["megazero.comm.wires"]           # the package: all of it
