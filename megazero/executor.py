@@ -143,6 +143,10 @@ class Executor:
                 self.under_way.pop((what, unit)).wait()
 
     def _replicate(self, action: Action) -> None:
+        """At most two such sums are under way: the second half of an all-reduce travels when the first is waited for, which is better
+        done now than for all of them after the last."""
+        for key in [key for key in self.under_way if key[0] == "replicate"][:-1]:
+            self.under_way.pop(key).wait()
         self.under_way["replicate", action.unit] = self.wires["replicate"].all_reduce(self._unit(action).grad_slice)
 
 
