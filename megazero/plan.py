@@ -67,8 +67,8 @@ class Plan:
     @property
     def zero(self) -> Zero:
         p = self.config.parallel
-        lag = 0 if self.shard == 1 or not p.overlap_grad_reduce else 1 if p.zero_stage >= 2 or self.shard < self.dp else None
-        return Zero(p.zero_stage, p.keep_weights, p.reduce_every, p.overlap_param_gather, lag, p.overlap_grad_reduce)
+        lag = 0 if self.shard == 1 or not p.overlap_grad_reduce else 1 if p.zero_stage >= 2 or self.shard < self.dp else 2
+        return Zero(p.zero_stage, p.keep_weights, p.reduce_every, p.overlap_param_gather, lag, 1 if p.overlap_grad_reduce else 0)
 
     @property
     def virtual(self) -> int:

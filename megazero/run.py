@@ -32,6 +32,7 @@ from megazero.schedules import LossScale, Progress, learning_rate, loss_scale
 from megazero.unit import TORCH_DTYPE, Buffers, Sharing, Unit
 
 Tensor = torch.Tensor
+EVALUATING = 16                         # micro-batches of an evaluation that may be in a pipeline
 
 
 @dataclass(frozen=True)
@@ -232,7 +233,9 @@ class Run:
         sample = source.in_order if t.full_validation else source.sample
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         valid = torch.zeros((), dtype=torch.float64, device=self.device)
-        for first in range(0, count, self.plan.dp * size):
+        for turn, first in enumerate(range(0, count, self.plan.dp * size)):
+            if turn % EVALUATING == EVALUATING - 1:
+                self.wires.barrier()                            # the first stage must not run far ahead of the last
             low = first + self.wires.place.dp * size
             numbers = range(low, min(low + size, count)) or range(1)
             batch = self.batch(read(sample, numbers), numbers, None)

@@ -1,10 +1,9 @@
 """gloo: collectives built from point-to-point messages, two to three times as fast as gloo's own.
 
-Sums are taken in rank order, in fp32 for half precision and rounded once, so they are the same in every run. Between ranks of one
-host a message larger than SMALL is the address of what lies in memory that they share (shared.py).
+Sums are taken in rank order, in fp32 for half precision and rounded once, so they are the same in every run. Ranks of one host use
+memory that they share instead of messages (shared.py).
 """
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -12,13 +11,10 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from megazero.comm.group import Line, Several, Stuck, Work, placed
-from megazero.comm.shared import Memory
+from megazero.comm.group import Done, Line, Several, Stuck, Work, placed
+from megazero.comm.shared import Letter, Memory, supported
 
 Tensor = torch.Tensor
-
-SMALL = 1 << 15                 # bytes: what is smaller travels in the message itself rather than through shared memory
-
 
 @dataclass
 class Messages:
@@ -26,9 +22,9 @@ class Messages:
 
     line: Line
     what: str
-    pending: list[tuple[int, dist.Work]]
+    pending: Sequence[tuple[int, dist.Work | Letter]]
     finish: Callable[[], Tensor]
-    kept: object                                                # buffers that must live until the messages are through
+    kept: object = None                                         # buffers that must live until the messages are through
 
     def wait(self) -> Tensor:
         line = self.line
@@ -50,7 +46,7 @@ class Gloo(Several):
     def __init__(self, axis: str, ranks: Sequence[int], line: Line, process_group: dist.ProcessGroup) -> None:
         super().__init__(axis, ranks, line)
         self.process_group, self.calls = process_group, 0
-        self.memory = _memory(process_group)
+        self.memory = _memory(process_group, line.seconds)
 
     def all_gather(self, x: Tensor, into: Tensor | None = None) -> Work:
         out = x.new_empty(self.size * len(x), *x.shape[1:]) if into is None else into
@@ -98,29 +94,36 @@ class Gloo(Several):
 
     def _exchange(self, what: str, out: Sequence[Tensor], into: Sequence[Tensor], finish: Callable[[Sequence[Tensor]], Tensor],
                   tag: int = 0) -> Work:
-        """Sends out[r], which are of one size, to each rank r, and hands `finish` what came from each: in into[r], or in shared memory."""
+        """Sends out[r] to each rank r, and hands `finish` what came from each: in into[r], or where it lies in shared memory."""
         tag, peers = tag or self._tag(), [r for r in range(self.size) if r != self.rank and out[r].numel()]
-        memory = self.memory if out[self.rank].nbytes >= SMALL else None
-        there = {r: torch.empty(3, dtype=torch.int64) if memory else host(into[r]) for r in peers}
+        if self.memory and peers:
+            self.memory.send({r: out[r] for r in peers}, tag)
+            letters = {r: self.memory.expect(r, tag) for r in peers}
+
+            def opened() -> Tensor:
+                result = finish([letters[r].read(t).to(t.device) if r in letters else t for r, t in enumerate(into)])
+                for letter in letters.values():
+                    letter.done()
+                return result
+
+            return Messages(self.line, f"{what} over {self.axis}", [(self.ranks[r], x) for r, x in letters.items()], opened)
+        there = {r: host(into[r]) for r in peers}
         receives = [(self.ranks[r], dist.irecv(t, self.ranks[r], self.process_group, tag)) for r, t in there.items()]
-        sent = memory.put({r: out[r] for r in peers}) if memory else {r: host(out[r].contiguous()) for r in peers}
+        sent = {r: host(out[r].contiguous()) for r in peers}
         sends = [(self.ranks[r], dist.isend(t, self.ranks[r], self.process_group, tag)) for r, t in sent.items()]
         pending = [(peer, work) for peer, work in receives + sends if work is not None]
 
         def landed() -> Tensor:
-            got = [into[r] if r not in there else memory.get(r, there[r], into[r]) if memory else there[r] for r in range(self.size)]
-            result = finish([t.to(into[self.rank].device) for t in got])
-            if memory:
-                memory.read(there.items())
-            return result
+            return finish([there[r].to(t.device) if r in there else t for r, t in enumerate(into)])
 
         return Messages(self.line, f"{what} over {self.axis}", pending, landed, (sent, there))
 
 
-def _memory(process_group: dist.ProcessGroup) -> Memory | None:
+def _memory(process_group: dist.ProcessGroup, seconds: float) -> Memory | None:
     """Memory shared by all ranks of a group of one host; None where they are on several, or have no such memory."""
-    memory = Memory(dist.get_rank(process_group)) if hasattr(os, "memfd_create") else None
-    cards = torch.zeros(dist.get_world_size(process_group), 4, dtype=torch.int64)
+    ranks = dist.get_world_size(process_group)
+    memory = Memory(dist.get_rank(process_group), ranks, seconds) if supported() else None
+    cards = torch.zeros(ranks, 4, dtype=torch.int64)
     dist.all_gather(list(cards), memory.card() if memory else torch.zeros(4, dtype=torch.int64), process_group)
     met = torch.tensor(bool(memory and memory.meet(cards)), dtype=torch.int64)
     dist.all_reduce(met, dist.ReduceOp.MIN, process_group)
@@ -132,29 +135,34 @@ class GlooChannel:
 
     def __init__(self, sender: int, receiver: int, line: Line, process_group: dist.ProcessGroup) -> None:
         self.sender, self.receiver, self.line, self.process_group = sender, receiver, line, process_group
-        self.memory, self.peer = _memory(process_group), 1 - dist.get_rank(process_group)
+        self.memory, self.peer, self.messages = _memory(process_group, line.seconds), 1 - dist.get_rank(process_group), 0
 
     def send(self, x: Tensor) -> Work:
         self.line.sent["pp"] += x.nbytes
-        given = self.memory.put({self.peer: x})[self.peer] if self.memory and x.nbytes >= SMALL else host(x)
+        self.messages += 1
+        if self.memory:
+            self.memory.send({self.peer: x}, self.messages)
+            return Done(x)
+        given = host(x)
         work = dist.isend(given, self.receiver, self.process_group)
         assert work is not None
         return Messages(self.line, "sending over pp", [(self.receiver, work)], lambda: x, given)
 
     def receive(self, into: Tensor) -> Work:
-        memory = self.memory if into.nbytes >= SMALL else None
-        there = torch.empty(3, dtype=torch.int64) if memory else host(into)
+        self.messages += 1
+        if self.memory:
+            letter = self.memory.expect(self.peer, self.messages)
+
+            def opened() -> Tensor:
+                into.copy_(letter.read(into))
+                letter.done()
+                return into
+
+            return Messages(self.line, "receiving over pp", [(self.sender, letter)], opened)
+        there = host(into)
         work = dist.irecv(there, self.sender, self.process_group)
         assert work is not None
-
-        def landed() -> Tensor:
-            if memory is None:
-                return placed(there, into)
-            into.copy_(memory.get(self.peer, there, into))
-            memory.read([(self.peer, there)])
-            return into
-
-        return Messages(self.line, "receiving over pp", [(self.sender, work)], landed, there)
+        return Messages(self.line, "receiving over pp", [(self.sender, work)], lambda: placed(there, into), there)
 
 
 def host(x: Tensor) -> Tensor:
