@@ -10,6 +10,7 @@ from modules import MODELS, loss
 from test_engine_parity import HOW, LR, STEPS, Row, alive, data, engine, held, wires
 from torch import nn
 
+from megazero.blocks import Block
 from megazero.comm import connect
 from megazero.config import Optimizer as Settings
 from megazero.engine import CONSTANT, Engine
@@ -105,7 +106,7 @@ class Skipping(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(nn.Linear(4, 4) for _ in range(4))
+        self.blocks = nn.ModuleList(nn.Linear(4, 4) for _ in range(6))
 
     def forward(self, x: Tensor, call: list[int]) -> Tensor:
         for i in call:
@@ -114,13 +115,37 @@ class Skipping(nn.Module):
 
 
 def test_a_block_that_is_gathered_ahead_and_not_called_is_released() -> None:
+    """And calls in another order than last time gather nothing ahead, so that no more than two blocks are ever whole."""
     e = Engine(Skipping(), wires(Row()), Settings(lr=LR), Zero(3))
-    for call in ([0, 1, 2, 3], [0, 1], [2, 0, 3]):
+    for call in ([0, 1, 2, 3, 4, 5], [0, 1], [2, 0, 3, 1, 4, 5], [5, 2, 0, 3, 1, 4]):
         mean = e(torch.rand(3, 4, requires_grad=True), call)
         assert not e.homes
         e.backward(mean)
         assert not e.homes
         e.step()
+    unit = e.blocks[0].units[0]
+    assert len(unit.sharing.buffers.free[unit.flat.kind, "weights"]) == 2
+
+
+@pytest.mark.parametrize("overlap, wanted", [(True, "+0 +1 0 +2 1 2 +2 +1 2 +0 1 0"), (False, "+0 0 +1 1 +2 2 +2 2 +1 1 +0 0")])
+def test_weights_are_gathered_one_block_ahead(overlap: bool, wanted: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """+ begins to gather a block; then it is needed. Forward, then backward."""
+    e = engine(Row(level=3, overlap=overlap, accumulation=2))
+    happened: list[str] = []
+
+    def gather(block: Block, real: Any = Block.gather) -> None:
+        happened.extend(["+" + block.name[-1]] * (block.units[0].weights is None))
+        real(block)
+
+    def arrive(block: Block, real: Any = Block.arrive) -> None:
+        happened.extend([block.name[-1]] * (happened[-1:] != [block.name[-1]]))
+        real(block)
+
+    e.backward(loss(e, data(0)))                                # the order is learnt
+    monkeypatch.setattr(Block, "gather", gather)
+    monkeypatch.setattr(Block, "arrive", arrive)
+    e.backward(loss(e, data(0)))
+    assert " ".join(x for x in happened if "t" not in x) == wanted                               # without the root
 
 
 def in_dtype(dtype: str, scale: float = 0.0) -> tuple[list[float], float]:
