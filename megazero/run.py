@@ -16,7 +16,7 @@ import torch
 
 from megazero import checkpoint
 from megazero.architecture import Architecture
-from megazero.checkpoint import Reader, Writer
+from megazero.checkpoint import Reader
 from megazero.comm import Wires
 from megazero.command_line import flatten
 from megazero.config import Config
@@ -29,6 +29,7 @@ from megazero.layout import flat
 from megazero.metrics import Metrics, clock, say
 from megazero.optimizer import Optimizer, Verdict
 from megazero.plan import Plan
+from megazero.saving import Writer
 from megazero.schedules import LossScale, Progress, learning_rate, loss_scale
 from megazero.unit import TORCH_DTYPE, Buffers, Sharing, Unit
 

@@ -13,7 +13,7 @@ FLOORS = [
     ["comm"],
     ["unit", "ops", "attention"],
     ["decoder", "executor", "models.families"],
-    ["optimizer", "checkpoint", "metrics", "models.hf_files", "models.hf_tokenizer", "models.hf"],
+    ["files", "optimizer", "checkpoint", "saving", "metrics", "models.hf_files", "models.hf_tokenizer", "models.hf"],
     ["run", "train", "generate"],
 ]
 PLACE = {f"megazero.{name}": (floor, i) for floor, names in enumerate(FLOORS) for i, name in enumerate(names)}

@@ -5,11 +5,11 @@ import time
 from dataclasses import dataclass
 from math import prod
 
-from safetensors import safe_open
 from tqdm import tqdm
 
 from megazero.checkpoint import Reader
 from megazero.command_line import commands, option, run
+from megazero.files import CODES
 
 
 @dataclass(frozen=True)
@@ -35,20 +35,15 @@ def inspect(s: Inspect) -> None:
         print(f"{key:<13}{json.dumps(index[key])}")
     print(f"{'files':<13}{len(index['files'])}, {size(sum(f['bytes'] for f in index['files'].values()))} in {reader.folder}\n")
     names = list(dict.fromkeys(name for _, name in reader.tensors))
-    width, dtypes = max(len(name) for name in names), dtypes_of(reader)
+    width = max(len(name) for name in names)
     for name in names:
-        held = {kind: boxes for (kind, n), boxes in reader.tensors.items() if n == name}
-        kinds = [f"{kind} {dtypes[kind, name]}" + (f" in {len(boxes)} boxes" if len(boxes) > 1 else "") for kind, boxes in held.items()]
+        held = {kind: parts for (kind, n), parts in reader.tensors.items() if n == name}
+        kinds = [f"{kind} {CODES[reader.dtype(kind, name)]}" + (f" in {len(parts)} boxes" if len(parts) > 1 else "")
+                 for kind, parts in held.items()]
         print(f"{name:<{width}}  {list(reader.shapes[next(iter(held)), name])!s:<16} {', '.join(kinds)}")
     weights = sum(prod(shape) for (kind, _), shape in reader.shapes.items() if kind == "weight")
     boxes = sum(map(len, reader.tensors.values()))
     print(f"\n{len(names)} tensors, {weights:,} weights; kinds {', '.join(sorted(reader.kinds))}; {boxes} boxes")
-
-
-def dtypes_of(reader: Reader) -> dict[tuple[str, str], str]:
-    """(kind, name) -> dtype, from the files' headers."""
-    files = {path: safe_open(path, framework="pt") for boxes in reader.tensors.values() for _, path, _, _ in boxes}
-    return {which: files[boxes[0][1]].get_slice(boxes[0][2]).get_dtype() for which, boxes in reader.tensors.items()}
 
 
 def verify(s: Verify) -> None:
