@@ -211,8 +211,9 @@ def fill(reader: Reader, flat: Flat, low: int, buffers: Mapping[str, Tensor]) ->
         slice_.tensor.copy_(reader.read(slice_.kind, slice_.name, slice_.box))
 
 
-def mismatches(reader: Reader, parameters: Sequence[Parameter], kinds: Sequence[str]) -> list[str]:
-    """A sentence for everything a model needs and the checkpoint does not hold, or holds in another shape, or holds beyond."""
+def mismatches(reader: Reader, parameters: Sequence[Parameter], kinds: Sequence[str], most: int = 6) -> list[str]:
+    """A sentence for each tensor that a model needs and the checkpoint does not hold, or holds in another shape, or holds beyond: the
+    first few of many."""
     wanted = {(kind, p.name): p.shape for p in parameters for kind in kinds}
     out = []
     for (kind, name), shape in wanted.items():
@@ -222,4 +223,5 @@ def mismatches(reader: Reader, parameters: Sequence[Parameter], kinds: Sequence[
         elif theirs != shape:
             out.append(f"{reader.folder}: {kind}/{name} has shape {list(theirs)}, this model {list(shape)}.")
     extra = [name for kind, name in reader.shapes if kind == "weight" and ("weight", name) not in wanted]
-    return out + [f"{reader.folder}: holds weight/{name}, which this model does not have." for name in extra]
+    out += [f"{reader.folder}: holds weight/{name}, which this model does not have." for name in extra]
+    return out if len(out) <= most else [*out[:most], f"{reader.folder}: and {len(out) - most} more tensors like these."]

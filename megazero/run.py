@@ -253,13 +253,14 @@ class Run:
         return {"step": self.progress.step, "progress": asdict(self.progress), "config": flatten(self.config),
                 "optimizer": self.config.optimizer.optimizer, "architecture": asdict(p.architecture),
                 "tokenizer": self.tokenizer.identity() if self.tokenizer else None,
-                "layout": {"tp": p.tp, "pp": p.pp, "dp": p.dp, "zero_stage": self.config.parallel.zero_stage}}
+                "layout": {"tp": p.tp, "pp": p.pp, "dp": p.dp, "zero_stage": self.config.parallel.zero_stage,
+                           "global_batch_size": p.global_batch}}
 
     def load(self, reader: Reader) -> None:
         """Continues from a checkpoint, or with --finetune takes its weights alone."""
         finetune = self.config.checkpoint.finetune
         kinds = ("weight",) if finetune else ("weight", *self.optimizer.MOMENTS[self.config.optimizer.optimizer])
-        errors = different(reader.index["architecture"], asdict(self.plan.architecture), reader.folder)
+        errors = unfit(reader, self.plan)
         errors = errors or self._wrong_optimizer(reader, kinds) or ([] if finetune else self._wrong_tokenizer(reader))
         errors = errors or checkpoint.mismatches(reader, [p for u in self.plan.units for p in u.parameters], kinds)
         if errors:
@@ -307,6 +308,12 @@ def samples(config: Config, a: Architecture, split: str, tokenizer: Tokenizer | 
     flag, own = {"train": ("--train-data-path", d.train_data_path), "valid": ("--valid-data-path", d.valid_data_path)}[split]
     return open_split(own or d.data_path, None if own else d.split, split, a.seq_length, seed, d.shuffle, a.vocab_size,
                       flag if own else "--data-path", tokenizer.identity() if tokenizer else None)
+
+
+def unfit(reader: Reader, plan: Plan) -> list[str]:
+    """Why a checkpoint is not of this model: a sentence for each field of the architecture, and for the first of the weights."""
+    return [*different(reader.index["architecture"], asdict(plan.architecture), reader.folder),
+            *checkpoint.mismatches(reader, [p for u in plan.units for p in u.parameters], ("weight",))]
 
 
 def different(saved: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> list[str]:
