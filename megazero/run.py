@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from megazero import checkpoint
-from megazero.checkpoint import Reader, Writer
+from megazero.checkpoint import Reader
 from megazero.comm import Wires
 from megazero.command_line import flatten
 from megazero.data.dataset import SampleSource
@@ -28,6 +28,7 @@ from megazero.layout import flat
 from megazero.metrics import Metrics, clock, say
 from megazero.optimizer import Optimizer, Verdict
 from megazero.plan import Plan
+from megazero.saving import Writer
 from megazero.schedules import LossScale, Progress, learning_rate, loss_scale
 from megazero.unit import TORCH_DTYPE, Buffers, Sharing, Unit
 
@@ -275,13 +276,14 @@ class Run:
         return {"step": self.progress.step, "progress": asdict(self.progress), "config": flatten(self.config),
                 "optimizer": self.config.optimizer.optimizer, "architecture": asdict(p.architecture),
                 "tokenizer": self.tokenizer.identity() if self.tokenizer else None,
-                "layout": {"tp": p.tp, "pp": p.pp, "dp": p.dp, "zero_stage": self.config.parallel.zero_stage}}
+                "layout": {"tp": p.tp, "pp": p.pp, "dp": p.dp, "zero_stage": self.config.parallel.zero_stage,
+                           "global_batch_size": p.global_batch}}
 
     def load(self, reader: Reader) -> None:
         """Continues from a checkpoint, or with --finetune takes its weights alone."""
         finetune = self.config.checkpoint.finetune
         kinds = ("weight",) if finetune else ("weight", *self.optimizer.MOMENTS[self.config.optimizer.optimizer])
-        errors = different(reader.index["architecture"], asdict(self.plan.architecture), reader.folder)
+        errors = unfit(reader, self.plan)
         errors = errors or self._wrong_optimizer(reader, kinds) or ([] if finetune else self._wrong_tokenizer(reader))
         errors = errors or checkpoint.mismatches(reader, [p for u in self.plan.units for p in u.parameters], kinds)
         if errors:
@@ -290,7 +292,7 @@ class Run:
             checkpoint.fill(reader, unit.flat, unit.low, {k: v for k, v in self.buffers(unit).items() if k in kinds})
             unit.publish()
         if not finetune:
-            saved = reader.index["progress"]
+            saved = dict(reader.index["progress"])
             then, now = LossScale(**saved.pop("loss_scale")), self.progress.loss_scale
             if not (then.constant or now.constant):             # where it was, by the rule of this run
                 now = replace(now, value=max(then.value, now.minimum), good=then.good, bad=min(then.bad, now.hysteresis - 1))
@@ -320,6 +322,12 @@ class Run:
             self.writer.wait()
         self.loader.close()
         self.metrics.close()
+
+
+def unfit(reader: Reader, plan: Plan) -> list[str]:
+    """Why a checkpoint is not of this model: a sentence for each field of the architecture, and for the first of the weights."""
+    return [*different(reader.index["architecture"], asdict(plan.architecture), reader.folder),
+            *checkpoint.mismatches(reader, [p for u in plan.units for p in u.parameters], ("weight",))]
 
 
 def different(saved: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> list[str]:

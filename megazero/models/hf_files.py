@@ -1,69 +1,19 @@
-"""The files of a Hugging Face folder, tensor by tensor: safetensors that are written without being held, folders that appear whole."""
+"""The files of a Hugging Face folder: how an export is cut into files, and the tensors of what others wrote."""
 
 import json
-import os
 import re
-import shutil
-import struct
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from megazero.checkpoint import checksum, sync
 from megazero.errors import UserError
+from megazero.files import DTYPES, Planned
 
 Tensor = torch.Tensor
-CODES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-DTYPES = {code: dtype for dtype, code in CODES.items()}
 INDEX = "model.safetensors.index.json"
-
-
-@dataclass(frozen=True)
-class Planned:
-    """A tensor that is known before it exists."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def nbytes(self) -> int:
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
-
-
-def stream(
-    path: Path, plan: Sequence[Planned], make: Callable[[str], Tensor], metadata: Callable[[Mapping[str, int]], dict[str, str]]
-) -> None:
-    """A safetensors file, each tensor made when its turn comes. `metadata` is told their checksums.
-
-    Those are known last but stand in the header, which comes first: room is kept for the longest, spaces fill the rest.
-    """
-    sums = dict.fromkeys((p.name for p in plan), 2**32 - 1)
-    room = (len(_header(plan, metadata(sums))) + 7) // 8 * 8
-    with path.open("wb") as file:
-        file.seek(8 + room)
-        for p in plan:
-            tensor = make(p.name).contiguous()
-            assert (tuple(tensor.shape), tensor.dtype) == (p.shape, p.dtype), f"{p}: made {tensor.shape} {tensor.dtype}"
-            sums[p.name] = checksum(tensor)
-            file.write(tensor.view(-1).view(torch.uint8).numpy().data)
-        file.seek(0)
-        file.write(struct.pack("<Q", room) + _header(plan, metadata(sums)).ljust(room))
-    sync(path)
-
-
-def _header(plan: Sequence[Planned], metadata: dict[str, str]) -> bytes:
-    header: dict[str, Any] = {"__metadata__": metadata}
-    at = 0
-    for p in plan:
-        header[p.name] = {"dtype": CODES[p.dtype], "shape": p.shape, "data_offsets": (at, at + p.nbytes)}
-        at += p.nbytes
-    return json.dumps(header, separators=(",", ":")).encode()
 
 
 def shards(plan: Sequence[Planned], limit: int) -> dict[str, list[Planned]]:
@@ -79,24 +29,6 @@ def shards(plan: Sequence[Planned], limit: int) -> dict[str, list[Planned]]:
     if len(parts) == 1:
         return {"model.safetensors": parts[0]}
     return {f"model-{i:05d}-of-{len(parts):05d}.safetensors": part for i, part in enumerate(parts, 1)}
-
-
-@contextmanager
-def draft_of(folder: Path, flag: str = "--output") -> Iterator[Path]:
-    """A folder to write to, which takes the name `folder` when all went well and leaves nothing when not."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{flag} {folder}: is there already and not empty; name a new folder.")
-    draft = folder.with_name(f"{folder.name}.draft-{os.getpid()}")
-    try:
-        draft.mkdir(parents=True)
-        yield draft
-        sync(draft)
-        draft.rename(folder)                                    # an empty folder of that name gives way
-        sync(folder.parent)
-    except OSError as error:
-        raise UserError(f"{flag} {folder}: cannot be written ({error.strerror}).") from error
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
 
 
 def read_json(path: Path) -> dict[str, Any]:
