@@ -52,14 +52,14 @@ class Zero:
     keep            level 3: passes over its stage for which a unit's weights stay once gathered
     every           levels 2 and 3: micro-batches whose gradients are summed before they travel
     prefetch        weights are gathered one part ahead of their use
-    lag             reductions that may be under way when the next one starts; None: all of the step
+    lag             reductions that may be under way when the next one starts
     """
 
     level: int = 0
     keep: int = 1
     every: int = 1
     prefetch: bool = True
-    lag: int | None = None
+    lag: int = 2
 
 
 @dataclass(frozen=True)
@@ -206,7 +206,7 @@ def woven(uses: Sequence[Use], whole: Sequence[Span], sums: Sequence[Span], zero
             under_way.append(Action("reduce", micro=done[unit], unit=unit))
             done[unit] += 1
             left[unit] -= 1
-            program += under_way[-1:] + ([] if zero.lag is None else _landed(under_way, left, zero.lag))
+            program += under_way[-1:] + _landed(under_way, left, zero.lag)
     return program + _landed(under_way, left, 0)
 
 
