@@ -16,6 +16,7 @@ from torch import nn
 
 from megazero import checkpoint
 from megazero.comm import Wires, connect
+from megazero.comm.shared import Slot
 from megazero.config import Optimizer as Settings
 from megazero.engine import Engine
 from megazero.mesh import Mesh
@@ -270,11 +271,13 @@ def test_bytes_are_those_of_the_level(row: Row, pool: Pool) -> None:
 
 
 def alive() -> int:
-    """Bytes of all storages that Python's tensors see."""
+    """Bytes of all storages that Python's tensors see, but for the memory that ranks share to send."""
     import gc
     gc.collect()
-    tensors = [x for x in gc.get_objects() if type(x) in (Tensor, nn.Parameter)]
-    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+    everything = gc.get_objects()
+    shared = {x.bytes.untyped_storage().data_ptr() for x in everything if type(x) is Slot}
+    storages = [x.untyped_storage() for x in everything if type(x) in (Tensor, nn.Parameter)]
+    return sum({s.data_ptr(): s.nbytes() for s in storages if s.data_ptr() not in shared}.values())
 
 
 def memory(level: int) -> tuple[int, int, int, int, int]:
