@@ -269,7 +269,7 @@ class Run:
             checkpoint.fill(reader, unit.flat, unit.low, {k: v for k, v in self.buffers(unit).items() if k in kinds})
             unit.publish()
         if not finetune:
-            saved = reader.index["progress"]
+            saved = dict(reader.index["progress"])
             then, now = LossScale(**saved.pop("loss_scale")), self.progress.loss_scale
             if not (then.constant or now.constant):             # where it was, by the rule of this run
                 now = replace(now, value=max(then.value, now.minimum), good=then.good, bad=min(then.bad, now.hysteresis - 1))
