@@ -15,8 +15,9 @@ setup(
         "torch>=2.11",
         "numpy",
         "safetensors",
-        "sentencepiece",
+        "sentencepiece>=0.2.2",
         "tokenizers>=0.20",
+        "orjson",
         "tensorboard",
         "pyyaml",
         "tqdm",
@@ -24,7 +25,9 @@ setup(
     ],
     extras_require={
         "hf": ["transformers"],
-        "dev": ["pytest", "ruff", "mypy", "transformers", "types-PyYAML", "types-tqdm"],
+        "data": ["pyarrow", "zstandard", "tiktoken"],
+        "remote": ["fsspec"],
+        "dev": ["pytest", "ruff", "mypy", "transformers", "types-PyYAML", "types-tqdm", "pyarrow", "zstandard", "tiktoken", "fsspec"],
         "plot": ["matplotlib"],
     },
 )

@@ -11,20 +11,17 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from harness import Micro, Step, megazero, planned, words
 from torch import Tensor, nn
 
-from megazero import command_line, config, program
-from megazero.comm import Alone, connect
+from megazero import command_line
 from megazero.command_line import option
-from megazero.decoder import Batch
 from megazero.metrics import memory_bytes
-from megazero.plan import plan
-from megazero.run import Run
 
 
 @dataclass(frozen=True)
@@ -37,7 +34,7 @@ class Settings:
     heads: int = option(6, "heads")
     seq: int = option(256, "tokens of a sample")
     batch: int = option(8, "samples of a micro-batch")
-    accumulate: int = option(1, "micro-batches of a step")
+    micro_batches: int = option(1, "micro-batches of a step")
     vocab: int = option(50304, "ids")
     steps: int = option(12, "timed steps of each")
     device: str = option("auto", "where", choices=("auto", "cpu", "cuda"))
@@ -74,7 +71,7 @@ class Plain(nn.Module):
         return F.cross_entropy(F.linear(self.norm(h), self.words.weight).view(-1, self.words.weight.shape[0]).float(), y.view(-1))
 
 
-def plain_step(c: Settings, device: torch.device, autocast: bool) -> Callable[[list[tuple[Tensor, Tensor]]], float]:
+def plain_step(c: Settings, device: torch.device, autocast: bool) -> Step:
     """The peer: fp32; or bf16 weights with fp32 masters and gradients; or autocast."""
     model = Plain(c).to(device)
     low = c.dtype == "bf16" and not autocast
@@ -85,7 +82,7 @@ def plain_step(c: Settings, device: torch.device, autocast: bool) -> Callable[[l
               {"params": [p for p in masters if p.dim() < 2], "weight_decay": 0.0}]
     adam = torch.optim.AdamW(groups, lr=1e-3, fused=True)
 
-    def step(batches: list[tuple[Tensor, Tensor]]) -> float:
+    def step(batches: Sequence[Micro]) -> float:
         adam.zero_grad(set_to_none=True)
         total = 0.0
         for x, y in batches:
@@ -107,36 +104,15 @@ def plain_step(c: Settings, device: torch.device, autocast: bool) -> Callable[[l
     return step
 
 
-def megazero_step(c: Settings, device: torch.device) -> Callable[[list[tuple[Tensor, Tensor]]], float]:
-    """Ours: everything a step of a real run does but reading the data."""
-    words = (f"--num-layers {c.layers} --hidden-size {c.hidden} --num-attention-heads {c.heads} --seq-length {c.seq} --openai-gelu "
-             f"--lr 1e-3 --weight-decay 0.1 --mock-data --train-iters 100 --eval-iters 0 --vocab-size {c.vocab} "
-             f"--micro-batch-size {c.batch} --global-batch-size {c.batch * c.accumulate} --dtype {c.dtype} --log-interval 1000000").split()
-    resolved = plan(config.from_command_line(words), 1, c.vocab)
-    run = Run(resolved, None, device, connect(resolved.mesh, 0, "gloo", 60))
-    run.initialise()
-    actions = program.training("1f1b", c.accumulate, [p.units for p in run.decoder.parts], run.decoder.head.units)
-    lr, one = torch.tensor(1e-3, device=device), torch.ones((), device=device)
-
-    def step(batches: list[tuple[Tensor, Tensor]]) -> float:
-        made = [Batch(x, y, torch.ones(x.shape, device=device), torch.arange(len(x), device=device), 0) for x, y in batches]
-        valid = torch.stack([b.mask.sum(dtype=torch.float64) for b in made]).sum()
-        total = run.executor.train(actions, made, one / resolved.tokens_per_step)
-        verdict = run.optimizer.judge(total, valid, resolved.tokens_per_step, one, Alone())
-        run.optimizer.step(verdict, lr)
-        return float(verdict.loss)
-
-    return step
-
-
 def main() -> None:
     c = command_line.parse(Settings)
     device = torch.device("cuda" if c.device != "cpu" and torch.cuda.is_available() else "cpu")
-    made: dict[str, Callable[[], Callable[[list[tuple[Tensor, Tensor]]], float]]] = {
-        "megazero": lambda: megazero_step(c, device), "plain": lambda: plain_step(c, device, False)}
+    line = words(c, c.batch * c.micro_batches, "")
+    made: dict[str, Callable[[], Step]] = {
+        "megazero": lambda: megazero(planned(line), device), "plain": lambda: plain_step(c, device, False)}
     if c.dtype == "bf16":
         made["autocast"] = lambda: plain_step(c, device, True)
-    tokens = torch.randint(c.vocab, (c.accumulate, c.batch, c.seq + 1), generator=torch.Generator().manual_seed(1)).to(device)
+    tokens = torch.randint(c.vocab, (c.micro_batches, c.batch, c.seq + 1), generator=torch.Generator().manual_seed(1)).to(device)
     batches = [(t[:, :-1].contiguous(), t[:, 1:].contiguous()) for t in tokens]
     if c.only:
         step = made[c.only]()

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from harness import megazero, planned, words
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -25,12 +26,9 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-from megazero import command_line, config, program
-from megazero.comm import connect, environment
+from megazero import command_line
+from megazero.comm import environment
 from megazero.command_line import option
-from megazero.decoder import Batch
-from megazero.plan import plan
-from megazero.run import Run
 
 
 @dataclass(frozen=True)
@@ -113,32 +111,17 @@ def dtensor_step(c: Settings, sequence: bool) -> Callable[[Tensor, Tensor], floa
     return step
 
 
-def megazero_step(c: Settings) -> Callable[[Tensor, Tensor], float]:
-    rank, world = environment()
-    words = (f"--num-layers {c.layers} --hidden-size {c.hidden} --num-attention-heads {c.heads} --seq-length {c.seq} --lr 1e-3 --mock-data "
-             f"--train-iters 100 --eval-iters 0 --vocab-size {c.vocab} --micro-batch-size {c.batch} --dtype {c.dtype} --tp {world} "
-             "--disable-bias-linear --untie-embeddings-and-output-weights --position-embedding-type none").split()
-    resolved = plan(config.from_command_line(words), world, c.vocab)
-    run = Run(resolved, None, torch.device("cpu"), connect(resolved.mesh, rank, "gloo", 600))
-    run.initialise()
-    actions = program.training("1f1b", 1, [p.units for p in run.decoder.parts], run.decoder.head.units)
-    lr, one = torch.tensor(1e-3), torch.ones(())
-
-    def step(x: Tensor, y: Tensor) -> float:
-        batch = Batch(x, y, torch.ones(x.shape), torch.arange(len(x)), 0)
-        total = run.executor.train(actions, [batch], one / resolved.tokens_per_step)
-        verdict = run.optimizer.judge(run.told(total), run.told(batch.mask.sum()), resolved.tokens_per_step, one, run.wires["world"])
-        run.optimizer.step(verdict, lr)
-        return float(verdict.loss)
-
-    return step
+def ours(c: Settings) -> Callable[[Tensor, Tensor], float]:
+    more = f"--tp {environment()[1]} --disable-bias-linear --untie-embeddings-and-output-weights --position-embedding-type none"
+    step = megazero(planned(words(c, c.batch, more)))
+    return lambda x, y: step([(x, y)])
 
 
 def main() -> None:
     c = command_line.parse(Settings)
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
-    steps = {"megazero": megazero_step(c), "dtensor": dtensor_step(c, False), "dtensor, sequence": dtensor_step(c, True)}
+    steps = {"megazero": ours(c), "dtensor": dtensor_step(c, False), "dtensor, sequence": dtensor_step(c, True)}
     tokens = torch.randint(c.vocab, (c.batch, c.seq + 1), generator=torch.Generator().manual_seed(1))
     x, y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
     times: dict[str, list[float]] = {name: [] for name in steps}

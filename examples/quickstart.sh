@@ -35,18 +35,26 @@ say "2/7  Text to tokens, in Megatron's .bin/.idx format"
 "$python" tools/preprocess_data.py --input "${text[@]}" --output-prefix "$out/python" --append-eod \
     --tokenizer-type HuggingFaceTokenizer --tokenizer-model "$out/tokenizer" --workers 2
 
+ranks=2 first="--tp 2" second="--dp 2 --zero-stage 1 --micro-batch-size 4"
+if [ "$("$python" -c 'import torch; print(torch.cuda.device_count())')" = 1 ]; then
+    say "One GPU: NCCL refuses two ranks on a device, so one process trains, and what changes when it resumes is the ZeRO level"
+    ranks=1 first="" second="--zero-stage 1"
+fi
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$("$python" -c "import os; print(max((os.cpu_count() or 1) // $ranks, 1))")}
+
 train() {
-    "$python" pretrain_gpt.py --config examples/quickstart.toml --data-path "$out/python_text_document" --tokenizer-model "$out/tokenizer" \
+    "$python" -m torch.distributed.run --standalone --nproc_per_node "$ranks" pretrain_gpt.py --config examples/quickstart.toml --data-path "$out/python_text_document" --tokenizer-model "$out/tokenizer" \
         --save "$out/checkpoints" --load "$out/checkpoints" --log-dir "$out/log" "$@"
 }
-say "3/7  Training a small Llama, stopped on purpose at step 300"
-train --exit-interval 300
+say "3/7  Training a small Llama on $ranks process(es) ($first), stopped on purpose at step 300"
+train $first --exit-interval 300
 
-say "4/7  The same command again: it resumes, and the curve is the one of a run that never stopped"
-train
+say "4/7  Again, in another layout ($second): it resumes, and the curve is the one of a run that never stopped"
+train $second
 
-say "5/7  Checking every byte of the checkpoint, and exporting it to the Hugging Face format"
+say "5/7  Checking every byte of the checkpoint, merging it into one file, and exporting it to the Hugging Face format"
 "$python" tools/checkpoint.py verify --load "$out/checkpoints"
+"$python" tools/checkpoint.py merge --load "$out/checkpoints" --output "$out/merged"
 "$python" tools/convert_hf.py export --load "$out/checkpoints" --output "$out/hf"
 
 say "6/7  What it writes after 'def '"
@@ -60,6 +68,7 @@ cat <<END
   tokenizer/            a byte-level BPE tokenizer             --tokenizer-type HuggingFaceTokenizer --tokenizer-model $out/tokenizer
   python_text_document  the standard library as tokens         .bin and .idx as Megatron-LM writes them
   checkpoints/          weights, optimizer, position           python tools/checkpoint.py inspect --load $out/checkpoints
+  merged/               its weights in one file                any tool's --load
   hf/                   the model for transformers             AutoModelForCausalLM.from_pretrained("$out/hf")
   log/metrics.jsonl     every step, exact                      tensorboard --logdir $out/log/tensorboard
   loss.png              the curve

@@ -12,7 +12,8 @@ from megazero.pipeline import SCHEDULES
 DTYPES = ("fp64", "fp32", "bf16", "fp16")
 DECAY_STYLES = ("constant", "linear", "cosine", "inverse-square-root", "WSD")
 WSD_STYLES = ("linear", "cosine", "exponential", "minus_sqrt")
-TOKENIZERS = ("SentencePieceTokenizer", "GPT2BPETokenizer", "HuggingFaceTokenizer", "ByteTokenizer", "CharTokenizer", "NullTokenizer")
+TOKENIZERS = ("SentencePieceTokenizer", "Llama2Tokenizer", "GPT2BPETokenizer", "HuggingFaceTokenizer", "TiktokenTokenizer", "ByteTokenizer",
+              "CharTokenizer", "NullTokenizer")
 
 
 @dataclass(frozen=True)
@@ -143,14 +144,28 @@ class Data:
     """Data and tokenizer."""
 
     data_path: tuple[str, ...] = option((), "dataset prefix, or weight prefix pairs, cut by --split", unit="path")
+    data_args_path: str | None = option(None, "a file that holds the words of --data-path", unit="file")
     train_data_path: tuple[str, ...] = option((), "the same for training alone", unit="path")
     valid_data_path: tuple[str, ...] = option((), "the same for evaluation alone", unit="path")
+    test_data_path: tuple[str, ...] = option((), "the same for one more evaluation, at the end of the run", unit="path")
+    data_schedule: str | None = option(None, "training data that changes: lines of `STEP WEIGHT PREFIX ...`, the blend from that step on",
+                                       unit="file")
     split: str = option("969,30,1", "parts of --data-path for training, validation and test")
     mock_data: bool = option(False, "made-up tokens: to measure, or to try a layout")
     shuffle: bool = option(True, "--no-shuffle serves the samples in file order")
+    sample_order: str = option("keyed", "keyed: a sample depends on its number and the seed alone; megatron: the order of Megatron-LM",
+                               choices=("keyed", "megatron"))
     eod_mask_loss: bool = option(False, "no loss where the input is the end-of-document token")
+    reset_position_ids: bool = option(False, "positions start again after each end of document")
+    reset_attention_mask: bool = option(False, "documents of a sample do not see each other")
+    fim_rate: float = option(0.0, "part of the training documents that get a gap to fill in", unit="fraction")
+    fim_spm_rate: float = option(0.5, "part of those whose suffix comes first", unit="fraction")
+    fim_prefix_token: str = option("<fim_prefix>", "special token before the prefix", unit="token")
+    fim_middle_token: str = option("<fim_middle>", "special token before the middle", unit="token")
+    fim_suffix_token: str = option("<fim_suffix>", "special token before the suffix", unit="token")
     tokenizer_type: str | None = option(None, "how text becomes tokens", choices=TOKENIZERS)
-    tokenizer_model: str | None = option(None, "its file: .model, tokenizer.json or its folder, or a JSON of characters", unit="path")
+    tokenizer_model: str | None = option(None, "its file: .model, .tiktoken, tokenizer.json or its folder, or a JSON of characters",
+                                         unit="path")
     vocab_file: str | None = option(None, "vocab.json of GPT2BPETokenizer", unit="path")
     merge_file: str | None = option(None, "merges.txt of GPT2BPETokenizer", unit="path")
     vocab_size: int | None = option(None, "vocabulary of the model, where no tokenizer is given or the tokenizer's is smaller",
@@ -243,6 +258,11 @@ MEGATRON_WORDS = {
     "recompute-activations": "is --recompute-granularity selective here",
     "accumulate-allreduce-grads-in-fp32": ALWAYS_ON,
     "data-cache-path": "is not needed: there are no index files; leave it out",
+    "num-workers": "is not needed: a thread reads a step ahead; leave it out",
+    "num-dataset-builder-threads": "is not needed: nothing is built; leave it out",
+    "no-mmap-bin-files": "is not needed: files behind a URL are read piece by piece, others are mapped; leave it out",
+    "no-create-attention-mask-in-dataloader": ALWAYS_ON,
+    "fim-data": "is said by --fim-rate alone",
     "ckpt-format": "is not needed: there is one format; leave it out",
     "tensorboard-dir": "is --log-dir here",
     "save-retain-interval": "is --keep-last here",

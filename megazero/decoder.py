@@ -32,7 +32,7 @@ class Batch:
     mask: Tensor                        # [b, s] weight of each target's loss, float
     samples: Tensor                     # [b] int64, numbers of the samples in the run
     step: int | None = None
-    positions: Tensor | None = None     # [b, s]; None: 0 .. s - 1
+    positions: Tensor | None = None     # [b, s] for embeddings and rotations, not for what sees what; None: 0 .. s - 1
     documents: Tensor | None = None     # [b, s]; None: the whole sample is one document
 
 
@@ -125,7 +125,7 @@ class Block:
         if self.d.rotary:
             cos, sin = (t[None, :s] if batch.positions is None else t[batch.positions] for t in self.d.rotary)
             q, k = rotate(q, cos[:, :, None], sin[:, :, None]), rotate(k, cos[:, :, None], sin[:, :, None])
-        y = attention(q, k, v, batch.positions, batch.documents, Alone(), self.attention_dropout(q, batch))
+        y = attention(q, k, v, None, batch.documents, Alone(), self.attention_dropout(q, batch))
         return row(self.d.padded(y.reshape(b * s, -1)), self.o, self.o_bias, self.d.group)
 
     def attention_dropout(self, q: Tensor, batch: Batch) -> Tensor | None:

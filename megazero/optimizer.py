@@ -11,10 +11,11 @@ from typing import Any
 import torch
 
 from megazero.comm import Group
-from megazero.config import Config
+from megazero.config import Optimizer as Settings
 from megazero.unit import Unit
 
 Tensor = torch.Tensor
+NORM = 1 << 15                          # elements of a norm at a time: torch on CPU is off by 1e-3 for five million at once
 
 
 @dataclass(frozen=True)
@@ -23,7 +24,7 @@ class Verdict:
 
     loss        mean over valid tokens                  norm        of the whole gradient, unscaled, before clipping
     found_inf   0 or 1, float32: skip the step          factor      what each gradient is multiplied by
-    norms       per parameter this rank owns, as they lie in the units: names the culprit of a skipped step
+    norms       of the pieces this rank owns (Optimizer.names): finds the culprit of a skipped step
     stop        how many ranks want to stop after this step
     """
 
@@ -44,14 +45,13 @@ class Optimizer:
 
     MOMENTS = {"adam": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",)}
 
-    def __init__(self, units: Sequence[Unit], config: Config) -> None:
-        o = config.optimizer
+    def __init__(self, units: Sequence[Unit], o: Settings) -> None:
         self.units, self.clip = units, o.clip_grad
         self.state = {u.flat.name: {m: torch.zeros_like(u.master) for m in self.MOMENTS[o.optimizer]} for u in units}
         self.steps: list[Tensor] = []
-        owned = [(u, *piece) for u in units if u.owner for piece in u.pieces() if piece[0].shard.owner]
-        self._pieces = [u.grad_slice[a:b] for u, _, a, b in owned]
-        self.names = [p.shard.parameter.name for _, p, _, _ in owned]
+        owned = [(p.shard.parameter.name, u.grad_slice[a:b]) for u in units if u.owner for p, a, b in u.pieces() if p.shard.owner]
+        pieces = [(name, part) for name, grad in owned for part in ([grad] if grad.is_cuda else grad.split(NORM))]
+        self.names, self._pieces = [name for name, _ in pieces], [part for _, part in pieces]
         groups: list[dict[str, Any]] = [{"params": self._slices(0), "weight_decay": o.weight_decay},
                                         {"params": self._slices(1), "weight_decay": 0.0}]
         groups = [g for g in groups if g["params"]]

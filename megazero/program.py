@@ -52,16 +52,17 @@ class Zero:
     keep            level 3: passes over its stage for which a unit's weights stay once gathered
     every           levels 2 and 3: micro-batches whose gradients are summed before they travel
     prefetch        weights are gathered one part ahead of their use
-    lag             reductions that may be under way when the next one starts; None: all of the step
-    patient         sums over `replicate` may be under way until the end of the step
+    lag             reductions that may be under way when the next one starts
+    replicas        sums over `replicate` that may be under way when the next one starts: the second half of an all-reduce travels when
+                    the first is waited for, so waiting for all of them at the end would leave those halves without company
     """
 
     level: int = 0
     keep: int = 1
     every: int = 1
     prefetch: bool = True
-    lag: int | None = None
-    patient: bool = True
+    lag: int = 0
+    replicas: int = 1
 
 
 @dataclass(frozen=True)
@@ -194,22 +195,16 @@ def woven(uses: Sequence[Use], whole: Sequence[Span], sums: Sequence[Span], zero
     program: list[Action] = []
     gathers, releases = _by(whole, "first"), _by(whole, "last")
     opens, reduces = _by(sums, "first"), _by(sums, "last")
-    under_way: list[Action] = []
-    left, done = Counter(s.unit for s in sums), Counter[str]()
+    wire = _Wire(Counter(s.unit for s in sums), zero)
     for i, use in enumerate(uses):
         program += [Action("gather", unit=u) for u in gathers[i]]
-        if any(a.unit in opens[i] for a in under_way):                                  # its buffer is the one under way
-            program += _landed(under_way, left, 0, zero)
+        program += wire.land(0) if any(a.unit in opens[i] for a in wire.reducing) else []    # its buffer is the one under way
         program += [Action("open", unit=u) for u in opens[i]]
         program.append(use.action)
         program += [Action("release", unit=u) for u in releases[i] if zero.level == 3]
         for unit in reduces[i]:
-            program += _landed(under_way, left, zero.lag - 1, zero) if zero.lag else []
-            under_way.append(Action("reduce", micro=done[unit], unit=unit))
-            done[unit] += 1
-            left[unit] -= 1
-            program += under_way[-1:] + ([] if zero.lag is None else _landed(under_way, left, zero.lag, zero))
-    return program + _landed(under_way, left, 0, zero)
+            program += wire.reduce(unit)
+    return program + wire.land(0)
 
 
 def _by(spans: Sequence[Span], end: str) -> Mapping[int, list[str]]:
@@ -220,15 +215,38 @@ def _by(spans: Sequence[Span], end: str) -> Mapping[int, list[str]]:
     return found
 
 
-def _landed(under_way: list[Action], left: Mapping[str, int], most: int, zero: Zero) -> list[Action]:
-    """What waits for reductions, oldest first, until at most `most` are under way; a unit's last one makes the step's sum."""
-    actions = []
-    while len(under_way) > most:
-        done = under_way.pop(0)
-        actions.append(done._replace(kind="land"))
-        if not left[done.unit] and all(a.unit != done.unit for a in under_way):
-            actions += [Action(kind, unit=done.unit) for kind in (("replicate",) if zero.patient else ("replicate", "settle"))]
-    return actions
+class _Wire:
+    """The sums of gradients under way at one place of a program. `left` counts each unit's reductions that have not begun."""
+
+    def __init__(self, left: Counter[str], zero: Zero) -> None:
+        self.left, self.zero, self.begun = left, zero, Counter[str]()
+        self.reducing: list[Action] = []
+        self.replicating: list[str] = []
+
+    def reduce(self, unit: str) -> list[Action]:
+        """A reduction begins, when all but `lag` of those before it have landed; without overlap it lands at once."""
+        before = self.land(max(self.zero.lag - 1, 0))
+        self.reducing.append(Action("reduce", micro=self.begun[unit], unit=unit))
+        self.begun[unit] += 1
+        self.left[unit] -= 1
+        return [*before, self.reducing[-1], *self.land(self.zero.lag)]
+
+    def land(self, most: int) -> list[Action]:
+        """What waits for reductions, oldest first, until at most `most` are under way; a unit's last one makes the step's sum."""
+        actions = []
+        while len(self.reducing) > most:
+            done = self.reducing.pop(0)
+            actions.append(done._replace(kind="land"))
+            if not self.left[done.unit] and all(a.unit != done.unit for a in self.reducing):
+                actions += self._replicate(done.unit)
+        return actions
+
+    def _replicate(self, unit: str) -> list[Action]:
+        self.replicating.append(unit)
+        most = self.zero.replicas
+        settled = [self.replicating.pop(0) for _ in range(len(self.replicating) - max(most, 1))]
+        begin = [*(Action("settle", unit=u) for u in settled), Action("replicate", unit=unit)]
+        return begin if most else [*begin, Action("settle", unit=self.replicating.pop())]
 
 
 def around(program: Sequence[Action], i: int) -> str:

@@ -6,21 +6,20 @@ the host, and a skipped step moves neither the learning rate nor anything else.
 """
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from megazero import checkpoint
-from megazero.architecture import Architecture
 from megazero.checkpoint import Reader
 from megazero.comm import Wires
 from megazero.command_line import flatten
-from megazero.config import Config
-from megazero.data.dataset import MockSamples, SampleSource, open_split
+from megazero.data.dataset import SampleSource
+from megazero.data.loader import Loader, documents_of, positions_of, read
+from megazero.data.splits import samples
 from megazero.data.tokenizers import Tokenizer, same_tokenizer
 from megazero.decoder import Batch, Decoder
 from megazero.errors import UserError
@@ -34,6 +33,7 @@ from megazero.schedules import LossScale, Progress, learning_rate, loss_scale
 from megazero.unit import TORCH_DTYPE, Buffers, Sharing, Unit
 
 Tensor = torch.Tensor
+EVALUATING = 16                         # micro-batches of an evaluation that may be in a pipeline
 
 
 @dataclass(frozen=True)
@@ -62,12 +62,14 @@ class Run:
         self.decoder = Decoder(a, self.units, wires["tp"], c.training.seed, c.training.recompute_granularity, device,
                                [i for own in stages.own.values() for i in own])
         self.executor = Executor(self.decoder, wires, plan.parts)
-        self.optimizer = Optimizer(list(self.units.values()), c)
+        self.optimizer = Optimizer(list(self.units.values()), c.optimizer)
         self.training, self.evaluation = plan.training(wires.rank), plan.evaluation(wires.rank)
         self.progress = Progress(loss_scale(c))                 # as of the last verdict that was read
         self.pending: Pending | None = None
-        self.train_samples = samples(c, a, "train", tokenizer)
-        self.valid_samples = samples(c, a, "valid", tokenizer) if c.training.eval_iters and plan.train_iters else None
+        self.train_samples = samples(plan, "train", tokenizer)
+        self.valid_samples = samples(plan, "valid", tokenizer) if c.training.eval_iters and plan.train_iters else None
+        self.test_samples = samples(plan, "test", tokenizer) if c.data.test_data_path else None
+        self.loader = Loader(self.train_samples.sample, pin=device.type == "cuda")
         k = c.checkpoint
         self.writer = Writer(Path(k.save), k.keep_last, k.async_save, wires.rank, wires["saved"]) if k.save else None
         self.stop_reason = self.signalled = ""
@@ -114,21 +116,34 @@ class Run:
         return values[0] if self.pending is None else torch.where(self.pending.verdict.found_inf == 0, values[0], values[1])
 
     def batches(self, step: int, first: int) -> list[Batch]:
-        """This rank's micro-batches of a step, whose samples start at number `first`: data-parallel ranks take turns."""
+        """This rank's micro-batches of a step, whose samples start at number `first`; those of the next step are read meanwhile."""
+        now = self.numbers(first)
+        tokens = self.loader.take(now, self.numbers(first + self.plan.global_batch))
+        return [self.batch(own, mine, step) for own, mine in zip(tokens, now, strict=True)]
+
+    def numbers(self, first: int) -> list[range]:
+        """The samples of this rank's micro-batches of the step that starts at sample `first`: data-parallel ranks take turns."""
         size, dp, rank = self.plan.micro_batch, self.plan.dp, self.wires.place.dp
         starts = [first + (m * dp + rank) * size for m in range(self.plan.micro_batches)]
-        numbers = [range(start, start + size) for start in starts]
-        return [self.batch(self.train_samples.sample, mine, step) for mine in numbers]
+        return [range(start, start + size) for start in starts]
 
-    def batch(self, sample: Callable[[int], np.ndarray], numbers: range, step: int | None) -> Batch:
-        """One micro-batch of the samples of these numbers. Without a step it is for evaluation: nothing is dropped."""
-        tokens = torch.from_numpy(np.stack([sample(k) for k in numbers])).to(self.device, non_blocking=True)
+    def batch(self, tokens: Tensor, numbers: range, step: int | None) -> Batch:
+        """One micro-batch of tokens [b, s + 1] of the samples of these numbers. Without a step it is for evaluation: nothing is dropped."""
+        tokens = tokens.to(self.device, non_blocking=True)
         x, y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
         mask = torch.ones(x.shape, dtype=self.optimizer.wide, device=self.device)
-        if self.config.data.eod_mask_loss:
-            assert self.tokenizer is not None and self.tokenizer.eod is not None
-            mask = mask.masked_fill(x == self.tokenizer.eod, 0)
-        return Batch(x, y, mask, torch.tensor(list(numbers), device=self.device), step)
+        d = self.config.data
+        if d.eod_mask_loss:
+            mask = mask.masked_fill(x == self.eod, 0)
+        places = positions_of(x, self.eod) if d.reset_position_ids else None
+        documents = documents_of(x, self.eod) if d.reset_attention_mask else None
+        return Batch(x, y, mask, torch.tensor(list(numbers), device=self.device), step, places, documents)
+
+    @property
+    def eod(self) -> int:
+        """The id that ends a document; flags that need one are refused without it."""
+        assert self.tokenizer is not None and self.tokenizer.eod is not None
+        return self.tokenizer.eod
 
     def settle(self, last: bool = False) -> None:
         """Reads the pending verdict, if any: logs it, counts it, ends the run after too many skipped steps.
@@ -156,7 +171,7 @@ class Run:
         everyone = list(units)
         bad = torch.zeros(len(everyone), device=self.device)
         for name, norm in zip(self.optimizer.names, done.verdict.norms.tolist(), strict=True):
-            bad[everyone.index(name)] = float(norm - norm != 0)
+            bad[everyone.index(name)] += float(norm - norm != 0)
         culprits = self.wires["world"].all_reduce(bad, "max").wait().nonzero().flatten().tolist()
         what, where = "the loss is not finite", ""
         if culprits:
@@ -197,6 +212,8 @@ class Run:
         self.settle(last=True)
         if self.writer is not None and self.saved != self.progress.step:
             self.save()
+        if self.test_samples is not None and step == self.plan.train_iters:
+            self.metrics.evaluation(step, "test", self.evaluate(self.test_samples))
         self.close()
         why = f": {self.stop_reason}" if self.stop_reason else ""
         self.say(f"done at step {self.progress.step:,}{why}, after {clock(time.perf_counter() - self.started)}")
@@ -217,8 +234,14 @@ class Run:
         sample = source.in_order if t.full_validation else source.sample
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         valid = torch.zeros((), dtype=torch.float64, device=self.device)
-        for low in range(self.wires.place.dp * size, count, self.plan.dp * size):
-            batch = self.batch(sample, range(low, min(low + size, count)), None)
+        for turn, first in enumerate(range(0, count, self.plan.dp * size)):
+            if turn % EVALUATING == EVALUATING - 1:
+                self.wires.barrier()                            # the first stage must not run far ahead of the last
+            low = first + self.wires.place.dp * size
+            numbers = range(low, min(low + size, count)) or range(1)
+            batch = self.batch(read(sample, numbers), numbers, None)
+            if low >= count:                                    # no sample is left for this rank, but its peers need it to gather weights
+                batch = replace(batch, mask=torch.zeros_like(batch.mask))
             total += self.executor.evaluate(self.evaluation, batch)
             valid += batch.mask.sum(dtype=torch.float64)
         self.wires.line.doing = f"the end of the evaluation after step {self.progress.step}"
@@ -297,17 +320,8 @@ class Run:
     def close(self) -> None:
         if self.writer is not None:
             self.writer.wait()
+        self.loader.close()
         self.metrics.close()
-
-
-def samples(config: Config, a: Architecture, split: str, tokenizer: Tokenizer | None) -> SampleSource:
-    """The samples of a split, as the configuration says."""
-    d, seed = config.data, config.training.seed
-    if d.mock_data:
-        return MockSamples(a.vocab_size, a.seq_length, seed, split)
-    flag, own = {"train": ("--train-data-path", d.train_data_path), "valid": ("--valid-data-path", d.valid_data_path)}[split]
-    return open_split(own or d.data_path, None if own else d.split, split, a.seq_length, seed, d.shuffle, a.vocab_size,
-                      flag if own else "--data-path", tokenizer.identity() if tokenizer else None)
 
 
 def unfit(reader: Reader, plan: Plan) -> list[str]:

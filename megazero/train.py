@@ -16,15 +16,17 @@ import torch
 
 from megazero import checkpoint
 from megazero.checkpoint import Reader
+from megazero.checks import checks
 from megazero.comm import Stuck, connect, environment, first_to_say
 from megazero.command_line import flatten
 from megazero.config import Config
 from megazero.cost import describe, gib, memory
+from megazero.data.splits import samples
 from megazero.data.tokenizers import Tokenizer, build_tokenizer
 from megazero.errors import UserError
 from megazero.metrics import MFU, Metrics, peak_flops, say
-from megazero.plan import Plan, checks, plan
-from megazero.run import Run, samples, unfit
+from megazero.plan import Plan, plan
+from megazero.run import Run, unfit
 from megazero.unit import TORCH_DTYPE
 
 
@@ -75,9 +77,11 @@ def main(config: Config) -> None:
 def look_ahead(plan: Plan, tokenizer: Tokenizer | None, device: torch.device) -> None:
     """Everything that can go wrong later and can be known now: data, checkpoint, folders, memory. Raises UserError; writes nothing."""
     config, k = plan.config, plan.config.checkpoint
-    samples(config, plan.architecture, "train", tokenizer)
+    samples(plan, "train", tokenizer)
     if config.training.eval_iters and plan.train_iters:
-        samples(config, plan.architecture, "valid", tokenizer)
+        samples(plan, "valid", tokenizer)
+    if config.data.test_data_path:
+        samples(plan, "test", tokenizer)
     reader = find_checkpoint(config, lambda _: None)
     step = 0 if reader is None or k.finetune else int(reader.index["step"])
     if reader is not None:
@@ -105,8 +109,9 @@ def start(run: Run) -> None:
     """Weights and position, from a checkpoint or afresh; tells what was found."""
     config, device = run.config, run.device
     run.say(f"data        {run.train_samples.describe()}")
-    if run.valid_samples is not None:
-        run.say(f"validation  {run.valid_samples.describe()}")
+    for what, evaluated in (("validation", run.valid_samples), ("test", run.test_samples)):
+        if evaluated is not None:
+            run.say(f"{what:<12}{evaluated.describe()}")
     reader = find_checkpoint(config, run.say)
     if reader is None:
         run.initialise()
@@ -196,16 +201,15 @@ def choose_device(config: Config) -> torch.device:
 def tokenizer_of(config: Config) -> Tokenizer | None:
     d = config.data
     if d.tokenizer_type is None:
-        if d.eod_mask_loss:
-            raise UserError("--eod-mask-loss: needs --tokenizer-type, to know the end-of-document token.")
         return None
     null = d.tokenizer_type == "NullTokenizer"                  # for the others --vocab-size is the model's, which may be larger
     tokenizer = build_tokenizer(d.tokenizer_type, d.tokenizer_model, d.vocab_file, d.merge_file, d.vocab_size if null else None)
     if d.vocab_size is not None and d.vocab_size < tokenizer.vocab_size and not null:
         raise UserError(f"--vocab-size {d.vocab_size}: is less than the {tokenizer.vocab_size} ids of the tokenizer; leave it out, or "
                         "write at least that.")
-    if d.eod_mask_loss and tokenizer.eod is None:
-        raise UserError(f"--eod-mask-loss: {d.tokenizer_type} has no end-of-document token; leave it out.")
+    for name in ("eod_mask_loss", "reset_position_ids", "reset_attention_mask"):
+        if getattr(d, name) and tokenizer.eod is None:
+            raise UserError(f"--{name.replace('_', '-')}: {d.tokenizer_type} has no end-of-document token; leave it out.")
     return tokenizer
 
 

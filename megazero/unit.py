@@ -67,19 +67,21 @@ class Unit:
     weight_slice    [high - low], compute dtype: this rank's slice of the weights, a view of them below level 3
     grad_slice      [high - low]: this rank's slice of the step's gradient, a view of `grads` below level 2
     master          [high - low], fp32 (fp64 with fp64 weights): what the optimizer changes; weight_slice itself if the dtypes agree
+
+    One that is not trained has no room for gradients, and its master is weight_slice.
     """
 
-    def __init__(self, flat: Flat, dtype: torch.dtype, device: torch.device, sharing: Sharing | None = None) -> None:
-        self.flat, self.sharing = flat, sharing or Sharing()
+    def __init__(self, flat: Flat, dtype: torch.dtype, device: torch.device, sharing: Sharing | None = None, trained: bool = True) -> None:
+        self.flat, self.sharing, self.trained = flat, sharing or Sharing(), trained
         level, shard, ranks = self.sharing.level, self.sharing.shard, self.sharing.shard.size * self.sharing.replicate.size
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         self.size = cuts(flat.size, ranks)[-1]                  # so that every sum over ranks can be shared evenly
         self.low, self.high = (self.size // shard.size * (shard.rank + i) for i in (0, 1))
         self.weights = torch.zeros(self.size, dtype=dtype, device=device) if level < 3 else None
-        self.grads = torch.zeros(self.size, dtype=wide, device=device) if level < 2 else None
+        self.grads = torch.zeros(self.size if trained else 0, dtype=wide, device=device) if level < 2 or not trained else None
         self.weight_slice = self._slice(self.weights, dtype, device)
         self.grad_slice = self._slice(self.grads, wide, device)
-        self.master = self.weight_slice if dtype == wide else self._slice(None, wide, device)
+        self.master = self.weight_slice if dtype == wide or not trained else self._slice(None, wide, device)
         self._operands = {o.name: o for o in flat.operands}
         self._fresh: set[str] = set(self._operands)             # operands without a gradient yet in this sum
         self._stale = True                                      # the whole weights are older than the slices

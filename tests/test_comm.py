@@ -14,7 +14,9 @@ import torch.distributed as dist
 from pool import Pool, RankError
 from support import SHAPES, TINY, resolved
 
-from megazero.comm import connect
+from megazero.comm import Gloo, Group, connect, shared
+from megazero.comm.late import Late
+from megazero.comm.shared import Memory, supported
 from megazero.cost import traffic
 from megazero.mesh import Mesh
 from megazero.run import Run
@@ -37,10 +39,22 @@ def test_groups_cover_the_world_and_neighbours_share_tensors() -> None:
     assert mesh.place(29) == (1, 1, 1) and mesh.members("shard", 29) == (25, 29, 33) and mesh.members("replicate", 29) == (29, 41)
 
 
-def several(dtype: torch.dtype, backend: str) -> list[torch.Tensor]:
-    """Every collective, all under way at once and waited for in another order than they were started."""
-    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+def joined(backend: str, one_host: bool) -> Group:
+    """All ranks as one group; without `one_host`, as if each were on a host of its own."""
+    rank, world, meet = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), Memory.meet
+    if not one_host:
+        Memory.meet = lambda self, cards: False  # type: ignore[method-assign]
     group = connect(Mesh(1, 1, world), rank, backend, 60)["tp"]
+    Memory.meet = meet  # type: ignore[method-assign]
+    gloo = group.inner if isinstance(group, Late) else group
+    assert isinstance(gloo, Gloo) and (gloo.memory is not None) == (one_host and supported())
+    return group
+
+
+def several(dtype: torch.dtype, backend: str, one_host: bool) -> list[torch.Tensor]:
+    """Every collective, all under way at once and waited for in another order than they were started."""
+    group = joined(backend, one_host)
+    rank, world = group.rank, group.size
     x = torch.arange(6 * world, dtype=dtype).view(2 * world, 3) + 100 * rank
     works = [group.all_gather(x), group.reduce_scatter(x.clone()), group.all_reduce(x.clone()[:, :1].contiguous()),
              group.all_reduce((x * (-1) ** rank).flatten()[:5].clone(), "max"), group.all_gather(x.new_empty(0, 3))]
@@ -54,16 +68,38 @@ def several(dtype: torch.dtype, backend: str) -> list[torch.Tensor]:
 @pytest.mark.parametrize("backend", ["gloo", "gloo+late"])
 @pytest.mark.parametrize("world", [2, 3, 4])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-def test_collectives(world: int, dtype: torch.dtype, backend: str, pool: Pool) -> None:
+@pytest.mark.parametrize("one_host", [True, False], ids=["shared memory", "messages"])
+def test_collectives(world: int, dtype: torch.dtype, backend: str, one_host: bool, pool: Pool) -> None:
     given = [torch.arange(6 * world, dtype=dtype).view(2 * world, 3) + 100 * r for r in range(world)]
     total = torch.stack([g.float() for g in given]).sum(0).to(dtype)
-    for rank, (gathered, scattered, summed, highest, nothing, *placed) in enumerate(pool.run(world, several, dtype, backend)):
+    for rank, (gathered, scattered, summed, highest, nothing, *placed) in enumerate(pool.run(world, several, dtype, backend, one_host)):
         assert torch.equal(gathered, torch.cat(given))
         assert torch.equal(scattered, total[2 * rank:2 * rank + 2])
         assert torch.equal(summed, total[:, :1])
         assert torch.equal(highest, torch.stack([(g * (-1) ** r).flatten()[:5] for r, g in enumerate(given)]).amax(0))
         assert nothing.shape == (0, 3)
         assert torch.equal(placed[0], gathered) and torch.equal(placed[1], scattered)
+
+
+def many_steps(steps: int) -> int:
+    """How many slots this rank has made in so many steps with several calls under way."""
+    group = joined("gloo", True)
+    rank, world = group.rank, group.size
+    for step in range(steps):
+        x = torch.full((world << 14,), float(rank + step))
+        works = [group.all_gather(x), group.reduce_scatter(x.clone()), group.all_reduce(x.clone())]
+        gathered, scattered, summed = (w.wait() for w in works)
+        assert torch.equal(gathered[::len(x)], torch.arange(world) + float(step))
+        assert scattered.eq(sum(range(world)) + world * step).all() and summed.eq(sum(range(world)) + world * step).all()
+    assert isinstance(group, Gloo) and group.memory
+    return len(group.memory.slots)
+
+
+@pytest.mark.skipif(not supported(), reason="this system has no anonymous files")
+def test_shared_memory_stops_growing(pool: Pool) -> None:
+    """1,200 times something is written (more often than there is room for letters), in three sizes, never more than four at once, and
+    neighbours may be a step apart."""
+    assert all(1 <= slots <= 2 * 3 * 4 for slots in pool.run(3, many_steps, 300))
 
 
 def half_sum(backend: str) -> torch.Tensor:
@@ -75,6 +111,22 @@ def half_sum(backend: str) -> torch.Tensor:
 def test_half_precision_is_summed_in_fp32_and_rounded_once(pool: Pool) -> None:
     """256 + 1 is 256 in bf16, so adding four ones one by one would be lost."""
     assert all(part.item() == 260.0 for part in pool.run(5, half_sum, "gloo"))
+
+
+def far_ahead() -> list[float]:
+    """Rank 0 sends more than there is room for; rank 1 begins to read late."""
+    rank = int(os.environ["RANK"])
+    channels = connect(Mesh(2, 1, 1), rank, "gloo", 60).channels
+    if rank == 0:
+        for i in range(shared.ROOM + 300):
+            channels["send", "F"].send(torch.full((3,), float(i)))
+        return []
+    time.sleep(0.5)
+    return [float(channels["recv", "F"].receive(torch.empty(3)).wait()[1]) for _ in range(shared.ROOM + 300)]
+
+
+def test_a_sender_waits_for_a_reader_that_is_far_behind(pool: Pool) -> None:
+    assert pool.run(2, far_ahead)[1] == [float(i) for i in range(shared.ROOM + 300)]
 
 
 def changes_too_early() -> None:

@@ -8,15 +8,19 @@ ROOT = Path(__file__).resolve().parents[1]
 # A file imports from lower floors, or from files of its own floor that stand before it. docs/design.md draws the picture.
 FLOORS = [
     ["errors"],
-    ["command_line", "pipeline", "timeline", "config", "layout", "mesh", "program", "architecture", "plan", "cost", "schedules", "random",
-     "data.indexed", "data.order", "data.tokenizers", "data.dataset", "data.preprocess"],
-    ["comm"],
-    ["unit", "ops", "attention"],
-    ["decoder", "executor", "models.families"],
-    ["files", "optimizer", "checkpoint", "saving", "metrics", "models.hf_files", "models.hf_tokenizer", "models.hf"],
-    ["run", "train", "generate"],
+    ["command_line", "pipeline", "timeline", "config", "layout", "mesh", "program", "architecture", "checks", "plan", "cost", "schedules", "random",
+     "data.files", "data.indexed", "data.order", "data.tokenizer_base", "data.tokenizer_tiktoken",
+     "data.tokenizers", "data.sidecar",
+     "data.megatron_order", "data.dataset", "data.fim", "data.splits", "data.verify", "data.edit", "data.sources",
+     "data.preprocess"],
+    ["comm.group", "comm.shared", "comm.gloo", "comm.nccl", "comm.fake", "comm.late", "comm.wires"],
+    ["unit", "ops", "attention", "blocks"],
+    ["data.loader", "decoder", "executor", "models.families"],
+    ["tensor_files", "optimizer", "checkpoint", "saving", "metrics", "models.hf_files", "models.hf_tokenizer", "models.hf"],
+    ["run", "train", "generate", "engine"],
 ]
 PLACE = {f"megazero.{name}": (floor, i) for floor, names in enumerate(FLOORS) for i, name in enumerate(names)}
+PLACE["megazero.comm"] = PLACE["megazero.comm.wires"]           # the package: all of it
 
 
 def modules() -> dict[str, ast.Module]:
@@ -36,7 +40,7 @@ def imports(tree: ast.Module) -> set[str]:
 
 def test_every_file_has_its_floor_and_imports_only_from_below() -> None:
     trees = modules()
-    assert set(trees) == set(PLACE), set(trees) ^ set(PLACE)
+    assert set(trees) == set(PLACE) - {"megazero.comm"}, set(trees) ^ set(PLACE)
     for name, tree in trees.items():
         for other in imports(tree) & set(PLACE):
             assert PLACE[other] < PLACE[name], f"{name} imports {other}, which is not below it"
@@ -54,7 +58,7 @@ def test_nothing_is_unpickled_and_collectives_live_in_comm() -> None:
         assert not {"pickle", "dill", "shelve"} & {m.split(".")[0] for m in imports(tree)}, path
         called = {ast.unparse(n.func) for n in ast.walk(tree) if isinstance(n, ast.Call)}
         assert not {"torch.load", "torch.save", "np.load", "numpy.load"} & called, path
-        if path.name != "comm.py":
+        if path.parent.name != "comm":
             assert not any("distributed" in m for m in imports(tree)), path
 
 

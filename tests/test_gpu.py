@@ -4,7 +4,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from pool import Pool
 from support import SHAPES, TINY, batches, built, gradients, named, train
+from test_parity import Row, compare
 from test_step import Silent
 
 from megazero.checkpoint import Reader
@@ -65,9 +67,10 @@ def test_resume_is_bitwise_on_the_device(dtype: str, tmp_path: Path) -> None:
     assert all(torch.equal(one.read(*key), two.read(*key)) for key in one.tensors)
 
 
-def test_steady_state_allocates_nothing_new() -> None:
-    """After two steps the allocator asks the device for no more memory."""
-    run = built(f"{TINY} --bf16 --hidden-size 256 --num-layers 4 --micro-batch-size 4", "cuda")
+@pytest.mark.parametrize("level", [0, 1, 2, 3])
+def test_steady_state_allocates_nothing_new(level: int) -> None:
+    """After three steps the allocator asks the device for no more memory, and no whole buffer is made."""
+    run = built(f"{TINY} --bf16 --hidden-size 256 --num-layers 4 --micro-batch-size 4 --zero-stage {level}", "cuda")
     run.metrics = Silent()  # type: ignore[assignment]
     for _ in range(3):
         run.step()
@@ -77,3 +80,15 @@ def test_steady_state_allocates_nothing_new() -> None:
         run.step()
     torch.cuda.synchronize()
     assert torch.cuda.memory_stats()["num_device_alloc"] == reserved
+
+
+@pytest.mark.parametrize("row", [
+    Row(dp=2), Row(dp=2, level=1, shape="llama"), Row(dp=2, level=2, late=True), Row(dp=2, level=3, recompute="full"), Row(tp=2, shape="qwen"),
+    Row(pp=2, schedule="interleaved", virtual=2, layers=4, late=True)], ids=str)
+def test_two_ranks_on_one_device_equal_one_rank_on_the_cpu(row: Row) -> None:
+    """Over gloo, which moves what is on the device through the host: NCCL refuses two ranks on one device."""
+    pool = Pool()
+    try:
+        compare(row, pool, tolerance=1e-11, device="cuda")      # the CPU and the device add up products in another order
+    finally:
+        pool.close()

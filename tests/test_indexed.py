@@ -4,6 +4,7 @@ import os
 import struct
 import time
 import tracemalloc
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -88,6 +89,39 @@ def test_token_that_does_not_fit_is_refused(tmp_path: Path) -> None:
             write(tmp_path / "d", [[[1]], [tokens]])
         assert str(tmp_path / "d.bin") in caught.value.sentences[0]
     assert list(tmp_path.iterdir()) == []
+
+
+def test_sequence_that_is_too_long_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="d.idx: a sequence after document 0 has 2147483648 tokens, the format holds up to 2147483647"), \
+            IndexedWriter(tmp_path / "d", np.dtype("u2")) as writer:
+        writer.add(np.empty(0, np.uint16), np.array([5, 1 << 31]), np.array([2]))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_streams_may_come_apart_and_go_on_elsewhere(tmp_path: Path) -> None:
+    """Tokens, lengths and documents in calls of their own, and a second writer where the first one's mark was."""
+    first = IndexedWriter(tmp_path / "d", np.dtype("u2"))
+    first.add_document([[1, 2], [3]])
+    mark = first.mark()
+    first.add_document([[9] * 50])
+    first.suspend()
+    with IndexedWriter(tmp_path / "d", np.dtype("u2"), mark) as second:
+        second.add(np.array([4, 5, 6], np.uint16), np.empty(0), np.empty(0))
+        second.add(np.empty(0, np.uint16), np.array([1]), np.array([0, 2]))
+        second.add(np.empty(0, np.uint16), np.array([2]), np.empty(0, np.int64))
+    assert contents(tmp_path / "d") == plain_bytes([[[1, 2], [3]], [], [[4], [5, 6]]], 8, "H")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["d.bin", "d.idx"]
+
+
+def test_checksums_do_not_depend_on_the_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(indexed, "SUMMED", 10)
+    data = bytes(range(35))
+    for cuts in ([0, 35], [0, 10, 20, 35], [0, 1, 9, 30, 35]):
+        sums = indexed.Sums()
+        for low, high in zip(cuts, cuts[1:], strict=False):
+            sums = indexed.Sums(sums.sums, sums.size)                # as after a restart
+            sums.update(data[low:high])
+        assert sums.sums == [zlib.crc32(data[i:i + 10]) for i in range(0, 35, 10)]
 
 
 def test_nothing_is_left_of_a_failed_writer(tmp_path: Path) -> None:

@@ -15,12 +15,12 @@ from megazero import checkpoint
 from megazero.checkpoint import Reader, find
 from megazero.comm import connect
 from megazero.errors import UserError
-from megazero.files import Stored
 from megazero.plan import Plan
 from megazero.random import fill_normal, key
 from megazero.run import Run
 from megazero.saving import write_file, write_index
 from megazero.schedules import Progress
+from megazero.tensor_files import Stored
 
 WORDS = ("--num-layers 5 --hidden-size 48 --num-attention-heads 8 --kv-channels 4 --ffn-hidden-size 96 --seq-length 24 --vocab-size 101 --lr 2e-3 "
          "--weight-decay 0.1 --mock-data --train-iters 9 --eval-iters 0 --clip-grad 0.5 --dtype fp64 --make-vocab-size-divisible-by 8 "
@@ -173,7 +173,7 @@ def test_a_step_after_loading_for_every_pair(saved: tuple[str, dict[str, Path]],
 
 def test_only_the_needed_rows_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From a checkpoint of one rank, ZeRO-3 over eight reads an eighth each; what is read beyond ends where a checksum does."""
-    monkeypatch.setattr("megazero.files.RUN", 512)              # so that these small tensors have several checksums too
+    monkeypatch.setattr("megazero.tensor_files.RUN", 512)              # so that these small tensors have several checksums too
     save(tmp_path, plan_of("one"), "untied")
     read, plain = [0], Stored.rows
 
@@ -254,7 +254,7 @@ def test_a_mismatch_lists_the_tensors(tmp_path: Path) -> None:
         "--ffn-hidden-size 64": ["its ffn is 96, this model's 64", "weight/layers.0.mlp.gate.weight has shape [96, 48], this model [64, 48]",
                                  "and 9 more tensors like these"],
         "--num-layers 6": ["its layers is 5, this model's 6", "has no weight/layers.5.attention.q.weight"],
-        "--num-layers 4": ["its layers is 5, this model's 4", "holds weight/layers.4.mlp.down.weight, which this model does not have"],
+        "--num-layers 4": ["its layers is 5, this model's 4", "holds weight/layers.4.attention.q.weight, which this model does not have"],
         "--no-untie-embeddings-and-output-weights": ["its tied is False, this model's True", "holds weight/head.weight, which this model does not have"],
         "--add-qkv-bias": ["has no weight/layers.0.attention.q.bias"],
     }.items():

@@ -77,12 +77,12 @@ class Silent:
         pass
 
 
-def play(words: str, world: int, backend: str) -> Result:
+def play(words: str, world: int, backend: str, device: str = "cpu") -> Result:
     """Five steps on this rank: (loss, norm) of each; gradients of the first and weights after the last as (name, box, tensor)."""
     import os
     plan = resolved(words, world)
     rank = int(os.environ["RANK"]) if world > 1 else 0
-    run = Run(plan, None, torch.device("cpu"), connect(plan.mesh, rank, backend, 60))
+    run = Run(plan, None, torch.device(device), connect(plan.mesh, rank, backend, 60))
     run.initialise()
     run.metrics = Silent()  # type: ignore[assignment]
     figures, gradients = [], []
@@ -97,7 +97,7 @@ def play(words: str, world: int, backend: str) -> Result:
 
 def held(run: Run, buffer: str) -> list[tuple[str, Any, torch.Tensor]]:
     """What this rank's slices hold of each logical tensor."""
-    return [(s.name, s.box, s.tensor.clone()) for u in run.units.values() for _, s in checkpoint.held(u.flat, u.low, {buffer: getattr(u, buffer)})]
+    return [(s.name, s.box, s.tensor.to("cpu", copy=True)) for u in run.units.values() for _, s in checkpoint.held(u.flat, u.low, {buffer: getattr(u, buffer)})]
 
 
 @cache
@@ -106,10 +106,10 @@ def alone(words: str) -> tuple[list[tuple[float, float]], dict[str, torch.Tensor
     return figures, {n: t for n, _, t in gradients}, {n: t for n, _, t in weights}
 
 
-def compare(row: Row, pool: Pool, tolerance: float = 1e-12) -> None:
+def compare(row: Row, pool: Pool, tolerance: float = 1e-12, device: str = "cpu") -> None:
     want_figures, want_gradients, want_weights = alone(row.model)
     world, covered = row.tp * row.pp * row.dp, Counter[str]()
-    for figures, gradients, weights in pool.run(world, play, row.words, world, "gloo+late" if row.late else "gloo"):
+    for figures, gradients, weights in pool.run(world, play, row.words, world, "gloo+late" if row.late else "gloo", device):
         for got, want in zip(figures, want_figures, strict=True):
             assert got == pytest.approx(want, rel=tolerance, abs=0)
         for found, wanted in ((gradients, want_gradients), (weights, want_weights)):

@@ -6,9 +6,10 @@ from support import SHAPES, TINY, built, resolved
 
 from megazero import config
 from megazero.architecture import flops_per_token, matmul_count, parameter_count
+from megazero.checks import checks
 from megazero.config import PRESETS
 from megazero.cost import describe, memory
-from megazero.plan import checks, plan
+from megazero.plan import plan
 from megazero.random import key
 
 COMMON = "--lr 1e-4 --mock-data --train-iters 10"

@@ -4,14 +4,19 @@ import json
 import os
 import subprocess
 import sys
+import tracemalloc
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 from test_indexed import contents, plain_bytes
+from test_tokenizers import PIECES, tiktoken_file
 
 from megazero.data.indexed import IndexedDataset
-from megazero.data.preprocess import PreprocessSettings, batches, find_sources, preprocess, read_items, with_end
+from megazero.data.preprocess import PreprocessSettings, batches, preprocess, with_ends
+from megazero.data.sources import Place, find_sources, read_chunks
+from megazero.data.tokenizer_tiktoken import ENCODINGS
 from megazero.errors import UserError
 
 REPOSITORY = Path(__file__).parents[1]
@@ -47,7 +52,7 @@ def test_bytes_are_megatrons(tmp_path: Path, workers: int) -> None:
     sidecar = json.loads((tmp_path / "out_text_document.json").read_text())
     assert sidecar["tokenizer"]["type"] == "GPT2BPETokenizer" and set(sidecar["tokenizer"]["files"]) == {"vocab.json", "merges.txt"}
     assert (sidecar["vocab_size"], sidecar["documents"], sidecar["tokens"]) == (50_257, 7222, 330_807)
-    assert sidecar["sources"] == [str(DATA / "tinyshakespeare.jsonl")]
+    assert sidecar["sources"] == [[str(DATA / "tinyshakespeare.jsonl"), 1_220_396]]
 
 
 EDGE = ["", "a", "", "emoji 😀", "nul \0 nul", "cr\r\nlf", "line\u2028separator", " ", "x" * 300_000, ""]
@@ -63,6 +68,64 @@ def test_bytes_are_those_of_the_format(tmp_path: Path, append_eod: bool, workers
     assert contents(tmp_path / "out_text_document") == plain_bytes(documents, 8, "H")
 
 
+@needs_golden
+@pytest.mark.parametrize("kind", ["HuggingFaceTokenizer", "GPT2BPETokenizer", "SentencePieceTokenizer", "Llama2Tokenizer", "TiktokenTokenizer",
+                                  "CharTokenizer", "NullTokenizer"])
+def test_bytes_of_each_tokenizer_are_those_of_its_own_library(tmp_path: Path, kind: str) -> None:
+    """Ids from the library itself, files from the format alone."""
+    files, texts = DATA / "tokenizers", [*EDGE, "日本語 <|endoftext|> e\u0301", *(f"Words and more words, {i} of them." for i in range(300))]
+    more: dict[str, object] = {}
+    if kind in ("HuggingFaceTokenizer", "GPT2BPETokenizer"):
+        import tokenizers
+        library = tokenizers.Tokenizer.from_file(str(files / "gpt2_hf" / "tokenizer.json"))
+        ids, eod, size = [library.encode(t, add_special_tokens=False).ids for t in texts], 50_256, 50_257
+        more = {"vocab_file": str(files / "gpt2" / "vocab.json"), "merge_file": str(files / "gpt2" / "merges.txt")}
+        more = more if kind == "GPT2BPETokenizer" else {"tokenizer_model": str(files / "gpt2_hf")}
+    elif kind in ("SentencePieceTokenizer", "Llama2Tokenizer"):
+        import sentencepiece
+        model = sentencepiece.SentencePieceProcessor(model_file=str(files / "sentencepiece" / "test_model.model"))
+        ids = [([model.bos_id()] if kind == "Llama2Tokenizer" else []) + model.encode(t) for t in texts]
+        eod, size, more = model.eos_id(), 1000, {"tokenizer_model": str(files / "sentencepiece" / "test_model.model")}
+    elif kind == "TiktokenTokenizer":
+        tiktoken = pytest.importorskip("tiktoken")
+        more, size, eod = {"tokenizer_model": tiktoken_file(tmp_path / "t.tiktoken")}, 265, 264
+        ranks = {piece: i for i, piece in enumerate(PIECES)}
+        library = tiktoken.Encoding("plain", pat_str=ENCODINGS[100_256].pattern, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 264})
+        ids = [library.encode(t, allowed_special="all") for t in texts]
+    elif kind == "CharTokenizer":
+        letters = sorted(set("".join(texts)))
+        (tmp_path / "c.json").write_text(json.dumps(letters))
+        ids, eod, size, more = [[letters.index(c) for c in t] for t in texts], None, len(letters), {"tokenizer_model": str(tmp_path / "c.json")}
+    else:
+        texts = ["", "1 2 3", " ", "0"]
+        ids, eod, size, more = [[], [1, 2, 3], [], [0]], 99, 100, {"vocab_size": 99}
+    source = jsonl(tmp_path / "a.jsonl", *({"text": text} for text in texts))
+    preprocess(settings(tmp_path, source, tokenizer_type=kind, append_eod=eod is not None, **more))
+    documents = [[[*i, *([eod] if eod is not None else [])]] if i else [] for i in ids]
+    assert size < 65_500 and contents(tmp_path / "out_text_document") == plain_bytes(documents, 8, "H")
+
+
+@pytest.mark.parametrize("size", [3_000_000, pytest.param(300_000_000, marks=pytest.mark.full)])
+def test_one_huge_document(tmp_path: Path, size: int) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "before"}\n{"text": "' + b"xyz " * (size // 4) + b'"}\n{"text": "after"}\n')
+    preprocess(settings(tmp_path, tmp_path / "a.jsonl", append_eod=True))
+    dataset = IndexedDataset(tmp_path / "out_text_document")
+    assert dataset.lengths[:].tolist() == [7, size + 1, 6]
+    assert dataset.tokens[7:].reshape(-1)[:size].reshape(-1, 4).astype(np.uint8).tobytes() == b"xyz " * (size // 4)
+
+
+@pytest.mark.parametrize("count", [50_000, pytest.param(1_000_000, marks=pytest.mark.full)])
+def test_tiny_documents_in_bounded_memory(tmp_path: Path, count: int) -> None:
+    (tmp_path / "a.jsonl").write_bytes(b"".join(b'{"text": "%d"}\n' % i for i in range(count)))
+    tracemalloc.start()
+    (report,) = preprocess(settings(tmp_path, tmp_path / "a.jsonl", append_eod=True))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    dataset = IndexedDataset(tmp_path / "out_text_document")
+    assert report.documents == dataset.document_count == count and peak < 40_000_000
+    assert dataset.document(count - 1).tolist() == [*str(count - 1).encode(), 256]
+
+
 def test_dtype_follows_the_vocabulary(tmp_path: Path) -> None:
     source = jsonl(tmp_path / "a.jsonl", {"text": "1 2 65498"})
     for size, code, letter in ((65_498, 8, "H"), (65_499, 4, "i"), (65_535, 4, "i")):        # one id more, the end of document
@@ -74,7 +137,8 @@ def test_lists_of_sentences_are_sequences(tmp_path: Path) -> None:
     source = jsonl(tmp_path / "a.jsonl", {"text": ["a", "", "bc"]}, {"text": []}, {"text": ["", ""]})
     preprocess(settings(tmp_path, source, append_eod=True))
     assert contents(tmp_path / "out_text_document") == plain_bytes([[[97], [98, 99, 256]], [], []], 8, "H")
-    assert with_end([[], [1], []], None) == [[1]]
+    tokens, lengths, sequences = with_ends(np.array([1, 2, 3]), np.array([0, 1, 0, 2, 0]), [3, 0, 1, 1], 9)
+    assert (tokens.tolist(), lengths.tolist(), sequences.tolist()) == ([1, 9, 2, 3, 9], [2, 3], [1, 0, 1, 0])
 
 
 def test_keys_make_a_dataset_each(tmp_path: Path) -> None:
@@ -130,9 +194,9 @@ def test_a_file_of_nothing(tmp_path: Path) -> None:
 def test_reading_keeps_only_a_batch_in_hand(tmp_path: Path) -> None:
     source = tmp_path / "a.jsonl"
     source.write_bytes(b'{"text": "' + b"x" * 1000 + b'"}\n' * 1 + b'{"text": "y"}\n' * 20_000)
-    groups = batches(read_items(find_sources([str(source)])))
-    first = next(groups)
-    assert 100 < len(first) < 2000 and sum(map(len, groups)) + len(first) == 20_001
+    groups = batches(read_chunks(find_sources([str(source)]), ["text"], Place()))
+    held = [sum(len(chunk.raw) for chunk in group) for group in groups]
+    assert sum(held) == source.stat().st_size and max(held) < 300_000 and len(held) > 1
 
 
 def test_mistakes(tmp_path: Path) -> None:

@@ -64,6 +64,20 @@ def test_any_layout_starts_from_the_same_weights(pool: Pool, tmp_path: Path) -> 
         assert all(torch.equal(one.read(*key), two.read(*key)) for key in one.tensors)
 
 
+@pytest.mark.parametrize("world, batch, layout", [(3, 6, "--dp 3 --zero-stage 3"), (4, 4, "--pp 2 --dp 2 --zero-stage 1")])
+def test_a_full_validation_that_ranks_do_not_share_evenly(world: int, batch: int, layout: str, pool: Pool, tmp_path: Path) -> None:
+    """Two samples at a time, and a number of samples that leaves some ranks without any at the end."""
+    prefix = str(tmp_path / "few_text_document")
+    with IndexedWriter(prefix, np.uint16) as writer:
+        writer.add_document([np.arange(3000, dtype=np.uint16) % 250])
+    words = WORDS.replace("--train-iters 12", "--train-iters 4").replace("size 1 --global-batch-size 6", f"size 2 --global-batch-size {batch}")
+    words = f"{words.replace('--split 80,20,0', '--split 90,10,0')} --data-path {prefix} --full-validation"
+    train(words, tmp_path / "one")
+    pool.run(world, train, f"{words} {layout}", tmp_path / "log")
+    one, got = ([r["loss"] for r in lines(tmp_path / log) if r.get("split") == "valid"] for log in ("one", "log"))
+    assert len(one) == 1 and got == pytest.approx(one, rel=1e-12)
+
+
 def text(tmp_path: Path) -> str:
     """tinyshakespeare where it is at hand, else the standard library's own source; as bytes."""
     play = SHARED / "data" / "tinyshakespeare.txt"

@@ -1,5 +1,6 @@
 """Every tokenizer type: known ids, text back again, what a checkpoint keeps, and the sentence for each mistake."""
 
+import base64
 import hashlib
 import json
 import os
@@ -8,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from megazero.data.indexed import IndexedDataset
@@ -64,6 +66,63 @@ def test_sentencepiece_equals_its_library() -> None:
     assert tokenizer.decode(tokenizer.encode("hello world")) == "hello world"
 
 
+@needs_files
+def test_llama2_begins_every_text() -> None:
+    import sentencepiece
+    model = FILES / "sentencepiece" / "test_model.model"
+    tokenizer, plain = build_tokenizer("Llama2Tokenizer", str(model)), sentencepiece.SentencePieceProcessor(model_file=str(model))
+    assert tokenizer.encode_batch(ODD) == [[plain.bos_id(), *plain.encode(text)] for text in ODD]
+    assert (tokenizer.vocab_size, tokenizer.eod) == (1000, plain.eos_id()) and tokenizer.decode(tokenizer.encode("hello world")) == "hello world"
+
+
+PIECES = [bytes([b]) for b in range(256)] + [b"he", b"ll", b"hell", b"hello", b" w", b" wo", b"rl", b"rld"]
+
+
+def tiktoken_file(path: Path, pieces: list[bytes] = PIECES) -> str:
+    path.write_bytes(b"".join(base64.b64encode(piece) + b" %d\n" % rank for rank, piece in enumerate(pieces)))
+    return str(path)
+
+
+def test_tiktoken(tmp_path: Path) -> None:
+    pytest.importorskip("tiktoken")
+    tokenizer = build_tokenizer("TiktokenTokenizer", tiktoken_file(tmp_path / "t.tiktoken"))
+    assert (tokenizer.vocab_size, tokenizer.eod) == (265, 264)
+    assert tokenizer.encode("hello world<|endoftext|>") == [259, 261, 263, 264]
+    assert [tokenizer.decode(ids) for ids in tokenizer.encode_batch(ODD)] == ODD
+    for bad in (PIECES[1:], [*PIECES[:256], b"a"]):
+        with pytest.raises(UserError, match="t.tiktoken: is not a .tiktoken file"):
+            build_tokenizer("TiktokenTokenizer", tiktoken_file(tmp_path / "t.tiktoken", bad))
+    (tmp_path / "t.tiktoken").write_text("!!! 0\n")
+    with pytest.raises(UserError, match="t.tiktoken: is not a .tiktoken file"):
+        build_tokenizer("TiktokenTokenizer", str(tmp_path / "t.tiktoken"))
+
+
+@needs_files
+def test_tiktoken_of_gpt2_equals_gpt2(tmp_path: Path) -> None:
+    """The same pieces in the other format: 50,256 of them make it r50k_base."""
+    pytest.importorskip("tiktoken")
+    letters = {v: k for k, v in byte_letters().items()}
+    vocab = json.loads((FILES / "gpt2" / "vocab.json").read_text())
+    pieces = [bytes(letters[c] for c in piece) for piece, _ in sorted(vocab.items(), key=lambda item: item[1])[:50_256]]
+    tokenizer, other = build_tokenizer("TiktokenTokenizer", tiktoken_file(tmp_path / "r50k_base.tiktoken", pieces)), gpt2()
+    assert (tokenizer.vocab_size, tokenizer.eod) == (50_257, 50_256)
+    texts = [*ODD, *(json.loads(line)["text"] for line in (DATA / "zh_yuan_qu_simplified.jsonl").read_text().splitlines()[:300])]
+    assert tokenizer.encode_batch(texts) == other.encode_batch(texts)
+
+
+def byte_letters() -> dict[int, str]:
+    """GPT-2's letter for each byte: printable ones are themselves, the rest follow from 256 on."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    rest = [b for b in range(256) if b not in plain]
+    return {b: chr(b) for b in plain} | {b: chr(256 + i) for i, b in enumerate(rest)}
+
+
+def test_special_tokens_by_name(tmp_path: Path) -> None:
+    pytest.importorskip("tiktoken")
+    tokenizer = build_tokenizer("TiktokenTokenizer", tiktoken_file(tmp_path / "t.tiktoken"))
+    assert tokenizer.id_of("<|endoftext|>") == 264 and tokenizer.id_of("<fim_prefix>") is None
+
+
 def test_bytes() -> None:
     tokenizer = build_tokenizer("ByteTokenizer")
     assert (tokenizer.vocab_size, tokenizer.eod) == (257, 256)
@@ -103,13 +162,26 @@ def test_null_is_megatrons() -> None:
 def every_kind(folder: Path) -> list[Tokenizer]:
     (folder / "letters.json").write_text(json.dumps(["a", "b"]))
     model_of = {"HuggingFaceTokenizer": FILES / "gpt2_hf", "SentencePieceTokenizer": FILES / "sentencepiece" / "test_model.model",
-                "CharTokenizer": folder / "letters.json"}
+                "CharTokenizer": folder / "letters.json", "Llama2Tokenizer": FILES / "sentencepiece" / "test_model.model",
+                "TiktokenTokenizer": tiktoken_file(folder / "t.tiktoken")}
     return [gpt2(), *(build_tokenizer(kind, str(model)) for kind, model in model_of.items()),
             build_tokenizer("ByteTokenizer"), build_tokenizer("NullTokenizer", vocab_size=7)]
 
 
 @needs_files
+def test_flat_ids_are_the_batch(tmp_path: Path) -> None:
+    pytest.importorskip("tiktoken")
+    for tokenizer in every_kind(tmp_path):
+        texts = {"CharTokenizer": ["ab", "", "b"], "NullTokenizer": ["1 2", "", "3"]}.get(type(tokenizer).__name__, ODD)
+        for batch in (texts, []):
+            ids, lengths = tokenizer.encode_flat(batch, np.dtype("i4"))
+            expected = tokenizer.encode_batch(batch)
+            assert ids.dtype == np.int32 and ids.tolist() == sum(expected, []) and lengths.tolist() == [len(e) for e in expected]
+
+
+@needs_files
 def test_kept_files_make_the_same_tokenizer(tmp_path: Path) -> None:
+    pytest.importorskip("tiktoken")
     kinds = every_kind(tmp_path)
     assert {type(t).__name__ for t in kinds} == set(TYPES)
     for tokenizer in kinds:

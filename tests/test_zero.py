@@ -142,7 +142,8 @@ def test_a_level_3_step_reads_like_this() -> None:
     assert " | ".join(str(a) for a in plan.training(0)) == (
         "gather embedding | gather layers.0 | F0,0 | release embedding | gather head | F1,0 | release layers.0 | gather layers.0 | "
         "open head | L2,0 | release head | reduce head,0 | open layers.0 | B1,0 | release layers.0 | land head,0 | replicate head | reduce layers.0,0 | "
-        "open embedding | B0,0 | land layers.0,0 | replicate layers.0 | reduce embedding,0 | land embedding,0 | replicate embedding")
+        "open embedding | B0,0 | land layers.0,0 | settle head | replicate layers.0 | reduce embedding,0 | land embedding,0 | "
+        "settle layers.0 | replicate embedding")
 
 
 @pytest.mark.parametrize("words", ["", "--no-overlap-param-gather", "--no-overlap-grad-reduce", "--reduce-every 2", "--keep-weights 3", "--pipeline-schedule gpipe",

@@ -9,7 +9,7 @@ from tqdm import tqdm
 
 from megazero.checkpoint import Reader
 from megazero.command_line import commands, option, run
-from megazero.files import CODES
+from megazero.tensor_files import CODES
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megazero.command_line import option, parse, run
-from megazero.data.preprocess import find_sources, read_items, texts_of
+from megazero.data.sources import Place, Unreadable, documents, find_sources, read_chunks
 from megazero.data.tokenizers import END_OF_TEXT, characters_of
 from megazero.errors import UserError
 
@@ -51,10 +51,9 @@ class Texts:
         self.characters = self.skipped = 0
 
     def __iter__(self) -> Iterator[str]:
-        for item in read_items(self._sources):
-            try:
-                found = texts_of(item, self._settings.json_keys)
-            except ValueError:
+        keys = self._settings.json_keys
+        for found in (found for chunk in read_chunks(self._sources, keys, Place()) for found in documents(chunk, keys)):
+            if isinstance(found, Unreadable):
                 self.skipped += 1
                 continue
             for text in (text for texts in found.values() for text in texts):

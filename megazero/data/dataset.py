@@ -1,25 +1,26 @@
-"""Samples for training and evaluation: memory-mapped tokens in the order of order.py.
+"""Samples for training and evaluation: memory-mapped tokens in the order of order.py, or in Megatron's.
 
     samples = open_split(["0.7", "books_text_document", "0.3", "code_text_document"], "969,30,1", "train",
                          sequence_length=1024, seed=1234, shuffle=True)
     samples.sample(k)          # int64 [S + 1], a pure function of k: inputs are [:-1], targets [1:]
 
+    sample k of the run --blend.locate--> (dataset, its own sample j) --order.ranges--> ranges of its tokens
+
 Every rank reads its own samples from the map; the whole state of a loader is the number of samples consumed.
 """
 
-import json
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 
 from megazero.data.indexed import IndexedDataset
-from megazero.data.order import DENOMINATOR, MASK, SPLITS, Blend, ChunkOrder, mix, split_ranges, stable_hash
-from megazero.data.tokenizers import same_tokenizer
+from megazero.data.megatron_order import MegatronBlend, MegatronOrder, blend_counts
+from megazero.data.order import DENOMINATOR, MASK, SPLITS, Blend, ChunkOrder, Schedule, Stage, mix, split_ranges, stable_hash
+from megazero.data.sidecar import check_sidecar
 from megazero.errors import UserError
 
 
@@ -45,34 +46,62 @@ class SampleSource(Protocol):
         ...
 
 
+class Order(Protocol):
+    """Which tokens of its dataset a sample is."""
+
+    def ranges(self, k: int) -> list[tuple[int, int]]:
+        """Where the S + 1 tokens of sample k are in the split's tokens, piece by piece."""
+        ...
+
+    def describe(self) -> str: ...
+
+
+class Mixture(Protocol):
+    """Which dataset gives a sample of the run."""
+
+    def locate(self, k: int) -> tuple[int, int]:
+        """(dataset, its own sample) of sample k."""
+        ...
+
+    def describe(self, names: Sequence[str]) -> str: ...
+
+
 @dataclass(frozen=True)
 class Part:
-    """One dataset's share of a split."""
+    """One dataset's share of a split: tokens [first, first + count) of its stream."""
 
-    prefix: str
+    dataset: IndexedDataset
     documents: int              # 0 when the split is a range of tokens of the only document
-    tokens: np.ndarray          # this split's range of the .bin, a view of the memory map [T]
-    order: ChunkOrder
+    first: int
+    count: int
+    order: Order
     in_file_order: ChunkOrder
     has_sidecar: bool
 
+    def describe(self) -> str:
+        size = f"{self.documents:,} documents" if self.documents else "part of one document"
+        return (f"{self.dataset.prefix}: {size}, {self.count:,} tokens, {self.order.describe()}"
+                + ("" if self.has_sidecar else "; no sidecar, so its tokenizer is not known"))
+
 
 class Samples:
-    """The samples of one split of one dataset or of a blend of several. Opening is cheap: nothing is scanned or built."""
+    """The samples of one split of one dataset or of a blend of several. Opening is cheap: but for Megatron's order nothing is scanned
+    or built."""
 
-    def __init__(self, which: str, parts: Sequence[Part], weights: Sequence[float] | None, vocab_size: int | None) -> None:
-        """Without weights each dataset counts by its tokens in this split."""
-        self.which, self.parts, self.vocab_size = which, tuple(parts), vocab_size
-        self.sequence_length = parts[0].order.sequence_length
-        self.weighted = weights is not None
-        self.blend = Blend(weights or [len(part.tokens) for part in parts])
+    def __init__(self, which: str, parts: Sequence[Part], blend: Mixture, vocab_size: int | None) -> None:
+        self.which, self.parts, self.blend, self.vocab_size = which, tuple(parts), blend, vocab_size
+        self.sequence_length = parts[0].in_file_order.sequence_length
         self._ends = list(accumulate(part.in_file_order.chunks(0) for part in parts))
 
     def sample(self, k: int) -> np.ndarray:
+        return self._read(*self.locate(k), f"sample {k}")
+
+    def locate(self, k: int) -> tuple[Part, list[tuple[int, int]]]:
+        """The dataset that gives sample k, and the ranges of its token stream that the sample is made of."""
         assert k >= 0, k
         dataset, own = self.blend.locate(k)
         part = self.parts[dataset]
-        return self._read(part, part.order.start(own), f"sample {k}")
+        return part, [(part.first + low, part.first + high) for low, high in part.order.ranges(own)]
 
     def full_pass(self) -> int:
         return self._ends[-1]
@@ -80,42 +109,26 @@ class Samples:
     def in_order(self, i: int) -> np.ndarray:
         assert 0 <= i < self.full_pass(), f"{i} of {self.full_pass()}"
         dataset = bisect_right(self._ends, i)
-        part = self.parts[dataset]
-        before = self._ends[dataset - 1] if dataset else 0
-        return self._read(part, part.in_file_order.start(i - before), f"sample {i} in file order")
+        part, before = self.parts[dataset], self._ends[dataset - 1] if dataset else 0
+        start = part.first + part.in_file_order.start(i - before)
+        return self._read(part, [(start, start + self.sequence_length + 1)], f"sample {i} in file order")
 
     @property
     def token_count(self) -> int:
-        return sum(len(part.tokens) for part in self.parts)
-
-    @property
-    def samples_per_epoch(self) -> int:
-        """Samples after which every chunk of the first epoch of every dataset has been served; exact for a single dataset."""
-        return max(-(-part.order.chunks(0) * self.blend.period // share)
-                   for part, share in zip(self.parts, self.blend.shares, strict=True))
+        return sum(part.count for part in self.parts)
 
     def describe(self) -> str:
-        lines = [self._describe(part, share) for part, share in zip(self.parts, self.blend.shares, strict=True)]
+        lines = [f"{self.which}: {part.describe()}" for part in self.parts]
         if len(self.parts) > 1:
-            by = "weight" if self.weighted else "tokens"
-            lines.append(f"{self.which}: {len(self.parts)} datasets, {self.token_count:,} tokens, "
-                         f"blended by {by} in shares of 1/{self.blend.period:,}")
+            lines.append(f"{self.which}: {self.token_count:,} tokens, {self.blend.describe([part.dataset.prefix for part in self.parts])}")
         return "\n".join(lines)
 
-    def _describe(self, part: Part, share: int) -> str:
-        head, tail = part.order.dropped(0)
-        size = f"{part.documents:,} documents" if part.documents else "part of one document"
-        order = f"shuffled by seed {part.order.seed}" if part.order.shuffle else "in file order"
-        return (f"{self.which}: {part.prefix}: {size}, {len(part.tokens):,} tokens, {part.order.chunks(0):,} samples of "
-                f"{self.sequence_length:,} tokens an epoch, {order}; the first epoch leaves out {head} tokens at the head and "
-                f"{tail} at the tail" + (f"; share {share}/{self.blend.period}" if len(self.parts) > 1 else "")
-                + ("" if part.has_sidecar else "; no sidecar, so its tokenizer is not known"))
-
-    def _read(self, part: Part, start: int, name: str) -> np.ndarray:
-        tokens = part.tokens[start:start + self.sequence_length + 1].astype(np.int64)
+    def _read(self, part: Part, ranges: Sequence[tuple[int, int]], name: str) -> np.ndarray:
+        pieces = [part.dataset.tokens[low:high] for low, high in ranges]
+        tokens = (pieces[0] if len(pieces) == 1 else np.concatenate(pieces)).astype(np.int64)
         low, high = int(tokens.min()), int(tokens.max())
         if low < 0 or (self.vocab_size is not None and high >= self.vocab_size):
-            raise UserError(f"{part.prefix}: {name} of {self.which} holds token {low if low < 0 else high}, expected 0 to "
+            raise UserError(f"{part.dataset.prefix}: {name} of {self.which} holds token {low if low < 0 else high}, expected 0 to "
                             f"{(self.vocab_size or 0) - 1}; train with the tokenizer the dataset was made with.")
         return tokens
 
@@ -154,11 +167,30 @@ class MockSamples:
         return f"{self.which}: mock data, any number of samples of {self.sequence_length:,} tokens from {self.vocab_size:,} ids"
 
 
+@dataclass(frozen=True)
+class Reading:
+    """How the datasets of a split are read. `count`: samples the run asks for, which Megatron's order (`megatron`) depends on."""
+
+    sequence_length: int
+    seed: int
+    shuffle: bool
+    megatron: bool = False
+    count: int = 0
+
+
 def open_split(
     paths: Sequence[str], split: str | None, which: str, sequence_length: int, seed: int, shuffle: bool,
     vocab_size: int | None = None, flag: str = "--data-path", tokenizer: Mapping[str, Any] | None = None,
 ) -> Samples:
-    """The samples of one split ("train", "valid" or "test") of the datasets that the words of `flag` name.
+    """The samples of one split ("train", "valid" or "test") of the datasets that the words of `flag` name, as `open_stages`."""
+    return open_stages([(0, paths)], split, which, Reading(sequence_length, seed, shuffle), vocab_size, flag, tokenizer)
+
+
+def open_stages(
+    stages: Sequence[tuple[int, Sequence[str]]], split: str | None, which: str, reading: Reading,
+    vocab_size: int | None = None, flag: str = "--data-path", tokenizer: Mapping[str, Any] | None = None,
+) -> Samples:
+    """The samples of one split of datasets whose blend changes: (first sample, words of `flag`) of each stage.
 
     `split` is Megatron's "969,30,1"; None takes each dataset whole. Without weights, datasets count by their tokens. With a
     `vocab_size` (ids the model knows) a dataset with others is refused: at once when its sidecar tells, else when one is read.
@@ -166,11 +198,39 @@ def open_split(
     Raises UserError.
     """
     assert which in SPLITS, which
-    prefixes, weights = parse_paths(paths, flag)
-    for prefix in prefixes:
-        _check_sidecar(prefix, vocab_size, tokenizer)
-    parts = [_open_part(prefix, split, which, sequence_length, seed, shuffle) for prefix in prefixes]
-    return Samples(which, parts, weights, vocab_size)
+    named = [(first, *parse_paths(words, flag)) for first, words in stages]
+    prefixes = named[0][1] if len(named) == 1 else list(dict.fromkeys(p for _, own, _ in named for p in own))
+    known = [check_sidecar(prefix, vocab_size, tokenizer) for prefix in prefixes]
+    counts = _counts(named[0][2], len(prefixes), reading, split is not None)
+    parts = [_open_part(*one, split, which, reading) for one in zip(prefixes, known, counts, strict=True)]
+    if reading.megatron:
+        return Samples(which, parts, _megatron_blend(named[0][2], parts, reading), vocab_size)
+    blends = [Blend(weights or [parts[prefixes.index(p)].count for p in own]) for _, own, weights in named]
+    if len(blends) == 1:
+        return Samples(which, parts, blends[0], vocab_size)
+    numbers = [tuple(prefixes.index(p) for p in own) for _, own, _ in named]
+    return Samples(which, parts, Schedule([Stage(*s) for s in zip((n[0] for n in named), blends, numbers, strict=True)]), vocab_size)
+
+
+def _counts(weights: Sequence[float] | None, datasets: int, reading: Reading, cut: bool) -> list[int | None]:
+    """Samples that Megatron's order of each dataset is built for; None is one epoch. No other order depends on it."""
+    if not reading.megatron:
+        return [None] * datasets
+    if weights is not None and (datasets > 1 or cut):           # one dataset with a weight is a blend to --data-path alone
+        return list(blend_counts(weights, reading.count)[1])
+    return [reading.count] if datasets == 1 else [None] * datasets
+
+
+def _megatron_blend(weights: Sequence[float] | None, parts: Sequence[Part], reading: Reading) -> Mixture:
+    if len(parts) == 1:
+        return Blend([1])
+    if weights is not None:
+        return MegatronBlend(weights, sum(blend_counts(weights, reading.count)[0]))
+    lengths = [part.order.samples for part in parts if isinstance(part.order, MegatronOrder)]
+    if sum(lengths) < reading.count:
+        raise UserError(f"--sample-order megatron: datasets without weights are read once and hold {sum(lengths):,} samples, the run asks "
+                        f"for {reading.count:,}; give weights, or shorten the run.")
+    return MegatronBlend(lengths, reading.count)
 
 
 def parse_paths(words: Sequence[str], flag: str = "--data-path") -> tuple[list[str], list[float] | None]:
@@ -198,45 +258,35 @@ def _number(word: str) -> float | None:
         return None
 
 
-def _open_part(prefix: str, split: str | None, which: str, sequence_length: int, seed: int, shuffle: bool) -> Part:
-    dataset = IndexedDataset(prefix)
+def _open_part(prefix: str, has_sidecar: bool, count: int | None, split: str | None, which: str, reading: Reading) -> Part:
+    dataset, s = IndexedDataset(prefix), reading.sequence_length
     if dataset.dtype.kind not in "iu":
         raise UserError(f"{prefix}.idx: holds {dataset.dtype} numbers, expected whole ones; this is no dataset of tokens.")
-    documents, first, last = _split_of(dataset, split, which)
-    if last - first <= sequence_length:
+    documents, first, last = _split_of(dataset, split, which, reading.megatron)
+    if last - first <= s:
         asked = f"--split {split} gives {which}" if split else f"{which} has"
         raise UserError(f"{prefix}: {asked} {last - first} of its {dataset.token_count} tokens ({documents} of "
-                        f"{dataset.document_count} documents), one sample needs {sequence_length + 1}; give it a larger share, "
+                        f"{dataset.document_count} documents), one sample needs {s + 1}; give it a larger share, "
                         "more data or a smaller --seq-length.")
-    tokens = np.asarray(dataset.tokens[first:last])
-    return Part(prefix, documents, tokens, ChunkOrder(len(tokens), sequence_length, seed, shuffle),
-                ChunkOrder(len(tokens), sequence_length, seed, shuffle=False), Path(f"{prefix}.json").exists())
+    order: Order = ChunkOrder(last - first, s, reading.seed, reading.shuffle)
+    if reading.megatron:
+        order = MegatronOrder(dataset.sequence_lengths(*_sequences(dataset, split, which)), s, reading.seed, count)
+    return Part(dataset, documents, first, last - first, order, ChunkOrder(last - first, s, reading.seed, shuffle=False), has_sidecar)
 
 
-def _split_of(dataset: IndexedDataset, split: str | None, which: str) -> tuple[int, int, int]:
-    """(documents, first token, end token): a range of documents, or of tokens when there is only one document."""
+def _split_of(dataset: IndexedDataset, split: str | None, which: str, megatron: bool) -> tuple[int, int, int]:
+    """(documents, first token, end token): a range of documents, or of tokens when there is only one document. Megatron cuts
+    between sequences."""
     if split is None:
         return dataset.document_count, 0, dataset.token_count
+    if megatron:
+        first, last = _sequences(dataset, split, which)
+        return last - first, dataset.sequence_start(first), dataset.sequence_start(last)
     if dataset.document_count == 1:
         return 0, *split_ranges(split, dataset.token_count)[which]
     first, last = split_ranges(split, dataset.document_count)[which]
     return last - first, dataset.document_token_boundaries(first), dataset.document_token_boundaries(last)
 
 
-def _check_sidecar(prefix: str, vocab_size: int | None, tokenizer: Mapping[str, Any] | None) -> None:
-    """Raises UserError when PREFIX.json, which preprocessing writes, tells of ids the model does not know, or of another tokenizer."""
-    path = Path(f"{prefix}.json")
-    if not path.exists():
-        return
-    try:
-        sidecar = json.loads(path.read_text(encoding="utf-8"))
-        told = int(sidecar["vocab_size"])
-    except (OSError, ValueError, KeyError, TypeError):
-        raise UserError(f"{path}: is no sidecar with a vocab_size; make the dataset again or remove this file.") from None
-    if vocab_size is not None and told > vocab_size:
-        raise UserError(f"{prefix}: was made with a vocabulary of {told} ids (see {path.name}), the model has {vocab_size}; "
-                        "train with the tokenizer the dataset was made with.")
-    made_with = sidecar.get("tokenizer")
-    if tokenizer is not None and made_with is not None and not same_tokenizer(made_with, tokenizer):
-        raise UserError(f"{prefix}: was made with a {made_with.get('type')} that is not this {tokenizer['type']} (see {path.name}: "
-                        "other files or another type); train with the tokenizer the dataset was made with.")
+def _sequences(dataset: IndexedDataset, split: str | None, which: str) -> tuple[int, int]:
+    return split_ranges(split, dataset.sequence_count)[which] if split else (0, dataset.sequence_count)

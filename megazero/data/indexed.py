@@ -18,25 +18,53 @@ terabyte: it checks both sizes and both ends; the entries in between are checked
 import os
 import shutil
 import struct
-import tempfile
+import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
+from megazero.data.files import Numbers, bytes_of, window
 from megazero.errors import UserError
 
 MAGIC = b"MMIDIDX\0\0"
 HEADER = struct.Struct("<9sQBQQ")
 DTYPES = {code: np.dtype(name) for code, name in enumerate(("<u1", "<i1", "<i2", "<i4", "<i8", "<f8", "<f4", "<u2"), start=1)}
 BLOCK = 1 << 20                               # lengths turned into offsets at a time: memory stays flat for any corpus
+LONGEST = (1 << 31) - 1                       # tokens of a sequence
+SUMMED = 1 << 26                              # bytes of a checksum
 
 
 def best_dtype(vocab_size: int) -> np.dtype:
     """The dtype Megatron writes for a vocabulary: two bytes a token below 65,500 ids, else four."""
     return DTYPES[8] if vocab_size < 65_500 else DTYPES[4]
+
+
+class Sums:
+    """CRC-32 of each block of SUMMED bytes of a file, as it passes; the last one is of what there is."""
+
+    def __init__(self, sums: Sequence[int] = (), size: int = 0) -> None:
+        self.sums, self.size = list(sums), size
+
+    def update(self, data: bytes | memoryview) -> None:
+        view, at = memoryview(data).cast("B"), 0
+        while at < len(view):
+            if self.size % SUMMED == 0:
+                self.sums.append(0)
+            part = view[at:at + SUMMED - self.size % SUMMED]
+            self.sums[-1] = zlib.crc32(part, self.sums[-1])
+            at, self.size = at + len(part), self.size + len(part)
+
+
+class Written(NamedTuple):
+    """How far a dataset has been written: enough to go on after its process is gone."""
+
+    documents: int = 0
+    sequences: int = 0
+    tokens: int = 0
+    sums: tuple[int, ...] = ()                # of the .bin
 
 
 class IndexedWriter:
@@ -45,60 +73,92 @@ class IndexedWriter:
         with IndexedWriter(prefix, best_dtype(vocab_size)) as writer:
             writer.add_document([tokens])
 
-    An exception inside the block leaves no file behind.
+    An exception inside the block leaves no file behind. Who wants to go on after a killed process keeps `mark()` in a safe
+    place and hands it over as `resume`.
     """
 
-    def __init__(self, prefix: str | Path, dtype: np.dtype) -> None:
+    def __init__(self, prefix: str | Path, dtype: np.dtype, resume: Written | None = None) -> None:
         self.prefix, self.dtype = str(prefix), np.dtype(dtype).newbyteorder("<")
-        self.sequence_count = self.document_count = self.token_count = 0
         codes = [code for code, known in DTYPES.items() if known == self.dtype]
         assert codes, f"no dtype code for {self.dtype}"
         self._code = codes[0]
         self._limits = np.iinfo(self.dtype) if self.dtype.kind in "iu" else None
-        folder = Path(self.prefix).parent
+        at = resume or Written()
+        self.document_count, self.sequence_count, self.token_count = at.documents, at.sequences, at.tokens
+        self._told = at.sequences                              # sequences that the documents so far have
+        self._sums = Sums(at.sums, at.tokens * self.dtype.itemsize)
+        self._files: dict[str, BinaryIO] = {}
+        sizes = {"bin": self._sums.size, "lengths": 4 * at.sequences, "documents": 8 * at.documents + 8}
         try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._bin: BinaryIO = open(f"{self.prefix}.bin.partial", "wb")         # noqa: SIM115  (close and discard close them)
-            # nameless files: the system removes them however the process ends
-            self._lengths: BinaryIO = tempfile.TemporaryFile(dir=folder)           # noqa: SIM115
-            self._documents: BinaryIO = tempfile.TemporaryFile(dir=folder)         # noqa: SIM115
+            Path(self.prefix).parent.mkdir(parents=True, exist_ok=True)
+            for name, size in sizes.items():
+                self._files[name] = self._reopened(name, size) if resume else open(self._partial(name), "w+b")   # noqa: SIM115
         except OSError as error:
             raise UserError(f"{self.prefix}.bin: cannot be written ({error.strerror}); name a writable folder.") from None
-        self._documents.write(struct.pack("<q", 0))
+        if resume is None:
+            self._files["documents"].write(struct.pack("<q", 0))
 
     def add_document(self, sequences: Sequence[np.ndarray | Sequence[int]]) -> None:
         """Appends one document of any number of sequences (each [tokens]). Raises UserError for a token its dtype cannot hold."""
-        for sequence in sequences:
-            tokens = self._checked(np.asarray(sequence))
-            self._bin.write(tokens.tobytes())
-            self._lengths.write(struct.pack("<i", len(tokens)))
-            self.token_count += len(tokens)
-        self.sequence_count += len(sequences)
-        self.document_count += 1
-        self._documents.write(struct.pack("<q", self.sequence_count))
+        parts = [self._checked(np.asarray(sequence)) for sequence in sequences]
+        tokens = parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, self.dtype), *parts])
+        self.add(tokens, np.array([len(part) for part in parts], "<i4"), np.array([len(parts)]))
+
+    def add(self, tokens: np.ndarray, lengths: np.ndarray, sequences: np.ndarray) -> None:
+        """Appends tokens [t], lengths of sequences [s], and how many sequences each document has [d]. The three are streams of
+        their own: they must agree in the end, not in each call. Raises UserError for what the format cannot hold."""
+        if lengths.max(initial=0) > LONGEST:
+            raise UserError(f"{self.prefix}.idx: a sequence after document {self.document_count} has {lengths.max()} tokens, the format "
+                            f"holds up to {LONGEST}; cut the text in pieces.")
+        raw = np.ascontiguousarray(self._checked(tokens)).view(np.uint8).data
+        self._files["bin"].write(raw)
+        self._sums.update(raw)
+        self._files["lengths"].write(lengths.astype("<i4").tobytes())
+        self._files["documents"].write((self._told + np.cumsum(sequences, dtype="<i8")).tobytes())
+        self.token_count += len(tokens)
+        self.sequence_count += len(lengths)
+        self.document_count += len(sequences)
+        self._told += int(sequences.sum())
+
+    def mark(self) -> Written:
+        """How far it is, once that is on disk."""
+        for file in self._files.values():
+            _to_disk(file)
+        return Written(self.document_count, self.sequence_count, self.token_count, tuple(self._sums.sums))
+
+    @property
+    def sums(self) -> tuple[int, ...]:
+        """CRC-32 of each block of SUMMED bytes of the .bin."""
+        return tuple(self._sums.sums)
 
     def close(self) -> None:
         """Makes both files appear, the .idx last: an .idx that exists is complete."""
+        assert self._told == self.sequence_count, f"documents of {self._told} sequences, lengths of {self.sequence_count}"
         index = f"{self.prefix}.idx.partial"
         with open(index, "wb") as out:
             out.write(HEADER.pack(MAGIC, 1, self._code, self.sequence_count, self.document_count + 1))
-            _copy(self._lengths, out)
+            _copy(self._files["lengths"], out)
             for offsets in self._offsets():
                 out.write(offsets.tobytes())
-            _copy(self._documents, out)
+            _copy(self._files["documents"], out)
             _to_disk(out)
-        _to_disk(self._bin)
-        self._close_files()
+        _to_disk(self._files["bin"])
         Path(f"{self.prefix}.idx").unlink(missing_ok=True)        # else an old .idx would describe the new .bin for a moment
-        os.replace(f"{self.prefix}.bin.partial", f"{self.prefix}.bin")
+        os.replace(self._partial("bin"), f"{self.prefix}.bin")
         os.replace(index, f"{self.prefix}.idx")
         _folder_to_disk(Path(self.prefix).parent)
+        self.discard()
 
     def discard(self) -> None:
-        """Gives up: removes what was written so far."""
-        self._close_files()
-        for suffix in (".bin.partial", ".idx.partial"):
-            Path(self.prefix + suffix).unlink(missing_ok=True)
+        """Removes what was written so far and has not been published."""
+        self.suspend()
+        for name in (*self._files, "idx"):
+            Path(self._partial(name)).unlink(missing_ok=True)
+
+    def suspend(self) -> None:
+        """Lets go of the files and leaves them where they are, for a `resume`."""
+        for file in self._files.values():
+            file.close()
 
     def __enter__(self) -> "IndexedWriter":
         return self
@@ -112,6 +172,23 @@ class IndexedWriter:
         except BaseException:
             self.discard()
             raise
+
+    def _partial(self, name: str) -> str:
+        return f"{self.prefix}.{name}.partial"
+
+    def _reopened(self, name: str, size: int) -> BinaryIO:
+        """A file of an earlier process, cut to what it is known to hold."""
+        path, published = Path(self._partial(name)), Path(f"{self.prefix}.{name}")
+        if name == "bin" and not path.exists() and published.exists() and not Path(f"{self.prefix}.idx").exists():
+            os.replace(published, path)                         # the process ended between the two renames of close
+        there = path.stat().st_size if path.exists() else 0
+        if there < size:
+            raise UserError(f"{path}: has {there} bytes, the unfinished run wrote {size}; begin again under another --output-prefix, or "
+                            "remove the files of this one.")
+        file = open(path, "r+b")                                # noqa: SIM115  (suspend closes it)
+        file.truncate(size)
+        file.seek(size)
+        return file
 
     def _checked(self, tokens: np.ndarray) -> np.ndarray:
         """The tokens in the dataset's dtype, none of them changed by the cast."""
@@ -127,16 +204,12 @@ class IndexedWriter:
 
     def _offsets(self) -> Iterator[np.ndarray]:
         """The byte offsets of all sequences, a block at a time, from the streamed lengths."""
-        self._lengths.seek(0)
+        self._files["lengths"].seek(0)
         start = 0
-        while block := self._lengths.read(4 * BLOCK):
+        while block := self._files["lengths"].read(4 * BLOCK):
             ends = start + np.cumsum(np.frombuffer(block, "<i4"), dtype="<i8") * self.dtype.itemsize
             yield np.concatenate([np.array([start], "<i8"), ends[:-1]])
             start = int(ends[-1])
-
-    def _close_files(self) -> None:
-        for file in (self._bin, self._lengths, self._documents):
-            file.close()
 
 
 class IndexedDataset:
@@ -147,62 +220,91 @@ class IndexedDataset:
     offsets      i64[sequence_count], bytes
     documents    i64[document_count + 1], boundaries in sequences
     tokens       [token_count], the whole .bin: documents lie back to back, so this is the token stream
+
+    With a URL as prefix these arrays fetch what is asked of them.
     """
 
     def __init__(self, prefix: str | Path) -> None:
         """Raises UserError naming the file, the place and what was expected there."""
         self.prefix = str(prefix)
-        index = _map(f"{self.prefix}.idx")
+        index = _opened(f"{self.prefix}.idx")
         self.dtype, self.sequence_count, boundaries = self._read_header(index)
         self.document_count = boundaries - 1
         at = HEADER.size
-        self.lengths = np.ndarray(self.sequence_count, "<i4", index, at)
-        self.offsets = np.ndarray(self.sequence_count, "<i8", index, at + 4 * self.sequence_count)
-        self.documents = np.ndarray(boundaries, "<i8", index, at + 12 * self.sequence_count)
-        raw = _map(f"{self.prefix}.bin")
+        self.lengths = window(index, at, self.sequence_count, "<i4")
+        self.offsets = window(index, at + 4 * self.sequence_count, self.sequence_count, "<i8")
+        self.documents = window(index, at + 12 * self.sequence_count, boundaries, "<i8")
+        raw = _opened(f"{self.prefix}.bin")
         self._check_ends(raw.size)
-        self.tokens: np.ndarray = raw.view(self.dtype)
-        self.token_count = len(self.tokens)
+        self.token_count = raw.size // self.dtype.itemsize
+        self.tokens: Any = window(raw, 0, self.token_count, self.dtype)
 
     def document(self, i: int) -> np.ndarray:
         """The tokens of document i, a view of the file [tokens]."""
         first, last = self.document_token_boundaries(i), self.document_token_boundaries(i + 1)
-        told = int(self.lengths[int(self.documents[i]):int(self.documents[i + 1])].sum(dtype=np.int64))
-        if told != last - first or told < 0:
-            raise self._damaged(f"the lengths of document {i} add up to {told} tokens", f"{last - first}, as its offsets say")
+        lengths = self.lengths[int(self.documents[i]):int(self.documents[i + 1])]
+        told, least = int(lengths.sum(dtype=np.int64)), int(lengths.min(initial=0))
+        if least < 0:
+            raise self.damaged(f"a sequence of document {i} has {least} tokens", "0 or more")
+        if told != last - first:
+            raise self.damaged(f"the lengths of document {i} add up to {told} tokens", f"{last - first}, as its offsets say")
         return self.tokens[first:last]
+
+    def sequence_lengths(self, first: int, last: int) -> np.ndarray:
+        """The lengths of sequences [first, last) in tokens, none negative, each sequence ending where the next one starts [n]."""
+        lengths, size = np.asarray(self.lengths[first:last], np.int64), self.dtype.itemsize
+        starts = np.append(self.offsets[first:last], self.sequence_start(last) * size)
+        wrong = np.flatnonzero((lengths < 0) | (starts[:-1] + lengths * size != starts[1:]))
+        if len(wrong):
+            i = int(wrong[0])
+            raise self.damaged(f"sequence {first + i} has {lengths[i]} tokens from byte {starts[i]} on, the next starts at {starts[i + 1]}",
+                               "each to end where the next one starts")
+        return lengths
+
+    def document_of(self, token: int) -> int:
+        """The document that holds a place of the token stream: a search in the boundaries."""
+        assert 0 <= token < self.token_count, f"token {token} of {self.token_count}"
+        low, high = 0, self.document_count - 1
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if self.document_token_boundaries(middle) <= token else (low, middle - 1)
+        return low
 
     def document_token_boundaries(self, i: int) -> int:
         """The place in `tokens` where document i starts; for i = document_count, the end of the last one."""
         assert 0 <= i <= self.document_count, f"document {i} of {self.document_count}"
         sequence = int(self.documents[i])
         if not 0 <= sequence <= self.sequence_count:
-            raise self._damaged(f"document {i} starts at sequence {sequence}", f"0 to {self.sequence_count}")
+            raise self.damaged(f"document {i} starts at sequence {sequence}", f"0 to {self.sequence_count}")
+        return self.sequence_start(sequence)
+
+    def sequence_start(self, sequence: int) -> int:
+        """The place in `tokens` where a sequence starts; for sequence_count, the end of the last one."""
         if sequence == self.sequence_count:
             return self.token_count
         byte, size = int(self.offsets[sequence]), self.dtype.itemsize
         if byte % size or not 0 <= byte <= self.tokens.nbytes:
-            raise self._damaged(f"sequence {sequence} starts at byte {byte}", f"a multiple of {size} up to {self.tokens.nbytes}")
+            raise self.damaged(f"sequence {sequence} starts at byte {byte}", f"a multiple of {size} up to {self.tokens.nbytes}")
         return byte // size
 
-    def _read_header(self, index: np.ndarray) -> tuple[np.dtype, int, int]:
+    def _read_header(self, index: Numbers) -> tuple[np.dtype, int, int]:
         """(dtype, S, D) after checking them against the file's size."""
         if index.size < HEADER.size:
-            raise self._damaged(f"the file has {index.size} bytes", f"at least the {HEADER.size} of its header")
-        magic, version, code, sequences, boundaries = HEADER.unpack(index[:HEADER.size].tobytes())
+            raise self.damaged(f"the file has {index.size} bytes", f"at least the {HEADER.size} of its header")
+        magic, version, code, sequences, boundaries = HEADER.unpack(bytes(index[:HEADER.size]))
         if magic != MAGIC:
             raise UserError(f"{self.prefix}.idx: starts with {magic!r}, expected {MAGIC!r}; this is no indexed dataset.")
         if version != 1:
-            raise self._damaged(f"byte 9 says version {version}", "version 1")
+            raise self.damaged(f"byte 9 says version {version}", "version 1")
         if code not in DTYPES:
-            raise self._damaged(f"byte 17 says dtype code {code}", "1 to 8")
+            raise self.damaged(f"byte 17 says dtype code {code}", "1 to 8")
         if boundaries == 0:
-            raise self._damaged("byte 26 says 0 document boundaries", "documents + 1 of them")
+            raise self.damaged("byte 26 says 0 document boundaries", "documents + 1 of them")
         expected = HEADER.size + 12 * sequences + 8 * boundaries
         if index.size == expected + sequences > expected:
             raise UserError(f"{self.prefix}.idx: holds a mode for each sequence, so it is multimodal; give one of text alone.")
         if index.size != expected:
-            raise self._damaged(f"the file has {index.size} bytes",
+            raise self.damaged(f"the file has {index.size} bytes",
                                 f"{expected} for the {sequences} sequences and {boundaries} boundaries of its header")
         return DTYPES[code], sequences, boundaries
 
@@ -210,7 +312,7 @@ class IndexedDataset:
         """First and last entries, against each other and the size of the .bin in bytes."""
         first, last = int(self.documents[0]), int(self.documents[-1])
         if (first, last) != (0, self.sequence_count):
-            raise self._damaged(f"its documents run from sequence {first} to {last}", f"0 to {self.sequence_count}")
+            raise self.damaged(f"its documents run from sequence {first} to {last}", f"0 to {self.sequence_count}")
         start = end = 0
         if self.sequence_count:
             start, end = int(self.offsets[0]), int(self.offsets[-1]) + int(self.lengths[-1]) * self.dtype.itemsize
@@ -218,17 +320,17 @@ class IndexedDataset:
             raise UserError(f"{self.prefix}.bin: has {size} bytes where {self.prefix}.idx describes bytes {start} to {end}; "
                             "one of the two was cut short or belongs to another dataset, make them again.")
 
-    def _damaged(self, found: str, expected: str) -> UserError:
+    def damaged(self, found: str, expected: str) -> UserError:
+        """The sentence for a damaged .idx."""
         return UserError(f"{self.prefix}.idx: {found}, expected {expected}; the file is damaged, make it again.")
 
 
-def _map(path: str) -> np.ndarray:
-    """A file's bytes, mapped, not read [bytes]."""
+def _opened(path: str) -> Numbers:
+    """A file's bytes, not read [bytes]."""
     try:
-        # mapping nothing is an error of the system; a dataset of empty documents is none
-        return np.memmap(path, np.uint8, "r") if os.path.getsize(path) else np.empty(0, np.uint8)
+        return bytes_of(path)
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); name a dataset by its path without .bin or .idx.") from None
+        raise UserError(f"{path}: cannot be read ({error.strerror or error}); name a dataset by its path without .bin or .idx.") from None
 
 
 def _copy(source: BinaryIO, out: BinaryIO) -> None:

@@ -115,6 +115,16 @@ class ChunkOrder:
         epoch = bisect.bisect_right(self._starts, k) - 1
         return epoch, k - self._starts[epoch]
 
+    def ranges(self, k: int) -> list[tuple[int, int]]:
+        """Where the S + 1 tokens of sample k are."""
+        start = self.start(k)
+        return [(start, start + self.sequence_length + 1)]
+
+    def describe(self) -> str:
+        (head, tail), how = self.dropped(0), f"shuffled by seed {self.seed}" if self.shuffle else "in file order"
+        return (f"{self.chunks(0):,} samples of {self.sequence_length:,} tokens an epoch, {how}; the first epoch leaves out {head} tokens "
+                f"at the head and {tail} at the tail")
+
     def start(self, k: int) -> int:
         """The first token of sample k, which covers start .. start + S."""
         epoch, place = self.locate(k)
@@ -153,6 +163,52 @@ class Blend:
         periods, at = divmod(k, self.period)
         dataset = int(self.table[at])
         return dataset, periods * self.shares[dataset] + int(self._earlier[at])
+
+    def counts(self, k: int) -> list[int]:
+        """How many of its samples each dataset has given before sample k [datasets]."""
+        periods, at = divmod(k, self.period)
+        rest = np.bincount(self.table[:at], minlength=len(self.shares)) if at else [0] * len(self.shares)
+        return [periods * share + int(n) for share, n in zip(self.shares, rest, strict=True)]
+
+    def describe(self, names: Sequence[str]) -> str:
+        shares = ", ".join(f"{share} {name}" for share, name in zip(self.shares, names, strict=True))
+        return f"{len(names)} datasets, blended in shares of 1/{self.period:,}: {shares}"
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A blend from sample `first` of the run on. `datasets`: the number that each dataset of the blend has among all."""
+
+    first: int
+    blend: Blend
+    datasets: tuple[int, ...]
+
+
+class Schedule:
+    """Blends that follow one another. A dataset goes on with its own samples where the stage before left it, so a later stage
+    changes nothing before it and repeats nothing."""
+
+    def __init__(self, stages: Sequence[Stage]) -> None:
+        """The first stage begins at sample 0, each later one after the one before."""
+        assert stages[0].first == 0 and all(a.first < b.first for a, b in zip(stages, stages[1:], strict=False))
+        self.stages = tuple(stages)
+        given = [0] * (1 + max(d for stage in stages for d in stage.datasets))
+        self._before = [tuple(given)]                           # own samples of each dataset, before each stage
+        for stage, after in zip(stages, stages[1:], strict=False):
+            for dataset, n in zip(stage.datasets, stage.blend.counts(after.first - stage.first), strict=True):
+                given[dataset] += n
+            self._before.append(tuple(given))
+
+    def locate(self, k: int) -> tuple[int, int]:
+        """(dataset, its own sample) of sample k."""
+        at = bisect.bisect_right([stage.first for stage in self.stages], k) - 1
+        stage = self.stages[at]
+        local, own = stage.blend.locate(k - stage.first)
+        dataset = stage.datasets[local]
+        return dataset, self._before[at][dataset] + own
+
+    def describe(self, names: Sequence[str]) -> str:
+        return "; ".join(f"from sample {s.first:,} on {s.blend.describe([names[d] for d in s.datasets])}" for s in self.stages)
 
 
 def round_weights(weights: Sequence[float]) -> list[int]:

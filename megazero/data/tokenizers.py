@@ -2,72 +2,40 @@
 
     type                     its files                                      end of document
     SentencePieceTokenizer   --tokenizer-model X.model                      the model's eos
+    Llama2Tokenizer          --tokenizer-model X.model                      the model's eos; every text begins with its bos
     GPT2BPETokenizer         --vocab-file vocab.json --merge-file merges    <|endoftext|>
     HuggingFaceTokenizer     --tokenizer-model tokenizer.json or its folder tokenizer_config.json's eos_token, or a usual name
+    TiktokenTokenizer        --tokenizer-model X.tiktoken                   see tokenizer_tiktoken.py
     ByteTokenizer            none: the 256 bytes of UTF-8                   256
     CharTokenizer            --tokenizer-model characters.json              none
     NullTokenizer            none: the text is ids, --vocab-size of them    the id after the last, as in Megatron
 
-No tokenizer adds anything of its own to a text: no begin of text, no end of document. A library is imported by the type
-that needs it.
+No tokenizer but Megatron's Llama2Tokenizer adds anything of its own to a text: no begin of text, no end of document. A library
+is imported by the type that needs it.
 """
 
-import hashlib
-import json
 import os
-from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from megazero.data.tokenizer_base import END_OF_TEXT, USUAL_ENDS, Tokenizer, existing, flat, read_json
+from megazero.data.tokenizer_tiktoken import TiktokenTokenizer
 from megazero.errors import UserError
 
 if TYPE_CHECKING:
     import tokenizers
 
-END_OF_TEXT = "<|endoftext|>"
-USUAL_ENDS = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "[EOS]")
-
-
-class Tokenizer(ABC):
-    """What every type can do."""
-
-    needs: ClassVar[Mapping[str, str]] = {}      # the constructor's parameters (flags) -> the name a checkpoint keeps the file by
-    vocab_size: int                              # ids are 0 .. vocab_size - 1
-    eod: int | None                              # the id that ends a document, if there is one
-
-    @abstractmethod
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """The ids of each text. Raises UserError for a text this vocabulary cannot say."""
-
-    @abstractmethod
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of these ids; bytes that are no UTF-8 become U+FFFD."""
-
-    def encode(self, text: str) -> list[int]:
-        """The ids of one text."""
-        return self.encode_batch([text])[0]
-
-    def files(self) -> dict[str, Path]:
-        """The files it was made from, under the names a checkpoint keeps them by; see `load_tokenizer`."""
-        return {}
-
-    @cached_property
-    def _hashes(self) -> dict[str, str]:
-        return {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in self.files().items()}
-
-    def identity(self) -> dict[str, Any]:
-        """What tells it from others, ready for JSON: type, vocab_size, eod, sha256 of each file."""
-        return {"type": type(self).__name__, "vocab_size": self.vocab_size, "eod": self.eod, "files": self._hashes}
-
 
 class SentencePieceTokenizer(Tokenizer):
     needs = {"tokenizer_model": "tokenizer.model"}
+    _begins = False                              # does every text begin with the model's begin of text?
 
     def __init__(self, tokenizer_model: str) -> None:
         from sentencepiece import SentencePieceProcessor
-        self._path = _existing("--tokenizer-model", tokenizer_model, "a sentencepiece .model file")
+        self._path = existing("--tokenizer-model", tokenizer_model, "a sentencepiece .model file")
         try:
             self._model = SentencePieceProcessor(model_file=str(self._path))
         except (RuntimeError, OSError):
@@ -76,13 +44,22 @@ class SentencePieceTokenizer(Tokenizer):
         self.eod = self._model.eos_id() if self._model.eos_id() >= 0 else None
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return self._model.encode(list(texts), num_threads=1)          # workers are processes
+        return self._model.encode(list(texts), num_threads=1, add_bos=self._begins)            # workers are processes
+
+    def encode_flat(self, texts: Sequence[str], dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
+        return flat(self._model.encode(list(texts), num_threads=1, add_bos=self._begins, return_type="numpy"), dtype)
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._model.decode([int(i) for i in ids])
 
     def files(self) -> dict[str, Path]:
         return {"tokenizer.model": self._path}
+
+
+class Llama2Tokenizer(SentencePieceTokenizer):
+    """Megatron's: every text begins with the model's begin of text, an empty one, too."""
+
+    _begins = True
 
 
 class _LibraryTokenizer(Tokenizer):
@@ -108,8 +85,8 @@ class GPT2BPETokenizer(_LibraryTokenizer):
 
     def __init__(self, vocab_file: str, merge_file: str) -> None:
         library = _tokenizers_library()
-        self._vocab = _existing("--vocab-file", vocab_file, "GPT-2's vocab.json")
-        self._merges = _existing("--merge-file", merge_file, "GPT-2's merges.txt")
+        self._vocab = existing("--vocab-file", vocab_file, "GPT-2's vocab.json")
+        self._merges = existing("--merge-file", merge_file, "GPT-2's merges.txt")
         try:
             inner = library.Tokenizer(library.models.BPE.from_file(str(self._vocab), str(self._merges)))
         except Exception as error:                                     # the library raises bare Exception
@@ -130,7 +107,7 @@ class HuggingFaceTokenizer(_LibraryTokenizer):
 
     def __init__(self, tokenizer_model: str) -> None:
         library = _tokenizers_library()
-        given = _existing("--tokenizer-model", tokenizer_model, "a tokenizer.json or its folder", folder=True)
+        given = existing("--tokenizer-model", tokenizer_model, "a tokenizer.json or its folder", folder=True)
         self._path = given / "tokenizer.json" if given.is_dir() else given
         try:
             self._adopt(library.Tokenizer.from_file(str(self._path)))
@@ -142,7 +119,7 @@ class HuggingFaceTokenizer(_LibraryTokenizer):
 
     def _names_of_the_end(self) -> Iterable[str]:
         config = self.files().get("tokenizer_config.json")
-        said = _read_json("--tokenizer-model", config) if config else {}
+        said = read_json("--tokenizer-model", config) if config else {}
         end = said.get("eos_token") if isinstance(said, dict) else said
         end = end.get("content", end) if isinstance(end, dict) else end
         if end is not None and not isinstance(end, str):
@@ -161,6 +138,10 @@ class ByteTokenizer(Tokenizer):
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return [list(text.encode("utf-8")) for text in texts]
 
+    def encode_flat(self, texts: Sequence[str], dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
+        raw = [text.encode("utf-8") for text in texts]
+        return np.frombuffer(b"".join(raw), np.uint8).astype(dtype), np.array([len(r) for r in raw], np.int64)
+
     def decode(self, ids: Sequence[int]) -> str:
         return bytes(int(i) for i in ids if i < 256).decode("utf-8", errors="replace")
 
@@ -169,8 +150,8 @@ class CharTokenizer(Tokenizer):
     needs = {"tokenizer_model": "characters.json"}
 
     def __init__(self, tokenizer_model: str) -> None:
-        self._path = _existing("--tokenizer-model", tokenizer_model, "a JSON list of characters")
-        data = _read_json("--tokenizer-model", self._path)
+        self._path = existing("--tokenizer-model", tokenizer_model, "a JSON list of characters")
+        data = read_json("--tokenizer-model", self._path)
         try:
             self._ids: dict[str, int] = data if isinstance(data, dict) else {c: i for i, c in enumerate(data)}
             complete = not isinstance(data, str) and set(self._ids.values()) == set(range(len(data))) and len(data) > 0
@@ -217,7 +198,8 @@ class NullTokenizer(Tokenizer):
 
 
 TYPES: Mapping[str, type[Tokenizer]] = {cls.__name__: cls for cls in (
-    SentencePieceTokenizer, GPT2BPETokenizer, HuggingFaceTokenizer, ByteTokenizer, CharTokenizer, NullTokenizer)}
+    SentencePieceTokenizer, Llama2Tokenizer, GPT2BPETokenizer, HuggingFaceTokenizer, TiktokenTokenizer, ByteTokenizer, CharTokenizer,
+    NullTokenizer)}
 
 
 def build_tokenizer(
@@ -269,19 +251,6 @@ def characters_of(texts: Iterable[str]) -> list[str]:
 
 def _flag(name: str) -> str:
     return "--" + name.replace("_", "-")
-
-
-def _existing(flag: str, path: str, what: str, folder: bool = False) -> Path:
-    if Path(path).is_file() or (folder and Path(path).is_dir()):
-        return Path(path)
-    raise UserError(f"{flag} {path}: no such file; give {what}.")
-
-
-def _read_json(flag: str, path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{flag} {path}: is not valid JSON ({error}).") from None
 
 
 def _tokenizers_library() -> Any:

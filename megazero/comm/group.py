@@ -1,0 +1,117 @@
+"""What a group of ranks is.
+
+A `Group` is the ranks of one axis of the mesh. Its calls start at once and return a `Work`; the result is there, and the input may
+change, after `wait()`. One is a size: a group of one hands back what it is given. Bytes sent are counted by axis, as if by a ring:
+reduce-scatter and all-gather send (n - 1) / n of the whole, all-reduce twice that.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+
+Tensor = torch.Tensor
+
+
+class Stuck(RuntimeError):
+    """A peer did not answer: the message names the rank that waited, for what, for whom and how long."""
+
+
+class Work(Protocol):
+    def wait(self) -> Tensor:
+        """The result, when it is there."""
+        ...
+
+    def done(self) -> bool:
+        """Would wait() return at once?"""
+        ...
+
+
+class Group(Protocol):
+    """Calls on the ranks of one axis. Tensors are contiguous; dimension 0 is what is gathered and scattered.
+
+    `into` is where the result goes, if given; it may be the whole that x is this rank's part of, or this rank's part of x.
+    """
+
+    size: int
+    rank: int
+
+    def all_gather(self, x: Tensor, into: Tensor | None = None) -> Work:
+        """[n, ...] on each rank -> [size n, ...] on all, in rank order."""
+        ...
+
+    def reduce_scatter(self, x: Tensor, into: Tensor | None = None) -> Work:
+        """[size n, ...] on each rank -> [n, ...]: this rank's part of the sum."""
+        ...
+
+    def all_reduce(self, x: Tensor, op: str = "sum") -> Work:
+        """The sum (or `max`) over the ranks, in place."""
+        ...
+
+
+class Channel(Protocol):
+    """The way from one rank to its neighbour. Messages arrive in the order in which they were sent."""
+
+    def send(self, x: Tensor) -> Work:
+        """x may change after wait()."""
+        ...
+
+    def receive(self, into: Tensor) -> Work:
+        """The next message, of this shape."""
+        ...
+
+
+@dataclass
+class Line:
+    """What the groups of one rank share: counters, the time-out, and what the rank is doing now, for reports."""
+
+    rank: int = 0
+    seconds: float = 600.0
+    doing: str = "start"
+    sent: Counter[str] = field(default_factory=Counter)         # bytes by axis
+
+
+@dataclass(frozen=True)
+class Done:
+    result: Tensor
+
+    def wait(self) -> Tensor:
+        return self.result
+
+    def done(self) -> bool:
+        return True
+
+
+class Alone:
+    """A group of one rank."""
+
+    size = 1
+    rank = 0
+
+    def all_gather(self, x: Tensor, into: Tensor | None = None) -> Work:
+        return Done(placed(x, into))
+
+    def reduce_scatter(self, x: Tensor, into: Tensor | None = None) -> Work:
+        return Done(placed(x, into))
+
+    def all_reduce(self, x: Tensor, op: str = "sum") -> Work:
+        return Done(x)
+
+
+def placed(x: Tensor, into: Tensor | None) -> Tensor:
+    """x, in `into` if there is one; nothing moves when it is there already."""
+    return x if into is None or into.data_ptr() == x.data_ptr() else into.copy_(x)
+
+
+class Several:
+    """What groups of several ranks have in common: who they are, and the count of what they send."""
+
+    def __init__(self, axis: str, ranks: Sequence[int], line: Line) -> None:
+        self.axis, self.ranks, self.line = axis, tuple(ranks), line
+        self.size, self.rank = len(ranks), tuple(ranks).index(line.rank)
+
+    def _count(self, part: Tensor, times: int = 1) -> None:
+        """Each rank sends `part` to all others, `times` times."""
+        self.line.sent[self.axis] += times * (self.size - 1) * part.numel() * part.element_size()

@@ -1,0 +1,84 @@
+"""nccl: torch's own collectives on CUDA."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+
+from megazero.comm.group import Line, Several, Stuck, Work
+from megazero.mesh import all_reduce_bytes
+
+Tensor = torch.Tensor
+
+
+@dataclass
+class Collective:
+    """A collective of torch under way."""
+
+    line: Line
+    what: str
+    work: dist.Work
+    result: Tensor
+
+    def wait(self) -> Tensor:
+        try:
+            self.work.wait()
+        except RuntimeError as error:
+            raise Stuck(f"rank {self.line.rank} gave up in {self.line.doing}, {self.what} ({str(error).splitlines()[0][:160]})") from error
+        return self.result
+
+    def done(self) -> bool:
+        return self.work.is_completed()
+
+
+class Nccl(Several):
+    """torch's own collectives."""
+
+    # torch 2.13 renamed the two; 2.11 has the older names only
+    gather_call = staticmethod(getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor)
+    scatter_call = staticmethod(getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor)
+
+    def __init__(self, axis: str, ranks: Sequence[int], line: Line, process_group: dist.ProcessGroup) -> None:
+        super().__init__(axis, ranks, line)
+        self.process_group = process_group
+
+    def _name(self, what: str) -> str:
+        return f"{what} over {self.axis} with ranks {self.ranks}"
+
+    def all_gather(self, x: Tensor, into: Tensor | None = None) -> Work:
+        out = x.new_empty(self.size * len(x), *x.shape[1:]) if into is None else into
+        self._count(x)
+        work = self.gather_call(out, x.contiguous(), group=self.process_group, async_op=True)
+        return Collective(self.line, self._name("all-gather"), work, out)
+
+    def reduce_scatter(self, x: Tensor, into: Tensor | None = None) -> Work:
+        out = x.new_empty(len(x) // self.size, *x.shape[1:]) if into is None else into
+        self._count(out)
+        work = self.scatter_call(out, x.contiguous(), group=self.process_group, async_op=True)
+        return Collective(self.line, self._name("reduce-scatter"), work, out)
+
+    def all_reduce(self, x: Tensor, op: str = "sum") -> Work:
+        self.line.sent[self.axis] += all_reduce_bytes(x.numel(), x.element_size(), self.size)
+        kind = dist.ReduceOp.MAX if op == "max" else dist.ReduceOp.SUM
+        work = dist.all_reduce(x, kind, group=self.process_group, async_op=True)
+        assert work is not None
+        return Collective(self.line, self._name("all-reduce"), work, x)
+
+
+class NcclChannel:
+    """Two ranks with a communicator of their own for each way, so that a receive that waits blocks no send."""
+
+    def __init__(self, sender: int, receiver: int, line: Line, process_group: dist.ProcessGroup) -> None:
+        self.sender, self.receiver, self.line, self.process_group = sender, receiver, line, process_group
+
+    def send(self, x: Tensor) -> Work:
+        self.line.sent["pp"] += x.nbytes
+        work = dist.isend(x, self.receiver, self.process_group)
+        assert work is not None
+        return Collective(self.line, f"sending over pp to rank {self.receiver}", work, x)
+
+    def receive(self, into: Tensor) -> Work:
+        work = dist.irecv(into, self.sender, self.process_group)
+        assert work is not None
+        return Collective(self.line, f"receiving over pp from rank {self.sender}", work, into)

@@ -1,0 +1,110 @@
+"""One rank's groups and channels, made once, over the backend that was asked for."""
+
+import os
+import socket
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from megazero.comm.fake import Fake, FakeChannel
+from megazero.comm.gloo import Gloo, GlooChannel
+from megazero.comm.group import Alone, Channel, Group, Line
+from megazero.comm.late import Late, LateChannel
+from megazero.comm.nccl import Nccl, NcclChannel
+from megazero.mesh import Mesh
+
+
+class Wires:
+    """One rank's groups, and its channels by (send or recv, F or B), made once. `close()` when all is well; a process that fails just
+    leaves."""
+
+    def __init__(self, mesh: Mesh, rank: int, groups: dict[str, Group], channels: dict[tuple[str, str], Channel], line: Line,
+                 started: bool) -> None:
+        self.mesh, self.rank, self.groups, self.channels, self.line, self._started = mesh, rank, groups, channels, line, started
+        self.place = mesh.place(rank)
+
+    def __getitem__(self, axis: str) -> Group:
+        """The group of an axis; of an axis that this rank has no part in, the rank alone."""
+        return self.groups.get(axis) or Alone()
+
+    def barrier(self) -> None:
+        """Returns when every rank has come here."""
+        self.groups["world"].all_reduce(torch.zeros(1, device=self.device)).wait()
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cuda", torch.cuda.current_device()) if self.backend == "nccl" else torch.device("cpu")
+
+    backend, late = "gloo", False
+
+    def close(self) -> None:
+        if self._started:
+            self.barrier()
+            dist.destroy_process_group()
+
+
+def connect(mesh: Mesh, rank: int, backend: str, seconds: float) -> Wires:
+    """Joins the ranks (as torchrun's environment says) and makes the groups. `gloo+late` wraps gloo for tests."""
+    line = Line(rank, seconds)
+    kind, _, wrap = backend.partition("+")
+    started = kind != "fake" and mesh.world > 1 and not dist.is_initialized()
+    if started:
+        dist.init_process_group(kind, timeout=timedelta(seconds=seconds))
+    made: dict[str, Group] = {}
+    for axis, rows in mesh.groups().items():
+        for ranks in rows:
+            group = _make(kind, axis, ranks, Line(rank, seconds, "saving a checkpoint", line.sent) if axis == "saved" else line)
+            if rank in ranks:
+                made[axis] = Late(group) if wrap == "late" and len(ranks) > 1 else group
+    channels = _channels(kind, mesh, line)
+    if wrap == "late":
+        channels = {key: LateChannel(channel) for key, channel in channels.items()}
+    wires = Wires(mesh, rank, made, channels, line, started)
+    wires.backend, wires.late = kind, wrap == "late"
+    return wires
+
+
+def _make(kind: str, axis: str, ranks: tuple[int, ...], line: Line) -> Group:
+    """One group. Every rank of the world must call this for every group, in the same order. `saved` must not need the device."""
+    if len(ranks) == 1:
+        return Alone()
+    if kind == "fake":
+        return Fake(axis, ranks, line) if line.rank in ranks else Alone()
+    kind = "gloo" if axis == "saved" else kind
+    process_group = dist.new_group(list(ranks), timeout=timedelta(seconds=line.seconds), backend=kind)
+    if line.rank not in ranks:
+        return Alone()
+    return Gloo(axis, ranks, line, process_group) if kind == "gloo" else Nccl(axis, ranks, line, process_group)
+
+
+def _channels(kind: str, mesh: Mesh, line: Line) -> dict[tuple[str, str], Channel]:
+    """This rank's channels. Activations (F) and gradients (B) have channels of their own: between two ranks that are each other's
+    next they would cross in an order that the two do not agree on."""
+    made: dict[tuple[str, str], Channel] = {}
+    for way, pairs in (("F", mesh.channels()), ("B", [(b, a) for a, b in mesh.channels()])):
+        for sender, receiver in pairs:
+            group = None if kind == "fake" else dist.new_group([sender, receiver], timeout=timedelta(seconds=line.seconds), backend=kind)
+            for end, who in (("send", sender), ("recv", receiver)):
+                if line.rank == who:
+                    made[end, way] = (FakeChannel(line) if group is None else
+                                      (GlooChannel if kind == "gloo" else NcclChannel)(sender, receiver, line, group))
+    return made
+
+
+def first_to_say(what: str) -> bool:
+    """Is this the first rank of the run to say this? So that a mistake all ranks make, or a failure that spreads, is told once."""
+    if environment()[1] == 1:
+        return True
+    try:
+        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        socket.create_connection((host, port), timeout=2).close()                       # c10d is noisy when nobody is there
+        store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=5))
+        return store.add(f"megazero/said/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{what}", 1) == 1
+    except (OSError, RuntimeError, KeyError):                   # the store is gone, or not there yet: better twice than never
+        return True
+
+
+def environment() -> tuple[int, int]:
+    """(rank, world size) as torchrun says; (0, 1) without it."""
+    return int(os.environ.get("RANK") or 0), int(os.environ.get("WORLD_SIZE") or 1)

@@ -1,0 +1,235 @@
+"""Files here or elsewhere. A path with :// in it is a URL that fsspec understands (s3://, gs://, https://); the rest is local.
+
+Compressed files are told by their last suffix. A library that is not always there is imported by the file that needs it.
+"""
+
+import bz2
+import glob
+import gzip
+import importlib
+import io
+import lzma
+import os
+import sys
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO, cast
+
+import numpy as np
+
+from megazero.errors import UserError
+
+STDIN = "-"
+
+
+def library(name: str, extra: str, why: str) -> Any:
+    """An optional library. Raises UserError that says how to get it."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError:
+        raise UserError(f"{why}: needs {name.split('.')[0]}; pip install 'megazero[{extra}]'.") from None
+
+
+def is_remote(path: str) -> bool:
+    return "://" in path
+
+
+def system(path: str) -> tuple[Any, str]:
+    """(fsspec's file system, the path in it) of a URL. Raises UserError."""
+    fsspec = library("fsspec", "remote", path)
+    try:
+        return fsspec.core.url_to_fs(path)
+    except (ImportError, ValueError) as error:
+        raise UserError(f"{path}: fsspec cannot reach it ({error}); install what it names, or copy the file here.") from None
+
+
+def size_of(path: str) -> int:
+    """Bytes of a file; 0 for standard input. Raises OSError."""
+    if path == STDIN:
+        return 0
+    if is_remote(path):
+        fs, there = system(path)
+        return int(fs.size(there))
+    return os.path.getsize(path)
+
+
+def stamp_of(path: str) -> list[Any]:
+    """What changes when a file does: path, bytes, time of the last change (of a local file)."""
+    return [path, size_of(path), 0 if is_remote(path) or path == STDIN else os.stat(path).st_mtime_ns]
+
+
+def expand(word: str) -> tuple[list[str], bool]:
+    """(the files that a word means, was it a folder?): a file, a folder (walked by name, without hidden ones), a glob, a URL."""
+    if is_remote(word):
+        return _expand_remote(word)
+    path = Path(word)
+    if word == STDIN or (word and path.is_file()):
+        return [word], False
+    if word and path.is_dir():
+        return [str(file) for file in _walk(path)], True
+    if word and path.exists():                                       # a pipe or a device
+        return [word], False
+    return sorted(file for file in glob.glob(word, recursive=True) if os.path.isfile(file)), False
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    for entry in sorted(folder.iterdir()):
+        if entry.name.startswith(".") or entry.name == "__pycache__":
+            continue
+        if entry.is_dir() and not entry.is_symlink():
+            yield from _walk(entry)
+        elif entry.is_file():
+            yield entry
+
+
+def _expand_remote(word: str) -> tuple[list[str], bool]:
+    fs, path = system(word)
+    try:
+        if glob.has_magic(path):
+            return sorted(fs.unstrip_protocol(p) for p in fs.glob(path) if fs.isfile(p)), False
+        if fs.isdir(path):
+            return sorted(fs.unstrip_protocol(p) for p in fs.find(path)), True
+        return ([word] if fs.exists(path) else []), False
+    except Exception as error:                                       # each backend has errors of its own
+        raise UserError(f"{word}: cannot be listed ({error}).") from None
+
+
+class _Zstd(io.RawIOBase):
+    """Frames of Zstandard one after the other. The library's own reader takes a file that was cut short for a whole one."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._new = library("zstandard", "data", "a .zst file").ZstdDecompressor().decompressobj
+        self._file, self._frame, self._packed, self._ready = file, self._new(), b"", memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, into: Any) -> int:
+        while not self._ready:
+            self._packed = self._packed or self._file.read(1 << 17)
+            if not self._packed:
+                return self._end()
+            if self._frame.eof:
+                self._frame = self._new()
+            self._ready = memoryview(self._frame.decompress(self._packed))
+            self._packed = self._frame.unused_data if self._frame.eof else b""
+        count = min(len(into), len(self._ready))
+        into[:count], self._ready = self._ready[:count], self._ready[count:]
+        return count
+
+    def _end(self) -> int:
+        if not self._frame.eof:
+            raise EOFError("the file ends within a frame")
+        return 0
+
+
+COMPRESSIONS: Mapping[str, Callable[[BinaryIO], BinaryIO]] = {
+    ".gz": lambda file: cast(BinaryIO, gzip.GzipFile(fileobj=file)),
+    ".bz2": lambda file: cast(BinaryIO, bz2.BZ2File(file)),
+    ".xz": lambda file: cast(BinaryIO, lzma.LZMAFile(file)),        # noqa: SIM115  (Opened closes what is below)
+    ".zst": lambda file: cast(BinaryIO, io.BufferedReader(_Zstd(file), 1 << 17)),
+}
+
+
+def suffix_of(path: str) -> str:
+    """The suffix that tells what is in a file, that of a compression left out: `.jsonl` of `a.jsonl.gz`."""
+    pure = PurePosixPath(path)
+    return PurePosixPath(pure.stem).suffix if pure.suffix in COMPRESSIONS else pure.suffix
+
+
+class Opened:
+    """A file opened for reading, decompressed. `tell` is where the file itself has been read to, for progress."""
+
+    def __init__(self, path: str) -> None:
+        """Raises OSError."""
+        if path == STDIN:
+            self._file: BinaryIO = sys.stdin.buffer
+        elif is_remote(path):
+            fs, there = system(path)
+            self._file = fs.open(there, "rb")
+        else:
+            self._file = open(path, "rb")                            # noqa: SIM115  (__exit__ closes it)
+        unpack = COMPRESSIONS.get(PurePosixPath(path).suffix)
+        self.bytes = unpack(self._file) if unpack else self._file
+        self._seekable = path != STDIN and self._file.seekable()
+
+    def tell(self) -> int:
+        return self._file.tell() if self._seekable else 0
+
+    def skip(self, count: int) -> None:
+        """To byte `count` of what is inside."""
+        if count and self._seekable and self.bytes is self._file:
+            self._file.seek(count)
+            return
+        while count > 0:
+            part = self.bytes.read(min(count, 1 << 20))
+            if not part:
+                return
+            count -= len(part)
+
+    def __enter__(self) -> "Opened":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._file is not sys.stdin.buffer:
+            self._file.close()
+
+
+def is_damage(error: BaseException) -> bool:
+    """Is this what a decompressor or pyarrow says of a broken file?"""
+    if isinstance(error, OSError):
+        return error.errno is None                                   # the system's own errors have a number
+    return isinstance(error, (EOFError, zlib.error, lzma.LZMAError)) or type(error).__name__ in ("ZstdError", "ArrowInvalid")
+
+
+class RemoteArray:
+    """Numbers of a remote file as an array that fetches what is asked for and nothing else: `a[i]`, `a[i:j]`, `len(a)`."""
+
+    def __init__(self, path: str, dtype: np.dtype, at: int = 0, count: int | None = None) -> None:
+        """`count` numbers from byte `at`; without, bytes to the end. Raises OSError."""
+        self.path, self.dtype, self.at = path, np.dtype(dtype), at
+        self._fs, self._there = system(path)
+        self.size = int(self._fs.size(self._there)) - at if count is None else count
+
+    @property
+    def nbytes(self) -> int:
+        return self.size * self.dtype.itemsize
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int | slice) -> Any:
+        if not isinstance(index, slice):
+            return self[index % self.size:index % self.size + 1][0]
+        start, stop, step = index.indices(self.size)
+        if step != 1 or stop <= start:
+            assert step == 1, "a remote array is read in order"
+            return np.empty(0, self.dtype)
+        width = self.dtype.itemsize
+        try:
+            raw = self._fs.cat_file(self._there, self.at + start * width, self.at + stop * width)
+        except Exception as error:                                   # each backend has errors of its own
+            raise UserError(f"{self.path}: cannot be read ({error}).") from None
+        if len(raw) != (stop - start) * width:
+            raise UserError(f"{self.path}: gave {len(raw)} bytes at byte {self.at + start * width}, expected {(stop - start) * width}; "
+                            "it was cut short.")
+        return np.frombuffer(raw, self.dtype)
+
+
+Numbers = np.ndarray | RemoteArray
+
+
+def bytes_of(path: str) -> Numbers:
+    """A file's bytes, mapped or remote, not read [bytes]. Raises OSError."""
+    if is_remote(path):
+        return RemoteArray(path, np.dtype(np.uint8))
+    # mapping nothing is an error of the system; a dataset of empty documents is none
+    return np.memmap(path, np.uint8, "r") if os.path.getsize(path) else np.empty(0, np.uint8)
+
+
+def window(raw: Numbers, at: int, count: int, dtype: np.dtype | str) -> Numbers:
+    """`count` numbers of `dtype` from byte `at` of a file's bytes, still not read [count]."""
+    if isinstance(raw, RemoteArray):
+        return RemoteArray(raw.path, np.dtype(dtype), at, count)
+    return np.ndarray(count, dtype, raw, at)

@@ -1,0 +1,80 @@
+"""What every tokenizer can do, and what their files have in common."""
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from itertools import chain
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from megazero.errors import UserError
+
+END_OF_TEXT = "<|endoftext|>"
+USUAL_ENDS = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "[EOS]")
+
+
+class Tokenizer(ABC):
+    """What every type can do."""
+
+    needs: ClassVar[Mapping[str, str]] = {}      # the constructor's parameters (flags) -> the name a checkpoint keeps the file by
+    vocab_size: int                              # ids are 0 .. vocab_size - 1
+    eod: int | None                              # the id that ends a document, if there is one
+
+    @abstractmethod
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """The ids of each text. Raises UserError for a text this vocabulary cannot say."""
+
+    @abstractmethod
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of these ids; bytes that are no UTF-8 become U+FFFD."""
+
+    def encode(self, text: str) -> list[int]:
+        """The ids of one text."""
+        return self.encode_batch([text])[0]
+
+    def encode_flat(self, texts: Sequence[str], dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
+        """(ids of all texts back to back [ids], how many each text has [texts]); preprocessing calls nothing else."""
+        ids = self.encode_batch(texts)
+        lengths = np.fromiter(map(len, ids), np.int64, len(ids))
+        return np.fromiter(chain.from_iterable(ids), dtype, int(lengths.sum())), lengths
+
+    def id_of(self, name: str) -> int | None:
+        """The id that a special token's name becomes, if it becomes one id."""
+        ids = self.encode_batch([name])[0]
+        return ids[0] if len(ids) == 1 else None
+
+    def files(self) -> dict[str, Path]:
+        """The files it was made from, under the names a checkpoint keeps them by; see `load_tokenizer`."""
+        return {}
+
+    @cached_property
+    def _hashes(self) -> dict[str, str]:
+        return {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in self.files().items()}
+
+    def identity(self) -> dict[str, Any]:
+        """What tells it from others, ready for JSON: type, vocab_size, eod, sha256 of each file."""
+        return {"type": type(self).__name__, "vocab_size": self.vocab_size, "eod": self.eod, "files": self._hashes}
+
+
+def flat(ids: Sequence[np.ndarray], dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
+    """What `encode_flat` gives, from the ids of each text."""
+    return np.concatenate([np.empty(0, dtype), *ids], dtype=dtype, casting="unsafe"), np.fromiter(map(len, ids), np.int64, len(ids))
+
+
+def existing(flag: str, path: str, what: str, folder: bool = False) -> Path:
+    """The file that a flag names. Raises UserError when it is not there."""
+    if Path(path).is_file() or (folder and Path(path).is_dir()):
+        return Path(path)
+    raise UserError(f"{flag} {path}: no such file; give {what}.")
+
+
+def read_json(flag: str, path: Path) -> Any:
+    """What a JSON file holds. Raises UserError."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise UserError(f"{flag} {path}: is not valid JSON ({error}).") from None

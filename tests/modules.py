@@ -1,0 +1,84 @@
+"""Modules for the engine's tests: a tied GPT-2 of transformers, and one with every oddity that a block can have."""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+Tensor = torch.Tensor
+VOCABULARY, LENGTH = 31, 16
+
+
+def gpt2(recompute: str) -> nn.Module:
+    """transformers' GPT-2, head and embedding tied, random, with its own gradient checkpointing."""
+    import transformers
+    transformers.logging.set_verbosity_error()
+    config = transformers.GPT2Config(n_layer=3, n_embd=24, n_head=2, n_positions=LENGTH, vocab_size=VOCABULARY, resid_pdrop=0.0, embd_pdrop=0.0,
+                                     attn_pdrop=0.0, bos_token_id=0, eos_token_id=0)
+    model = transformers.GPT2LMHeadModel(config).double().train()
+    if recompute != "none":
+        model.gradient_checkpointing_enable({"use_reentrant": recompute == "reentrant"})
+    return model
+
+
+class Odd(nn.Module):
+    """Takes and returns what it likes: a frozen, an unused and a scalar parameter, a buffer, a tie within and one between blocks."""
+
+    def __init__(self, tied: nn.Parameter, inner: str) -> None:
+        super().__init__()
+        self.up, self.down, self.norm = nn.Linear(12, 12), nn.Linear(12, 12, bias=False), nn.LayerNorm(12)
+        self.between, self.down.weight, self.inner = tied, self.up.weight, inner
+        self.gain, self.unused = nn.Parameter(torch.rand(())), nn.Parameter(torch.rand(5, 3))
+        self.frozen = nn.Parameter(torch.rand(12, 12) / 4, requires_grad=False)
+        self.register_buffer("seen", torch.zeros(()))
+
+    def forward(self, x: Tensor, *, more: dict[str, Tensor | None]) -> dict[str, Any]:
+        self.seen += 1                                                                           # type: ignore[operator]
+        if self.inner == "none":
+            return {"y": (self.run(x, more["x"]), None), "n": 1}
+        return {"y": (checkpoint(self.run, x, more["x"], use_reentrant=self.inner == "reentrant"), None), "n": 1}
+
+    def run(self, x: Tensor, more: Tensor | None) -> Tensor:
+        y = self.down(torch.tanh(self.up(self.norm(x)) @ self.between)) @ self.frozen
+        return x + self.gain * y + (0 if more is None else more.cos())
+
+
+class Oddities(nn.Module):
+    """Blocks of Odd: the first is called twice, the last never. Recompute of a block from outside or, `... inside`, within it."""
+
+    def __init__(self, recompute: str) -> None:
+        super().__init__()
+        self.kind, _, inside = recompute.partition(" ")
+        tied = nn.Parameter(torch.rand(12, 12) / 4)
+        self.words = nn.Embedding(VOCABULARY, 12)
+        self.blocks = nn.ModuleList(Odd(tied, self.kind if inside else "none") for _ in range(3))
+        self.kind = "none" if inside else self.kind
+        self.head = nn.Linear(12, VOCABULARY)
+        self.double()
+
+    def forward(self, input_ids: Tensor) -> Any:
+        x = first = self.words(input_ids)
+        for block, more in ((self.blocks[0], None), (self.blocks[1], first), (self.blocks[0], first)):
+            x = self.call(block, x, more)
+        return Output(self.head(x))
+
+    def call(self, block: nn.Module, x: Tensor, more: Tensor | None) -> Tensor:
+        def run(x: Tensor, more: Tensor | None) -> Tensor:
+            return block(x, more={"x": more})["y"][0]                                            # type: ignore[no-any-return]
+        if self.kind == "none" or not self.training:
+            return run(x, more)
+        return checkpoint(run, x, more, use_reentrant=self.kind == "reentrant")                        # type: ignore[no-any-return]
+
+
+class Output(NamedTuple):
+    logits: Tensor
+
+
+def loss(model: Any, ids: Tensor) -> Tensor:
+    """Mean over the next tokens. (transformers' own loss is taken in fp32.)"""
+    return F.cross_entropy(model(input_ids=ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+
+
+MODELS = {"gpt2": gpt2, "odd": Oddities}

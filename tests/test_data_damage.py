@@ -1,0 +1,143 @@
+"""Damaged datasets: found at open, when read, or by verify; always one sentence, never a crash, never other tokens."""
+
+import json
+import random
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_indexed import IDX_DAMAGE
+
+from megazero.data.dataset import Reading, open_stages
+from megazero.data.indexed import IndexedDataset, IndexedWriter
+from megazero.data.preprocess import PreprocessSettings, preprocess
+from megazero.data.verify import problems
+from megazero.errors import UserError
+
+S, D = 40, 44                   # sequences and documents of the dataset below; every tenth document or so is empty
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """The three files of a good dataset."""
+    folder = tmp_path_factory.mktemp("whole")
+    lines = [json.dumps({"text": "" if i % 11 == 5 else "word " * (1 + i * 7 % 13)}) for i in range(D)]
+    (folder / "in.jsonl").write_text("\n".join(lines))
+    preprocess(PreprocessSettings((str(folder / "in.jsonl"),), str(folder / "d"), "ByteTokenizer", append_eod=True))
+    files = {end: (folder / f"d_text_document.{end}").read_bytes() for end in ("bin", "idx", "json")}
+    assert struct.unpack("<QQ", files["idx"][18:34]) == (S, D + 1)
+    return files
+
+
+def damaged(files: dict[str, bytes], rng: random.Random) -> tuple[str, dict[str, bytes]]:
+    """(what was done, the files after it)."""
+    kind = rng.choice(["cut bin", "cut idx", "longer", "flip bin", "flip idx", "magic", "version", "dtype", "counts", "length", "offset",
+                       "document", "swap bin", "empty", "flip json"])
+    out = {end: bytearray(data) for end, data in files.items()}
+    lengths, offsets, documents = 34, 34 + 4 * S, 34 + 12 * S
+    if kind.startswith(("cut", "swap", "flip")):
+        data = out[kind.split()[1]]
+        at = rng.randrange(len(data))
+        if kind.startswith("cut"):
+            del data[at:]
+        elif kind.startswith("flip"):
+            data[at] ^= 1 << rng.randrange(8)
+        else:
+            data[:] = bytes(rng.randrange(256) if i % 2 == 0 else 0 for i in range(len(data)))
+    elif kind == "longer":
+        out[rng.choice(["bin", "idx"])] += bytes(rng.randint(1, 30))
+    elif kind == "empty":
+        out[rng.choice(["bin", "idx"])].clear()
+    else:
+        value = rng.choice([-1, -5, 0, 3, 1 << 20, (1 << 31) - 1])
+        at, form = {"magic": (rng.randrange(9), "<b"), "version": (9, "<q"), "dtype": (17, "<b"), "counts": (rng.choice([18, 26]), "<q"),
+                    "length": (lengths + 4 * rng.randrange(S), "<i"), "offset": (offsets + 8 * rng.randrange(S), "<q"),
+                    "document": (documents + 8 * rng.randrange(D + 1), "<q")}[kind]
+        struct.pack_into(form, out["idx"], at, value if form != "<b" else value % 100)
+    return kind, {end: bytes(data) for end, data in out.items()}
+
+
+def read_all(prefix: str) -> list[list[int]]:
+    """Everything that anyone reads of a dataset."""
+    dataset = IndexedDataset(prefix)
+    found = [dataset.document(i).tolist() for i in range(dataset.document_count)]
+    for megatron in (False, True):
+        samples = open_stages([(0, [prefix])], None, "train", Reading(16, 1, True, megatron, 20), 257)
+        for k in range(20):
+            samples.sample(k)
+    return found
+
+
+def test_500_damaged_datasets(tmp_path: Path, whole: dict[str, bytes]) -> None:
+    rng, prefix, when = random.Random(7), str(tmp_path / "d"), {"open": 0, "read": 0, "verify": 0}
+    for end, data in whole.items():
+        Path(f"{prefix}.{end}").write_bytes(data)
+    good = read_all(prefix)
+    assert list(problems(prefix)) == []
+    while sum(when.values()) < 500:
+        kind, files = damaged(whole, rng)
+        if files == whole:
+            continue
+        for end, data in files.items():
+            Path(f"{prefix}.{end}").write_bytes(data)
+        sentences = list(problems(prefix))
+        assert sentences or _says_the_same(files, whole), kind
+        assert all(s.endswith(".") and prefix in s and "\n" not in s for s in sentences), sentences
+        try:
+            IndexedDataset(prefix)
+        except UserError:
+            when["open"] += 1
+            continue
+        try:
+            found = read_all(prefix)
+            when["verify"] += 1
+            assert kind in ("flip bin", "swap bin", "flip idx", "flip json", "length", "offset", "document", "dtype") or found == good, kind
+        except UserError as error:
+            assert prefix in str(error)
+            when["read"] += 1
+    assert when["open"] > 150 and when["read"] > 50 and when["verify"] > 20, when
+
+
+def _says_the_same(files: dict[str, bytes], whole: dict[str, bytes]) -> bool:
+    """Only words of the sidecar that nothing depends on have changed: the name of a source, a space."""
+    return files["bin"] == whole["bin"] and files["idx"] == whole["idx"]
+
+
+@pytest.mark.parametrize("kind", IDX_DAMAGE)
+def test_verify_says_what_open_says(tmp_path: Path, whole: dict[str, bytes], kind: str) -> None:
+    prefix = tmp_path / "d"
+    with IndexedWriter(prefix, np.dtype("u2")) as writer:
+        for document in ([[1, 2, 3], [4]], [], [[65535, 0]], [[7] * 1000], []):
+            writer.add_document(document)
+    at, data, sentence = IDX_DAMAGE[kind]
+    raw = bytearray(Path(f"{prefix}.idx").read_bytes())
+    raw = bytearray(data) if at is None else raw[:at] + data + raw[at + len(data):]
+    Path(f"{prefix}.idx").write_bytes(raw)
+    assert [sentence in said for said in problems(str(prefix))] == [True]
+
+
+def test_each_kind_that_only_verify_finds(tmp_path: Path, whole: dict[str, bytes]) -> None:
+    prefix = str(tmp_path / "d")
+
+    def said(end: str, at: int, data: bytes) -> str:
+        for name, good in whole.items():
+            Path(f"{prefix}.{name}").write_bytes(good)
+        raw = bytearray(whole[end])
+        raw[at:at + len(data)] = data
+        Path(f"{prefix}.{end}").write_bytes(raw)
+        return "\n".join(problems(prefix))
+
+    assert f"{prefix}.bin: bytes 0 to {len(whole['bin']) - 1} have CRC-32 " in said("bin", 10, b"\x05")
+    assert f"{prefix}.bin: token 5 is 2560, expected 0 to 256; the file is damaged" in said("bin", 10, b"\x00\x0a")
+    assert "sequence 3 has -7 tokens from byte" in said("idx", 34 + 12, struct.pack("<i", -7))
+    assert "sequence 3 has 9 tokens from byte" in said("idx", 34 + 12, struct.pack("<i", 9))
+    assert "expected each to end where the next one starts" in said("idx", 34 + 4 * S + 24, struct.pack("<q", 2))
+    assert "document 7 runs from sequence" in said("idx", 34 + 12 * S + 56, struct.pack("<q", 39))
+    told = json.loads(whole["json"])
+    for name, good in whole.items():
+        Path(f"{prefix}.{name}").write_bytes(good)
+    Path(f"{prefix}.json").write_text(json.dumps(told | {"tokens": 5}))
+    assert f"{prefix}.json: tells of 5 tokens, {prefix}.idx of {told['tokens']}" in "\n".join(problems(prefix))
+    Path(f"{prefix}.json").write_text(json.dumps({"vocab_size": 257}))
+    assert "d.bin: its sidecar holds no checksum" in "\n".join(problems(prefix))

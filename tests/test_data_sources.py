@@ -1,0 +1,150 @@
+"""Every kind of input gives the same documents, from any place on; what is broken is named."""
+
+import bz2
+import gzip
+import io
+import json
+import lzma
+import sys
+from pathlib import Path
+
+import pytest
+
+from megazero.data import sources
+from megazero.data.files import suffix_of
+from megazero.data.sources import Place, Unreadable, documents, find_sources, read_chunks
+from megazero.errors import UserError
+
+TEXTS = ["first", "", "emoji 😀", "nul \0 nul", "cr\r\nlf", "line\u2028separator", "x" * 20_000, *map(str, range(3000)), "last"]
+JSONL = "".join(json.dumps({"n": i, "text": text}) + "\n" for i, text in enumerate(TEXTS)).encode()
+
+
+def read(*inputs: object, start: Place = Place(), keys: tuple[str, ...] = ("text",), input_format: str = "auto") -> tuple[list, list[str]]:  # noqa: B008
+    """(texts, sentences) of what the inputs hold."""
+    found = [document for chunk in read_chunks(find_sources([str(i) for i in inputs], keys, input_format), keys, start)
+             for document in documents(chunk, keys)]
+    texts = [d["text"][0] if len(d["text"]) == 1 else d["text"] for d in found if not isinstance(d, Unreadable)]
+    return texts, [d.sentence for d in found if isinstance(d, Unreadable)]
+
+
+def zstd(data: bytes) -> bytes:
+    compressor = pytest.importorskip("zstandard").ZstdCompressor()
+    half = len(data) // 2
+    return compressor.compress(data[:half]) + compressor.compress(data[half:])          # two frames, as pzstd makes them
+
+
+PACKED = {".gz": lambda data: gzip.compress(data[:9]) + gzip.compress(data[9:]), ".bz2": bz2.compress, ".xz": lzma.compress, ".zst": zstd}
+
+
+@pytest.mark.parametrize("end", PACKED)
+def test_compressed_lines_and_texts(tmp_path: Path, end: str) -> None:
+    (tmp_path / f"a.jsonl{end}").write_bytes(PACKED[end](JSONL))
+    (tmp_path / f"b.txt{end}").write_bytes(PACKED[end](b"plain text\n"))
+    assert read(tmp_path / f"a.jsonl{end}", tmp_path / f"b.txt{end}") == ([*TEXTS, "plain text\n"], [])
+    assert (suffix_of(f"x/a.jsonl{end}"), suffix_of(f"s3://b/a.txt{end}")) == (".jsonl", ".txt")
+
+
+@pytest.mark.parametrize("end", PACKED)
+def test_a_cut_or_damaged_compressed_file_is_told_and_the_rest_goes_on(tmp_path: Path, end: str) -> None:
+    whole = PACKED[end](JSONL)
+    (tmp_path / "z.jsonl").write_bytes(b'{"text": "after"}\n')
+    for damaged in (whole[:len(whole) * 2 // 3], whole[:50] + bytes(40) + whole[90:]):
+        (tmp_path / f"a.jsonl{end}").write_bytes(damaged)
+        texts, said = read(tmp_path / f"a.jsonl{end}", tmp_path / "z.jsonl")
+        assert texts[-1] == "after" and texts[:-1] == TEXTS[:len(texts) - 1]
+        assert len(said) == 1 and f"a.jsonl{end}:" in said[0] and "is damaged, nothing after this can be read" in said[0]
+
+
+def tables(folder: Path) -> list[Path]:
+    arrow = pytest.importorskip("pyarrow")
+    import pyarrow.parquet
+    table = arrow.table({"n": list(range(len(TEXTS))), "text": TEXTS})
+    paths = [folder / name for name in ("a.parquet", "b.parquet", "c.arrow", "d.arrow", "e.feather")]
+    pyarrow.parquet.write_table(table, paths[0], row_group_size=700)
+    pyarrow.parquet.write_table(table.cast(arrow.schema({"n": arrow.int32(), "text": arrow.large_string()})), paths[1])
+    for path, new in ((paths[2], arrow.ipc.new_stream), (paths[3], arrow.ipc.new_file), (paths[4], arrow.ipc.new_file)):
+        with new(path, table.schema) as writer:
+            writer.write_table(table, max_chunksize=900)
+    return paths
+
+
+def test_tables(tmp_path: Path) -> None:
+    for path in tables(tmp_path):
+        assert read(path) == (TEXTS, [])
+        chunks = list(read_chunks(find_sources([str(path)]), ["text"], Place()))
+        assert max(len(chunk.raw) for chunk in chunks) < 600_000
+
+
+def test_tables_with_holes_lists_and_wrong_columns(tmp_path: Path) -> None:
+    arrow = pytest.importorskip("pyarrow")
+    import pyarrow.parquet
+    pyarrow.parquet.write_table(arrow.table({"text": ["a", None, "b"], "q": [["x", "y"], [], ["z"]]}), tmp_path / "t.parquet")
+    assert read(tmp_path / "t.parquet") == (["a", "b"], [f"{tmp_path}/t.parquet:2: has a NoneType under 'text', expected a text"])
+    _, said = read(tmp_path / "t.parquet", keys=("text", "none"))
+    assert said == [f"{tmp_path}/t.parquet:{n}: has no column 'none'" for n in (1, 2, 3)]
+    chunk, = read_chunks(find_sources([str(tmp_path / "t.parquet")], ["q"]), ["q"], Place())
+    assert list(documents(chunk, ["q"])) == [{"q": ["x", "y"]}, {"q": []}, {"q": ["z"]}]
+    (tmp_path / "t.parquet").write_bytes(b"PAR1" + bytes(100))
+    _, said = read(tmp_path / "t.parquet")
+    assert len(said) == 1 and "t.parquet:1: is damaged" in said[0]
+
+
+def test_blocks_end_at_blank_lines(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.txt").write_bytes(b"\n\none\ntwo \n\n \t\nthree\r\nfour\r\n\r\n\n" + b"word \n" * 30 + b"\nlast")
+    expected = ["one\ntwo ", "three\r\nfour", "word \n" * 29 + "word ", "last"]
+    for size in (1, 7, 50, 1 << 18):                                   # wherever a chunk is cut
+        monkeypatch.setattr(sources, "CHUNK", size)
+        assert read(tmp_path / "a.txt", input_format="blocks") == (expected, [])
+    (tmp_path / "b.txt").write_bytes(b"good\n\nbad \xff\nline\n\ngood")
+    assert read(tmp_path / "b.txt", input_format="blocks") == (["good", "good"], [f"{tmp_path}/b.txt:3: is not UTF-8 at byte 4"])
+
+
+def test_reading_goes_on_from_any_chunk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.jsonl").write_bytes(JSONL)
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(JSONL))
+    (tmp_path / "c.txt").write_text("whole")
+    monkeypatch.setattr(sources, "CHUNK", 9_000)
+    every = find_sources([str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl.gz"), str(tmp_path / "c.txt"), *map(str, tables(tmp_path))])
+    chunks = list(read_chunks(every, ["text"], Place()))
+    assert len(chunks) > 50
+    for i in range(0, len(chunks), 5):
+        later = [(c.source, c.first, c.raw) for c in read_chunks(every, ["text"], chunks[i].after)]
+        assert [d for c in chunks[i + 1:] for d in documents(c, ["text"])] == [
+            d for s, first, raw in later for d in documents(chunks[0]._replace(source=s, first=first, raw=raw), ["text"])]
+    lines = [c for c in chunks if c.source.path.endswith("a.jsonl")]
+    assert [c.first for c in lines] == [1 + JSONL[:sum(len(x.raw) for x in lines[:i])].count(b"\n") for i in range(len(lines))]
+
+
+def test_globs_standard_input_and_formats(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("b.jsonl", "a.jsonl", "deep/c.jsonl"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(json.dumps({"text": name}) + "\n")
+    assert read(f"{tmp_path}/*.jsonl")[0] == ["a.jsonl", "b.jsonl"]
+    assert read(f"{tmp_path}/**/*.jsonl")[0] == ["a.jsonl", "b.jsonl", "deep/c.jsonl"]
+    assert read(tmp_path / "a.jsonl", input_format="text")[0] == ['{"text": "a.jsonl"}\n']
+    with pytest.raises(UserError, match=r"--input .*/\*\.txt: no such file or folder"):
+        read(f"{tmp_path}/*.txt")
+    for data, how, expected in ((JSONL, "auto", TEXTS), (b"a\n\nb", "blocks", ["a", "b"]), (b"a\n\nb", "text", ["a\n\nb"])):
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(data)))
+        assert read("-", input_format=how) == (expected, [])
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"{")))
+    assert read("-")[1][0].startswith("standard input:1: is not JSON")
+
+
+def test_urls(tmp_path: Path) -> None:
+    fs = pytest.importorskip("fsspec").filesystem("memory")
+    fs.pipe({"/corpus/a.jsonl.gz": gzip.compress(JSONL), "/corpus/deep/b.txt": b"text"})
+    assert read("memory://corpus") == ([*TEXTS, "text"], [])
+    assert read("memory://corpus/*.gz", "memory://corpus/deep/b.txt") == ([*TEXTS, "text"], [])
+    with pytest.raises(UserError, match="--input memory://nothing: no such file or folder"):
+        read("memory://nothing")
+    with pytest.raises(UserError, match="nosuch://x: fsspec cannot reach it"):
+        read("nosuch://x")
+
+
+def test_a_missing_library_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.parquet").write_bytes(b"")
+    for name in ("pyarrow", "pyarrow.parquet"):
+        monkeypatch.setitem(sys.modules, name, None)
+    with pytest.raises(UserError, match=r"a.parquet: needs pyarrow; pip install 'megazero\[data\]'."):
+        read(tmp_path / "a.parquet")

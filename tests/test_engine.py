@@ -1,0 +1,226 @@
+"""The engine in one process: what it catches, what it refuses, evaluation in between, half precision."""
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from modules import MODELS, loss
+from test_engine_parity import HOW, LR, STEPS, Row, alive, data, engine, held, wires
+from torch import nn
+
+from megazero.blocks import Block
+from megazero.comm import connect
+from megazero.config import Optimizer as Settings
+from megazero.engine import CONSTANT, Engine
+from megazero.errors import UserError
+from megazero.mesh import Mesh
+from megazero.program import Zero
+from megazero.schedules import LossScale
+
+pytest.importorskip("transformers", reason="the module is transformers' GPT-2, which is not installed")
+Tensor = torch.Tensor
+
+
+def test_a_stale_handle_is_caught() -> None:
+    for level in range(4):
+        e = engine(Row(level=level))
+        late = loss(e, data(0))
+        e.backward(loss(e, data(0)))
+        e.step()
+        with pytest.raises(UserError, match="weights of .* as of step 0, but step 1 has changed them; run the forward pass again"):
+            e.backward(late)
+        with pytest.raises(UserError, match="its last backward pass failed"):
+            loss(e, data(0))
+
+
+def test_a_change_in_place_is_caught() -> None:
+    e = engine(Row("odd"))
+    hidden = []
+    e.module.head.register_forward_pre_hook(lambda _, inputs: hidden.append(inputs[0]))         # type: ignore[operator, union-attr]
+    mean = loss(e, data(0))
+    with torch.no_grad():
+        hidden[0].add_(1)
+    with pytest.raises(RuntimeError, match=r"a tensor of shape \(192, 12\) that backward needs was changed in place"):
+        e.backward(mean)
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_evaluation_changes_nothing(model: str, mode: Any) -> None:
+    """Before, between and after forward and backward; at level 3 nothing stays gathered. Nor does a forward pass that is dropped."""
+    plain, watched = (engine(Row(model, level=3, accumulation=2)) for _ in range(2))
+
+    def evaluate() -> float:
+        watched.module.eval()
+        with mode():
+            found = loss(watched, data(9)).item()
+        watched.module.train()
+        return found
+
+    first = evaluate()
+    assert not watched.homes and all(p.numel() == 0 for p in watched.module.parameters())
+    for ids in data(0).chunk(2):
+        for e in (plain, watched):
+            mean = loss(e, ids)
+            if e is watched:
+                assert evaluate() == first
+            e.backward(mean)
+            e.step()
+    assert evaluate() != first and not watched.left
+    assert all(torch.equal(a, b) for (_, _, a), (_, _, b) in zip(held(plain, "master"), held(watched, "master"), strict=True))
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("recompute", HOW)
+def test_forward_passes_may_all_come_first(model: str, recompute: str) -> None:
+    """Two, then both backward, or backward of their sum: as one after the other."""
+    found = []
+    for together, summed in ((False, False), (True, False), (True, True)):
+        e = engine(Row(model, level=3, recompute=recompute, accumulation=1 if summed else 2))
+        passes = [partial(loss, e, ids) for ids in data(0).chunk(2)]
+        means = [run() for run in passes] if together else []
+        for i, run in enumerate([] if summed else passes):
+            e.backward(means[i] if together else run())
+            e.step()
+        if summed:
+            e.backward(sum(means, torch.zeros(())) / 2)
+            e.step()
+        found.append(held(e, "master"))
+    for other in found[1:]:
+        assert all((a - b).abs().max() <= 1e-12 * b.abs().max() for (_, _, a), (_, _, b) in zip(other, found[0], strict=True))
+
+
+def test_a_forward_pass_that_is_dropped_leaves_nothing() -> None:
+    e = engine(Row("odd", level=3))
+    found = []
+    for _ in range(3):
+        loss(e, data(0))
+        found.append(alive())
+    assert found[1] == found[2]
+
+
+class Skipping(nn.Module):
+    """Calls the blocks that it is told to call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Linear(4, 4) for _ in range(6))
+
+    def forward(self, x: Tensor, call: list[int]) -> Tensor:
+        for i in call:
+            x = self.blocks[i](x)
+        return x.sum()
+
+
+def test_a_block_that_is_gathered_ahead_and_not_called_is_released() -> None:
+    """And calls in another order than last time gather nothing ahead, so that no more than two blocks are ever whole."""
+    e = Engine(Skipping(), wires(Row()), Settings(lr=LR), Zero(3))
+    for call in ([0, 1, 2, 3, 4, 5], [0, 1], [2, 0, 3, 1, 4, 5], [5, 2, 0, 3, 1, 4]):
+        mean = e(torch.rand(3, 4, requires_grad=True), call)
+        assert not e.homes
+        e.backward(mean)
+        assert not e.homes
+        e.step()
+    unit = e.blocks[0].units[0]
+    assert len(unit.sharing.buffers.free[unit.flat.kind, "weights"]) == 2
+
+
+@pytest.mark.parametrize("overlap, wanted", [(True, "+0 +1 0 +2 1 2 +2 +1 2 +0 1 0"), (False, "+0 0 +1 1 +2 2 +2 2 +1 1 +0 0")])
+def test_weights_are_gathered_one_block_ahead(overlap: bool, wanted: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """+ begins to gather a block; then it is needed. Forward, then backward."""
+    e = engine(Row(level=3, overlap=overlap, accumulation=2))
+    happened: list[str] = []
+
+    def gather(block: Block, real: Any = Block.gather) -> None:
+        happened.extend(["+" + block.name[-1]] * (block.units[0].weights is None))
+        real(block)
+
+    def arrive(block: Block, real: Any = Block.arrive) -> None:
+        happened.extend([block.name[-1]] * (happened[-1:] != [block.name[-1]]))
+        real(block)
+
+    e.backward(loss(e, data(0)))                                # the order is learnt
+    monkeypatch.setattr(Block, "gather", gather)
+    monkeypatch.setattr(Block, "arrive", arrive)
+    e.backward(loss(e, data(0)))
+    assert " ".join(x for x in happened if "t" not in x) == wanted                               # without the root
+
+
+def in_dtype(dtype: str, scale: float = 0.0) -> tuple[list[float], float]:
+    """Losses of the steps that were not skipped, and the loss scale before the last one. 0: a constant one."""
+    torch.manual_seed(0)
+    e = Engine(MODELS["gpt2"]("none"), wires(Row()), Settings(lr=LR), Zero(3), dtype, scale=LossScale(scale, 1.0, 1000, 1, False) if scale else CONSTANT)
+    losses = []
+    for _ in range(STEPS):
+        logits = e(input_ids=data(0)).logits.float()
+        e.backward(F.cross_entropy(logits[:, :-1].flatten(0, 1), data(0)[:, 1:].flatten()))
+        verdict = e.step()
+        assert verdict is not None
+        losses += [] if verdict.found_inf else [verdict.loss.item()]
+    return losses, e.scale.value
+
+
+def test_half_precision() -> None:
+    """Adam's first steps move each weight by about lr whatever its gradient, so where that is near zero its rounding moves it too:
+    the losses, which fall by 0.3, may part by a thirtieth of that. A loss scale that overflows is halved, and nothing else happens."""
+    exact, _ = in_dtype("fp32")
+    assert exact[0] - exact[-1] > 0.29
+    assert in_dtype("bf16")[0] == pytest.approx(exact, abs=0.01)
+    assert in_dtype("fp16", 2.0**10)[0] == pytest.approx(exact, abs=0.01)
+    assert in_dtype("fp16", 2.0**40) == ([], 2.0 ** (40 - STEPS + 1))
+
+
+def test_mistakes_are_told() -> None:
+    w, settings, zero = wires(Row()), Settings(lr=LR), Zero()
+    odd, linear = MODELS["odd"]("none"), nn.Linear(2, 2)
+    frozen = nn.Linear(2, 2).requires_grad_(False)
+    inside = next(odd.blocks[0].children())                                                      # type: ignore[union-attr, operator]
+    for words, make in (
+        ("not a submodule of the model", lambda: Engine(odd, w, settings, zero, blocks=[linear])),
+        ("is inside the block blocks.0", lambda: Engine(odd, w, settings, zero, blocks=[odd.blocks[0], inside])),     # type: ignore[index, list-item]
+        ("no parameter requires a gradient", lambda: Engine(frozen, w, settings, zero)),
+        ("meta", lambda: Engine(nn.Linear(2, 2, device="meta"), w, settings, zero)),
+        ("lr: is missing", lambda: Engine(linear, w, Settings(), zero)),
+        ("dtype fp8: is not known", lambda: Engine(linear, w, settings, zero, "fp8")),
+        ("accumulation 0", lambda: Engine(linear, w, settings, zero, accumulation=0)),
+        ("tp 2", lambda: Engine(linear, connect(Mesh(1, 1, 2), 0, "fake", 60), settings, zero)),
+    ):
+        with pytest.raises(UserError, match=words):
+            make()
+
+
+def test_wrong_calls_are_told() -> None:
+    e = engine(Row("odd", level=3))
+    with pytest.raises(UserError, match=r"write engine.backward\(loss\)"):
+        loss(e, data(0)).backward()                                                              # type: ignore[no-untyped-call]
+    with pytest.raises(UserError, match=r"blocks.1: was called outside of the model's own forward pass"):
+        e.module.blocks[1](torch.rand(2, 12), more={"x": None})                                  # type: ignore[index, operator]
+    e = engine(Row("odd"))
+    e.backward(loss(e, data(0)))
+    with pytest.raises(UserError, match="has had its 1 micro-batches; call step"):
+        e.backward(loss(e, data(0)))
+    for p in e.module.parameters():
+        p.requires_grad_()
+    with pytest.raises(UserError, match="3 parameters were frozen when the engine was made"):
+        e.step()
+
+
+def test_a_block_whose_weight_is_used_elsewhere_is_told() -> None:
+    """Its gradient would come after its sum has left."""
+    class Reuse(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(nn.Linear(4, 4) for _ in range(2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            for block in (lambda y: y @ self.blocks[0].weight, *self.blocks):                   # type: ignore[operator, union-attr]
+                x = block(x)
+            return x.sum()
+
+    e = Engine(Reuse(), wires(Row()), Settings(lr=LR), Zero())
+    with pytest.raises(UserError, match=r"blocks.0.weight: its gradient came after the backward pass of blocks.0, so it is used outside"):
+        e.backward(e(torch.rand(3, 4, requires_grad=True)))
+    e = Engine(model := Reuse(), wires(Row()), Settings(lr=LR), Zero(), blocks=[model.blocks[1]])
+    e.backward(e(torch.rand(3, 4, requires_grad=True)))

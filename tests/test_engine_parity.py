@@ -1,0 +1,297 @@
+"""Stock modules in the engine: any level on any number of ranks equals plain autograd on one, with torch.optim.
+
+Compared to 1e-12 in float64, as in test_parity.py: losses and norms of five steps, every gradient of the first, every weight after the fifth.
+"""
+
+from collections import Counter
+from dataclasses import dataclass, replace
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from modules import LENGTH, MODELS, VOCABULARY, loss
+from pool import Pool
+from torch import nn
+
+from megazero import checkpoint
+from megazero.comm import Wires, connect
+from megazero.config import Optimizer as Settings
+from megazero.engine import Engine
+from megazero.mesh import Mesh
+from megazero.program import Zero
+
+pytest.importorskip("transformers", reason="the module is transformers' GPT-2, which is not installed")
+
+STEPS, SAMPLES, LR, DECAY, EPS, MOMENTUM = 5, 12, 1e-2, 0.1, 1e-5, 0.9
+Tensor = torch.Tensor
+
+
+@dataclass(frozen=True)
+class Row:
+    """One run. `shard` 0 is all ranks; step `skip` has a gradient that is not finite on the last rank."""
+
+    model: str = "gpt2"
+    dp: int = 1
+    level: int = 0
+    shard: int = 0
+    recompute: str = "none"
+    accumulation: int = 1
+    optimizer: str = "adam"
+    clip: float = 0.5
+    skip: int = -1
+    late: bool = False
+    overlap: bool = True
+    every: int = 1
+    keep: int = 1
+
+    def __str__(self) -> str:
+        plain = Row()
+        return ",".join(f"{k}={v}" for k, v in vars(self).items() if v != getattr(plain, k)) or "plain"
+
+    @property
+    def zero(self) -> Zero:
+        return Zero(self.level, self.keep, self.every, prefetch=self.overlap, lag=1 if self.overlap and self.level >= 2 else 0)
+
+    @property
+    def alone(self) -> "Row":
+        """What plain torch is told: all that is not about layout."""
+        return Row(self.model, optimizer=self.optimizer, clip=self.clip, skip=self.skip)
+
+
+def wires(row: Row) -> Wires:
+    import os
+    shard = (row.shard or row.dp) if row.level else 1
+    return connect(Mesh(1, row.dp, 1, shard=shard), int(os.environ["RANK"]) if row.dp > 1 else 0, "gloo+late" if row.late else "gloo", 60)
+
+
+def engine(row: Row, seed: int = 0) -> Engine:
+    w = wires(row)
+    torch.manual_seed(seed + w.rank)                            # ranks begin with different weights: those of rank 0 count
+    settings = Settings(row.optimizer, lr=LR, weight_decay=DECAY, adam_eps=EPS, sgd_momentum=MOMENTUM, clip_grad=row.clip)
+    return Engine(MODELS[row.model](row.recompute), w, settings, row.zero, "fp64", row.accumulation)
+
+
+def data(step: int) -> Tensor:
+    return torch.randint(VOCABULARY, (SAMPLES, LENGTH), generator=torch.Generator().manual_seed(step))
+
+
+Figures = list[tuple[float, float]]
+Slices = list[tuple[str, Any, Tensor]]
+
+
+def held(e: Engine, buffer: str) -> Slices:
+    """What this rank's slices hold of each parameter."""
+    return [(s.name, s.box, s.tensor.clone()) for b in (e.root, *e.blocks) for u in b.units
+            for _, s in checkpoint.held(u.flat, u.low, {buffer: getattr(u, buffer)})]
+
+
+def micro_batches(e: Engine, step: int) -> list[Tensor]:
+    """This rank's, of a batch that all ranks and micro-batches divide."""
+    n, rank = e.sums.accumulation, e.wires.place.dp
+    return list(data(step).chunk(n * e.wires.mesh.dp)[rank * n:(rank + 1) * n])
+
+
+def play(row: Row) -> tuple[Figures, Slices, Slices]:
+    """Five steps on this rank: (loss, norm) of each; gradients of the first that counts and weights after the last."""
+    e = engine(row)
+    figures, gradients, judge = [], [], e.optimizer.judge
+
+    def looked(*arguments: Any) -> Any:
+        if e.steps != row.skip:
+            gradients.append(held(e, "grad_slice"))
+        return judge(*arguments)
+
+    e.optimizer.judge = looked  # type: ignore[method-assign]
+    for step in range(STEPS):
+        spoiled = [spoil(p) for p in list(e.module.parameters())[-2:-1] if step == row.skip and e.wires.rank == row.dp - 1]
+        before = held(e, "master")
+        for ids in micro_batches(e, step):
+            e.backward(loss(e, ids))
+            verdict = e.step()
+        assert verdict is not None and bool(verdict.found_inf) == (step == row.skip)
+        for hook in spoiled:
+            hook.remove()
+        if step == row.skip:
+            assert all(torch.equal(a, b) for (_, _, a), (_, _, b) in zip(before, held(e, "master"), strict=True))
+        else:
+            figures.append((verdict.loss.item(), verdict.norm.item()))
+    return figures, gradients[0], held(e, "master")
+
+
+def spoil(p: nn.Parameter) -> Any:
+    return p.register_hook(lambda g: g * torch.nan)
+
+
+@cache
+def alone(row: Row) -> tuple[Figures, dict[str, Tensor], dict[str, Tensor]]:
+    """The same with nothing of ours."""
+    torch.manual_seed(0)
+    model = MODELS[row.model]("none")
+    named = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    groups = [{"params": [p for p in named.values() if (p.dim() > 1) == big], "weight_decay": DECAY if big else 0.0} for big in (True, False)]
+    optimizer: Any = torch.optim.AdamW(groups, lr=LR, eps=EPS) if row.optimizer == "adam" else torch.optim.SGD(groups, lr=LR, momentum=MOMENTUM)
+    figures, gradients = [], {}
+    for step in range(STEPS):
+        mean = loss(model, data(step))
+        mean.backward()
+        for p in named.values():                                # a parameter that had no part has gradient zero: it is decayed
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        if step != row.skip:
+            gradients = gradients or {n: p.grad.clone() for n, p in named.items()}
+            norm = torch.nn.utils.clip_grad_norm_(named.values(), row.clip or 1e30)
+            optimizer.step()
+            figures.append((mean.item(), norm.item()))
+        optimizer.zero_grad()
+    return figures, gradients, {n: p.detach() for n, p in model.named_parameters()}
+
+
+def compare(row: Row, pool: Pool) -> None:
+    want_figures, want_gradients, want_weights = alone(row.alone)
+    if row.clip:
+        assert any(norm > row.clip for _, norm in want_figures), "clipping should act"
+    results = pool.run(row.dp, play, row) if row.dp > 1 else [play(row)]
+    covered = Counter[tuple[str, str]]()
+    for figures, gradients, weights in results:
+        for got, want in zip(figures, want_figures, strict=True):
+            assert got == pytest.approx(want, rel=1e-12, abs=0)
+        for kind, found, wanted in (("gradient", gradients, want_gradients), ("weight", weights, want_weights)):
+            largest = max(float(t.abs().max()) for t in wanted.values())
+            for name, box, tensor in found:
+                whole = wanted[name].reshape(wanted[name].shape or (1,))
+                tolerance = 1e-12 * max(float(whole.abs().max()), 1e-3 * largest)                # a bias of k has only rounding
+                assert (tensor - whole[box.slices]).abs().max() <= tolerance, (kind, name, box)
+                covered[kind, name] += tensor.numel()
+    copies = row.dp // ((row.shard or row.dp) if row.level else 1)
+    for kind, wanted in (("gradient", want_gradients), ("weight", want_weights)):
+        assert all(covered[kind, name] == copies * tensor.numel() for name, tensor in wanted.items()), "not every element was compared"
+
+
+HOW = ("none", "reentrant", "nonreentrant")
+CI = [
+    *(Row(dp=2, level=level, recompute=HOW[level % 3], accumulation=1 + level % 2, skip=level) for level in range(4)),
+    *(Row(dp=3, level=level, recompute=HOW[(level + 1) % 3], accumulation=2, optimizer="sgd", late=True) for level in range(4)),
+    *(Row(dp=4, level=level, recompute=HOW[(level + 2) % 3], accumulation=3, late=True, every=2, keep=2, overlap=level % 2 == 0) for level in range(4)),
+    *(Row("odd", dp=2 + level % 2, level=level, recompute=how, accumulation=2, late=True, skip=2)
+      for level, how in enumerate(("reentrant inside", "nonreentrant inside", "reentrant", "nonreentrant"))),
+    *(Row("odd", dp=2, level=3, recompute=how, late=True, optimizer="sgd") for how in ("none", "nonreentrant inside", "reentrant")),
+    *(Row(dp=4, level=level, shard=2, accumulation=3, clip=0.0, late=True) for level in (1, 2, 3)),
+    Row(level=3, accumulation=2, keep=4), Row("odd", level=3, recompute="reentrant inside"),
+]
+FULL = [Row(model, dp, level, shard, how, accumulation, optimizer, skip=skip, late=late, overlap=overlap, every=every, keep=keep)
+        for model in MODELS for dp in (1, 2, 3, 4) for level in range(4) for shard in ((0, 2) if dp == 4 and level else (0,))
+        for how in (*HOW, "reentrant inside", "nonreentrant inside") if model == "odd" or " " not in how
+        for accumulation, every, keep in ((1, 1, 1), (3, 1, 1), (3, 2, 4))
+        for optimizer, skip, late in (("adam", -1, False), ("sgd", 3, True)) for overlap in (True, False)]
+
+
+@pytest.fixture(scope="module")
+def pool() -> Any:
+    made = Pool()
+    yield made
+    made.close()
+
+
+@pytest.mark.parametrize("row", CI, ids=str)
+def test_equal_to_plain_autograd(row: Row, pool: Pool) -> None:
+    compare(row, pool)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("row", FULL, ids=str)
+def test_equal_to_plain_autograd_in_full(row: Row, pool: Pool) -> None:
+    compare(row, pool)
+
+
+@pytest.mark.parametrize("level", range(4))
+def test_overlap_changes_no_bit(level: int, pool: Pool) -> None:
+    row = Row(dp=2, level=level, recompute="nonreentrant", accumulation=2)
+    for (f, g, w), (f2, g2, w2) in zip(pool.run(2, play, row), pool.run(2, play, replace(row, overlap=False)), strict=True):
+        assert f == f2 and all(torch.equal(a, b) for (_, _, a), (_, _, b) in zip(g + w, g2 + w2, strict=True))
+
+
+def beside_fsdp() -> float:
+    """The largest difference, relative to each weight's largest element, between level 3 and torch's fully_shard after five steps."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    row = Row(dp=2, level=3, accumulation=2, clip=0.0)
+    e = engine(row)                                             # joins the ranks
+    torch.manual_seed(0)
+    model: Any = MODELS["gpt2"]("none")
+    mesh = init_device_mesh("cpu", (2,))
+    for block in model.transformer.h:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    groups = [{"params": [p for p in model.parameters() if (p.dim() > 1) == big], "weight_decay": DECAY if big else 0.0} for big in (True, False)]
+    optimizer = torch.optim.AdamW(groups, lr=LR, eps=EPS)
+    for step in range(STEPS):
+        for ids in micro_batches(e, step):
+            (loss(model, ids) / 2).backward()
+            e.backward(loss(e, ids))
+            e.step()
+        optimizer.step()
+        optimizer.zero_grad()
+    theirs = {n: p.full_tensor() for n, p in model.named_parameters()}
+    return max(float((t - theirs[n][box.slices]).abs().max() / theirs[n].abs().max()) for n, box, t in held(e, "master") if t.numel())
+
+
+def test_equal_to_fsdp(pool: Pool) -> None:
+    assert max(pool.run(2, beside_fsdp)) <= 1e-12
+
+
+def sent(row: Row) -> tuple[int, int, list[int], list[int]]:
+    """Bytes that this rank sends in the second step over `shard` and `replicate`; of the root and each block its part, of weights and
+    of those that are trained."""
+    e = engine(row)
+    for step in range(2):
+        before = e.wires.line.sent.copy()
+        for ids in micro_batches(e, step):
+            e.backward(loss(e, ids))
+            e.step()
+    now = e.wires.line.sent - before
+    whole, trained = ([sum(u.size * 8 * (row.dp - 1) // row.dp for u in b.units if u.trained >= least) for b in (e.root, *e.blocks)] for least in (0, 1))
+    return now["shard"], now["replicate"], whole, trained
+
+
+# Times that weights travel in a step of 3 micro-batches: of the root and each block; and gradients of all.
+TRAVELS = {
+    Row(level=0): ((0, 0, 0, 0), 0), Row(level=1): ((1, 1, 1, 1), 1), Row(level=2): ((1, 1, 1, 1), 3),
+    **{Row(level=3, recompute=how): ((3, 6, 6, 6), 3) for how in HOW},
+    Row("odd", level=3): ((3, 12, 6, 0), 3),                    # its first block is called twice, its last never
+}
+
+
+@pytest.mark.parametrize("row", TRAVELS, ids=str)
+def test_bytes_are_those_of_the_level(row: Row, pool: Pool) -> None:
+    times, reduced = TRAVELS[row]
+    for shard, replicate, whole, trained in pool.run(2, sent, replace(row, dp=2, accumulation=3)):
+        assert shard == sum(n * w for n, w in zip(times, whole, strict=True)) + reduced * sum(trained)
+        assert replicate == (2 * sum(trained) if row.level == 0 else 0)
+
+
+def alive() -> int:
+    """Bytes of all storages that Python's tensors see."""
+    import gc
+    gc.collect()
+    tensors = [x for x in gc.get_objects() if type(x) in (Tensor, nn.Parameter)]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def memory(level: int) -> tuple[int, int, int, int, int]:
+    """Bytes: alive before, after engine and a step; of borrowed buffers; elements of blocks and of the root, padded."""
+    before = alive()
+    e = engine(Row(dp=2, level=level, accumulation=3))
+    for ids in micro_batches(e, 0):
+        e.backward(loss(e, ids))
+        e.step()
+    del ids
+    return before, alive(), e.root.units[0].sharing.buffers.bytes, sum(b.units[0].size for b in e.blocks), e.root.units[0].size
+
+
+@pytest.mark.parametrize("level", range(4))
+def test_memory_is_that_of_the_level(level: int, pool: Pool) -> None:
+    """In float64, 2 ranks: 32 bytes per parameter at level 0 (weight, gradient, two moments), 16 + 16/2, 8 + 24/2, 32/2. Beside them
+    from level 2 two blocks' gradients and the root's are borrowed, at level 3 their weights too; and a few scalars."""
+    for before, after, borrowed, blocks, root in pool.run(2, memory, level):
+        assert borrowed == (0, 0, 1, 2)[level] * 8 * (2 * blocks // 3 + root)
+        assert 0 <= after - before - borrowed - (32, 24, 20, 16)[level] * (blocks + root) < 1024
