@@ -91,10 +91,11 @@ def save(folder: Path, plan: Plan, model: str) -> None:
 
 def save_runs(folder: Path, runs: list[Run]) -> None:
     """What each rank writes, and the index."""
-    target, names = folder / "step-00000003", [f"rank-{rank:05d}.safetensors" for rank in range(len(runs))]
+    step = runs[0].progress.step
+    target, names = folder / f"step-{step:08d}", [f"rank-{rank:05d}.safetensors" for rank in range(len(runs))]
     target.mkdir(parents=True)
     for name, run in zip(names, runs, strict=True):
-        write_file(target / name, [s for u in run.units.values() if u.owner for s in checkpoint.owned(u.flat, u.low, run.buffers(u))], 3)
+        write_file(target / name, [s for u in run.units.values() if u.owner for s in checkpoint.owned(u.flat, u.low, run.buffers(u))], step)
     write_index(target, runs[0].header(), names)
 
 
@@ -255,7 +256,7 @@ def test_a_mismatch_lists_the_tensors(tmp_path: Path) -> None:
                                  "and 9 more tensors like these"],
         "--num-layers 6": ["its layers is 5, this model's 6", "has no weight/layers.5.attention.q.weight"],
         "--num-layers 4": ["its layers is 5, this model's 4", "holds weight/layers.4.attention.q.weight, which this model does not have"],
-        "--no-untie-embeddings-and-output-weights": ["its tied is False, this model's True", "holds weight/head.weight, which this model does not have"],
+        "--no-untie-embeddings-and-output-weights": ["its tied is False, this model's True", "holds weight/head.output.weight, which this model does not have"],
         "--add-qkv-bias": ["has no weight/layers.0.attention.q.bias"],
     }.items():
         with pytest.raises(UserError) as error:

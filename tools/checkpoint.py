@@ -1,14 +1,18 @@
-"""Looks into checkpoints: python tools/checkpoint.py inspect|verify --help"""
+"""Looks into checkpoints, compares them and makes one file of many: python tools/checkpoint.py inspect|verify|merge|diff --help"""
 
 import json
 import time
 from dataclasses import dataclass
 from math import prod
+from pathlib import Path
 
 from tqdm import tqdm
 
 from megazero.checkpoint import Reader
 from megazero.command_line import commands, option, run
+from megazero.compare import check, checkpoints, report
+from megazero.merge import merge
+from megazero.metrics import Bar
 from megazero.tensor_files import CODES
 
 
@@ -26,6 +30,25 @@ class Verify:
 
     load: str = option(help="folder of checkpoints", unit="dir")
     ckpt_step: int | None = option(None, "step to read; default: the newest", unit="step")
+
+
+@dataclass(frozen=True)
+class Merge:
+    """Writes a checkpoint as one file into a new folder, which loads like any other: its weights, or with --optimizer all of it."""
+
+    load: str = option(help="folder of checkpoints", unit="dir")
+    output: str = option(help="new folder to write", unit="dir")
+    ckpt_step: int | None = option(None, "step to merge; default: the newest", unit="step")
+    optimizer: bool = option(False, "the optimizer's state too, so that training can go on from it")
+
+
+@dataclass(frozen=True)
+class Diff:
+    """Compares two checkpoints of any layouts: diff A B. Exits with 0 if they are equal, with 1 if not."""
+
+    a: str = option(help="folder of checkpoints, or of one", unit="dir", word=True)
+    b: str = option(help="the other", unit="dir", word=True)
+    tolerance: float = option(0.0, "distance that counts as equal, as a part of a tensor's largest element", unit="fraction")
 
 
 def inspect(s: Inspect) -> None:
@@ -54,9 +77,25 @@ def verify(s: Verify) -> None:
     print(f"{reader.folder} is whole: {len(reader.tensors)} tensors, {size(count)}, {count / seconds / 1e9:.2f} GB/s")
 
 
+def merge_(s: Merge) -> None:
+    start, reader = time.perf_counter(), Reader(s.load, s.ckpt_step)
+    count = merge(reader, Path(s.output), s.optimizer, told=Bar())
+    seconds = time.perf_counter() - start
+    what = "weights and optimizer" if s.optimizer else "weights"
+    print(f"merged {reader.folder} ({len(reader.index['files'])} files) into {s.output}: {what}, {size(count)}, "
+          f"{count / seconds / 1e9:.2f} GB/s")
+
+
+def diff(s: Diff) -> None:
+    check(s.tolerance)
+    a, b = Reader(s.a, flag="--a"), Reader(s.b, flag="--b")
+    report(checkpoints(a, b, s.tolerance), f"{a.folder} and {b.folder} hold the same: {len(a.tensors)} tensors")
+
+
 def size(count: int) -> str:
     return f"{count:,} bytes"
 
 
 if __name__ == "__main__":
-    run(lambda: commands("checkpoint.py", __doc__ or "", {"inspect": (Inspect, inspect), "verify": (Verify, verify)}))
+    run(lambda: commands("checkpoint.py", __doc__ or "", {
+        "inspect": (Inspect, inspect), "verify": (Verify, verify), "merge": (Merge, merge_), "diff": (Diff, diff)}))
