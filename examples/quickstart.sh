@@ -46,8 +46,8 @@ train() {
     "$python" -m torch.distributed.run --standalone --nproc_per_node "$ranks" pretrain_gpt.py --config examples/quickstart.toml --data-path "$out/python_text_document" --tokenizer-model "$out/tokenizer" \
         --save "$out/checkpoints" --load "$out/checkpoints" --log-dir "$out/log" "$@"
 }
-say "3/7  Training a small Llama on $ranks process(es) ($first), stopped on purpose at step 300"
-train $first --exit-interval 300
+say "3/7  Training a small Llama on $ranks process(es) ($first), stopped on purpose at step 200"
+train $first --exit-interval 200
 
 say "4/7  Again, in another layout ($second): it resumes, and the curve is the one of a run that never stopped"
 train $second

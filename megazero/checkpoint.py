@@ -22,8 +22,8 @@ from typing import Any
 import torch
 
 from megazero.errors import UserError
-from megazero.files import Stored, checksums, contents, header_of
 from megazero.layout import Box, Flat, Parameter, Piece, intersect
+from megazero.tensor_files import Stored, checksums, contents, header_of
 
 FORMAT, VERSION, INDEX = "megazero-checkpoint", 2, "index.json"
 Tensor = torch.Tensor

@@ -7,10 +7,12 @@ A field becomes `--its-name`; a field that is a dataclass becomes a group of the
     bool field, default True       --no-flag
     tuple field                    --flag A B C
     X | None                       as X; None means "not said"
+    option(..., word=True)         also without its flag, as one of the first words
 """
 
 import argparse
 import difflib
+import itertools
 import json
 import re
 import sys
@@ -28,10 +30,10 @@ T = TypeVar("T")
 
 def option(
     default: Any = MISSING, help: str = "", *, choices: Sequence[str] | None = None, alias: Sequence[str] = (),
-    unit: str = "",
+    unit: str = "", word: bool = False,
 ) -> Any:
     """A dataclass field with what the command line needs to know of it. Without a default it must be given."""
-    metadata = {"help": help, "choices": tuple(choices) if choices else None, "alias": tuple(alias), "unit": unit}
+    metadata = {"help": help, "choices": tuple(choices) if choices else None, "alias": tuple(alias), "unit": unit, "word": word}
     return field(metadata=metadata) if default is MISSING else field(default=default, metadata=metadata)
 
 
@@ -73,7 +75,7 @@ def parse(
     """
     elsewhere = elsewhere or {}
     options = {o.name: o for group in leaves(cls).values() for o in group}
-    given, errors = _read_flags(cls, options, list(sys.argv[1:] if argv is None else argv), prog, elsewhere)
+    given, errors = _read_flags(cls, options, _flagged(options, sys.argv[1:] if argv is None else argv), prog, elsewhere)
     from_file: dict[str, Any] = {}
     if "config" in given:
         try:
@@ -187,6 +189,13 @@ def _kind(hint: Any) -> tuple[type, bool]:
     if typing.get_origin(hint) is tuple:
         return typing.get_args(hint)[0], True
     return hint, False
+
+
+def _flagged(options: Mapping[str, Option], argv: Sequence[str]) -> list[str]:
+    """The first words with the flags they are short for."""
+    first = list(itertools.takewhile(lambda word: not word.startswith("-"), argv))
+    named = list(zip([o.flag for o in options.values() if o.field.metadata.get("word")], first, strict=False))
+    return [*(part for pair in named for part in pair), *argv[len(named):]]
 
 
 class _Parser(argparse.ArgumentParser):

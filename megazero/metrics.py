@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from megazero.architecture import flops_per_token
 from megazero.cost import gib
@@ -151,6 +152,17 @@ def step_of(line: str) -> float:
         return int(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):
         return float("inf")
+
+
+class Bar:
+    """Progress by bytes; silent when nobody watches."""
+
+    def __init__(self) -> None:
+        self.bar = tqdm(unit="B", unit_scale=True, disable=None, leave=False)
+
+    def __call__(self, done: int, total: int) -> None:
+        self.bar.total = total
+        self.bar.update(done - self.bar.n)
 
 
 def clock(seconds: float) -> str:

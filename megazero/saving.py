@@ -13,8 +13,8 @@ import torch
 from megazero.checkpoint import FORMAT, INDEX, VERSION, Slice, complete, facts, text_checksum
 from megazero.comm import Alone, Group
 from megazero.errors import UserError
-from megazero.files import Planned, Sums, header_of, stream, sync
 from megazero.layout import Box
+from megazero.tensor_files import Planned, Sums, header_of, stream, sync
 
 Tensor = torch.Tensor
 

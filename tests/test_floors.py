@@ -16,7 +16,7 @@ FLOORS = [
     ["comm.group", "comm.shared", "comm.gloo", "comm.nccl", "comm.fake", "comm.late", "comm.wires"],
     ["unit", "ops", "attention", "blocks"],
     ["data.loader", "decoder", "executor", "models.families"],
-    ["optimizer", "files", "checkpoint", "saving", "metrics", "models.hf_files", "models.hf_tokenizer", "models.hf"],
+    ["tensor_files", "optimizer", "checkpoint", "saving", "merge", "compare", "metrics", "models.hf_files", "models.hf_tokenizer", "models.hf"],
     ["run", "train", "generate", "engine"],
 ]
 PLACE = {f"megazero.{name}": (floor, i) for floor, names in enumerate(FLOORS) for i, name in enumerate(names)}

@@ -3,12 +3,11 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
 from megazero.architecture import parameter_count
 from megazero.checkpoint import Reader
 from megazero.command_line import commands, option, run
 from megazero.config import DTYPES
+from megazero.metrics import Bar
 from megazero.models.families import flags
 from megazero.models.hf import export_folder, import_folder
 
@@ -29,17 +28,6 @@ class Import:
 
     input: str = option(help="folder with config.json and safetensors", unit="dir")
     output: str = option(help="new folder to write", unit="dir")
-
-
-class Bar:
-    """Progress by bytes; silent when nobody watches."""
-
-    def __init__(self) -> None:
-        self.bar = tqdm(unit="B", unit_scale=True, disable=None, leave=False)
-
-    def __call__(self, done: int, total: int) -> None:
-        self.bar.total = total
-        self.bar.update(done - self.bar.n)
 
 
 def export(s: Export) -> None:

@@ -19,12 +19,12 @@ from megazero.checkpoint import Reader, Slice
 from megazero.config import Config
 from megazero.data.tokenizers import Tokenizer
 from megazero.errors import UserError
-from megazero.files import Planned, draft_of, stream
 from megazero.models.families import Family, Row, architecture_of, family_of, flags, from_config, obstacles, rows, shapes, to_config, zeros
 from megazero.models.hf_files import INDEX, Source, read_json, shards, write_json
 from megazero.models.hf_tokenizer import export_tokenizer, import_tokenizer
 from megazero.saving import planned, write_alone
 from megazero.schedules import Progress, loss_scale
+from megazero.tensor_files import Planned, draft_of, stream
 from megazero.unit import TORCH_DTYPE
 
 Tensor = torch.Tensor

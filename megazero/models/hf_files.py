@@ -10,7 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from megazero.errors import UserError
-from megazero.files import DTYPES, Planned
+from megazero.tensor_files import DTYPES, Planned
 
 Tensor = torch.Tensor
 INDEX = "model.safetensors.index.json"

@@ -89,6 +89,7 @@ def stream(path: Path, plan: Sequence[Planned], make: Callable[[str], Tensor], m
             assert (tuple(tensor.shape), tensor.dtype) == (p.shape, p.dtype), f"{p}: made {tensor.shape} {tensor.dtype}"
             sums[p.name] = checksums(tensor)
             file.write(raw(tensor))
+            del tensor                                          # before the next is made
         file.seek(0)
         file.write(struct.pack("<Q", room) + _header(plan, metadata(sums)).ljust(room))
     sync(path)
