@@ -31,6 +31,8 @@ LAYOUTS = ("--tp 4", "--tp 2 --zero-stage 1", "--pp 2 --zero-stage 3", "--zero-s
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["megazero.train", "torch._dynamo", "pytest"])      # what torch.optim imports when first used, too
 
+pytestmark = pytest.mark.full
+
 
 def end(*_: Any, **__: Any) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
