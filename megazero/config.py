@@ -198,7 +198,8 @@ class Config:
     """Trains a GPT-style language model. The same command runs on a CPU, on one GPU, and under torchrun on many."""
 
     config: str | None = option(None, "file with these keys (.toml, .yaml, .json); flags override it", unit="file")
-    check: bool = option(False, "check everything, print the plan, train nothing")
+    check: bool = option(False, "check everything, print the plan, train nothing; without torchrun for as many ranks as --tp x --pp x --dp "
+                         "ask for")
     parallel: Parallel = Parallel()
     model: Model = Model()
     training: Training = Training()

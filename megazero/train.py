@@ -54,7 +54,8 @@ def launch(config: Callable[[], Config]) -> NoReturn:
 
 def main(config: Config) -> None:
     """The whole program: everything that can be wrong is found before anything is written."""
-    rank, world = environment()
+    rank, here = environment()
+    world = asked(config) if config.check and here == 1 else here
     errors = checks(config, world)
     if errors:
         raise UserError(*errors)
@@ -63,7 +64,9 @@ def main(config: Config) -> None:
     resolved = plan(config, world, max(tokenizer.vocab_size if tokenizer else 0, config.data.vocab_size or 0))
     if rank == 0:
         say(describe(resolved))
-    look_ahead(resolved, tokenizer, device)
+    look_ahead(resolved, tokenizer)
+    if world == here:
+        room(resolved, device)
     if config.check:
         return
     wires = connect(resolved.mesh, rank, "nccl" if device.type == "cuda" else "gloo", 60 * config.parallel.distributed_timeout_minutes)
@@ -74,8 +77,14 @@ def main(config: Config) -> None:
     wires.close()
 
 
-def look_ahead(plan: Plan, tokenizer: Tokenizer | None, device: torch.device) -> None:
-    """Everything that can go wrong later and can be known now: data, checkpoint, folders, memory. Raises UserError; writes nothing."""
+def asked(config: Config) -> int:
+    """Ranks that the sizes in a configuration ask for: --check on one machine looks at the plan of a cluster."""
+    p = config.parallel
+    return max(p.tensor_model_parallel_size * p.pipeline_model_parallel_size * (p.data_parallel_size or 1), 1)
+
+
+def look_ahead(plan: Plan, tokenizer: Tokenizer | None) -> None:
+    """Everything that can go wrong later and can be known now: data, checkpoint, folders. Raises UserError; writes nothing."""
     config, k = plan.config, plan.config.checkpoint
     samples(plan, "train", tokenizer)
     if config.training.eval_iters and plan.train_iters:
@@ -95,6 +104,10 @@ def look_ahead(plan: Plan, tokenizer: Tokenizer | None, device: torch.device) ->
     for flag, folder in (("--save", k.save), ("--log-dir", config.logging.log_dir)):
         if folder is not None and not writable(Path(folder)):
             raise UserError(f"{flag} {folder}: is not a folder that can be written to; name another.")
+
+
+def room(plan: Plan, device: torch.device) -> None:
+    """Raises UserError if what the ranks of this machine must hold is more than it has."""
     here = int(os.environ.get("LOCAL_WORLD_SIZE") or 1) if device.type == "cpu" else 1          # ranks that share this memory
     exact = here * sum(n for what, n in memory(plan).items() if what not in ("activations", "logits"))
     there = memory_of(device)

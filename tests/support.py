@@ -1,12 +1,15 @@
 """What several tests need: real text that every machine has, and runs of the real program in this process."""
 
 import json
+import runpy
+import sys
 import sysconfig
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 from megazero import config, pipeline
@@ -18,6 +21,7 @@ from megazero.plan import Plan, plan
 from megazero.run import Run
 from megazero.train import main
 
+ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 SHAPES = {
@@ -97,6 +101,20 @@ def train(words: str, log: Path | None = None) -> list[dict[str, Any]]:
 
 def lines(log: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (log / "metrics.jsonl").read_text().splitlines()]
+
+
+def program(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], path: str, *words: Any) -> tuple[int, str, str]:
+    """(exit code, stdout, stderr) of a program of the repository, run in this process: starting Python and torch takes seconds."""
+    monkeypatch.setattr(sys, "argv", [path, *map(str, words)])
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        runpy.run_path(str(ROOT / path), run_name="__main__")
+    return int(end.value.code or 0), *capsys.readouterr()
+
+
+def tool(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str, *words: Any) -> tuple[int, str, str]:
+    """The same of tools/`name`."""
+    return program(monkeypatch, capsys, f"tools/{name}", *words)
 
 
 def check_program(plan: Plan, rank: int) -> None:

@@ -7,14 +7,12 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 
 import pytest
-from support import TINY, train
+from support import ROOT, TINY, program, train
 
 from megazero import config
 from megazero.command_line import build, flatten, leaves, option, parse
 from megazero.config import PRESETS, Config, from_command_line
 from megazero.errors import UserError
-
-ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_flags_override_files_override_presets(tmp_path: Path) -> None:
@@ -143,12 +141,15 @@ WRONG = {
 
 
 @pytest.mark.parametrize("words", WRONG)
-def test_each_mistake_gets_its_sentence(words: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(ROOT)
-    with pytest.raises(UserError) as error:
-        train(f"{TINY} {words}")
-    assert any(WRONG[words] in sentence for sentence in error.value.sentences), error.value.sentences
-    assert len(set(error.value.sentences)) == len(error.value.sentences)
+def test_each_mistake_gets_its_sentence(
+    words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "setup.py").write_text("")
+    monkeypatch.chdir(tmp_path)
+    code, _, told = program(monkeypatch, capsys, "pretrain_gpt.py", *f"{TINY} {words}".split())
+    sentences = told.splitlines()
+    assert code == 2 and all(s.startswith("error: ") for s in sentences) and any(WRONG[words] in s for s in sentences), told
+    assert len(set(sentences)) == len(sentences) and [p.name for p in tmp_path.iterdir()] == ["setup.py"]
 
 
 @pytest.mark.parametrize("key, sentence", {

@@ -1,13 +1,11 @@
 """Generation: the index alone builds the decoder, greedy text is transformers' greedy text, and what cannot be is said."""
 
-import runpy
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from support import built, byte_dataset, named, train
+from support import built, byte_dataset, named, tool, train
 
 from megazero.checkpoint import Reader
 from megazero.data.tokenizers import build_tokenizer
@@ -78,16 +76,6 @@ def test_a_character_waits_for_its_bytes() -> None:
     ids = tokenizer.encode("é漢!")
     assert [p for p in stream_text(tokenizer, tokenizer.encode("a"), ids) if p] == ["é", "漢", "!"]
     assert "".join(stream_text(tokenizer, [], ids[:-2])) == "é\N{REPLACEMENT CHARACTER}"
-
-
-def tool(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str, *words: Any) -> tuple[int, str, str]:
-    """(exit code, stdout, stderr) of tools/`name`, run in this process: starting Python and torch takes seconds."""
-    path = Path(__file__).resolve().parents[1] / "tools" / name
-    monkeypatch.setattr(sys, "argv", [str(path), *map(str, words)])
-    capsys.readouterr()
-    with pytest.raises(SystemExit) as end:
-        runpy.run_path(str(path), run_name="__main__")
-    return int(end.value.code or 0), *capsys.readouterr()
 
 
 def test_the_tool(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -10,8 +10,7 @@ import pytest
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from support import built, byte_dataset, train
-from test_generate import tool
+from support import built, byte_dataset, tool, train
 
 from megazero.architecture import architecture
 from megazero.checkpoint import Reader

@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from support import byte_dataset, resolved, train
-from test_generate import tool
+from support import byte_dataset, resolved, tool, train
 from test_layouts import plan_of, rank_of, save, save_runs, slices, state
 
 from megazero import compare

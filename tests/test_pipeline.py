@@ -1,8 +1,6 @@
 """Pipeline schedules against their published formulas, published figures, torch's lists, and everything that could be wrong with one."""
 
 import random
-import runpy
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,12 +8,11 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+from support import ROOT, tool
 from torch.distributed.pipelining.schedules import ScheduleInterleaved1F1B
 
 from megazero.pipeline import SCHEDULES, Costs, Pass, bubble_time, held, needs, passes, placement
 from megazero.timeline import draw, simulate, verify
-
-ROOT = Path(__file__).resolve().parents[1]
 
 Row = tuple[str, int, int, int]                     # schedule, pp, micro-batches, virtual
 
@@ -203,17 +200,8 @@ def test_the_page_shows_what_is_drawn() -> None:
         assert draw(simulate(passes(name, 4, 8, 1 + row.looped), Costs(1, 1))) in page, name
 
 
-def tool(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], words: str) -> tuple[int, str, str]:
-    """(exit code, stdout, stderr) of tools/show_schedule.py, run in this process."""
-    path = ROOT / "tools" / "show_schedule.py"
-    monkeypatch.setattr(sys, "argv", [str(path), *words.split()])
-    with pytest.raises(SystemExit) as end:
-        runpy.run_path(str(path), run_name="__main__")
-    return int(end.value.code or 0), *capsys.readouterr()
-
-
 def test_the_tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    code, out, _ = tool(monkeypatch, capsys, f"interleaved --pp 2 --micro-batches 4 --virtual 2 --backward 1 --svg {tmp_path / 'a.svg'}")
+    code, out, _ = tool(monkeypatch, capsys, "show_schedule.py", *f"interleaved --pp 2 --micro-batches 4 --virtual 2 --backward 1 --svg {tmp_path / 'a.svg'}".split())
     assert (code, out) == (0, SHOWN)
     boxes = list(ElementTree.parse(tmp_path / "a.svg").iter("{http://www.w3.org/2000/svg}rect"))
     assert sorted(box[0].text or "" for box in boxes) == sorted(str(p) for line in passes("interleaved", 2, 4, 2) for p in line)
@@ -229,7 +217,7 @@ def test_the_tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytes
         "1f1b --pp 2 --micro-batches 2 --forward 1e-9": "make too large a drawing; choose fewer ranks, or times nearer to each other.",
         f"1f1b --pp 2 --micro-batches 2 --svg {tmp_path / 'no' / 'a.svg'}": "cannot be written (No such file or directory)",
     }.items():
-        code, _, said = tool(monkeypatch, capsys, wrong)
+        code, _, said = tool(monkeypatch, capsys, "show_schedule.py", *wrong.split())
         assert code == 2 and said.startswith("error: ") and sentence in said and said.count("\n") == 1, said
 
 
