@@ -61,9 +61,11 @@ class Optimizer:
         self._none = torch.zeros(0, dtype=torch.float64, device=self.lr.device)
         if o.optimizer == "adam":
             betas = (o.adam_beta1, o.adam_beta2)
-            self.torch: torch.optim.Optimizer = torch.optim.AdamW(groups, lr=self.lr, betas=betas, eps=o.adam_eps, fused=True)
+            self.torch: torch.optim.Optimizer = torch.optim.AdamW(groups, betas=betas, eps=o.adam_eps, fused=True)
         else:
-            self.torch = torch.optim.SGD(groups, lr=self.lr, momentum=o.sgd_momentum, fused=True)
+            self.torch = torch.optim.SGD(groups, momentum=o.sgd_momentum, fused=True)
+        for group in self.torch.param_groups:                   # given to the constructor, it would be read by the host
+            group["lr"] = self.lr
         self._adopt()
 
     def _ranges(self) -> list[tuple[Unit, int, int, int]]:

@@ -144,7 +144,7 @@ FULL = [Row(tp, dp, shape, recompute, micro, optimizer, tokens=tokens, late=late
         for recompute, micro in (("none", 1), ("selective", 2), ("full", 1))
         for optimizer, tokens, late in (("adam", 24, False), ("sgd", 25, True))]
 ZERO = [Row(tp, dp, shape, recompute, micro, optimizer, late=late, level=level)
-        for level in (0, 1, 2, 3) for tp in (1, 2) for dp in (2, 3, 4) for recompute in ("none", "selective", "full") for micro in (1, 3)
+        for level in (0, 1, 2, 3) for tp in (1, 2) for dp in (2, 3, 4) for recompute in ("none", "selective", "full") for micro in (1, 2 if dp == 3 else 3)
         for shape, optimizer, late in (("gpt2", "sgd", True), ("llama", "adam", False))]
 
 COLUMNS = {"tp": (1, 2, 4), "pp": (1, 2, 3, 4), "dp": (1, 2, 3), "level": (0, 1, 2, 3), "schedule": ("gpipe", "breadth-first", "1f1b", "interleaved"),

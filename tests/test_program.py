@@ -14,9 +14,11 @@ import torch
 from pool import Pool, RankError
 from support import SHAPES, TINY, check_program, resolved
 from test_zero import started
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megazero.comm import connect
 from megazero.cost import memory, traffic
+from megazero.decoder import Batch
 from megazero.executor import Executor
 from megazero.pipeline import SCHEDULES
 from megazero.plan import Plan
@@ -234,3 +236,18 @@ def test_a_rank_of_a_175b_model_takes_the_memory_of_the_plan() -> None:
     done = subprocess.run([sys.executable, "-c", BUILD, *words.split()], capture_output=True, text=True, check=True)
     took, planned = map(int, done.stdout.split())
     assert 0.9 * planned < took < 1.15 * planned, (took, planned)
+
+
+def test_a_whole_step_of_a_175b_model_runs_on_tensors_that_hold_nothing() -> None:
+    """torch's fake tensors have shapes alone. The last of 3,072 ranks sends what the plan says."""
+    words = ("--model gpt3-175b --tp 8 --pp 48 --dp 8 --zero-stage 3 --pipeline-schedule interleaved --num-virtual-stages-per-pipeline-rank 2 "
+             "--bf16 --lr 6e-5 --global-batch-size 8 --train-iters 10 --eval-iters 0 --mock-data --vocab-size 50257")
+    p, rank = resolved(words, 8 * 48 * 8), 8 * 48 * 8 - 1
+    with FakeTensorMode():
+        run = Run(p, None, torch.device("cpu"), connect(p.mesh, rank, "fake", 60))
+        tokens, one = torch.zeros(1, 2048, dtype=torch.int64), torch.ones(())
+        micros = [Batch(tokens, tokens, torch.ones(1, 2048), torch.zeros(1, dtype=torch.int64), 0)] * p.micro_batches
+        total = run.executor.train(run.training, micros, one)
+        verdict = run.optimizer.judge(run.told(total), run.told(total), p.tokens_per_step, one, run.wires["world"])
+        run.optimizer.step(verdict, one)
+    assert {axis: run.wires.line.sent[axis] for axis in traffic(p, rank)} == traffic(p, rank)

@@ -102,7 +102,7 @@ class Alone:
 
 def placed(x: Tensor, into: Tensor | None) -> Tensor:
     """x, in `into` if there is one; nothing moves when it is there already."""
-    return x if into is None or into.data_ptr() == x.data_ptr() else into.copy_(x)
+    return x if into is None or into.is_set_to(x) else into.copy_(x)
 
 
 class Several:
