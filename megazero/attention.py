@@ -22,13 +22,17 @@ def attention(
     """
     assert group.size == 1, "a sequence cut over ranks needs context parallelism"
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    plain = positions is None and documents is None
+    flash = plain and (not q.is_cuda or q.dtype in (torch.bfloat16, torch.float16))
+    if keep is not None or not flash:                           # of CUDA's kernels that make no [s, s] flash alone knows groups
+        k, v = _repeat(k, q.shape[1]), _repeat(v, q.shape[1])
     grouped = q.shape[1] != k.shape[1]
     if keep is not None:
-        out = _explicit(q, _repeat(k, q.shape[1]), _repeat(v, q.shape[1]), _visible(q, positions, documents), keep)
-    elif positions is None and documents is None:
+        out = _explicit(q, k, v, _visible(q, positions, documents), keep)
+    elif plain:
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
     else:
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=_visible(q, positions, documents), enable_gqa=grouped)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=_visible(q, positions, documents))
     return out.transpose(1, 2)
 
 
@@ -46,7 +50,7 @@ def _explicit(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, keep: Tensor) ->
 
 
 def _repeat(x: Tensor, heads: int) -> Tensor:
-    return x.repeat_interleave(heads // x.shape[1], 1)
+    return x if heads == x.shape[1] else x.repeat_interleave(heads // x.shape[1], 1)
 
 
 def attention_keep(stream: int, samples: Tensor, heads: range, all_heads: int, s: int, p: float, dtype: torch.dtype) -> Tensor:

@@ -172,11 +172,13 @@ def _schedule(c: Config, world: int) -> Iterator[Check]:
             "--lr-warmup-fraction": o.lr_warmup_fraction}
     given = [f"{flag} {value}" for flag, value in said.items() if value is not None]
     yield len(given) > 1, f"{', '.join(given[1:])}: cannot be combined with {given[0] if given else ''}; keep one."
-    batch = max(t.global_batch_size or t.micro_batch_size, 1)
+    dp = max(world // max(c.parallel.tensor_model_parallel_size * c.parallel.pipeline_model_parallel_size, 1), 1)
+    batch = max(t.global_batch_size or t.micro_batch_size * dp, 1)
     run = t.train_iters if t.train_iters is not None else (t.train_samples or 0) // batch
     length = o.lr_decay_iters or (o.lr_decay_samples // batch if o.lr_decay_samples else run)
-    yield (length and o.lr_warmup_iters and o.lr_warmup_iters > length and o.lr_decay_style != "constant",
-           f"--lr-warmup-iters {o.lr_warmup_iters}: is longer than the whole curve of {length} steps; write less than {length}.")
+    for flag, count, size in (("--lr-warmup-iters", o.lr_warmup_iters, 1), ("--lr-warmup-samples", o.lr_warmup_samples, batch)):
+        yield (length and count and count > length * size and o.lr_decay_style != "constant",
+               f"{flag} {count}: is longer than the whole curve of {length} steps; write less than {length * size}.")
     wsd = o.lr_decay_style == "WSD"
     yield wsd and o.lr_wsd_decay_iters is None, "--lr-wsd-decay-iters is missing: --lr-decay-style WSD needs the length of its final part."
     yield (not wsd and o.lr_wsd_decay_iters is not None,

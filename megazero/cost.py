@@ -71,9 +71,10 @@ def working(p: Plan, rank: int, width: int, full: int) -> dict[str, int]:
         now += blocks[step.stage] * (1 if step.kind == "F" else -1)
         most = max(most, now)
     again = kept_per_token(a, "none") if t.recompute_granularity == "full" else 0
-    chunk = min(tokens * p.tp, max(LOGITS // a.vocab_size, 1)) * (a.vocab_size // p.tp) if len(p.stages) - 1 in own else 0
+    rows = ragged_rows(a.vocab_size, p.tp, a.pad_rows)
+    chunk = min(tokens * p.tp, max(LOGITS // rows, 1)) * rows if len(p.stages) - 1 in own else 0
     kept = most * kept_per_token(a, t.recompute_granularity) + again
-    return {"activations": tokens * kept * width, "logits": chunk * (width + full if width == 2 else width)}
+    return {"activations": tokens * kept * width, "logits": chunk * (2 * width + full if width == 2 else width)}
 
 
 def kept_per_token(a: Architecture, recompute: str) -> int:
@@ -136,7 +137,9 @@ def describe(p: Plan) -> str:
     """The plan as printed at the start."""
     a, c = p.architecture, p.config
     positions = "learned" if a.learned_positions else "rotary" if a.rotary else "no"
-    need, sent = memory(p), traffic(p)
+    sent, needs = traffic(p), {rank: memory(p, rank) for rank in range(0, p.world, p.world // p.pp)}
+    fullest = max(needs, key=lambda rank: sum(needs[rank].values()))
+    need, which = needs[fullest], f" on rank {fullest}, less on others" if p.pp > 1 else " per rank"
     layers = [sum(0 < i <= a.layers for i in stage) for stage in p.stages]
     idle = bubble_time(p.pp, p.micro_batches, p.virtual, Costs(1, 2)) / (p.micro_batches * p.virtual * 3)
     shared = f"over {p.shard} ranks" + (f", repeated {p.dp // p.shard} times" if p.shard < p.dp else "")
@@ -153,7 +156,7 @@ def describe(p: Plan) -> str:
         f"precision   {c.dtype}, recompute {c.training.recompute_granularity}",
         f"compute     {flops_per_token(a):.4g} FLOPs per token (6 N + 6 L h S: causal attention, no recompute counted), "
         f"{flops_per_token(a) * p.tokens_per_step * p.train_iters:.3g} in all",
-        f"memory      {gib(sum(need.values()))} per rank: " + ", ".join(f"{k} {gib(v)}" for k, v in need.items() if v),
+        f"memory      {gib(sum(need.values()))}{which}: " + ", ".join(f"{k} {gib(v)}" for k, v in need.items() if v),
         *([f"groups      {'; '.join(p.mesh.describe())}"] if p.world > 1 else []),
         *([f"wire        {gib(sum(sent.values()))} sent per rank and step: "
            + ", ".join(f"{axis} {gib(n)}" for axis, n in sent.items() if n)] if p.world > 1 else []),

@@ -19,8 +19,10 @@ from megazero.plan import Plan
 
 MFU = "MFU counts 6 N + 6 L h S FLOPs per token (causal attention, recompute not counted)"
 
-# Dense peaks in FLOP/s as the makers state them, without sparsity; what is not listed is measured.
+# Dense peaks in FLOP/s as the makers state them, without sparsity; what is not listed is measured. Longer names come first.
 PEAKS = {
+    ("H100 PCIe", "bf16"): 756e12, ("H100 PCIe", "fp16"): 756e12, ("H100 PCIe", "fp32"): 51e12,
+    ("H100 NVL", "bf16"): 835e12, ("H100 NVL", "fp16"): 835e12, ("H100 NVL", "fp32"): 60e12,
     ("H200", "bf16"): 989e12, ("H200", "fp16"): 989e12, ("H100", "bf16"): 989e12, ("H100", "fp16"): 989e12,
     ("A100", "bf16"): 312e12, ("A100", "fp16"): 312e12, ("A100", "fp32"): 19.5e12, ("H100", "fp32"): 67e12, ("H200", "fp32"): 67e12,
 }

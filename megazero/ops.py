@@ -200,7 +200,7 @@ def local_rows(tokens: Tensor, weight: Weight) -> tuple[Tensor, Tensor | None]:
         return tokens, None
     index = tokens - low
     here = (index >= 0) & (index < count)
-    return torch.where(here, index, 0), here
+    return index % max(count, 1), here                          # tokens of other ranks: any row, but not all the same one
 
 
 def cross_entropy(

@@ -116,8 +116,9 @@ class Optimizer:
         """Updates the masters, or leaves every bit as it was. Then publishes."""
         self.lr.copy_(lr)
         if self.wide == torch.float64:                          # the kernels take the factor in fp32: too coarse for fp64
+            factor = torch.where(verdict.found_inf == 0, verdict.factor, 0)         # NaN would stay in the padding between operands
             for unit in self.units:
-                unit.grad_slice.mul_(verdict.factor)
+                unit.grad_slice.mul_(factor)
         else:
             self.torch.grad_scale = (1 / verdict.factor).float()  # type: ignore[attr-defined]
         self.torch.found_inf = verdict.found_inf                # type: ignore[attr-defined]

@@ -75,11 +75,6 @@ SCHEDULES = {
 }
 
 
-def placement(stage: int, pp: int) -> int:
-    """The rank that holds a stage."""
-    return stage % pp
-
-
 def needs(p: Pass, stages: int) -> list[Pass]:
     """The passes that must have ended before this one can start, of `stages` stages in all."""
     if p.kind == "F":

@@ -56,6 +56,8 @@ class Plan:
         o = self.config.optimizer
         if o.lr_decay_samples is not None:
             return o.lr_decay_samples // self.global_batch
+        if o.lr_decay_iters is None and self.config.training.train_samples is not None:
+            return self.config.training.train_samples // self.global_batch
         return o.lr_decay_iters or self.train_iters
 
     @property

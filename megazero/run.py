@@ -6,7 +6,7 @@ the host, and a skipped step moves neither the learning rate nor anything else.
 """
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from megazero.metrics import Metrics, clock, say
 from megazero.optimizer import Optimizer, Verdict
 from megazero.plan import Plan
 from megazero.saving import Writer
-from megazero.schedules import LossScale, Progress, learning_rate, loss_scale
+from megazero.schedules import LossScale, Progress, learning_rate, loss_scale, position
 from megazero.unit import TORCH_DTYPE, Buffers, Sharing, Unit
 
 Tensor = torch.Tensor
@@ -41,8 +41,7 @@ class Pending:
     """A step whose verdict the host has not read: its figures on the device, and what is known of it already."""
 
     verdict: Verdict
-    lr: Tensor
-    scale: Tensor
+    figures: Callable[[], list[float]]          # loss, norm, found_inf, wish to stop, lr, scale, when they have come to the host
     samples: int
     seconds: float
     witness: Mapping[str, Tensor]
@@ -82,16 +81,18 @@ class Run:
         """Starts one step, then reads the verdict of the one before."""
         good, bad = self.futures()
         scale = self.choose(good.loss_scale.value, bad.loss_scale.value)
-        lr = self.choose(learning_rate(self.plan, good.applied), learning_rate(self.plan, bad.applied))
+        lr = self.choose(*(learning_rate(self.plan, position(self.plan, p)) for p in (good, bad)))
         batches = self.batches(good.step, good.samples)
         valid = torch.stack([b.mask.sum(dtype=torch.float64) for b in batches]).sum()
-        total = self.executor.train(self.training, batches, scale / self.plan.tokens_per_step)
+        tokens = self.plan.architecture.seq_length              # a loss scale means the same for any batch: gradients of a sample's mean
+        total = self.executor.train(self.training, batches, scale / tokens)
         self.wires.line.doing = f"the gate of step {good.step + 1}"
-        verdict = self.optimizer.judge(self.told(total), self.told(valid), self.plan.tokens_per_step, scale, self.wires["world"],
+        verdict = self.optimizer.judge(self.told(total), self.told(valid), tokens, scale, self.wires["world"],
                                        stop=bool(self.asked_to_stop()))
+        figures = later(torch.stack([x.double() for x in (verdict.loss, verdict.norm, verdict.found_inf, verdict.stop, lr, scale)]))
         self.optimizer.step(verdict, lr)
         self.settle()
-        self.pending = Pending(verdict, lr, scale, self.plan.global_batch, self.lap(), self.executor.witness)
+        self.pending = Pending(verdict, figures, self.plan.global_batch, self.lap(), self.executor.witness)
 
     def told(self, figure: Tensor) -> Tensor:
         """The figure on the rank that tells it, 0 on those that know the same: sums count it once. The last stage knows the loss."""
@@ -111,9 +112,8 @@ class Run:
 
     def choose(self, good: float, bad: float) -> Tensor:
         """The value that fits the pending verdict, on the device."""
-        wide = self.optimizer.wide
-        values = torch.tensor([good, bad], dtype=wide, device=self.device)
-        return values[0] if self.pending is None else torch.where(self.pending.verdict.found_inf == 0, values[0], values[1])
+        one, other = (torch.full((), value, dtype=self.optimizer.wide, device=self.device) for value in (good, bad))
+        return one if self.pending is None else torch.where(self.pending.verdict.found_inf == 0, one, other)
 
     def batches(self, step: int, first: int) -> list[Batch]:
         """This rank's micro-batches of a step, whose samples start at number `first`; those of the next step are read meanwhile."""
@@ -137,7 +137,7 @@ class Run:
             mask = mask.masked_fill(x == self.eod, 0)
         places = positions_of(x, self.eod) if d.reset_position_ids else None
         documents = documents_of(x, self.eod) if d.reset_attention_mask else None
-        return Batch(x, y, mask, torch.tensor(list(numbers), device=self.device), step, places, documents)
+        return Batch(x, y, mask, torch.arange(numbers.start, numbers.stop, device=self.device), step, places, documents)
 
     @property
     def eod(self) -> int:
@@ -153,14 +153,14 @@ class Run:
         if self.pending is None:
             return
         done, self.pending = self.pending, None
-        skipped = bool(done.verdict.found_inf.item())
+        loss, norm, found_inf, stop, lr, scale = done.figures()
+        skipped = found_inf != 0
         waited = self.lap() if last else 0.0
         before, self.progress = self.progress, self.progress.after(not skipped, done.samples)
         self.metrics.step({
-            "step": self.progress.step, "loss": done.verdict.loss.item(), "grad_norm": done.verdict.norm.item(), "lr": done.lr.item(),
-            "loss_scale": done.scale.item(), "skipped": skipped, "samples": self.progress.samples,
-            "tokens": done.samples * self.plan.architecture.seq_length, "seconds": done.seconds + waited})
-        if done.verdict.stop > 0:
+            "step": self.progress.step, "loss": loss, "grad_norm": norm, "lr": lr, "loss_scale": scale, "skipped": skipped,
+            "samples": self.progress.samples, "tokens": done.samples * self.plan.architecture.seq_length, "seconds": done.seconds + waited})
+        if stop > 0:
             self.stop_reason = self.asked_to_stop() or "another rank was asked to stop"
         if skipped:
             self._explain(done, before.loss_scale, self.progress)
@@ -201,6 +201,8 @@ class Run:
         while step < self.plan.train_iters and not self.stop_reason:
             self.step()
             step += 1
+            if self.writer is not None:
+                self.writer.look()
             if self.valid_samples is not None and (step % t.eval_interval == 0 or step == self.plan.train_iters):
                 self.settle(last=True)
                 self.metrics.evaluation(step, "valid", self.evaluate(self.valid_samples))
@@ -265,7 +267,11 @@ class Run:
         slices = [s for u in self.units.values() if u.owner for s in checkpoint.owned(u.flat, u.low, self.buffers(u))]
         path = self.writer.save(slices, self.header())
         if self.wires.rank == 0:
-            save_tokenizer(self.writer.folder, self.tokenizer)
+            try:
+                save_tokenizer(self.writer.folder, self.tokenizer)
+            except OSError as error:
+                raise UserError(f"--save {self.writer.folder}: the tokenizer's files cannot be written there ({error.strerror}); the "
+                                "checkpoints are complete without them.") from error
         self.saved = self.progress.step
         self.say(f"step {self.progress.step:,} | saved to {path}" + (" (writing in the background)" if self.writer.background else ""))
         self.lap()
@@ -298,6 +304,9 @@ class Run:
                 now = replace(now, value=max(then.value, now.minimum), good=then.good, bad=min(then.bad, now.hysteresis - 1))
             self.progress = Progress(**saved, loss_scale=now)
             self.optimizer.set_steps(self.progress.applied)
+            if self.config.training.train_samples is not None:  # steps so far may have been of another size
+                left = max(self.config.training.train_samples - self.progress.samples, 0) // self.plan.global_batch
+                self.plan = replace(self.plan, train_iters=self.progress.step + left)
 
     def _wrong_tokenizer(self, reader: Reader) -> list[str]:
         theirs = reader.index.get("tokenizer")
@@ -322,6 +331,21 @@ class Run:
             self.writer.wait()
         self.loader.close()
         self.metrics.close()
+
+
+def later(figures: Tensor) -> Callable[[], list[float]]:
+    """The figures on their way to the host; the call waits until they are there, and for nothing that was started after them."""
+    there = figures.to("cpu", non_blocking=True)                # from CUDA: into pinned memory
+    if not figures.is_cuda:
+        return there.tolist
+    arrived = torch.cuda.Event()
+    arrived.record()
+
+    def read() -> list[float]:
+        arrived.synchronize()
+        return there.tolist()
+
+    return read
 
 
 def unfit(reader: Reader, plan: Plan) -> list[str]:

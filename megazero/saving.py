@@ -50,13 +50,22 @@ class Writer:
     def _commit(self, target: Path, slices: list[Slice], header: Mapping[str, Any]) -> None:
         write(target, slices, header, self.rank, self.group)
         if self.rank == 0:
-            prune(self.folder, self.keep_last, target)
+            try:
+                prune(self.folder, self.keep_last, target)
+            except OSError as error:
+                raise UserError(f"--save {self.folder}: a checkpoint that is not to be kept cannot be removed ({error.strerror}); "
+                                f"{target} is complete.") from error
 
     def _write(self, target: Path, slices: list[Slice], header: Mapping[str, Any]) -> None:
         try:
             self._commit(target, slices, header)
         except BaseException as error:                          # told at the next wait(), on the main thread
             self._error = error
+
+    def look(self) -> None:
+        """Raises what the background writer has met so far; does not wait for it."""
+        if self._error is not None:
+            self.wait()
 
     def wait(self) -> None:
         """Returns when nothing is being written. Raises what the background writer met."""
@@ -133,9 +142,10 @@ def write_index(folder: Path, header: Mapping[str, Any], names: Sequence[str]) -
 
 
 def _fresh_folder(folder: Path, step: int) -> Path:
-    """Where to save a step: a folder that holds no complete checkpoint."""
-    names = [f"step-{step:08d}", *(f"step-{step:08d}.{n}" for n in range(1, 10_000))]
-    return next(folder / n for n in names if not (folder / n / INDEX).is_file())
+    """Where to save a step: a folder that holds no complete checkpoint, and comes after those of the same step that do."""
+    name = f"step-{step:08d}"
+    there = [int(path.suffix[1:] or 0) for s, path in complete(folder) if s == step]
+    return folder / (f"{name}.{max(there) + 1}" if there else name)
 
 
 def prune(folder: Path, keep_last: int | None, just_saved: Path | None = None) -> None:

@@ -7,9 +7,9 @@ from megazero.config import Config
 from megazero.plan import Plan
 
 
-def learning_rate(plan: Plan, applied: int) -> float:
-    """The rate of the step after `applied` ones. Megatron's curves, but the first step of a warm-up is not lost at rate 0: warm-up
-    counts the step itself, decay the steps before it."""
+def learning_rate(plan: Plan, applied: float) -> float:
+    """The rate of the step after `applied` ones, see `position`. Megatron's curves, but the first step of a warm-up is not lost at rate 0:
+    warm-up counts the step itself, decay the steps before it."""
     o = plan.config.optimizer
     assert o.lr is not None
     step, warmup, length = applied, plan.warmup_iters, plan.decay_iters
@@ -27,11 +27,19 @@ def learning_rate(plan: Plan, applied: int) -> float:
     return o.min_lr + (o.lr - o.min_lr) * (1 - part if o.lr_decay_style == "linear" else (math.cos(math.pi * part) + 1) / 2)
 
 
-def _wsd(style: str, step: int, length: int, final: int) -> float:
+def _wsd(style: str, step: float, length: int, final: int) -> float:
     """Warm-up, stable, decay (Hu et al. 2024): 1 until the last `final` steps, then down."""
     part = max(0, step - (length - final)) / final
     return {"linear": 1 - part, "cosine": (math.cos(math.pi * part) + 1) / 2, "exponential": 2 * 0.5**part - 1,
             "minus_sqrt": 1 - math.sqrt(part)}[style]
+
+
+def position(plan: Plan, progress: "Progress") -> float:
+    """Where a run is on the curve of its learning rate, in steps of this batch size: steps that changed the weights; in a run told by
+    samples, what they consumed."""
+    if plan.config.training.train_samples is None:
+        return progress.applied
+    return progress.samples / plan.global_batch - (progress.step - progress.applied)
 
 
 @dataclass(frozen=True)

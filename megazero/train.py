@@ -66,7 +66,7 @@ def main(config: Config) -> None:
         say(describe(resolved))
     look_ahead(resolved, tokenizer)
     if world == here:
-        room(resolved, device)
+        room(resolved, rank, device)
     if config.check:
         return
     wires = connect(resolved.mesh, rank, "nccl" if device.type == "cuda" else "gloo", 60 * config.parallel.distributed_timeout_minutes)
@@ -106,16 +106,17 @@ def look_ahead(plan: Plan, tokenizer: Tokenizer | None) -> None:
             raise UserError(f"{flag} {folder}: is not a folder that can be written to; name another.")
 
 
-def room(plan: Plan, device: torch.device) -> None:
-    """Raises UserError if what the ranks of this machine must hold is more than it has."""
-    here = int(os.environ.get("LOCAL_WORLD_SIZE") or 1) if device.type == "cpu" else 1          # ranks that share this memory
-    exact = here * sum(n for what, n in memory(plan).items() if what not in ("activations", "logits"))
+def room(plan: Plan, rank: int, device: torch.device) -> None:
+    """Raises UserError if what must be held by the ranks that share this rank's memory is more than there is."""
+    first, count = rank - int(os.environ.get("LOCAL_RANK") or 0), int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+    ranks = range(first, first + count) if device.type == "cpu" else (rank,)
+    exact = sum(n for r in ranks for what, n in memory(plan, r).items() if what not in ("activations", "logits"))
     there = memory_of(device)
     if exact > there:
-        ranks = f"{here} rank{'s' if here > 1 else ''}"
+        more = "more machines" if device.type == "cpu" else "share it among more ranks with --tp, --pp or --zero-stage"
         raise UserError(f"--hidden-size {plan.architecture.hidden}, --num-layers {plan.architecture.layers}: weights, gradients and "
-                        f"optimizer take {gib(exact)} for {ranks}, this {device.type} has {gib(there)}; choose a smaller model, or more "
-                        "ranks with --tp.")
+                        f"optimizer take {gib(exact)} for {len(ranks)} rank{'s' if len(ranks) > 1 else ''}, this {device.type} has "
+                        f"{gib(there)}; choose a smaller model, or {more}.")
 
 
 def start(run: Run) -> None:
@@ -226,12 +227,18 @@ def tokenizer_of(config: Config) -> Tokenizer | None:
     return tokenizer
 
 
+def in_place(config: Config) -> bool:
+    """Does the run load from where it saves?"""
+    k = config.checkpoint
+    return k.load is not None and k.save is not None and Path(k.load).resolve() == Path(k.save).resolve()
+
+
 def find_checkpoint(config: Config, say: Callable[[str], None]) -> Reader | None:
     """The checkpoint to load, if any. A run that loads from where it saves starts afresh the first time."""
     k = config.checkpoint
     if k.load is None:
         return None
-    if k.save is not None and Path(k.load) == Path(k.save) and not checkpoint.complete(Path(k.load)) and k.ckpt_step is None:
+    if in_place(config) and k.ckpt_step is None and not checkpoint.complete(Path(k.load)):
         say(f"starting    afresh: --load {k.load} holds no complete checkpoint yet")
         return None
     return Reader(k.load, k.ckpt_step)

@@ -80,6 +80,8 @@ def test_keep_last_and_saving_a_step_again(tmp_path: Path) -> None:
     Writer(tmp_path, None, False).save(slices, run.header() | {"step": 5})
     assert [p.name for _, p in complete(tmp_path)] == ["step-00000004", "step-00000005.1"], "the same step again goes beside, then replaces"
     assert Reader(tmp_path).index["config"]["seed"] == 7
+    Writer(tmp_path, None, False).save(slices, run.header() | {"step": 5, "third": True})
+    assert Reader(tmp_path).index["third"] and [s for s, _ in complete(tmp_path)] == [4, 5], "the last saved counts, however often"
     Writer(tmp_path, 1, False).save(slices, run.header() | {"step": 2})
     assert [step for step, _ in complete(tmp_path)] == [2, 5], "what was just saved stays"
 
@@ -108,6 +110,19 @@ def test_a_background_writer_tells_its_error(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(UserError, match=r"cannot be written \(No space left on device\); the checkpoints before it are untouched"):
         train(f"{TINY} --save {tmp_path} --save-interval 2 --async-save")
     assert complete(tmp_path) == []
+
+
+def test_its_error_is_told_at_the_next_step_and_not_at_the_next_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = built(TINY)
+    slices = [s for u in run.units.values() for s in owned(u.flat, u.low, run.buffers(u))]
+    monkeypatch.setattr(saving, "stream", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    writer = Writer(tmp_path, None, background=True)
+    writer.save(slices, run.header())
+    assert writer._thread is not None
+    writer._thread.join()
+    with pytest.raises(UserError, match="No space left on device"):
+        writer.look()
+    writer.look()
 
 
 def test_every_flipped_bit_is_found(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """A step is a transaction: a non-finite gradient changes nothing, in any precision, and the log says what happened."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from support import TINY, built, lines, named, train
@@ -129,3 +131,18 @@ def test_the_norm_of_many_elements_is_right_in_fp32() -> None:
     one = torch.ones((), dtype=torch.float32)
     verdict = run.optimizer.judge(one, one, 1, one, run.wires["world"])
     assert float(verdict.norm) == pytest.approx(float(grad.double().norm()), rel=1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["fp64", "fp32"])
+def test_a_bad_step_leaves_nothing_between_operands(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Operands begin at multiples of 64 elements: what lies between them is never read, and must not fill with NaN either."""
+    run = built(f"{TINY} --hidden-size 40 --dtype {dtype}")
+    run.metrics = SimpleNamespace(step=lambda figures: figures)  # type: ignore[assignment]
+    poison(monkeypatch, {1})
+    for _ in range(3):
+        run.step()
+    assert run.progress.step == 2 and run.progress.applied == 1
+    for unit in run.units.values():
+        assert sum(p.stop - p.start for p in unit.flat.pieces) < len(unit.master) or unit.flat.name == "positions"
+        for buffer in (unit.master, unit.grads, *run.optimizer.state[unit.flat.name].values()):
+            assert buffer is not None and buffer.isfinite().all(), unit.flat.name

@@ -138,7 +138,8 @@ def take(words: str, world: int, folder: str) -> Taken:
     run.load(Reader(folder))
     run.step()
     assert run.pending is not None
-    told = [float(x) for x in (run.pending.verdict.loss, run.pending.verdict.norm, run.pending.lr)]
+    loss, norm, _, _, lr, _ = run.pending.figures()
+    told = [loss, norm, lr]
     return told, [(s.name, s.box, s.tensor.clone()) for s in slices(run) if s.kind == "weight"]
 
 

@@ -129,7 +129,7 @@ MISTAKES = {
     "merge of a damaged file": Wrong("tools/checkpoint.py", "merge --load run --output whole", "are damaged (checksum differs)", damage(RANK)),
     "compare with nothing": Wrong("tools/compare_runs.py", "run none", "--b none: there is no such folder."),
     "a log of something else": Wrong("tools/compare_runs.py", "text.txt text.txt", "text.txt: line 1 is damaged"),
-    "a plot of nothing": Wrong("tools/plot_loss.py", "--log-dir odd", "--log-dir odd: metrics.jsonl cannot be read"),
+    "a plot of nothing": Wrong("tools/plot_loss.py", "--log-dir odd", "odd/metrics.jsonl: cannot be read"),
     "no sample without a prompt": Wrong("tools/generate.py", "--load run", "--prompt is missing"),
     # Hugging Face
     "a model that has no family": Wrong(HF, "export --load odd --output hf", "--load: no Hugging Face family known here"),

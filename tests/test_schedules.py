@@ -1,9 +1,10 @@
 """Learning-rate curves against their formulas."""
 
 import math
+from pathlib import Path
 
 import pytest
-from support import TINY, resolved
+from support import TINY, resolved, train
 
 from megazero.errors import UserError
 from megazero.schedules import Progress, learning_rate, loss_scale
@@ -56,3 +57,14 @@ def test_progress_counts_steps_samples_and_what_was_applied() -> None:
         p = p.after(finite, 8)
     assert (p.step, p.applied, p.samples, p.skipped_in_a_row) == (4, 2, 32, 0)
     assert p.after(False, 8).skipped_in_a_row == 1
+
+
+def test_a_run_told_by_samples_goes_on_with_another_batch(tmp_path: Path) -> None:
+    """20 samples by fours, 16 of the 20 that are left by eights: length and learning rate follow the samples."""
+    words = (f"{TINY} --train-samples 40 --lr-warmup-samples 8 --lr-decay-style linear --save {tmp_path / 'ck'} --load {tmp_path / 'ck'}"
+             ).replace("--train-iters 5 ", "")
+    first = train(f"{words} --global-batch-size 4 --exit-interval 5", tmp_path / "a")
+    then = train(f"{words} --global-batch-size 8", tmp_path / "b")
+    assert [r["samples"] for r in first + then] == [4, 8, 12, 16, 20, 28, 36]
+    straight = resolved(f"{words} --global-batch-size 8")
+    assert [r["lr"] for r in then] == pytest.approx([learning_rate(straight, at) for at in (2.5, 3.5)], rel=1e-6)

@@ -1,10 +1,10 @@
 """Draws the loss curve of a run, on the screen and as a PNG: python tools/plot_loss.py --log-dir DIR [--output FILE]"""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 from megazero.command_line import option, parse, run
+from megazero.compare import log_lines
 from megazero.errors import UserError
 
 
@@ -35,17 +35,9 @@ def main() -> None:
 
 def read(path: Path) -> tuple[Curve, Curve]:
     """Training and validation losses. Raises UserError."""
-    try:
-        records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except OSError as error:
-        raise UserError(f"--log-dir {path.parent}: {path.name} cannot be read ({error.strerror}); give the folder of a run.") from None
-    except ValueError:
-        raise UserError(f"{path}: is damaged: each line should be one JSON object.") from None
-    try:
-        train = [(r["step"], r["loss"]) for r in records if "split" not in r and not r["skipped"]]
-        valid = [(r["step"], r["loss"]) for r in records if r.get("split") == "valid"]
-    except (KeyError, TypeError):
-        raise UserError(f"{path}: is damaged: each line should be one step or one evaluation.") from None
+    lines = log_lines(path)
+    train = [(step, r["loss"]) for (step, split), r in lines.items() if split == "train" and "loss" in r and not r.get("skipped")]
+    valid = [(step, r["loss"]) for (step, split), r in lines.items() if split == "valid" and "loss" in r]
     if not train:
         raise UserError(f"{path}: holds no training step.")
     return train, valid

@@ -14,6 +14,8 @@ from megazero.comm.late import Late, LateChannel
 from megazero.comm.nccl import Nccl, NcclChannel
 from megazero.mesh import Mesh
 
+PATIENCE = 6                            # times longer than elsewhere do ranks wait for another that writes its part of a checkpoint
+
 
 class Wires:
     """One rank's groups, and its channels by (send or recv, F or B), made once. `close()` when all is well; a process that fails just
@@ -30,7 +32,7 @@ class Wires:
 
     def barrier(self) -> None:
         """Returns when every rank has come here."""
-        self.groups["world"].all_reduce(torch.zeros(1, device=self.device)).wait()
+        self.groups["world"].all_reduce(torch.zeros(1, device=self.device)).wait().item()          # under NCCL `wait` orders streams alone
 
     @property
     def device(self) -> torch.device:
@@ -54,7 +56,8 @@ def connect(mesh: Mesh, rank: int, backend: str, seconds: float) -> Wires:
     made: dict[str, Group] = {}
     for axis, rows in mesh.groups().items():
         for ranks in rows:
-            group = _make(kind, axis, ranks, Line(rank, seconds, "saving a checkpoint", line.sent) if axis == "saved" else line)
+            own = Line(rank, PATIENCE * seconds, "saving a checkpoint", line.sent) if axis == "saved" else line
+            group = _make(kind, axis, ranks, own)
             if rank in ranks:
                 made[axis] = Late(group) if wrap == "late" and len(ranks) > 1 else group
     channels = _channels(kind, mesh, line)
@@ -85,11 +88,24 @@ def _channels(kind: str, mesh: Mesh, line: Line) -> dict[tuple[str, str], Channe
     for way, pairs in (("F", mesh.channels()), ("B", [(b, a) for a, b in mesh.channels()])):
         for sender, receiver in pairs:
             group = None if kind == "fake" else dist.new_group([sender, receiver], timeout=timedelta(seconds=line.seconds), backend=kind)
+            if kind == "nccl" and group is not None and line.rank in (sender, receiver):
+                _greet(sender, receiver, line.rank, group)
             for end, who in (("send", sender), ("recv", receiver)):
                 if line.rank == who:
                     made[end, way] = (FakeChannel(line) if group is None else
                                       (GlooChannel if kind == "gloo" else NcclChannel)(sender, receiver, line, group))
     return made
+
+
+def _greet(sender: int, receiver: int, rank: int, group: dist.ProcessGroup) -> None:
+    """NCCL connects two ranks at their first message, and the host waits there for the other end: let it be here, where both come, and not
+    at a receive that is posted ahead."""
+    message = torch.zeros(1, device="cuda")
+    if rank == sender:
+        dist.send(message, receiver, group)
+    else:
+        dist.recv(message, sender, group)
+    torch.cuda.synchronize()
 
 
 def first_to_say(what: str) -> bool:
