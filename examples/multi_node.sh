@@ -6,6 +6,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 : "${NODES:?how many nodes there are}" "${NODE_RANK:?the number of this node, from 0}" "${MASTER_ADDR:?the address of node 0}"
-ranks=${RANKS_PER_NODE:-$(nvidia-smi --list-gpus | wc -l)}
+ranks=${RANKS_PER_NODE:-$(nvidia-smi --list-gpus 2>/dev/null | wc -l)}
+if [ "$ranks" = 0 ]; then echo "RANKS_PER_NODE: this node has no GPU; say how many processes to start" >&2; exit 2; fi
 exec torchrun --nnodes "$NODES" --node_rank "$NODE_RANK" --nproc_per_node "$ranks" \
     --master_addr "$MASTER_ADDR" --master_port "${MASTER_PORT:-29500}" pretrain_gpt.py "$@"

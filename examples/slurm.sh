@@ -9,6 +9,7 @@
 #   sbatch --nodes 128 examples/slurm.sh --config examples/gpt3-175b.toml
 # Ten minutes before the job's time is over the run saves and stops; submitted again, it goes on where it was.
 set -euo pipefail
+: "${SLURM_JOB_NUM_NODES:?start this with sbatch}"
 export NODES=$SLURM_JOB_NUM_NODES RANKS_PER_NODE=${RANKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-8}}
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 export MASTER_ADDR MASTER_PORT=${MASTER_PORT:-29500}

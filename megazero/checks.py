@@ -227,8 +227,8 @@ def _precision(c: Config, world: int) -> Iterator[Check]:
 def _data(c: Config, world: int) -> Iterator[Check]:
     d, t = c.data, c.training
     said = {"--data-path": d.data_path, "--data-args-path": d.data_args_path, "--train-data-path": d.train_data_path,
-            "--data-schedule": d.data_schedule, "--mock-data": d.mock_data}
-    sources = [flag for flag, given in said.items() if given]
+            "--data-schedule": d.data_schedule}
+    sources = ["--mock-data"] if d.mock_data else [flag for flag, given in said.items() if given]
     apart = d.train_data_path or d.data_schedule
     yield not sources, "--data-path is missing: give the prefix of a preprocessed dataset, or --mock-data."
     yield len(sources) > 1, f"{' and '.join(sources)}: choose one."

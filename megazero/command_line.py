@@ -152,7 +152,9 @@ def read_file(path: Path, options: Mapping[str, Option], elsewhere: Mapping[str,
 
 def nearest(word: str, words: typing.Iterable[str]) -> str:
     """' (did you mean X?)' for the word nearest to a mistyped one, or nothing."""
-    close = difflib.get_close_matches(word, list(words), n=1, cutoff=0.6)
+    words = list(words)
+    within = sorted((w for w in words if len(word.strip("-")) > 3 and w.endswith(word.strip("-"))), key=len)
+    close = difflib.get_close_matches(word, words, n=1, cutoff=0.8) or within or difflib.get_close_matches(word, words, n=1, cutoff=0.6)
     return f" (did you mean {close[0]}?)" if close else ""
 
 
@@ -261,7 +263,7 @@ def _add(group: Any, o: Option) -> None:
 
 
 def _help(o: Option) -> str:
-    text = o.field.metadata.get("help", "").replace("%", "%%")
+    text = o.field.metadata.get("help", "").replace("%", "%%") + ("; its flag may be left out" if o.field.metadata.get("word") else "")
     default = o.field.default
     if default is MISSING:
         return f"{text} (required)"

@@ -92,10 +92,12 @@ def logs(a: Path, b: Path, tolerance: float = 0.0) -> Iterator[Difference]:
 # ---- checkpoints
 
 def checkpoints(a: Reader, b: Reader, tolerance: float = 0.0) -> Iterator[Difference]:
-    """Where two checkpoints differ: step and position, model, then tensor by tensor, with one tensor of each in memory."""
-    for key in ("step", "progress", "optimizer", "architecture"):
+    """Where two checkpoints differ: step and position, model, then tensor by tensor, with one tensor of each in memory. Where one of them
+    holds weights alone, as a merged one does, the other's optimizer does not count."""
+    weights_alone = {"weight"} in (a.kinds, b.kinds)
+    for key in ("step", "progress", "architecture", *(() if weights_alone else ("optimizer",))):
         yield from plain(key, a.index[key], b.index[key], 0.0)
-    for which in sorted({*a.shapes, *b.shapes}, key=in_order):
+    for which in sorted((k for k in {*a.shapes, *b.shapes} if k[0] == "weight" or not weights_alone), key=in_order):
         where, left, right = "/".join(which), a.shapes.get(which), b.shapes.get(which)
         if left is None or right is None:
             yield Difference(where, there(left), there(right))

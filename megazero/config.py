@@ -151,7 +151,8 @@ class Data:
     data_schedule: str | None = option(None, "training data that changes: lines of `STEP WEIGHT PREFIX ...`, the blend from that step on",
                                        unit="file")
     split: str = option("969,30,1", "parts of --data-path for training, validation and test")
-    mock_data: bool = option(False, "made-up tokens: to measure, or to try a layout")
+    mock_data: bool = option(False, "made-up tokens in place of what is named: to measure, or to try a layout; with --vocab-size no "
+                            "tokenizer is read")
     shuffle: bool = option(True, "--no-shuffle serves the samples in file order")
     sample_order: str = option("keyed", "keyed: a sample depends on its number and the seed alone; megatron: the order of Megatron-LM",
                                choices=("keyed", "megatron"))

@@ -141,6 +141,7 @@ def describe(p: Plan) -> str:
     fullest = max(needs, key=lambda rank: sum(needs[rank].values()))
     need, which = needs[fullest], f" on rank {fullest}, less on others" if p.pp > 1 else " per rank"
     layers = [sum(0 < i <= a.layers for i in stage) for stage in p.stages]
+    each = f"{layers[0]}" if len(set(layers)) == 1 else " ".join(map(str, layers))
     idle = bubble_time(p.pp, p.micro_batches, p.virtual, Costs(1, 2)) / (p.micro_batches * p.virtual * 3)
     shared = f"over {p.shard} ranks" + (f", repeated {p.dp // p.shard} times" if p.shard < p.dp else "")
     return "\n".join([
@@ -149,7 +150,7 @@ def describe(p: Plan) -> str:
         f"{positions} positions, vocabulary {a.vocab_size:,}, {'tied' if a.tied else 'untied'}",
         f"ranks       {p.world} = tp {p.tp} x pp {p.pp} x dp {p.dp}, ZeRO {c.parallel.zero_stage}"
         + (f" {shared}" if c.parallel.zero_stage else "") + f", schedule {c.parallel.pipeline_schedule}",
-        *([f"stages      {len(p.stages)} of {' '.join(map(str, layers))} layers, {p.virtual} per rank; "
+        *([f"stages      {len(p.stages)} of {each} layers, {p.virtual} per rank; "
            f"bubble {idle:.0%} of the computing time if all are alike"] if len(p.stages) > 1 else []),
         f"step        {p.global_batch} samples x {a.seq_length} = {p.tokens_per_step:,} tokens: dp {p.dp} x "
         f"{p.micro_batches} micro-batches of {p.micro_batch}; {p.train_iters:,} steps, {p.train_iters * p.tokens_per_step:,} tokens",

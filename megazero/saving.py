@@ -148,6 +148,21 @@ def _fresh_folder(folder: Path, step: int) -> Path:
     return folder / (f"{name}.{max(there) + 1}" if there else name)
 
 
+def set_aside(folder: Path, step: int) -> list[Path]:
+    """Moves the checkpoints after a step to a folder of their own, out of the way of a run that goes on from it. Returns where they are
+    now. Raises UserError."""
+    later = [path for s, path in complete(folder) if s > step]
+    names = [f"after-{step:08d}", *(f"after-{step:08d}.{n}" for n in range(1, 10_000))]
+    aside = next(folder / name for name in names if not (folder / name).exists())
+    try:
+        if later:
+            aside.mkdir()
+        return [path.rename(aside / path.name) for path in later]
+    except OSError as error:
+        raise UserError(f"--save {folder}: later checkpoints cannot be moved to {aside.name} ({error.strerror}); name a new "
+                        "folder.") from None
+
+
 def prune(folder: Path, keep_last: int | None, just_saved: Path | None = None) -> None:
     """Removes all but the newest `keep_last` checkpoints, and older saves of a step saved again; never `just_saved`. Index first."""
     found = complete(folder)

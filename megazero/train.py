@@ -27,6 +27,7 @@ from megazero.errors import UserError
 from megazero.metrics import MFU, Metrics, peak_flops, say
 from megazero.plan import Plan, plan
 from megazero.run import Run, unfit
+from megazero.saving import set_aside
 from megazero.unit import TORCH_DTYPE
 
 
@@ -45,6 +46,11 @@ def launch(config: Callable[[], Config]) -> NoReturn:
         if first_to_say("failure"):
             print(f"error: {error}", file=sys.stderr, flush=True)
         leave(1)
+    except KeyboardInterrupt:
+        if first_to_say("failure"):
+            print("interrupted: what came after the last checkpoint is lost; --exit-signal-handler saves before it stops",
+                  file=sys.stderr, flush=True)
+        leave(130)
     except Exception:
         if first_to_say("failure"):
             print(f"rank {rank} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
@@ -98,9 +104,9 @@ def look_ahead(plan: Plan, tokenizer: Tokenizer | None) -> None:
         if errors:
             raise UserError(*errors)
     later = [s for s, _ in checkpoint.complete(Path(k.save)) if s > step] if k.save else []
-    if later:
-        raise UserError(f"--save {k.save}: holds a checkpoint of step {later[-1]}, beyond step {step} where this run begins; name a new "
-                        "folder, or resume from it with --load.")
+    if later and not set_back(config):
+        raise UserError(f"--save {k.save}: holds a checkpoint of step {later[-1]}, beyond step {step} where this run begins; go on from it "
+                        f"with --load {k.save}{' and without --finetune' if k.finetune else ''}, or name a new folder.")
     for flag, folder in (("--save", k.save), ("--log-dir", config.logging.log_dir)):
         if folder is not None and not writable(Path(folder)):
             raise UserError(f"{flag} {folder}: is not a folder that can be written to; name another.")
@@ -136,6 +142,9 @@ def start(run: Run) -> None:
         for line in changed(before, flatten(config) | {"global_batch_size": run.plan.global_batch}):
             run.say(f"changed     {line}")
     same_start(run, -1 if reader is None else int(reader.index["step"]))
+    if set_back(config) and run.writer is not None and run.wires.rank == 0:
+        for path in set_aside(run.writer.folder, run.progress.step):
+            run.say(f"set aside   {path}: later than step {run.progress.step}")
     peak, source = peak_flops(device, config.dtype, TORCH_DTYPE[config.dtype])
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads of {platform.machine()}"
     run.say(f"device      {name}, torch {torch.__version__}; peak {peak / 1e12:.4g} TFLOP/s: {source}")
@@ -214,15 +223,16 @@ def choose_device(config: Config) -> torch.device:
 
 def tokenizer_of(config: Config) -> Tokenizer | None:
     d = config.data
-    if d.tokenizer_type is None:
+    of_documents = [name for name in ("eod_mask_loss", "reset_position_ids", "reset_attention_mask") if getattr(d, name)]
+    if d.tokenizer_type is None or (d.mock_data and d.vocab_size is not None and not of_documents):
         return None
     null = d.tokenizer_type == "NullTokenizer"                  # for the others --vocab-size is the model's, which may be larger
     tokenizer = build_tokenizer(d.tokenizer_type, d.tokenizer_model, d.vocab_file, d.merge_file, d.vocab_size if null else None)
     if d.vocab_size is not None and d.vocab_size < tokenizer.vocab_size and not null:
         raise UserError(f"--vocab-size {d.vocab_size}: is less than the {tokenizer.vocab_size} ids of the tokenizer; leave it out, or "
                         "write at least that.")
-    for name in ("eod_mask_loss", "reset_position_ids", "reset_attention_mask"):
-        if getattr(d, name) and tokenizer.eod is None:
+    for name in of_documents:
+        if tokenizer.eod is None:
             raise UserError(f"--{name.replace('_', '-')}: {d.tokenizer_type} has no end-of-document token; leave it out.")
     return tokenizer
 
@@ -231,6 +241,11 @@ def in_place(config: Config) -> bool:
     """Does the run load from where it saves?"""
     k = config.checkpoint
     return k.load is not None and k.save is not None and Path(k.load).resolve() == Path(k.save).resolve()
+
+
+def set_back(config: Config) -> bool:
+    """Was the run told to go on, where it is, from a checkpoint that need not be the newest?"""
+    return in_place(config) and config.checkpoint.ckpt_step is not None and not config.checkpoint.finetune
 
 
 def find_checkpoint(config: Config, say: Callable[[str], None]) -> Reader | None:

@@ -89,10 +89,21 @@ def test_keep_last_and_saving_a_step_again(tmp_path: Path) -> None:
 def test_a_run_does_not_start_before_checkpoints_that_are_there(tmp_path: Path) -> None:
     """Neither overwriting a branch nor losing one's own work to --keep-last."""
     train(f"{TINY} --save {tmp_path} --save-interval 1")
-    for words in (f"--load {tmp_path} --ckpt-step 3", f"--load {tmp_path} --finetune", ""):
-        with pytest.raises(UserError, match="holds a checkpoint of step 5, beyond step [03] where this run begins"):
+    for words in (f"--load {find(tmp_path, 3)}", f"--load {tmp_path} --finetune", f"--load {tmp_path} --finetune --ckpt-step 3", ""):
+        with pytest.raises(UserError, match="holds a checkpoint of step 5, beyond step [03] where this run begins; go on from it with --load"):
             train(f"{TINY} --save {tmp_path} {words}")
     assert [s for s, _ in complete(tmp_path)] == [1, 2, 3, 4, 5]
+
+
+def test_a_run_that_is_set_back_moves_later_checkpoints_aside(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(f"{TINY} --save {tmp_path} --save-interval 1")
+    for moved in ("after-00000003", "after-00000003.1"):
+        train(f"{TINY} --save {tmp_path} --load {tmp_path} --ckpt-step 3 --exit-interval 4 --seed 7")
+        assert [s for s, _ in complete(tmp_path)] == [1, 2, 3, 4] and f"set aside   {tmp_path / moved / 'step-00000004'}" in capsys.readouterr().out
+    assert [s for s, _ in complete(tmp_path / "after-00000003")] == [4, 5] and Reader(tmp_path / "after-00000003").verify() > 0
+    assert Reader(tmp_path).index["config"]["seed"] == 7
+    train(f"{TINY} --save {tmp_path} --load {tmp_path}")
+    assert [s for s, _ in complete(tmp_path)] == [1, 2, 3, 4, 5], "and goes on as ever"
 
 
 def test_background_writing_saves_the_same(tmp_path: Path) -> None:

@@ -88,7 +88,7 @@ def test_configuration_to_samples(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("words", "said"), [
-    ("--mock-data --data-args-path x", "--data-args-path and --mock-data: choose one."),
+    ("--train-data-path y --data-args-path x", "--data-args-path and --train-data-path: choose one."),
     ("--data-schedule x --eval-iters 1", "--valid-data-path is missing"),
     ("--mock-data --test-data-path x", "--test-data-path x: is never read with --eval-iters 0."),
     ("--mock-data --valid-data-path x", "--valid-data-path x: needs --train-data-path or --data-schedule"),

@@ -40,7 +40,7 @@ def test_check_accepts_it_at_its_world_size(
 ) -> None:
     monkeypatch.chdir(place)
     before = sorted(place.rglob("*"))
-    own: tuple[str, ...] = ("--data-path", "run/data_text_document", "--tokenizer-model", "run/tokenizer", "--save", "run/checkpoints")
+    own: tuple[str, ...] = ("--data-path", "run/data_text_document", "--tokenizer-model", "run/tokenizer", *(("--save", "run") if name == "quickstart" else ()))
     code, told, wrong = program(monkeypatch, capsys, "pretrain_gpt.py", "--config", ROOT / "examples" / f"{name}.toml", "--check", *own)
     assert code == 0 and not wrong, wrong
     assert re.search(r"^ranks +(\d+) = ", told, re.M)[1] == str(EXAMPLES[name])  # type: ignore[index]

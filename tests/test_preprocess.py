@@ -129,8 +129,8 @@ def test_tiny_documents_in_bounded_memory(tmp_path: Path, count: int) -> None:
 def test_dtype_follows_the_vocabulary(tmp_path: Path) -> None:
     source = jsonl(tmp_path / "a.jsonl", {"text": "1 2 65498"})
     for size, code, letter in ((65_498, 8, "H"), (65_499, 4, "i"), (65_535, 4, "i")):        # one id more, the end of document
-        preprocess(settings(tmp_path, source, tokenizer_type="NullTokenizer", vocab_size=size))
-        assert contents(tmp_path / "out_text_document") == plain_bytes([[[1, 2, 65498]]], code, letter)
+        preprocess(settings(tmp_path / str(size), source, tokenizer_type="NullTokenizer", vocab_size=size))
+        assert contents(tmp_path / str(size) / "out_text_document") == plain_bytes([[[1, 2, 65498]]], code, letter)
 
 
 def test_lists_of_sentences_are_sequences(tmp_path: Path) -> None:

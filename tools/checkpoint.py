@@ -89,7 +89,7 @@ def merge_(s: Merge) -> None:
 def diff(s: Diff) -> None:
     check(s.tolerance)
     a, b = Reader(s.a, flag="--a"), Reader(s.b, flag="--b")
-    report(checkpoints(a, b, s.tolerance), f"{a.folder} and {b.folder} hold the same: {len(a.tensors)} tensors")
+    report(checkpoints(a, b, s.tolerance), f"{a.folder} and {b.folder} hold the same: {min(len(a.tensors), len(b.tensors))} tensors")
 
 
 def size(count: int) -> str:

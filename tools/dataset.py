@@ -109,10 +109,15 @@ def inspect(s: Inspect) -> None:
         rows["sidecar"] = "none: its tokenizer is not known, and verify has no checksums"
     else:
         rows |= {"tokenizer": json.dumps(sidecar.get("tokenizer")), "vocabulary": f"{sidecar['vocab_size']:,}",
-                 "append eod": str(sidecar.get("append_eod")), "skipped": str(sidecar.get("skipped", "")),
-                 "sources": ", ".join(str(source) for source in sidecar.get("sources", []))}
+                 "append eod": str(sidecar.get("append_eod")), "skipped": str(sidecar.get("skipped", "not known")),
+                 "sources": listed(sidecar.get("sources", []))}
     for name, text in rows.items():
         print(f"{name:<12}{text}")
+
+
+def listed(sources: list[object]) -> str:
+    """The first few, and how many there are."""
+    return ", ".join(map(str, sources[:5])) + (f", ... {len(sources):,} in all" if len(sources) > 5 else "")
 
 
 def stats(s: Stats) -> None:

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ class Settings:
     type: str = option("bpe", help="bpe: byte-level, for HuggingFaceTokenizer; sentencepiece: for SentencePieceTokenizer; "
                                    "char: for CharTokenizer", choices=("bpe", "sentencepiece", "char"))
     vocab_size: int | None = option(None, help="number of ids, the end of document among them (bpe, sentencepiece)", unit="ids")
+    special_tokens: tuple[str, ...] = option((), help="tokens that are never cut, such as <fim_prefix>; ids of --vocab-size too (bpe, "
+                                                      "sentencepiece)", unit="token")
     json_keys: tuple[str, ...] = option(("text",), help="keys of the JSONL lines to read", unit="key")
 
 
@@ -30,14 +33,21 @@ def main() -> None:
     settings, began = parse(Settings, prog="train_tokenizer.py"), time.monotonic()
     if settings.type == "char" and settings.vocab_size is not None:
         raise UserError(f"--vocab-size {settings.vocab_size}: --type char takes every character there is; leave it out.")
+    if settings.type == "char" and settings.special_tokens:
+        raise UserError(f"--special-tokens {' '.join(settings.special_tokens)}: --type char knows single characters alone; leave it out.")
     if settings.type != "char" and settings.vocab_size is None:
         raise UserError(f"--vocab-size is missing: --type {settings.type} needs the number of ids, such as 8192.")
+    if Path(settings.output).exists():
+        raise UserError(f"--output {settings.output}: is there already, and data or checkpoints may depend on it; name another, or remove "
+                        "it.")
     texts = Texts(settings)
     try:
         Path(settings.output).parent.mkdir(parents=True, exist_ok=True)
         ids = {"bpe": train_bpe, "sentencepiece": train_sentencepiece, "char": train_char}[settings.type](texts, settings)
     except OSError as error:
         raise UserError(f"--output {settings.output}: cannot be written ({error.strerror}).") from None
+    if settings.vocab_size is not None and ids < settings.vocab_size:
+        print(f"--vocab-size {settings.vocab_size}: this text gives no more than {ids:,} ids; more text gives more", file=sys.stderr)
     print(f"{settings.output}: {ids:,} ids from {texts.characters / 1e6:,.1f} million characters "
           f"({texts.skipped:,} inputs skipped) in {time.monotonic() - began:.1f} s")
 
@@ -64,14 +74,15 @@ class Texts:
 def train_bpe(texts: Iterable[str], settings: Settings) -> int:
     """GPT-2's kind: any text can be said, bytes being its alphabet."""
     size = settings.vocab_size or 0
-    if size < 257:
-        raise UserError(f"--vocab-size {size}: byte-level BPE needs at least 257, the bytes and {END_OF_TEXT}.")
+    least = 257 + len(settings.special_tokens)
+    if size < least:
+        raise UserError(f"--vocab-size {size}: byte-level BPE needs at least {least}, the bytes, {END_OF_TEXT} and special tokens.")
     os.environ["TOKENIZERS_PARALLELISM"] = "true"               # one process that trains may use every core
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=[END_OF_TEXT], show_progress=False,
+    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=[END_OF_TEXT, *settings.special_tokens], show_progress=False,
                                   initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     tokenizer.train_from_iterator(texts, trainer)
     folder = Path(settings.output)
@@ -91,7 +102,7 @@ def train_sentencepiece(texts: Iterable[str], settings: Settings) -> int:
         SentencePieceTrainer.train(
             sentence_iterator=lines, model_writer=model, vocab_size=settings.vocab_size, model_type="bpe", byte_fallback=True,
             character_coverage=0.9995, normalization_rule_name="identity", remove_extra_whitespaces=False, add_dummy_prefix=False,
-            minloglevel=2, num_threads=os.cpu_count())
+            user_defined_symbols=list(settings.special_tokens), minloglevel=2, num_threads=os.cpu_count())
     except RuntimeError as error:
         raise UserError(f"--vocab-size {settings.vocab_size}: sentencepiece cannot make that many pieces of this text "
                         f"({' '.join(str(error).split())}).") from None

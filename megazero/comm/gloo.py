@@ -4,6 +4,7 @@ Sums are taken in rank order, in fp32 for half precision and rounded once, so th
 memory that they share instead of messages (shared.py).
 """
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -29,11 +30,14 @@ class Messages:
     def wait(self) -> Tensor:
         line = self.line
         for peer, work in self.pending:
+            began = time.monotonic()
             try:
                 work.wait(timedelta(seconds=line.seconds))
             except RuntimeError as error:
-                raise Stuck(f"rank {line.rank} gave up in {line.doing}, {self.what}: rank {peer} did not answer "
-                            f"within {line.seconds:g} s, or is gone ({str(error).splitlines()[0][:160]})") from error
+                late = time.monotonic() - began > 0.9 * line.seconds
+                raise Stuck(f"rank {line.rank} gave up in {line.doing}, {self.what}: rank {peer} "
+                            + (f"did not answer within {line.seconds:g} s" if late else "is gone")
+                            + f" ({str(error).splitlines()[0][:160]})") from error
         return self.finish()
 
     def done(self) -> bool:

@@ -20,6 +20,7 @@ import shutil
 import struct
 import zlib
 from collections.abc import Iterator, Sequence
+from glob import escape, glob
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, NamedTuple
@@ -330,7 +331,9 @@ def _opened(path: str) -> Numbers:
     try:
         return bytes_of(path)
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror or error}); name a dataset by its path without .bin or .idx.") from None
+        near = sorted(glob(f"{escape(path.removesuffix('.idx'))}_*.idx")) if path.endswith(".idx") else []
+        hint = f"did you mean {near[0].removesuffix('.idx')}?" if near else "name a dataset by its path without .bin or .idx."
+        raise UserError(f"{path}: cannot be read ({error.strerror or error}); {hint}") from None
 
 
 def _copy(source: BinaryIO, out: BinaryIO) -> None:

@@ -33,7 +33,7 @@ from tqdm import tqdm
 from megazero.command_line import option
 from megazero.data.files import STDIN, size_of, stamp_of
 from megazero.data.indexed import IndexedWriter, Written, best_dtype
-from megazero.data.sidecar import MANY, sums, write_json
+from megazero.data.sidecar import MANY, read_sidecar, sums, write_json
 from megazero.data.sources import CHUNK, FORMATS, Chunk, Place, Source, Unreadable, documents, find_sources, read_chunks
 from megazero.data.tokenizers import TYPES, Tokenizer, build_tokenizer
 from megazero.errors import UserError
@@ -160,6 +160,8 @@ def preprocess(settings: PreprocessSettings) -> list[Report]:
     note, job = Path(f"{settings.output_prefix}.progress.json"), _job(settings, tokenizer, sources)
     state = _read_note(note, job)
     prefixes = {key: f"{settings.output_prefix}_{key}_document" for key in settings.json_keys}
+    if not note.exists():
+        _keep_others(prefixes, tokenizer, settings, sources)
     open_keys = [key for key in prefixes if not (state.finished and _is_published(prefixes[key]))]
     writers: dict[str, IndexedWriter] = {}
     try:
@@ -301,6 +303,22 @@ def _read_note(path: Path, job: str) -> State:
     return state
 
 
+def _keep_others(prefixes: Mapping[str, str], tokenizer: Tokenizer, settings: PreprocessSettings, sources: Sequence[Source]) -> None:
+    """Raises UserError when a dataset that another command made would be overwritten; this one may run again."""
+    own = {"tokenizer": tokenizer.identity(), "append_eod": settings.append_eod, "sources": _stamps(sources, settings)}
+    for prefix in prefixes.values():
+        found = Path(f"{prefix}.idx").exists()
+        sidecar = read_sidecar(prefix) if found else None
+        if found and (sidecar is None or any(sidecar.get(key) != json.loads(json.dumps(value)) for key, value in own.items())):
+            raise UserError(f"--output-prefix {settings.output_prefix}: {prefix}.idx is there already, of other inputs, tokenizer or "
+                            "flags; name another prefix, or remove it.")
+
+
+def _stamps(sources: Sequence[Source], settings: PreprocessSettings) -> list[Any]:
+    """The inputs as the sidecar names them."""
+    return [stamp_of(source.path)[:2] for source in sources] if len(sources) <= MANY else list(settings.input)
+
+
 def _is_published(prefix: str) -> bool:
     """Has this dataset, of a finished run, got both of its files? Then what is left of writing it goes."""
     if Path(f"{prefix}.bin.partial").exists() or not Path(f"{prefix}.idx").exists():
@@ -314,7 +332,6 @@ def _sidecar(
     prefix: str, state: State, written: Written, tokenizer: Tokenizer, settings: PreprocessSettings, sources: Sequence[Source]
 ) -> dict[str, Any]:
     """PREFIX.json; see sidecar.py."""
-    files = [stamp_of(source.path)[:2] for source in sources] if len(sources) <= MANY else list(settings.input)
     return {"tokenizer": tokenizer.identity(), "vocab_size": tokenizer.vocab_size, "append_eod": settings.append_eod,
             "documents": written.documents, "sequences": written.sequences, "tokens": written.tokens, "skipped": state.skipped,
-            "sums": sums(prefix, written.sums), "sources": files}
+            "sums": sums(prefix, written.sums), "sources": _stamps(sources, settings)}
