@@ -2,8 +2,9 @@
 
     torchrun --nproc_per_node 2 benchmarks/tp_vs_dtensor.py [--dtype fp32] [--steps 8]
 
-The same model (pre-norm GPT without biases, untied head), tokens and fused AdamW; a step of each in turn on the same ranks. The peer is
-written as torch's tutorial and torchtitan write it: column- and row-wise plans, vocabulary-parallel embedding and loss.
+The same model (pre-norm GPT without biases, untied head) and tokens, AdamW and clipping; a step of each in turn on the same ranks. The peer
+is written as torch's tutorial and torchtitan write it: column- and row-wise plans, vocabulary-parallel embedding and loss. It begins with
+torch's own first weights, so its losses are others.
 """
 
 import time
