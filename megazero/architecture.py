@@ -64,7 +64,7 @@ def architecture(config: Config, vocab_size: int) -> Architecture:
     assert m.num_layers and m.hidden_size and m.num_attention_heads and m.seq_length, "plan.checks() comes first"
     head_dim = m.kv_channels or m.hidden_size // m.num_attention_heads
     scaling = (m.rope_scaling_factor, m.rope_low_freq_factor, m.rope_high_freq_factor, m.rope_original_length)
-    rotary = Rotary(m.rotary_base, int(head_dim * m.rotary_percent) // 2 * 2, scaling if m.use_rope_scaling else None)
+    rotary = Rotary(m.rotary_base, round(head_dim * m.rotary_percent) // 2 * 2, scaling if m.use_rope_scaling else None)
     return Architecture(
         layers=m.num_layers, hidden=m.hidden_size, ffn=ffn_size(m) or 0, heads=m.num_attention_heads,
         kv_heads=m.num_query_groups or m.num_attention_heads, head_dim=head_dim, seq_length=m.seq_length, vocab_size=vocab_size,

@@ -45,7 +45,7 @@ def _visible(q: Tensor, positions: Tensor | None, documents: Tensor | None) -> T
 
 def _explicit(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, keep: Tensor) -> Tensor:
     """The formula itself, for dropout whose mask is ours."""
-    scores = (q @ k.transpose(-1, -2)) * q.shape[-1] ** -0.5
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)    # in this order fp16 does not overflow
     return (torch.softmax(scores.masked_fill(~visible, -torch.inf), -1) * keep) @ v
 
 

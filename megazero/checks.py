@@ -67,6 +67,9 @@ def _model(c: Config, world: int) -> Iterator[Check]:
         head_dim = m.kv_channels or hidden // heads
         yield (m.position_embedding_type == "rope" and head_dim % 2,
                f"--position-embedding-type rope: needs an even head width, not {head_dim}; give an even --kv-channels.")
+        yield (m.position_embedding_type == "rope" and m.rotary_percent > 0 and round(head_dim * m.rotary_percent) < 2,
+               f"--rotary-percent {m.rotary_percent:g}: leaves no channel of a head of {head_dim} to rotate; write at least "
+               f"{2 / max(head_dim, 2):g}.")
     longest = m.max_position_embeddings
     yield (longest and m.seq_length and longest < m.seq_length and m.position_embedding_type == "learned_absolute",
            f"--max-position-embeddings {longest}: is less than --seq-length {m.seq_length}; write at least {m.seq_length}.")

@@ -70,10 +70,11 @@ def working(p: Plan, rank: int, width: int, full: int) -> dict[str, int]:
     for step in p.passes[p.mesh.place(rank).pp]:
         now += blocks[step.stage] * (1 if step.kind == "F" else -1)
         most = max(most, now)
-    again = kept_per_token(a, "none") if t.recompute_granularity == "full" else 0
+    masks = a.seq_length * ((p.tp if p.config.data.reset_attention_mask else 0) + (3 * a.heads if a.attention_dropout else 0))
+    again = kept_per_token(a, "none") + masks if t.recompute_granularity == "full" else 0
     rows = ragged_rows(a.vocab_size, p.tp, a.pad_rows)
     chunk = min(tokens * p.tp, max(LOGITS // rows, 1)) * rows if len(p.stages) - 1 in own else 0
-    kept = most * kept_per_token(a, t.recompute_granularity) + again
+    kept = most * (kept_per_token(a, t.recompute_granularity) + (0 if again else masks)) + again
     return {"activations": tokens * kept * width, "logits": chunk * (2 * width + full if width == 2 else width)}
 
 

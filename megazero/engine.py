@@ -137,9 +137,9 @@ class Engine:
             raise UserError(f"model: {len(thawed)} parameters were frozen when the engine was made and are not now; unfreeze them before.")
         self.sums.finish()
         self.wires.line.doing = f"the gate of step {self.steps + 1}"
-        device, count = self.total.device, torch.tensor(float(self.sums.accumulation))
-        scale = torch.tensor(self.scale.value, dtype=torch.float64, device=device)
-        self.verdict = self.optimizer.judge(self.total, count.to(device), self.losses, scale, self.wires["world"])
+        count, scale = (torch.full((), value, dtype=torch.float64, device=self.total.device)
+                        for value in (float(self.sums.accumulation), self.scale.value))
+        self.verdict = self.optimizer.judge(self.total, count, self.losses, scale, self.wires["world"])
         self.optimizer.step(self.verdict, torch.tensor(self.lr, dtype=self.optimizer.wide))
         self.total = torch.zeros_like(self.total)
         self.steps += 1

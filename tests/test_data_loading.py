@@ -1,6 +1,7 @@
 """From the configuration to batches: schedules, files of words, fill in the middle, resets at ends of documents, reading ahead."""
 
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -121,6 +122,13 @@ class Marked(ByteTokenizer):
         return self.names.get(name)
 
 
+class Spaced(Marked):
+    """One that puts a space before every text."""
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        return [[32, *ids] for ids in super().encode_batch(texts)]
+
+
 class Fixed:
     """The same sample under every number."""
 
@@ -160,6 +168,8 @@ def test_fill_in_the_middle() -> None:
     cut = Fixed("\x80" + "x" * 59)
     cut.tokens = np.array([0xA9, *[120] * 59])                          # begins within a character: left as it is
     assert np.array_equal(FillInTheMiddle(cut, Marked(), 1, 1.0, 0.5, names).sample(0), cut.sample(0))
+    with pytest.raises(UserError, match="--fim-rate 0.5: this tokenizer puts something before every text"):
+        FillInTheMiddle(source, Spaced(), 1, 0.5, 0.5, names)
     with pytest.raises(UserError, match="--fim-middle-token <gap>: is no token of this tokenizer"):
         FillInTheMiddle(source, Marked(), 1, 0.5, 0.5, ("<fim_prefix>", "<gap>", "<fim_suffix>"))
 

@@ -42,6 +42,7 @@ def test_compressed_lines_and_texts(tmp_path: Path, end: str) -> None:
     (tmp_path / f"b.txt{end}").write_bytes(PACKED[end](b"plain text\n"))
     assert read(tmp_path / f"a.jsonl{end}", tmp_path / f"b.txt{end}") == ([*TEXTS, "plain text\n"], [])
     assert (suffix_of(f"x/a.jsonl{end}"), suffix_of(f"s3://b/a.txt{end}")) == (".jsonl", ".txt")
+    assert suffix_of(f"https://h/a.jsonl{end}?download=true") == ".jsonl"
 
 
 @pytest.mark.parametrize("end", PACKED)

@@ -89,6 +89,7 @@ def test_tiktoken(tmp_path: Path) -> None:
     assert (tokenizer.vocab_size, tokenizer.eod) == (265, 264)
     assert tokenizer.encode("hello world<|endoftext|>") == [259, 261, 263, 264]
     assert [tokenizer.decode(ids) for ids in tokenizer.encode_batch(ODD)] == ODD
+    assert tokenizer.decode([259, 10_000, 261]) == tokenizer.decode([259, 261]), "ids that a table leaves out say nothing"
     for bad in (PIECES[1:], [*PIECES[:256], b"a"]):
         with pytest.raises(UserError, match="t.tiktoken: is not a .tiktoken file"):
             build_tokenizer("TiktokenTokenizer", tiktoken_file(tmp_path / "t.tiktoken", bad))
@@ -242,6 +243,19 @@ def test_training_a_tokenizer_of_each_type(tmp_path: Path) -> None:
         assert tokenizer.decode(tokenizer.encode(text)) == text
         assert size is None or tokenizer.vocab_size == size
         assert (tokenizer.eod is None) == (kind == "char")
+
+
+def test_sentencepiece_learns_from_long_lines_and_special_tokens_are_whole(tmp_path: Path) -> None:
+    """Its library leaves out lines of more than 4,192 bytes, without a word."""
+    (tmp_path / "t.txt").write_text("short words only here\n" * 50 + ("unusual zebra quartz " * 9000 + "\n"))
+    ran = train("--input", tmp_path / "t.txt", "--type", "sentencepiece", "--vocab-size", 340, "--output", tmp_path / "m.model",
+                "--special-tokens", "<fim_prefix>", "<fim_middle>")
+    assert ran.returncode == 0, ran.stderr
+    tokenizer = build_tokenizer("SentencePieceTokenizer", str(tmp_path / "m.model"))
+    assert len(tokenizer.encode("unusual zebra quartz")) <= 6
+    assert tokenizer.encode("a<fim_prefix>b")[1] == tokenizer.id_of("<fim_prefix>") and tokenizer.id_of("<gap>") is None
+    ran = train("--input", tmp_path / "t.txt", "--vocab-size", 300, "--output", tmp_path / "bpe", "--special-tokens", "<fim_suffix>")
+    assert ran.returncode == 0 and build_tokenizer("HuggingFaceTokenizer", str(tmp_path / "bpe")).id_of("<fim_suffix>") is not None
 
 
 def test_mistakes_in_training(tmp_path: Path) -> None:

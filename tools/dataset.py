@@ -192,6 +192,8 @@ def verify(s: Verify) -> None:
 def trace(s: Trace) -> None:
     from megazero.train import tokenizer_of  # brings torch, which the others do without
     c = s.run
+    if c.training.global_batch_size is None and c.parallel.data_parallel_size is None:
+        raise UserError("--global-batch-size is missing: it says which samples a step reads; give it, or the --dp of the run.")
     tokenizer = tokenizer_of(c)
     dp = c.parallel.data_parallel_size or 1
     world = dp * c.parallel.tensor_model_parallel_size * c.parallel.pipeline_model_parallel_size

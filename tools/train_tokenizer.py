@@ -14,6 +14,8 @@ from megazero.data.sources import Place, Unreadable, documents, find_sources, re
 from megazero.data.tokenizers import END_OF_TEXT, characters_of
 from megazero.errors import UserError
 
+LINE = 1 << 16                          # characters of a line that sentencepiece is given at a time
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -96,12 +98,13 @@ def train_bpe(texts: Iterable[str], settings: Settings) -> int:
 def train_sentencepiece(texts: Iterable[str], settings: Settings) -> int:
     """A BPE model that gives back every text as it was: no normalisation, unknown characters as bytes."""
     from sentencepiece import SentencePieceTrainer
-    lines = (line for text in texts for line in text.split("\n") if line)
+    lines = (line[at:at + LINE] for text in texts for line in text.split("\n") for at in range(0, len(line), LINE))
     model = io.BytesIO()
     try:
         SentencePieceTrainer.train(
             sentence_iterator=lines, model_writer=model, vocab_size=settings.vocab_size, model_type="bpe", byte_fallback=True,
             character_coverage=0.9995, normalization_rule_name="identity", remove_extra_whitespaces=False, add_dummy_prefix=False,
+            max_sentence_length=4 * LINE,                       # bytes; what is longer would be left out without a word
             user_defined_symbols=list(settings.special_tokens), minloglevel=2, num_threads=os.cpu_count())
     except RuntimeError as error:
         raise UserError(f"--vocab-size {settings.vocab_size}: sentencepiece cannot make that many pieces of this text "

@@ -29,16 +29,17 @@ def merge(prefixes: Sequence[str], output: str) -> IndexedDataset:
         for prefix in prefixes:
             dataset = IndexedDataset(prefix)
             _copy(dataset, 0, dataset.document_count, writer)
-    return _finish(writer, sidecars[0], prefixes)
+    ends = {None if sidecar is None else sidecar.get("append_eod") for sidecar in sidecars}
+    return _finish(writer, sidecars[0] and sidecars[0] | {"append_eod": ends.pop() if len(ends) == 1 else None}, prefixes)
 
 
 def split(prefix: str, output: str, spec: str) -> list[IndexedDataset]:
     """OUTPUT_train, OUTPUT_valid, OUTPUT_test: the documents that --split gives each; one without documents is not written."""
     dataset, made = IndexedDataset(prefix), []
-    for name, (first, last) in split_ranges(spec, dataset.document_count).items():
-        if first == last:
-            continue
+    parts = {name: (first, last) for name, (first, last) in split_ranges(spec, dataset.document_count).items() if first < last}
+    for name in parts:
         _keep(f"{output}_{name}", [prefix])
+    for name, (first, last) in parts.items():
         with IndexedWriter(f"{output}_{name}", dataset.dtype) as writer:
             _copy(dataset, first, last, writer)
         made.append(_finish(writer, read_sidecar(prefix), [prefix]))
@@ -53,9 +54,11 @@ def _same(a: dict[str, Any] | None, b: dict[str, Any] | None) -> bool:
 
 
 def _keep(output: str, inputs: Sequence[str]) -> None:
-    """Raises UserError when an input would be overwritten."""
+    """Raises UserError when a dataset would be overwritten."""
     if any(Path(output).resolve() == Path(prefix).resolve() for prefix in inputs):
         raise UserError(f"--output-prefix {output}: is one of the inputs; name another.")
+    if Path(f"{output}.idx").exists():
+        raise UserError(f"--output-prefix {output}: {output}.idx is there already; name another, or remove it.")
     Path(f"{output}.json").unlink(missing_ok=True)                  # an old sidecar must not describe the new dataset
 
 

@@ -10,6 +10,7 @@ import importlib
 import io
 import lzma
 import os
+import re
 import sys
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -73,9 +74,14 @@ def expand(word: str) -> tuple[list[str], bool]:
     return sorted(file for file in glob.glob(word, recursive=True) if os.path.isfile(file)), False
 
 
+def _hidden(name: str) -> bool:
+    """Is a file or folder of this name left out of what a folder means?"""
+    return name.startswith(".") or name == "__pycache__"
+
+
 def _walk(folder: Path) -> Iterator[Path]:
     for entry in sorted(folder.iterdir()):
-        if entry.name.startswith(".") or entry.name == "__pycache__":
+        if _hidden(entry.name):
             continue
         if entry.is_dir() and not entry.is_symlink():
             yield from _walk(entry)
@@ -89,7 +95,7 @@ def _expand_remote(word: str) -> tuple[list[str], bool]:
         if glob.has_magic(path):
             return sorted(fs.unstrip_protocol(p) for p in fs.glob(path) if fs.isfile(p)), False
         if fs.isdir(path):
-            return sorted(fs.unstrip_protocol(p) for p in fs.find(path)), True
+            return sorted(fs.unstrip_protocol(p) for p in fs.find(path) if not any(map(_hidden, p[len(path):].split("/")))), True
         return ([word] if fs.exists(path) else []), False
     except Exception as error:                                       # each backend has errors of its own
         raise UserError(f"{word}: cannot be listed ({error}).") from None
@@ -134,8 +140,13 @@ COMPRESSIONS: Mapping[str, Callable[[BinaryIO], BinaryIO]] = {
 
 def suffix_of(path: str) -> str:
     """The suffix that tells what is in a file, that of a compression left out: `.jsonl` of `a.jsonl.gz`."""
-    pure = PurePosixPath(path)
+    pure = _pure(path)
     return PurePosixPath(pure.stem).suffix if pure.suffix in COMPRESSIONS else pure.suffix
+
+
+def _pure(path: str) -> PurePosixPath:
+    """A path without what follows it in a URL: `https://h/a.jsonl?download=true` is a `.jsonl`."""
+    return PurePosixPath(re.split("[?#]", path)[0] if is_remote(path) else path)
 
 
 class Opened:
@@ -150,7 +161,7 @@ class Opened:
             self._file = fs.open(there, "rb")
         else:
             self._file = open(path, "rb")                            # noqa: SIM115  (__exit__ closes it)
-        unpack = COMPRESSIONS.get(PurePosixPath(path).suffix)
+        unpack = COMPRESSIONS.get(_pure(path).suffix)
         self.bytes = unpack(self._file) if unpack else self._file
         self._seekable = path != STDIN and self._file.seekable()
 

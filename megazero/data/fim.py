@@ -32,6 +32,10 @@ class FillInTheMiddle:
         if missing:
             raise UserError(*missing)
         self._prefix, self._middle, self._suffix = (i for i in ids if i is not None)
+        pieces = tokenizer.encode_batch(["one w", "ord and an", "other"])
+        if tokenizer.decode([i for piece in pieces for i in piece]) != "one word and another":
+            raise UserError(f"--fim-rate {rate:g}: this tokenizer puts something before every text, so the pieces of a document would not "
+                            "join; leave it out, or take a tokenizer without a prefix.")
 
     def sample(self, k: int) -> np.ndarray:
         """Sample k of the inner source, its documents rearranged, int64 [S + 1]."""

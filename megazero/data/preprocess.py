@@ -305,11 +305,13 @@ def _read_note(path: Path, job: str) -> State:
 
 def _keep_others(prefixes: Mapping[str, str], tokenizer: Tokenizer, settings: PreprocessSettings, sources: Sequence[Source]) -> None:
     """Raises UserError when a dataset that another command made would be overwritten; this one may run again."""
-    own = {"tokenizer": tokenizer.identity(), "append_eod": settings.append_eod, "sources": _stamps(sources, settings)}
+    own = {"tokenizer": tokenizer.identity(), "append_eod": settings.append_eod, "input_format": settings.input_format,
+           "sources": _stamps(sources, settings)}
     for prefix in prefixes.values():
         found = Path(f"{prefix}.idx").exists()
         sidecar = read_sidecar(prefix) if found else None
-        if found and (sidecar is None or any(sidecar.get(key) != json.loads(json.dumps(value)) for key, value in own.items())):
+        same = sidecar is not None and all(sidecar.get(key) == json.loads(json.dumps(value)) for key, value in own.items())
+        if found and not (same and STDIN not in settings.input):
             raise UserError(f"--output-prefix {settings.output_prefix}: {prefix}.idx is there already, of other inputs, tokenizer or "
                             "flags; name another prefix, or remove it.")
 
@@ -333,5 +335,6 @@ def _sidecar(
 ) -> dict[str, Any]:
     """PREFIX.json; see sidecar.py."""
     return {"tokenizer": tokenizer.identity(), "vocab_size": tokenizer.vocab_size, "append_eod": settings.append_eod,
+            "input_format": settings.input_format,
             "documents": written.documents, "sequences": written.sequences, "tokens": written.tokens, "skipped": state.skipped,
             "sums": sums(prefix, written.sums), "sources": _stamps(sources, settings)}

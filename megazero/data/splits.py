@@ -1,5 +1,6 @@
 """What the configuration says of its data, opened: one source of samples for each split."""
 
+import re
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -46,7 +47,7 @@ def read_schedule(path: str, global_batch: int) -> Stages:
     """The stages of a --data-schedule file: lines of `STEP WEIGHT PREFIX WEIGHT PREFIX ...`, the first of step 0. Raises UserError."""
     stages: Stages = []
     for number, line in enumerate(_text("--data-schedule", path).splitlines(), start=1):
-        step, *words = shlex.split(line, comments=True) or [""]
+        step, *words = _cut("--data-schedule", path, line) or [""]
         if not step:
             continue
         after = stages[-1][0] // global_batch if stages else -1
@@ -62,7 +63,15 @@ def read_schedule(path: str, global_batch: int) -> Stages:
 
 def _words(flag: str, path: str) -> list[str]:
     """The words of a file, as a shell would cut them; # begins a comment."""
-    return shlex.split(_text(flag, path), comments=True)
+    return [word for line in _text(flag, path).splitlines() for word in _cut(flag, path, line)]
+
+
+def _cut(flag: str, path: str, line: str) -> list[str]:
+    """The words of a line; a word that begins with # begins a comment. Raises UserError."""
+    try:
+        return shlex.split(re.sub(r"(^|\s)#.*", "", line))
+    except ValueError as error:
+        raise UserError(f"{flag} {path}: cannot be cut into words ({error}) at {line.strip()!r}; quote a path with such a sign.") from None
 
 
 def _text(flag: str, path: str) -> str:

@@ -23,6 +23,7 @@ class Tokenizer(ABC):
     needs: ClassVar[Mapping[str, str]] = {}      # the constructor's parameters (flags) -> the name a checkpoint keeps the file by
     vocab_size: int                              # ids are 0 .. vocab_size - 1
     eod: int | None                              # the id that ends a document, if there is one
+    bos: int | None = None                       # the id that begins every text, if there is one
 
     @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:

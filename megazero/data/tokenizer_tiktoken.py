@@ -54,7 +54,7 @@ class TiktokenTokenizer(Tokenizer):
                             "rank, all 256 bytes among them.")
         known = ENCODINGS.get(len(ranks), Encoding(_CL100K, {END_OF_TEXT: max(ranks.values()) + 1}))
         self._inner = tiktoken.Encoding(self._path.name, pat_str=known.pattern, mergeable_ranks=ranks, special_tokens=dict(known.specials))
-        self._specials = set(known.specials)
+        self._specials, self._known = set(known.specials), {*ranks.values(), *known.specials.values()}
         self.vocab_size = max(*known.specials.values(), *ranks.values()) + 1
         self.eod = next(known.specials[name] for name in USUAL_ENDS if name in known.specials)
 
@@ -65,7 +65,7 @@ class TiktokenTokenizer(Tokenizer):
         return flat([self._inner.encode_to_numpy(text, allowed_special=self._specials) for text in texts], dtype)
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self._inner.decode([int(i) for i in ids])
+        return self._inner.decode([int(i) for i in ids if int(i) in self._known])       # ids have holes, and a young model may draw one
 
     def files(self) -> dict[str, Path]:
         return {"tokenizer.tiktoken": self._path}

@@ -42,6 +42,7 @@ class SentencePieceTokenizer(Tokenizer):
             raise UserError(f"--tokenizer-model {tokenizer_model}: is not a sentencepiece model; give the .model file.") from None
         self.vocab_size = self._model.get_piece_size()
         self.eod = self._model.eos_id() if self._model.eos_id() >= 0 else None
+        self.bos = self._model.bos_id() if self._begins else None
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return self._model.encode(list(texts), num_threads=1, add_bos=self._begins)            # workers are processes
@@ -51,6 +52,10 @@ class SentencePieceTokenizer(Tokenizer):
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._model.decode([int(i) for i in ids])
+
+    def id_of(self, name: str) -> int | None:
+        found = self._model.piece_to_id(name)                   # encoding the name might put a prefix before it
+        return found if found != self._model.unk_id() else None
 
     def files(self) -> dict[str, Path]:
         return {"tokenizer.model": self._path}
@@ -246,7 +251,10 @@ def same_tokenizer(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
 
 def characters_of(texts: Iterable[str]) -> list[str]:
     """The characters that occur, sorted: what a CharTokenizer's JSON file holds."""
-    return sorted(set().union(*texts))
+    found: set[str] = set()
+    for text in texts:
+        found.update(text)
+    return sorted(found)
 
 
 def _flag(name: str) -> str:

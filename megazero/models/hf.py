@@ -93,9 +93,10 @@ def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _write_configs(folder: Path, config: dict[str, Any], reader: Reader, tokenizer: Tokenizer | None, dtype: str) -> None:
-    """config.json and generation_config.json. An import keeps its special ids; a run of ours starts and ends documents with one id."""
-    eod = tokenizer.eod if tokenizer else None
-    ids = reader.index.get("special_ids") or {"bos_token_id": eod, "eos_token_id": eod, "pad_token_id": None}
+    """config.json and generation_config.json. An import keeps its special ids; a run of ours starts documents with the id that ended the
+    one before, unless its tokenizer begins every text."""
+    eod, bos = (tokenizer.eod, tokenizer.bos) if tokenizer else (None, None)
+    ids = reader.index.get("special_ids") or {"bos_token_id": eod if bos is None else bos, "eos_token_id": eod, "pad_token_id": None}
     write_json(folder / "config.json", {**config, **ids, "dtype": dtype, "torch_dtype": dtype, "use_cache": True})
     write_json(folder / "generation_config.json", {"_from_model_config": True, **{k: v for k, v in ids.items() if v is not None}})
 
