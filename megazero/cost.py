@@ -140,7 +140,7 @@ def describe(p: Plan) -> str:
     positions = "learned" if a.learned_positions else "rotary" if a.rotary else "no"
     sent, needs = traffic(p), {rank: memory(p, rank) for rank in range(0, p.world, p.world // p.pp)}
     fullest = max(needs, key=lambda rank: sum(needs[rank].values()))
-    need, which = needs[fullest], f" on rank {fullest}, less on others" if p.pp > 1 else " per rank"
+    need, which = needs[fullest], f" on rank {fullest}, no more on others" if p.pp > 1 else " per rank"
     layers = [sum(0 < i <= a.layers for i in stage) for stage in p.stages]
     each = f"{layers[0]}" if len(set(layers)) == 1 else " ".join(map(str, layers))
     idle = bubble_time(p.pp, p.micro_batches, p.virtual, Costs(1, 2)) / (p.micro_batches * p.virtual * 3)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support import byte_dataset, lines, train
+from support import ROOT, byte_dataset, lines, train
 
 from megazero.checkpoint import Reader, complete
 
@@ -62,8 +62,7 @@ def test_a_killed_run_forgets_what_it_had_not_saved(tmp_path: Path) -> None:
 def test_a_signal_saves_and_ends_at_a_step(number: signal.Signals, tmp_path: Path) -> None:
     words = f"{WORDS} --data-path {byte_dataset(tmp_path)} --save {tmp_path / 'ck'} --log-dir {tmp_path / 'log'} --exit-signal-handler"
     endless = words.replace("--train-iters 12", "--train-iters 100000 --lr-decay-iters 12").split()
-    root = Path(__file__).resolve().parents[1]
-    process = subprocess.Popen([sys.executable, str(root / "pretrain_gpt.py"), *endless], stdout=subprocess.PIPE, text=True,
+    process = subprocess.Popen([sys.executable, str(ROOT / "pretrain_gpt.py"), *endless], stdout=subprocess.PIPE, text=True,
                                env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert process.stdout
     for line in process.stdout:
@@ -75,6 +74,19 @@ def test_a_signal_saves_and_ends_at_a_step(number: signal.Signals, tmp_path: Pat
     (step, _), = complete(tmp_path / "ck")
     assert step >= 4 and f"done at step {step}" in rest
     assert [r["step"] for r in lines(tmp_path / "log") if "split" not in r] == list(range(1, step + 1))
+
+
+def test_an_interrupted_run_says_what_is_lost_in_one_line(tmp_path: Path) -> None:
+    words = f"{WORDS} --data-path {byte_dataset(tmp_path)} --save {tmp_path / 'ck'}".replace("--train-iters 12", "--train-iters 100000").split()
+    process = subprocess.Popen([sys.executable, str(ROOT / "pretrain_gpt.py"), *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert process.stdout and process.stderr
+    for line in process.stdout:
+        if line.startswith("step 4/"):
+            break
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 130 and told.count("\n") == 1 and told.startswith("interrupted: what came after the last checkpoint is lost")
 
 
 def test_exit_duration(tmp_path: Path) -> None:
