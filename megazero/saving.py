@@ -12,9 +12,10 @@ import torch
 
 from megazero.checkpoint import FORMAT, INDEX, VERSION, Slice, complete, facts, text_checksum
 from megazero.comm import Alone, Group
+from megazero.data.files import sync
 from megazero.errors import UserError
 from megazero.layout import Box
-from megazero.tensor_files import Planned, Sums, header_of, stream, sync
+from megazero.tensor_files import Planned, Sums, header_of, stream
 
 Tensor = torch.Tensor
 

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from megazero.data.files import sync
 from megazero.errors import UserError
 
 Tensor = torch.Tensor
@@ -117,15 +118,6 @@ def contents(path: Path, header: bytes) -> tuple[dict[str, Stored], dict[str, st
     metadata = listed.pop("__metadata__", {})
     return {key: Stored(key, tuple(t["shape"]), DTYPES[t["dtype"]], path, len(header) + t["data_offsets"][0])
             for key, t in listed.items()}, metadata
-
-
-def sync(path: Path) -> None:
-    """Returns when a file's bytes, or a folder's names, are on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 import os
 import re
-import shutil
+import runpy
 import socket
 import subprocess
 import sys
@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from support import ROOT, lines, program, train
+from tokenizers import Tokenizer, models
 
 from megazero.data.indexed import IndexedWriter
 
@@ -20,7 +21,6 @@ EXAMPLES = {"quickstart": 1, "laptop": 1, "gpt2-124m": 1, "llama-7b": 8, "gpt3-1
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the data and the tokenizer that the examples name."""
-    from tokenizers import Tokenizer, models
     folder = tmp_path_factory.mktemp("place")
     (folder / "run" / "tokenizer").mkdir(parents=True)
     Tokenizer(models.BPE({chr(256 + i): i for i in range(258)}, [])).save(str(folder / "run" / "tokenizer" / "tokenizer.json"))
@@ -76,14 +76,12 @@ def test_slurm_script_runs_two_nodes_as_one_run(place: Path, tmp_path: Path) -> 
     assert [r["loss"] for r in lines(tmp_path / "two")] == pytest.approx(one, rel=1e-12) and len(one) == 3
 
 
-@pytest.mark.skipif(not shutil.which("bash"), reason="needs bash")
 def test_scripts_say_what_they_need() -> None:
     env = {k: v for k, v in os.environ.items() if k not in ("NODES", "NODE_RANK", "MASTER_ADDR")}
     done = subprocess.run(["bash", "examples/multi_node.sh"], cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode != 0 and "NODES: how many nodes there are" in done.stderr
 
 
-def test_the_page_of_flags_is_that_of_the_code(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    import runpy
+def test_the_page_of_flags_is_that_of_the_code() -> None:
     page = runpy.run_path(str(ROOT / "tools" / "flags.py"))["page"]()
     assert (ROOT / "docs" / "flags.md").read_text(encoding="utf-8") == page, "python tools/flags.py > docs/flags.md"

@@ -17,6 +17,7 @@ from megazero.comm.shared import Letter, Memory, supported
 
 Tensor = torch.Tensor
 
+
 @dataclass
 class Messages:
     """Point-to-point messages on their way, and what makes the result of them."""

@@ -138,6 +138,15 @@ COMPRESSIONS: Mapping[str, Callable[[BinaryIO], BinaryIO]] = {
 }
 
 
+def sync(path: Path) -> None:
+    """Returns when a file's bytes, or a folder's names, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
 def suffix_of(path: str) -> str:
     """The suffix that tells what is in a file, that of a compression left out: `.jsonl` of `a.jsonl.gz`."""
     pure = _pure(path)

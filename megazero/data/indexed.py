@@ -27,7 +27,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from megazero.data.files import Numbers, bytes_of, window
+from megazero.data.files import Numbers, bytes_of, sync, window
 from megazero.errors import UserError
 
 MAGIC = b"MMIDIDX\0\0"
@@ -147,7 +147,7 @@ class IndexedWriter:
         Path(f"{self.prefix}.idx").unlink(missing_ok=True)        # else an old .idx would describe the new .bin for a moment
         os.replace(self._partial("bin"), f"{self.prefix}.bin")
         os.replace(index, f"{self.prefix}.idx")
-        _folder_to_disk(Path(self.prefix).parent)
+        sync(Path(self.prefix).parent)
         self.discard()
 
     def discard(self) -> None:
@@ -344,12 +344,3 @@ def _copy(source: BinaryIO, out: BinaryIO) -> None:
 def _to_disk(file: BinaryIO) -> None:
     file.flush()
     os.fsync(file.fileno())
-
-
-def _folder_to_disk(folder: Path) -> None:
-    """Renames are on disk only when their folder is."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
