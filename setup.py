@@ -27,7 +27,8 @@ setup(
         "hf": ["transformers"],
         "data": ["pyarrow", "zstandard", "tiktoken"],
         "remote": ["fsspec"],
-        "dev": ["pytest", "ruff", "mypy", "transformers", "types-PyYAML", "types-tqdm", "pyarrow", "zstandard", "tiktoken", "fsspec"],
+        "dev": ["pytest", "ruff", "mypy", "transformers", "types-PyYAML", "types-tqdm",
+                "pyarrow", "zstandard", "tiktoken", "fsspec"],
         "plot": ["matplotlib"],
     },
 )

@@ -2,10 +2,11 @@
 
     python benchmarks/checkpoint.py [--model gpt2-medium] [--layout "--tp 2 --pp 2"] [--rounds 3] [--folder DIR]
 
-Makes the checkpoint first: the ranks of the layout initialise the model and save it, weights and optimizer, without a step. Then cp
-and each tool in turns, every output new, and on the disk when the clock stops (`sync` after cp; the tools do it themselves). What is
-read lies in the page cache for all of them. GB are 10^9 bytes of what is written; of verify, of what is read. Start-up is not
-counted; peak memory is the resident set of the tool's process, beside what Python and its imports take of it.
+Makes the checkpoint first: the ranks of the layout initialise the model and save it, weights and optimizer, without a
+step. Then cp and each tool in turns, every output new, and on the disk when the clock stops (`sync` after cp; the tools
+do it themselves). What is read lies in the page cache for all of them. GB are 10^9 bytes of what is written; of verify,
+of what is read. Start-up is not counted; peak memory is the resident set of the tool's process, beside what Python and
+its imports take of it.
 """
 
 import shutil
@@ -59,15 +60,17 @@ def main() -> None:
 
 
 def saved(s: Settings, ck: Path) -> None:
-    flags = f"--model {s.model} {s.layout} --vocab-size 50257 --mock-data --lr 1e-4 --train-iters 0 --eval-iters 0 --device cpu --save {ck}"
-    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(s.ranks), "pretrain_gpt.py",
-                    *flags.split()], check=True, stdout=subprocess.DEVNULL)
+    flags = (f"--model {s.model} {s.layout} --vocab-size 50257 --mock-data --lr 1e-4 --train-iters 0 --eval-iters 0 "
+             f"--device cpu --save {ck}")
+    subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(s.ranks),
+                    "pretrain_gpt.py", *flags.split()], check=True, stdout=subprocess.DEVNULL)
 
 
 def tools(folder: Path) -> list[tuple[str, tuple[float, int, str]]]:
     ck, out = folder / "ck", folder / "out"
     return [("verify", timed(bytes_of(ck), "tools/checkpoint.py", "verify", "--load", ck)),
-            ("merge --optimizer", timed(out, "tools/checkpoint.py", "merge", "--optimizer", "--load", ck, "--output", out)),
+            ("merge --optimizer",
+             timed(out, "tools/checkpoint.py", "merge", "--optimizer", "--load", ck, "--output", out)),
             ("merge (weights)", timed(out, "tools/checkpoint.py", "merge", "--load", ck, "--output", out)),
             ("convert_hf.py export", timed(out, "tools/convert_hf.py", "export", "--load", ck, "--output", out))]
 
@@ -82,7 +85,8 @@ def copied(folder: Path) -> tuple[float, int, str]:
 
 def timed(what: Path | int, *words: object) -> tuple[float, int, str]:
     """Seconds, bytes done, and memory of one run of a tool; its output is measured and goes."""
-    told = subprocess.run([sys.executable, "-c", TOOL, *map(str, words)], check=True, stdout=subprocess.PIPE, text=True).stdout
+    told = subprocess.run([sys.executable, "-c", TOOL, *map(str, words)],
+                          check=True, stdout=subprocess.PIPE, text=True).stdout
     seconds, before, peak = map(float, told.splitlines()[-1].split())
     done = what if isinstance(what, int) else removed(what)
     return seconds, done, f"peak {peak / 2**20:.0f} MiB, {before / 2**20:.0f} of it loaded"

@@ -1,13 +1,15 @@
 """How fast data goes in and comes out.
 
-    python benchmarks/data.py preprocess --input A.jsonl ... TOKENIZER FLAGS    tools/preprocess_data.py against the tokenizer library alone
-    python benchmarks/data.py open                          a dataset of 10 million documents and 10^12 tokens; a blend of 1,000 datasets
-    python benchmarks/data.py loader                        reading at sequence 4096, and how long a training step waits for it
+    python benchmarks/data.py preprocess --input A.jsonl ... TOKENIZER FLAGS
+                                        tools/preprocess_data.py against the tokenizer library alone
+    python benchmarks/data.py open      a dataset of 10 million documents and 10^12 tokens; a blend of 1,000 datasets
+    python benchmarks/data.py loader    reading at sequence 4096, and how long a training step waits for it
 
-`preprocess` runs each side in processes of their own, in turns, on the same text, and takes the best of the rounds. The library
-gets the texts from memory, a thousand in a call, and a thread for each worker; the tool reads JSONL, writes .bin, .idx and sidecar, and
-starts its workers, all of it counted. MB are 10^6 bytes of UTF-8 text, for both. Beside the time on the clock stands the time
-on the cores, of all processes of a side: it tells what the work costs where others use the machine as well.
+`preprocess` runs each side in processes of their own, in turns, on the same text, and takes the best of the rounds. The
+library gets the texts from memory, a thousand in a call, and a thread for each worker; the tool reads JSONL, writes
+.bin, .idx and sidecar, and starts its workers, all of it counted. MB are 10^6 bytes of UTF-8 text, for both. Beside the
+time on the clock stands the time on the cores, of all processes of a side: it tells what the work costs where others
+use the machine as well.
 """
 
 import json
@@ -31,7 +33,8 @@ import json, os, sys, time
 words, threads, paths = json.loads(sys.argv[1]), int(sys.argv[2]), sys.argv[3:]
 from megazero.data.tokenizers import build_tokenizer
 tokenizer = build_tokenizer(**words)
-os.environ["TOKENIZERS_PARALLELISM"], os.environ["RAYON_NUM_THREADS"] = ("true" if threads > 1 else "false"), str(threads)
+os.environ["TOKENIZERS_PARALLELISM"], os.environ["RAYON_NUM_THREADS"] = \
+("true" if threads > 1 else "false"), str(threads)
 texts = [json.loads(line)["text"] for path in paths for line in open(path, encoding="utf-8")]
 kind, tokens = words["tokenizer_type"], 0
 start, cpu = time.perf_counter(), time.process_time()
@@ -72,15 +75,17 @@ def preprocess(s: Preprocess) -> None:
                 seconds, cpu, tokens, size = json.loads(_ran("-c", LIBRARY, json.dumps(words), str(workers), *s.input))
                 _keep(best, "library", workers, seconds, cpu)
                 start, before = time.perf_counter(), _cores()
-                _ran("tools/preprocess_data.py", "--input", *s.input, "--output-prefix", f"{folder}/d", *flags, "--workers", str(workers))
+                _ran("tools/preprocess_data.py", "--input", *s.input, "--output-prefix", f"{folder}/d", *flags,
+                     "--workers", str(workers))
                 _keep(best, "tool", workers, time.perf_counter() - start, _cores() - before)
     print(f"{s.tokenizer_type}: {size / 1e6:.1f} MB, {tokens:,} tokens, best of {s.rounds}")
     for (side, workers, of), seconds in best.items():
         ratio = f", {best['library', workers, of] / seconds:.2f} of the library" if side == "tool" else ""
-        print(f"  {side:<8}{workers} worker{'s' if workers > 1 else ' '} {of:<6}{seconds:7.2f} s {size / 1e6 / seconds:7.2f} MB/s{ratio}")
+        print(f"  {side:<8}{workers} worker{'s' if workers > 1 else ' '} {of:<6}{seconds:7.2f} s "
+              f"{size / 1e6 / seconds:7.2f} MB/s{ratio}")
     for side in ("tool", "library"):
-        print(f"  {side}: 2 workers are {best[side, 1, 'clock'] / best[side, 2, 'clock']:.2f} times 1; by the time on the cores they could "
-              f"be {2 * best[side, 1, 'cores'] / best[side, 2, 'cores']:.2f}")
+        print(f"  {side}: 2 workers are {best[side, 1, 'clock'] / best[side, 2, 'clock']:.2f} times 1; "
+              f"by the time on the cores they could be {2 * best[side, 1, 'cores'] / best[side, 2, 'cores']:.2f}")
 
 
 def _keep(best: dict[tuple[str, int, str], float], side: str, workers: int, clock: float, cores: float) -> None:
@@ -96,7 +101,8 @@ def _cores() -> float:
 
 def _ran(*words: str) -> str:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([os.getcwd(), os.environ.get("PYTHONPATH", "")])}
-    return subprocess.run([sys.executable, *words], check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout
+    return subprocess.run([sys.executable, *words],
+                          check=True, stdout=subprocess.PIPE, text=True, env=environment).stdout
 
 
 # ---- opening
@@ -117,11 +123,13 @@ def opening(s: Open) -> None:
     with tempfile.TemporaryDirectory() as folder:
         large = f"{folder}/large"
         _sparse(large, s.documents, s.tokens // s.documents)
-        open_split([large], "969,30,1", "train", 4096, 1, shuffle=True).sample(0)               # imports, page tables of the interpreter
+        # imports, page tables of the interpreter
+        open_split([large], "969,30,1", "train", 4096, 1, shuffle=True).sample(0)
         numbers = np.random.default_rng(0).integers(0, s.tokens // 5000, 5).tolist()
         for k in numbers:
             before = _resident()
-            seconds = _timed(lambda k=k: open_split([large], "969,30,1", "train", 4096, 1, shuffle=True).sample(k))      # type: ignore[misc]
+            seconds = _timed(lambda k=k:                        # type: ignore[misc]
+                             open_split([large], "969,30,1", "train", 4096, 1, shuffle=True).sample(k))
             print(f"open {s.documents:,} documents, {s.tokens:,} tokens and read sample {k:,}: {seconds * 1e3:.2f} ms, "
                   f"{(_resident() - before) / 1e6:.1f} MB more")
         words = []
@@ -137,7 +145,8 @@ def opening(s: Open) -> None:
 def _sparse(prefix: str, documents: int, length: int) -> None:
     with open(f"{prefix}.idx", "wb") as index:
         index.write(b"MMIDIDX\x00\x00" + struct.pack("<QBQQ", 1, 8, documents, documents + 1))
-        index.write(np.full(documents, length, "<i4").tobytes() + (np.arange(documents, dtype="<i8") * length * 2).tobytes())
+        index.write(np.full(documents, length, "<i4").tobytes()
+                    + (np.arange(documents, dtype="<i8") * length * 2).tobytes())
         index.write(np.arange(documents + 1, dtype="<i8").tobytes())
     with open(f"{prefix}.bin", "wb") as tokens:
         tokens.truncate(2 * documents * length)
@@ -182,13 +191,15 @@ def loader(s: Loading) -> None:
             with IndexedWriter(f"{folder}/{part}", best_dtype(50_000)) as writer:
                 for i in range(200):
                     writer.add_document([np.random.default_rng(i).integers(0, 50_000, 200_000).astype(np.uint16)])
-        source = open_split(["0.5", f"{folder}/a", "0.3", f"{folder}/b", "0.2", f"{folder}/c"], None, "train", s.seq, 1, shuffle=True)
+        source = open_split(["0.5", f"{folder}/a", "0.3", f"{folder}/b", "0.2", f"{folder}/c"],
+                            None, "train", s.seq, 1, shuffle=True)
         count = 5000
         seconds = _timed(lambda: [source.sample(k) for k in range(count)])
-        print(f"read {count} samples of {s.seq} tokens from a blend of 3: {count * s.seq / seconds / 1e6:.0f} million tokens/s, "
-              f"{seconds / count * 1e6:.0f} us a sample, one thread")
-        words = (f"--num-layers {s.layers} --hidden-size {s.hidden} --num-attention-heads 4 --seq-length {s.seq} --vocab-size 50000 "
-                 f"--lr 1e-3 --train-iters {s.steps + 2} --eval-iters 0 --train-data-path 0.5 {folder}/a 0.3 {folder}/b 0.2 {folder}/c")
+        print(f"read {count} samples of {s.seq} tokens from a blend of 3: {count * s.seq / seconds / 1e6:.0f} million "
+              f"tokens/s, {seconds / count * 1e6:.0f} us a sample, one thread")
+        words = (f"--num-layers {s.layers} --hidden-size {s.hidden} --num-attention-heads 4 --seq-length {s.seq} "
+                 f"--vocab-size 50000 --lr 1e-3 --train-iters {s.steps + 2} --eval-iters 0 "
+                 f"--train-data-path 0.5 {folder}/a 0.3 {folder}/b 0.2 {folder}/c")
         c = config.from_command_line(words.split())
         training = Run(plan(c, 1, 50_000), None, torch.device("cpu"), connect(Mesh(1, 1, 1), 0, "gloo", 60))
         training.initialise()
@@ -198,8 +209,8 @@ def loader(s: Loading) -> None:
 def _wait(training: object, s: Loading) -> None:
     """Runs steps; prints how long they were and how much of that they waited for their samples."""
     from types import SimpleNamespace
-    training.metrics = SimpleNamespace(step=lambda _: None, close=lambda: None)              # type: ignore[attr-defined]
-    take, waits = training.loader.take, []                                                  # type: ignore[attr-defined]
+    training.metrics = SimpleNamespace(step=lambda _: None, close=lambda: None)     # type: ignore[attr-defined]
+    take, waits = training.loader.take, []                                          # type: ignore[attr-defined]
 
     def timed(*a: object) -> object:
         start = time.perf_counter()
@@ -207,13 +218,14 @@ def _wait(training: object, s: Loading) -> None:
         waits.append(time.perf_counter() - start)
         return out
 
-    training.loader.take = timed                                                             # type: ignore[attr-defined]
-    training.step()                                                                          # type: ignore[attr-defined]
+    training.loader.take = timed                                                    # type: ignore[attr-defined]
+    training.step()                                                                 # type: ignore[attr-defined]
     waits.clear()
-    seconds = _timed(lambda: [training.step() for _ in range(s.steps)])                      # type: ignore[attr-defined]
-    training.close()                                                                         # type: ignore[attr-defined]
-    print(f"{s.steps} training steps of one sample of {s.seq} tokens: {seconds / s.steps * 1e3:.1f} ms each, of which "
-          f"{sum(waits) / s.steps * 1e6:.0f} us waiting for samples: {sum(waits) / seconds:.4%}; longest wait {max(waits) * 1e6:.0f} us")
+    seconds = _timed(lambda: [training.step() for _ in range(s.steps)])             # type: ignore[attr-defined]
+    training.close()                                                                # type: ignore[attr-defined]
+    print(f"{s.steps} training steps of one sample of {s.seq} tokens: {seconds / s.steps * 1e3:.1f} ms each, "
+          f"of which {sum(waits) / s.steps * 1e6:.0f} us waiting for samples: {sum(waits) / seconds:.4%}; "
+          f"longest wait {max(waits) * 1e6:.0f} us")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""What the benchmarks share: a step of ours, a stock torch GPT that begins with the same weights, ranks, clocks and the table.
+"""What the benchmarks share: a step of ours, a stock torch GPT that begins with the same weights,
+ranks, clocks and the table.
 
 A step takes micro-batches [(tokens, targets)] of this rank, each [b, s] int64, and returns the loss before its update.
 """
@@ -38,9 +39,10 @@ CPU = torch.device("cpu")
 
 def words(c: Any, samples: int, more: str) -> str:
     """Our command line for the GPT-2 shape of a benchmark's settings, for steps of so many samples."""
-    return (f"--num-layers {c.layers} --hidden-size {c.hidden} --num-attention-heads {c.heads} --seq-length {c.seq} --openai-gelu "
-            f"--lr 1e-3 --weight-decay 0.1 --clip-grad 1 --mock-data --train-iters 100 --eval-iters 0 --vocab-size {c.vocab} "
-            f"--dtype {c.dtype} --micro-batch-size {c.batch} --global-batch-size {samples} {more}")
+    return (f"--num-layers {c.layers} --hidden-size {c.hidden} --num-attention-heads {c.heads} --seq-length {c.seq} "
+            "--openai-gelu --lr 1e-3 --weight-decay 0.1 --clip-grad 1 --mock-data --train-iters 100 --eval-iters 0 "
+            f"--vocab-size {c.vocab} --dtype {c.dtype} "
+            f"--micro-batch-size {c.batch} --global-batch-size {samples} {more}")
 
 
 def planned(line: str) -> Plan:
@@ -56,7 +58,8 @@ def megazero(p: Plan, device: torch.device = CPU) -> Step:
     lr, one = torch.tensor(1e-3, device=device), torch.ones((), device=device)
 
     def step(micros: Sequence[Micro]) -> float:
-        made = [Batch(x, y, torch.ones(x.shape, device=device), torch.arange(len(x), device=device), 0) for x, y in micros]
+        made = [Batch(x, y, torch.ones(x.shape, device=device), torch.arange(len(x), device=device), 0)
+                for x, y in micros]
         valid = torch.stack([b.mask.sum(dtype=torch.float64) for b in made]).sum()
         total = run.executor.train(run.training, made, one / p.tokens_per_step)
         verdict = run.optimizer.judge(run.told(total), run.told(valid), p.tokens_per_step, one, run.wires["world"])
@@ -83,8 +86,8 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """GPT-2 as one writes it in torch: tokens [b, s] -> logits [b, s, vocabulary]. Modules have our weights' names.
 
-    A pipeline stage has some of the layers, under their full numbers, and the ends only if it is `first` or `last`: then hidden
-    states [b, s, h] come in or go out.
+    A pipeline stage has some of the layers, under their full numbers, and the ends only if it is `first` or `last`:
+    then hidden states [b, s, h] come in or go out.
     """
 
     def __init__(self, p: Plan, layers: range | None = None, first: bool = True, last: bool = True) -> None:
@@ -92,7 +95,8 @@ class GPT(nn.Module):
         a = p.architecture
         self.embedding = nn.Embedding(a.vocab_size, a.hidden) if first else None
         self.positions = nn.Embedding(a.seq_length, a.hidden) if first else None
-        self.layers = nn.ModuleDict({str(i): Block(a.hidden, a.heads) for i in (range(a.layers) if layers is None else layers)})
+        self.layers = nn.ModuleDict({str(i): Block(a.hidden, a.heads)
+                                     for i in (range(a.layers) if layers is None else layers)})
         output = {} if a.tied else {"output": nn.Linear(a.hidden, a.vocab_size, bias=False)}
         self.head = nn.ModuleDict({"norm": nn.LayerNorm(a.hidden), **output}) if last else None
         draw(self, p)
@@ -139,11 +143,13 @@ def ddp(p: Plan, low: bool = False, optimizer: Callable[..., torch.optim.Optimiz
     model = GPT(p).bfloat16() if low else GPT(p)
     wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
     adam = (optimizer or torch.optim.AdamW)(decayed(wrapped), lr=1e-3, fused=True)
-    return trained(wrapped, adam, p.config.dtype == "bf16" and not low, lambda last: nullcontext() if last else wrapped.no_sync())
+    return trained(wrapped, adam, p.config.dtype == "bf16" and not low,
+                   lambda last: nullcontext() if last else wrapped.no_sync())
 
 
 def trained(model: nn.Module, adam: torch.optim.Optimizer, autocast: bool, around: Callable[[bool], Any]) -> Step:
-    """The ordinary loop. `around` is told whether a micro-batch is the step's last; what it returns is entered around it."""
+    """The ordinary loop. `around` is told whether a micro-batch is the step's last;
+    what it returns is entered around it."""
     def step(micros: Sequence[Micro]) -> float:
         adam.zero_grad(set_to_none=True)
         total = torch.zeros(())
@@ -171,7 +177,8 @@ def drawn_batches(c: Any, ranks: int, rank: int) -> list[Micro]:
 
 def launched(ranks: int, *more: str) -> Any:
     """Runs this script once more as so many ranks, one thread each; returns what `tell` told."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks), *sys.argv, *more]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks),
+               *sys.argv, *more]
     ran = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, text=True)
     if ran.returncode:
         sys.exit(f"{' '.join(command)} failed; what it said stands above")
@@ -186,8 +193,10 @@ def tell(figures: Any) -> None:
     dist.destroy_process_group()
 
 
-def interleaved(steps: Mapping[str, Callable[[], Any]], rounds: int, barrier: Callable[[], Any] = lambda: None) -> dict[str, list[float]]:
-    """Seconds of each step, one of each kind in turn, after two rounds that do not count. Every round begins with another kind."""
+def interleaved(steps: Mapping[str, Callable[[], Any]], rounds: int,
+                barrier: Callable[[], Any] = lambda: None) -> dict[str, list[float]]:
+    """Seconds of each step, one of each kind in turn, after two rounds that do not count.
+    Every round begins with another kind."""
     times: dict[str, list[float]] = {name: [] for name in steps}
     names = list(steps)
     for i in range(rounds + 2):
@@ -201,11 +210,13 @@ def interleaved(steps: Mapping[str, Callable[[], Any]], rounds: int, barrier: Ca
     return times
 
 
-def compared(c: Any, kinds: Callable[[Any], Mapping[str, Callable[[], Step]]], batches: Callable[[str], Sequence[Micro]]) -> None:
-    """The whole of a benchmark of several ranks. The first process launches the ranks and prints the table, the others are ranks.
+def compared(c: Any, kinds: Callable[[Any], Mapping[str, Callable[[], Step]]],
+             batches: Callable[[str], Sequence[Micro]]) -> None:
+    """The whole of a benchmark of several ranks. The first process launches the ranks and prints the table,
+    the others are ranks.
 
-    `kinds` makes the steps to compare, the base first; `batches` is what this rank gets in a step of a kind. `c` has ranks, steps, memory,
-    only and json.
+    `kinds` makes the steps to compare, the base first; `batches` is what this rank gets in a step of a kind. `c` has
+    ranks, steps, memory, only and json.
     """
     if "RANK" in os.environ:
         torch.set_num_threads(1)
@@ -232,7 +243,8 @@ def alone(c: Any, kinds: Mapping[str, Callable[[], Step]], batches: Callable[[st
     return int(peak)
 
 
-def in_turn(c: Any, kinds: Mapping[str, Callable[[], Step]], batches: Callable[[str], Sequence[Micro]]) -> dict[str, Any]:
+def in_turn(c: Any, kinds: Mapping[str, Callable[[], Step]],
+            batches: Callable[[str], Sequence[Micro]]) -> dict[str, Any]:
     """Seconds and last loss (the mean over ranks) of every kind."""
     losses: dict[str, float] = {}
 
@@ -245,12 +257,15 @@ def in_turn(c: Any, kinds: Mapping[str, Callable[[], Step]], batches: Callable[[
     return {"times": times, "losses": dict(zip(kinds, (total / dist.get_world_size()).tolist(), strict=True))}
 
 
-def table(times: Mapping[str, Sequence[float]], base: str, memory: Mapping[str, int], losses: Mapping[str, float]) -> list[str]:
-    """A line for each kind of step. The ratio is the median over rounds of its time to that of `base` in the same round."""
+def table(times: Mapping[str, Sequence[float]], base: str, memory: Mapping[str, int],
+          losses: Mapping[str, float]) -> list[str]:
+    """A line for each kind of step.
+    The ratio is the median over rounds of its time to that of `base` in the same round."""
     width = max(map(len, times))
     lines = [f"{'':{width}}   median ms  fastest ms  x {base:<10} peak MiB  of it loaded   last loss"]
     for name, t in times.items():
         ratio = median(a / b for a, b in zip(t, times[base], strict=True))
         mib = f"{memory[name] / 2**20:8.0f}  {memory.get('nothing', 0) / 2**20:12.0f}" if name in memory else f"{'':22}"
-        lines.append(f"{name:{width}}  {median(t) * 1e3:10.1f}  {min(t) * 1e3:10.1f}  {ratio:<12.3f} {mib}  {losses[name]:10.4f}")
+        lines.append(f"{name:{width}}  {median(t) * 1e3:10.1f}  {min(t) * 1e3:10.1f}  {ratio:<12.3f} {mib}  "
+                     f"{losses[name]:10.4f}")
     return lines

@@ -1,11 +1,14 @@
-"""One pipeline-parallel training step against torch.distributed.pipelining and, as the base, data-parallel DDP on the same ranks.
+"""One pipeline-parallel training step against torch.distributed.pipelining and, as the base,
+data-parallel DDP on the same ranks.
 
-    python benchmarks/pp_vs_torch.py [--dtype fp32|bf16] [--ranks 2] [--micro-batches 8] [--steps 12] [--memory] [--json FILE]
+    python benchmarks/pp_vs_torch.py [--dtype fp32|bf16] [--ranks 2] [--micro-batches 8] [--steps 12]
+                                     [--memory] [--json FILE]
 
-The same untied GPT-2 shape (torch's pipelines know no tied weights), first weights, micro-batches, stages (ours, given to the peer), fused
-AdamW and clipping by the norm over all stages, over gloo, one thread per rank. A step of each kind in turn on the same ranks; the ratio
-is to DDP in the same round, which does half of the micro-batches on each rank. With --memory, the peak resident set of ranks of its own.
-In bf16 ours keeps bf16 weights with fp32 masters and gradients and sends bf16; the peers keep fp32 and compute under autocast.
+The same untied GPT-2 shape (torch's pipelines know no tied weights), first weights, micro-batches, stages (ours, given
+to the peer), fused AdamW and clipping by the norm over all stages, over gloo, one thread per rank. A step of each kind
+in turn on the same ranks; the ratio is to DDP in the same round, which does half of the micro-batches on each rank.
+With --memory, the peak resident set of ranks of its own. In bf16 ours keeps bf16 weights with fp32 masters and
+gradients and sends bf16; the peers keep fp32 and compute under autocast.
 """
 
 from collections.abc import Callable, Sequence
@@ -47,7 +50,8 @@ SCHEDULES = {"1f1b": "--pipeline-schedule 1f1b",
 
 
 def piped(c: Settings, schedule: str) -> Plan:
-    return planned(words(c, c.batch * c.micro_batches, f"--pp {c.ranks} --untie-embeddings-and-output-weights {SCHEDULES[schedule]}"))
+    return planned(words(c, c.batch * c.micro_batches,
+                         f"--pp {c.ranks} --untie-embeddings-and-output-weights {SCHEDULES[schedule]}"))
 
 
 def stage_of(p: Plan, number: int) -> PipelineStage:
@@ -61,7 +65,8 @@ def torch_pipeline(c: Settings, schedule: str) -> Step:
     p, rank = piped(c, schedule), environment()[0]
     stages = [stage_of(p, number) for number in range(rank, len(p.stages), c.ranks)]
     plain = schedule == "1f1b"
-    run = Schedule1F1B(stages[0], c.micro_batches, loss_of) if plain else ScheduleInterleaved1F1B(stages, c.micro_batches, loss_of)
+    run = (Schedule1F1B(stages[0], c.micro_batches, loss_of) if plain
+           else ScheduleInterleaved1F1B(stages, c.micro_batches, loss_of))
     models = nn.ModuleList(stage.submod for stage in stages)
     adam = torch.optim.AdamW(decayed(models), lr=1e-3, fused=True)
 

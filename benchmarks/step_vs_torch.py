@@ -2,9 +2,10 @@
 
     python benchmarks/step_vs_torch.py [--dtype fp32|bf16] [--steps 20] [--json FILE]
 
-The peer is an ordinary nn.Module trained with autograd, torch.nn.functional.cross_entropy, clip_grad_norm_ and fused AdamW.
-In bf16 it keeps bf16 weights with fp32 masters, as MegaZero does, and accumulates gradients in fp32; `autocast` is the other
-common form, fp32 weights cast for each use. Peak memory is that of a process of its own for each (resident set).
+The peer is an ordinary nn.Module trained with autograd, torch.nn.functional.cross_entropy, clip_grad_norm_ and
+fused AdamW. In bf16 it keeps bf16 weights with fp32 masters, as MegaZero does, and accumulates gradients in
+fp32; `autocast` is the other common form, fp32 weights cast for each use. Peak memory is that of a process of
+its own for each (resident set).
 """
 
 import json
@@ -46,7 +47,8 @@ class Block(nn.Module):
     def __init__(self, h: int, heads: int) -> None:
         super().__init__()
         self.n1, self.n2, self.heads = nn.LayerNorm(h), nn.LayerNorm(h), heads
-        self.qkv, self.o, self.up, self.down = nn.Linear(h, 3 * h), nn.Linear(h, h), nn.Linear(h, 4 * h), nn.Linear(4 * h, h)
+        self.qkv, self.o, self.up, self.down = (
+            nn.Linear(h, 3 * h), nn.Linear(h, h), nn.Linear(h, 4 * h), nn.Linear(4 * h, h))
 
     def forward(self, x: Tensor) -> Tensor:
         b, s, h = x.shape
@@ -68,7 +70,8 @@ class Plain(nn.Module):
         h = self.words(x) + self.places.weight[: x.shape[1]]
         for block in self.blocks:
             h = block(h)
-        return F.cross_entropy(F.linear(self.norm(h), self.words.weight).view(-1, self.words.weight.shape[0]).float(), y.view(-1))
+        return F.cross_entropy(F.linear(self.norm(h), self.words.weight).view(-1, self.words.weight.shape[0]).float(),
+                               y.view(-1))
 
 
 def plain_step(c: Settings, device: torch.device, autocast: bool) -> Step:
@@ -112,7 +115,8 @@ def main() -> None:
         "megazero": lambda: megazero(planned(line), device), "plain": lambda: plain_step(c, device, False)}
     if c.dtype == "bf16":
         made["autocast"] = lambda: plain_step(c, device, True)
-    tokens = torch.randint(c.vocab, (c.micro_batches, c.batch, c.seq + 1), generator=torch.Generator().manual_seed(1)).to(device)
+    tokens = torch.randint(c.vocab, (c.micro_batches, c.batch, c.seq + 1),
+                           generator=torch.Generator().manual_seed(1)).to(device)
     batches = [(t[:, :-1].contiguous(), t[:, 1:].contiguous()) for t in tokens]
     if c.only:
         step = made[c.only]()
@@ -128,15 +132,19 @@ def main() -> None:
             step(batches)                                       # reads the loss: waits for the device
             if i >= 2:
                 times[name].append(time.perf_counter() - start)
-    memory = {name: int(subprocess.run([sys.executable, __file__, *sys.argv[1:], "--only", name], capture_output=True, text=True,
-                                       check=True).stdout.split()[-1]) for name in steps}
-    figures = {name: {"seconds": sorted(t)[len(t) // 2], "fastest": min(t), "peak_bytes": memory[name]} for name, t in times.items()}
+    memory = {name: int(subprocess.run([sys.executable, __file__, *sys.argv[1:], "--only", name],
+                                       capture_output=True, text=True, check=True).stdout.split()[-1])
+              for name in steps}
+    figures = {name: {"seconds": sorted(t)[len(t) // 2], "fastest": min(t), "peak_bytes": memory[name]}
+               for name, t in times.items()}
     for name, f in figures.items():
-        print(f"{name:9} {f['seconds'] * 1e3:8.1f} ms median {f['fastest'] * 1e3:8.1f} ms fastest {f['peak_bytes'] / 2**20:8.0f} MiB   "
-              f"{f['seconds'] / figures['plain']['seconds']:.3f} x plain, fastest {f['fastest'] / figures['plain']['fastest']:.3f} x")
+        print(f"{name:9} {f['seconds'] * 1e3:8.1f} ms median {f['fastest'] * 1e3:8.1f} ms fastest "
+              f"{f['peak_bytes'] / 2**20:8.0f} MiB   {f['seconds'] / figures['plain']['seconds']:.3f} x plain, "
+              f"fastest {f['fastest'] / figures['plain']['fastest']:.3f} x")
     if c.json:
         with open(c.json, "w", encoding="utf-8") as file:
-            json.dump({"command": sys.argv, "torch": torch.__version__, "threads": torch.get_num_threads(), **figures}, file, indent=1)
+            json.dump({"command": sys.argv, "torch": torch.__version__, "threads": torch.get_num_threads(), **figures},
+                      file, indent=1)
 
 
 if __name__ == "__main__":

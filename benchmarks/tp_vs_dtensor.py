@@ -2,9 +2,9 @@
 
     torchrun --nproc_per_node 2 benchmarks/tp_vs_dtensor.py [--dtype fp32] [--steps 8]
 
-The same model (pre-norm GPT without biases, untied head) and tokens, AdamW and clipping; a step of each in turn on the same ranks. The peer
-is written as torch's tutorial and torchtitan write it: column- and row-wise plans, vocabulary-parallel embedding and loss. It begins with
-torch's own first weights, so its losses are others.
+The same model (pre-norm GPT without biases, untied head) and tokens, AdamW and clipping; a step of each in turn on the
+same ranks. The peer is written as torch's tutorial and torchtitan write it: column- and row-wise plans,
+vocabulary-parallel embedding and loss. It begins with torch's own first weights, so its losses are others.
 """
 
 import time
@@ -87,14 +87,20 @@ def dtensor_step(c: Settings, sequence: bool) -> Callable[[Tensor, Tensor], floa
         "head": ColwiseParallel(input_layouts=between, output_layouts=Shard(-1), use_local_output=False),
         **({"norm": SequenceParallel()} if sequence else {})})
     for block in model.blocks:
-        rows = {"attention.o": RowwiseParallel(output_layouts=between), "mlp.2": RowwiseParallel(output_layouts=between)}
+        rows = {"attention.o": RowwiseParallel(output_layouts=between),
+                "mlp.2": RowwiseParallel(output_layouts=between)}
         if sequence:
-            gather = {n: PrepareModuleInput(input_layouts=(Shard(1),), desired_input_layouts=(Replicate(),)) for n in ("mlp",)}
-            cols = {f"attention.{n}": ColwiseParallel(input_layouts=Shard(1)) for n in "qkv"} | {"mlp.0": ColwiseParallel()}
-            parallelize_module(block, mesh, {"n1": SequenceParallel(), "n2": SequenceParallel(), **gather, **cols, **rows})
+            gather = {n: PrepareModuleInput(input_layouts=(Shard(1),), desired_input_layouts=(Replicate(),))
+                      for n in ("mlp",)}
+            cols = ({f"attention.{n}": ColwiseParallel(input_layouts=Shard(1)) for n in "qkv"}
+                    | {"mlp.0": ColwiseParallel()})
+            parallelize_module(block, mesh, {
+                "n1": SequenceParallel(), "n2": SequenceParallel(), **gather, **cols, **rows})
         else:
-            parallelize_module(block, mesh, {**{f"attention.{n}": ColwiseParallel() for n in "qkv"}, "mlp.0": ColwiseParallel(), **rows})
-    cut = [p for p in model.parameters() if isinstance(p, DTensor)]                     # torch's foreach kernels take one kind at a time
+            parallelize_module(block, mesh, {
+                **{f"attention.{n}": ColwiseParallel() for n in "qkv"}, "mlp.0": ColwiseParallel(), **rows})
+    # torch's foreach kernels take one kind at a time
+    cut = [p for p in model.parameters() if isinstance(p, DTensor)]
     plain = [p for p in model.parameters() if not isinstance(p, DTensor)]
     kinds = [k for k in (cut, plain) if k]
     adam = torch.optim.AdamW([{"params": k} for k in kinds], lr=1e-3, foreach=True)
@@ -113,7 +119,8 @@ def dtensor_step(c: Settings, sequence: bool) -> Callable[[Tensor, Tensor], floa
 
 
 def ours(c: Settings) -> Callable[[Tensor, Tensor], float]:
-    more = f"--tp {environment()[1]} --disable-bias-linear --untie-embeddings-and-output-weights --position-embedding-type none"
+    more = (f"--tp {environment()[1]} --disable-bias-linear --untie-embeddings-and-output-weights "
+            "--position-embedding-type none")
     step = megazero(planned(words(c, c.batch, more)))
     return lambda x, y: step([(x, y)])
 
@@ -138,8 +145,8 @@ def main() -> None:
         best = min(sorted(t)[len(t) // 2] for name, t in times.items() if name != "megazero")
         for name, t in times.items():
             middle = sorted(t)[len(t) // 2]
-            print(f"{name:18} {middle * 1e3:8.1f} ms median {min(t) * 1e3:8.1f} ms fastest   {middle / best:.3f} x the better peer   "
-                  f"loss {losses[name]:.4f}")
+            print(f"{name:18} {middle * 1e3:8.1f} ms median {min(t) * 1e3:8.1f} ms fastest   "
+                  f"{middle / best:.3f} x the better peer   loss {losses[name]:.4f}")
     dist.destroy_process_group()
 
 

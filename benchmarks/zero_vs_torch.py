@@ -1,16 +1,19 @@
-"""One data-parallel training step at ZeRO levels 0 to 3 against torch's own: DDP, DDP with ZeroRedundancyOptimizer, FSDP2.
+"""One data-parallel training step at ZeRO levels 0 to 3 against torch's own:
+DDP, DDP with ZeroRedundancyOptimizer, FSDP2.
 
     python benchmarks/zero_vs_torch.py [--dtype fp32|bf16] [--ranks 2] [--steps 12] [--memory] [--json FILE]
 
-The same GPT-2 shape, first weights, tokens, fused AdamW and clipping, over gloo, one thread per rank. A step of each kind in turn on the
-same ranks; the ratio is to DDP in the same round. With --memory, the peak resident set of ranks of its own for each kind.
+The same GPT-2 shape, first weights, tokens, fused AdamW and clipping, over gloo, one thread per rank. A step of each
+kind in turn on the same ranks; the ratio is to DDP in the same round. With --memory, the peak resident set of ranks of
+its own for each kind.
 
 What each keeps, in bytes per parameter at N ranks (weights + masters + gradients + moments):
-    fp32    level 0 and DDP 4 + 0 + 4 + 8 = 16; level 1 and ZeroRedundancyOptimizer 8 + 8/N; level 2 and FSDP2 without reshard 4 + 12/N;
-            level 3 and FSDP2 16/N, each with the layers now gathered on top
-    bf16    ours: 2 + 4 + 4 + 8 = 18, bf16 weights, fp32 masters, gradients and sums. The peers that compute the same keep fp32 weights
-            and gradients: DDP under autocast (16, and bf16 copies for each use); FSDP2 with bf16 gathers and fp32 reductions. `ddp, all
-            bf16` keeps bf16 everything (8), sums gradients in bf16 and loses small updates: it is another training, shown for its speed.
+    fp32    level 0 and DDP 4 + 0 + 4 + 8 = 16; level 1 and ZeroRedundancyOptimizer 8 + 8/N;
+            level 2 and FSDP2 without reshard 4 + 12/N; level 3 and FSDP2 16/N, each with the layers now gathered on top
+    bf16    ours: 2 + 4 + 4 + 8 = 18, bf16 weights, fp32 masters, gradients and sums. The peers that compute the same
+            keep fp32 weights and gradients: DDP under autocast (16, and bf16 copies for each use); FSDP2 with bf16
+            gathers and fp32 reductions. `ddp, all bf16` keeps bf16 everything (8), sums gradients in bf16 and loses
+            small updates: it is another training, shown for its speed.
 DDP's buckets hold the gradients themselves (gradient_as_bucket_view).
 """
 
@@ -57,9 +60,11 @@ def at_level(c: Settings, level: int) -> Plan:
 
 
 def fsdp2(c: Settings, reshard: bool) -> Step:
-    """fully_shard per block and around all. Without `reshard`, weights stay gathered from forward to backward (ZeRO level 2)."""
+    """fully_shard per block and around all.
+    Without `reshard`, weights stay gathered from forward to backward (ZeRO level 2)."""
     model = GPT(at_level(c, 0))
-    low = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if c.dtype == "bf16" else MixedPrecisionPolicy()
+    low = (MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32) if c.dtype == "bf16"
+           else MixedPrecisionPolicy())
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     for part in (*model.layers.values(), model):
         fully_shard(part, mesh=mesh, mp_policy=low, reshard_after_forward=reshard)
@@ -69,7 +74,8 @@ def fsdp2(c: Settings, reshard: bool) -> Step:
 def kinds(c: Settings) -> dict[str, Callable[[], Step]]:
     shared = partial(ZeroRedundancyOptimizer, optimizer_class=torch.optim.AdamW, parameters_as_bucket_view=True)
     found: dict[str, Callable[[], Step]] = {"ddp": lambda: ddp(at_level(c, 0))}
-    found |= {f"level {level}": lambda level=level: megazero(at_level(c, level)) for level in range(4)}  # type: ignore[misc]
+    found |= {f"level {level}": lambda level=level: megazero(at_level(c, level))  # type: ignore[misc]
+              for level in range(4)}
     found |= {"zero optimizer": lambda: ddp(at_level(c, 0), optimizer=shared),
               "fsdp2 keep": lambda: fsdp2(c, False), "fsdp2": lambda: fsdp2(c, True)}
     if c.dtype == "bf16":

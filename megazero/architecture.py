@@ -67,13 +67,15 @@ def architecture(config: Config, vocab_size: int) -> Architecture:
     rotary = Rotary(m.rotary_base, round(head_dim * m.rotary_percent) // 2 * 2, scaling if m.use_rope_scaling else None)
     return Architecture(
         layers=m.num_layers, hidden=m.hidden_size, ffn=ffn_size(m) or 0, heads=m.num_attention_heads,
-        kv_heads=m.num_query_groups or m.num_attention_heads, head_dim=head_dim, seq_length=m.seq_length, vocab_size=vocab_size,
-        learned_positions=(m.max_position_embeddings or m.seq_length) if m.position_embedding_type == "learned_absolute" else 0,
+        kv_heads=m.num_query_groups or m.num_attention_heads, head_dim=head_dim,
+        seq_length=m.seq_length, vocab_size=vocab_size,
+        learned_positions=(m.max_position_embeddings or m.seq_length
+                           if m.position_embedding_type == "learned_absolute" else 0),
         rotary=rotary if m.position_embedding_type == "rope" else None, norm=m.normalization, epsilon=m.norm_epsilon,
         activation="swiglu" if m.swiglu else "relu2" if m.squared_relu else "gelu_tanh" if m.openai_gelu else "gelu",
         bias=not m.disable_bias_linear, qkv_bias=m.add_qkv_bias or not m.disable_bias_linear, qk_norm=m.qk_layernorm,
-        tied=not m.untie_embeddings_and_output_weights, init_std=m.init_method_std, attention_dropout=m.attention_dropout,
-        hidden_dropout=m.hidden_dropout, pad_rows=m.make_vocab_size_divisible_by)
+        tied=not m.untie_embeddings_and_output_weights, init_std=m.init_method_std,
+        attention_dropout=m.attention_dropout, hidden_dropout=m.hidden_dropout, pad_rows=m.make_vocab_size_divisible_by)
 
 
 def ffn_size(m: Model) -> int | None:
@@ -85,14 +87,20 @@ def ffn_size(m: Model) -> int | None:
 def units(a: Architecture) -> tuple[UnitSpec, ...]:
     """Every weight of the decoder, by unit, in the order of the forward pass."""
     vocabulary = Cut(0, a.vocab_size, ragged=True)
-    positions = UnitSpec("positions", (one(Parameter("positions.weight", (a.learned_positions, a.hidden), a.init_std, partial=True)),))
+    positions = UnitSpec("positions", (
+        one(Parameter("positions.weight", (a.learned_positions, a.hidden), a.init_std, partial=True)),
+    ))
     return (
-        UnitSpec("embedding", (one(Parameter("embedding.weight", (a.vocab_size, a.hidden), a.init_std, cut=vocabulary), a.pad_rows),)),
+        UnitSpec("embedding", (
+            one(Parameter("embedding.weight", (a.vocab_size, a.hidden), a.init_std, cut=vocabulary), a.pad_rows),
+        )),
         *([positions] if a.learned_positions else []),
         *(block(a, i) for i in range(a.layers)),
         UnitSpec("head", (
             *norm("head.norm", a.hidden, a.norm_bias),
-            *([] if a.tied else [one(Parameter("head.output.weight", (a.vocab_size, a.hidden), a.init_std, cut=vocabulary), a.pad_rows)]),
+            *([] if a.tied else [
+                one(Parameter("head.output.weight", (a.vocab_size, a.hidden), a.init_std, cut=vocabulary), a.pad_rows),
+            ]),
         )),
     )
 
@@ -105,18 +113,22 @@ def parts(a: Architecture) -> tuple[Part, ...]:
 
 
 def block(a: Architecture, i: int) -> UnitSpec:
-    """The weights of transformer block `i`. What writes into the residual stream starts smaller, by sqrt(2 layers) (GPT-2)."""
+    """The weights of transformer block `i`.
+    What writes into the residual stream starts smaller, by sqrt(2 layers) (GPT-2)."""
     q, kv, small = a.heads * a.head_dim, a.kv_heads * a.head_dim, a.init_std / sqrt(2 * a.layers)
-    at, mlp, widths = f"layers.{i}.attention", f"layers.{i}.mlp", {"gate": a.ffn, "up": a.ffn} if a.gated else {"up": a.ffn}
+    at, mlp, widths = (f"layers.{i}.attention", f"layers.{i}.mlp",
+                       {"gate": a.ffn, "up": a.ffn} if a.gated else {"up": a.ffn})
     heads = {"q": Cut(0, a.heads), "k": Cut(0, a.kv_heads), "v": Cut(0, a.kv_heads)}
     rows = {"q": q, "k": kv, "v": kv}
     operands = [
         *norm(f"{at}.norm", a.hidden, a.norm_bias),
-        OperandSpec(f"{at}.qkv.weight", tuple(Parameter(f"{at}.{n}.weight", (rows[n], a.hidden), a.init_std, cut=heads[n]) for n in "qkv")),
+        OperandSpec(f"{at}.qkv.weight",
+                    tuple(Parameter(f"{at}.{n}.weight", (rows[n], a.hidden), a.init_std, cut=heads[n]) for n in "qkv")),
         one(Parameter(f"{at}.o.weight", (a.hidden, q), small, cut=Cut(1, a.heads))),
         *norm(f"{mlp}.norm", a.hidden, a.norm_bias),
         OperandSpec(f"{mlp}.up.weight",
-                    tuple(Parameter(f"{mlp}.{n}.weight", (w, a.hidden), a.init_std, cut=Cut(0, a.ffn)) for n, w in widths.items())),
+                    tuple(Parameter(f"{mlp}.{n}.weight", (w, a.hidden), a.init_std, cut=Cut(0, a.ffn))
+                          for n, w in widths.items())),
         one(Parameter(f"{mlp}.down.weight", (a.hidden, a.ffn), small, cut=Cut(1, a.ffn))),
     ]
     if a.qkv_bias:
@@ -126,7 +138,8 @@ def block(a: Architecture, i: int) -> UnitSpec:
         operands += [*norm(f"{at}.q_norm", a.head_dim, a.norm_bias), *norm(f"{at}.k_norm", a.head_dim, a.norm_bias)]
     if a.bias:
         wide = tuple(Parameter(f"{mlp}.{n}.bias", (w,), cut=Cut(0, a.ffn), decay=False) for n, w in widths.items())
-        operands += [OperandSpec(f"{mlp}.up.bias", wide), one(residual_bias(f"{at}.o.bias", a)), one(residual_bias(f"{mlp}.down.bias", a))]
+        operands += [OperandSpec(f"{mlp}.up.bias", wide),
+                     one(residual_bias(f"{at}.o.bias", a)), one(residual_bias(f"{mlp}.down.bias", a))]
     return UnitSpec(f"layers.{i}", tuple(operands))
 
 
@@ -155,5 +168,6 @@ def matmul_count(a: Architecture) -> int:
 
 
 def flops_per_token(a: Architecture) -> float:
-    """Model FLOPs of one trained token: 6 N + 6 L h S, N the matmul weights, attention causal (half of the square counted)."""
+    """Model FLOPs of one trained token: 6 N + 6 L h S,
+    N the matmul weights, attention causal (half of the square counted)."""
     return 6.0 * matmul_count(a) + 6.0 * a.layers * a.heads * a.head_dim * a.seq_length

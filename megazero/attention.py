@@ -11,12 +11,14 @@ Tensor = torch.Tensor
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, positions: Tensor | None, documents: Tensor | None, group: Group, keep: Tensor | None = None
+    q: Tensor, k: Tensor, v: Tensor, positions: Tensor | None, documents: Tensor | None, group: Group,
+    keep: Tensor | None = None
 ) -> Tensor:
     """Causal softmax(q kT / sqrt(d)) v: q [b, s, n, d], k and v [b, s, n_kv, d] -> [b, s, n, d].
 
     positions   [b, s] place of each token in its sequence; None: in order
-    documents   [b, s] number of each token's document: tokens see their own document alone; None: everything before them
+    documents   [b, s] number of each token's document: tokens see their own document alone;
+                None: everything before them
     group       ranks that share the sequence (one: the whole sequence is here)
     keep        [b, n, s, s] scale of each attention weight for dropout; None: no dropout
     """
@@ -24,7 +26,8 @@ def attention(
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     plain = positions is None and documents is None
     flash = plain and (not q.is_cuda or q.dtype in (torch.bfloat16, torch.float16))
-    if keep is not None or not flash:                           # of CUDA's kernels that make no [s, s] flash alone knows groups
+    # of CUDA's kernels that make no [s, s] flash alone knows groups
+    if keep is not None or not flash:
         k, v = _repeat(k, q.shape[1]), _repeat(v, q.shape[1])
     grouped = q.shape[1] != k.shape[1]
     if keep is not None:
@@ -53,7 +56,8 @@ def _repeat(x: Tensor, heads: int) -> Tensor:
     return x if heads == x.shape[1] else x.repeat_interleave(heads // x.shape[1], 1)
 
 
-def attention_keep(stream: int, samples: Tensor, heads: range, all_heads: int, s: int, p: float, dtype: torch.dtype) -> Tensor:
+def attention_keep(stream: int, samples: Tensor, heads: range, all_heads: int, s: int, p: float,
+                   dtype: torch.dtype) -> Tensor:
     """Dropout of attention weights, [b, heads, s, s]: 0 or 1 / (1 - p), the same for a head on whichever rank it is."""
     head = torch.arange(heads.start, heads.stop, device=samples.device)
     rows = ((samples[:, None] * all_heads + head)[:, :, None] * s + torch.arange(s, device=samples.device)).flatten()
@@ -78,7 +82,8 @@ def _stretched(frequency: Tensor, factor: float, low: float, high: float, origin
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotates channel j of the first half with channel j of the second: x [b, s, n, d], cos and sin [b or 1, s, 1, r / 2], r <= d."""
+    """Rotates channel j of the first half with channel j of the second:
+    x [b, s, n, d], cos and sin [b or 1, s, 1, r / 2], r <= d."""
     half = cos.shape[-1]
     a, b, rest = x[..., :half], x[..., half:2 * half], x[..., 2 * half:]
     return torch.cat((a * cos - b * sin, b * cos + a * sin, rest), -1)

@@ -1,4 +1,5 @@
-"""Any nn.Module as units: the parameters of each block, those that belong to no block or to several, and their gradients."""
+"""Any nn.Module as units: the parameters of each block, those that belong to no block or to several,
+and their gradients."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
@@ -17,12 +18,15 @@ Homes = dict[int, tuple["Block", Unit]]
 
 
 class Block:
-    """A submodule's parameters, which come and go together: views of a unit's weights, or of nothing while those are released.
+    """A submodule's parameters, which come and go together: views of a unit's weights,
+    or of nothing while those are released.
 
-    Frozen parameters are a unit of their own, without gradients. `homes` tells, by address, whose weights a storage holds now.
+    Frozen parameters are a unit of their own, without gradients.
+    `homes` tells, by address, whose weights a storage holds now.
     """
 
-    def __init__(self, name: str, parameters: Mapping[str, nn.Parameter], dtype: torch.dtype, sharing: Sharing, homes: Homes) -> None:
+    def __init__(self, name: str, parameters: Mapping[str, nn.Parameter], dtype: torch.dtype, sharing: Sharing,
+                 homes: Homes) -> None:
         self.name, self.homes = name, homes
         self.stays = sharing.level < 3
         self.views: list[tuple[nn.Parameter, Weight, torch.Size]] = []
@@ -51,7 +55,8 @@ class Block:
             self._hide()
 
     def gather(self) -> None:
-        """The whole weights begin to arrive, if they are not here or are old. Parameters are views of them from now on."""
+        """The whole weights begin to arrive, if they are not here or are old.
+        Parameters are views of them from now on."""
         absent = any(u.weights is None for u in self.units)
         with torch.inference_mode(False):                       # a buffer made now will serve training too
             for unit in self.units:
@@ -113,8 +118,9 @@ class Sums:
     def add(self, weight: Weight, grad: Tensor) -> None:
         """One parameter's gradient of this micro-batch."""
         if weight.unit in self.complete:
-            raise UserError(f"{weight.operand.name}: its gradient came after the backward pass of {weight.unit.flat.name}, so it is used "
-                            "outside of that block; give `blocks` without that one.")
+            raise UserError(f"{weight.operand.name}: its gradient came after the backward pass of "
+                            f"{weight.unit.flat.name}, so it is used outside of that block; "
+                            "give `blocks` without that one.")
         self._open(weight.unit)
         weight.add(grad)
 
@@ -163,15 +169,16 @@ class Sums:
 
 
 def longest_list(model: nn.Module) -> list[nn.Module]:
-    """The children of the longest nn.ModuleList that is not inside another: the layers, not the experts of one of them."""
+    """The children of the longest nn.ModuleList that is not inside another:
+    the layers, not the experts of one of them."""
     lists = {f"{n}.": m for n, m in model.named_modules() if isinstance(m, nn.ModuleList)}
     outer = [list(m) for n, m in lists.items() if not any(n != other and n.startswith(other) for other in lists)]
     return max(outer, key=len, default=[])
 
 
 def belongings(model: nn.Module, blocks: Sequence[nn.Module]) -> dict[nn.Module, dict[str, nn.Parameter]]:
-    """Which parameters, by name, belong to the model itself (first) and to each block that has any. One that is known by several
-    names has the first; it is the model's own if they lie in different places."""
+    """Which parameters, by name, belong to the model itself (first) and to each block that has any. One that is known
+    by several names has the first; it is the model's own if they lie in different places."""
     inside = {f"{n}.": m for n, m in model.named_modules(remove_duplicate=False) if m in blocks}
     names: dict[nn.Parameter, list[str]] = {}
     for name, p in model.named_parameters(remove_duplicate=False):

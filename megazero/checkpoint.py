@@ -4,10 +4,10 @@
     DIR/step-00000100/index.json                step, progress, configuration, architecture, list of files
     DIR/tokenizer/                              the tokenizer's files
 
-A file's header says of each tensor which box of which logical tensor it is, and its checksums; the layout of the run that
-wrote it appears nowhere else, so any layout can read what it needs. The index is written last and renamed into place: a
-folder without one was cut short and is ignored. Saving a step that is there already goes to a folder of its own
-(step-00000100.1), so that no save ever takes a good checkpoint apart. Here is how one is read; saving.py writes it.
+A file's header says of each tensor which box of which logical tensor it is, and its checksums; the layout of the run
+that wrote it appears nowhere else, so any layout can read what it needs. The index is written last and renamed into
+place: a folder without one was cut short and is ignored. Saving a step that is there already goes to a folder of its
+own (step-00000100.1), so that no save ever takes a good checkpoint apart. Here is how one is read; saving.py writes it.
 """
 
 import json
@@ -46,12 +46,14 @@ class Slice:
 
 
 def held(flat: Flat, low: int, buffers: Mapping[str, Tensor]) -> Iterator[tuple[Piece, Slice]]:
-    """What buffers (kind -> the slice of a unit's flat buffer that starts at `low`) hold of logical tensors, as views of them."""
+    """What buffers (kind -> the slice of a unit's flat buffer that starts at `low`) hold of logical tensors,
+    as views of them."""
     for piece in flat.pieces:
         p = piece.shard.parameter
         for kind, buffer in buffers.items():
             for start, box in piece.boxes(low, low + len(buffer)):
-                yield piece, Slice(kind, p.name, p.shape, box, buffer[start - low:start - low + box.numel].view(box.size))
+                yield piece, Slice(kind, p.name, p.shape, box,
+                                   buffer[start - low:start - low + box.numel].view(box.size))
 
 
 def owned(flat: Flat, low: int, buffers: Mapping[str, Tensor]) -> list[Slice]:
@@ -60,7 +62,8 @@ def owned(flat: Flat, low: int, buffers: Mapping[str, Tensor]) -> list[Slice]:
 
 
 def facts(path: Path, header: bytes) -> dict[str, int]:
-    """What the index says of a file: its size, and the checksum of its header, which holds the checksums of the rest."""
+    """What the index says of a file: its size, and the checksum of its header,
+    which holds the checksums of the rest."""
     return {"bytes": path.stat().st_size, "header_crc32": zlib.crc32(header)}
 
 
@@ -90,7 +93,8 @@ class Part:
 
 
 class Reader:
-    """One complete checkpoint, read by logical name and box: only the rows that are needed are read, and all that is read is checked.
+    """One complete checkpoint, read by logical name and box:
+    only the rows that are needed are read, and all that is read is checked.
 
     Raises UserError, naming file and place, for everything that is missing or damaged.
     """
@@ -101,7 +105,8 @@ class Reader:
             self.index: dict[str, Any] = json.loads((self.folder / INDEX).read_text(encoding="utf-8"))
         except (ValueError, OSError) as error:
             raise UserError(f"{self.folder / INDEX}: cannot be read ({error}); {self._other()}.") from None
-        if not isinstance(self.index, dict) or self.index.get("format") != FORMAT or self.index.get("version") != VERSION:
+        if (not isinstance(self.index, dict) or self.index.get("format") != FORMAT
+                or self.index.get("version") != VERSION):
             raise UserError(f"{self.folder / INDEX}: is not a {FORMAT} of version {VERSION}; {self._other()}.")
         if self.index.get("crc32") != text_checksum(self.index):
             raise UserError(f"{self.folder / INDEX}: is damaged (checksum differs); {self._other()}.")
@@ -125,7 +130,8 @@ class Reader:
             raise UserError(f"{path}: its header is damaged (checksum differs); {self._other()}.")
         stored, metadata = contents(path, header)
         if int(metadata["step"]) != self.index["step"]:
-            raise UserError(f"{path}: is of step {metadata['step']}, its index of step {self.index['step']}; {self._other()}.")
+            raise UserError(f"{path}: is of step {metadata['step']}, its index of step {self.index['step']}; "
+                            f"{self._other()}.")
         for key, b in json.loads(metadata["boxes"]).items():
             part = Part(Box(tuple(b["offset"]), tuple(b["size"])), stored[key], b["crc32"])
             self.tensors.setdefault((b["kind"], b["name"]), []).append(part)
@@ -164,7 +170,8 @@ class Reader:
         return out
 
     def _read(self, part: Part, common: Box) -> Tensor:
-        """What a file holds of `common`. The rows it lies in are read and checked, out to the borders of their checksums."""
+        """What a file holds of `common`.
+        The rows it lies in are read and checked, out to the borders of their checksums."""
         stored, (at, *_) = part.stored, common.moved(tuple(-o for o in part.box.offset))
         low, high = at[0] // stored.run, ceil((at[0] + common.size[0]) / stored.run)
         try:
@@ -172,7 +179,8 @@ class Reader:
         except OSError as error:
             raise UserError(f"{stored.path}: cannot be read ({error.strerror}); {self._other()}.") from None
         if checksums(rows) != part.crc32[low:high]:
-            raise UserError(f"{stored.path}: the bytes of {stored.name} are damaged (checksum differs); {self._other()}.")
+            raise UserError(f"{stored.path}: the bytes of {stored.name} are damaged (checksum differs); "
+                            f"{self._other()}.")
         return rows[Box((at[0] - low * stored.run, *at[1:]), common.size).slices]
 
     def verify(self, progress: Callable[[str], object] = lambda _: None) -> int:
@@ -193,7 +201,8 @@ def find(folder: Path, step: int | None, flag: str = "--load") -> Path:
     if (folder / INDEX).is_file():
         own = re.match(r"step-(\d+)", folder.name)
         if step is not None and own and int(own[1]) != step:
-            raise UserError(f"--ckpt-step {step}: {flag} {folder} is the folder of step {int(own[1])} alone; give the folder above it.")
+            raise UserError(f"--ckpt-step {step}: {flag} {folder} is the folder of step {int(own[1])} alone; "
+                            "give the folder above it.")
         return folder
     if not folder.is_dir():
         raise UserError(f"{flag} {folder}: there is no such folder.")
@@ -212,8 +221,8 @@ def fill(reader: Reader, flat: Flat, low: int, buffers: Mapping[str, Tensor]) ->
 
 
 def mismatches(reader: Reader, parameters: Sequence[Parameter], kinds: Sequence[str], most: int = 6) -> list[str]:
-    """A sentence for each tensor that a model needs and the checkpoint does not hold, or holds in another shape, or holds beyond: the
-    first few of many."""
+    """A sentence for each tensor that a model needs and the checkpoint does not hold, or holds in another shape, or
+    holds beyond: the first few of many."""
     wanted = {(kind, p.name): p.shape for p in parameters for kind in kinds}
     out = []
     for (kind, name), shape in wanted.items():
@@ -224,4 +233,5 @@ def mismatches(reader: Reader, parameters: Sequence[Parameter], kinds: Sequence[
             out.append(f"{reader.folder}: {kind}/{name} has shape {list(theirs)}, this model {list(shape)}.")
     extra = [name for kind, name in reader.shapes if kind == "weight" and ("weight", name) not in wanted]
     out += [f"{reader.folder}: holds weight/{name}, which this model does not have." for name in extra]
-    return out if len(out) <= most else [*out[:most], f"{reader.folder}: and {len(out) - most} more tensors like these."]
+    return (out if len(out) <= most
+            else [*out[:most], f"{reader.folder}: and {len(out) - most} more tensors like these."])

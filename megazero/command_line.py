@@ -1,7 +1,8 @@
 """Frozen dataclasses as command lines and as files: the same fields, the same words, the same errors.
 
-A field becomes `--its-name`; a field that is a dataclass becomes a group of the help whose fields are flags of their own
-(names are flat and unique). A file (TOML, YAML or JSON) holds the same keys, flat or in tables; flags override the file.
+A field becomes `--its-name`; a field that is a dataclass becomes a group of the help whose fields are flags of their
+own (names are flat and unique). A file (TOML, YAML or JSON) holds the same keys, flat or in tables; flags override
+the file.
 
     bool field, default False      --flag, and --no-flag to override a file
     bool field, default True       --no-flag
@@ -33,7 +34,8 @@ def option(
     unit: str = "", word: bool = False,
 ) -> Any:
     """A dataclass field with what the command line needs to know of it. Without a default it must be given."""
-    metadata = {"help": help, "choices": tuple(choices) if choices else None, "alias": tuple(alias), "unit": unit, "word": word}
+    metadata = {"help": help, "choices": tuple(choices) if choices else None, "alias": tuple(alias), "unit": unit,
+                "word": word}
     return field(metadata=metadata) if default is MISSING else field(default=default, metadata=metadata)
 
 
@@ -71,11 +73,13 @@ def parse(
     """The settings that `argv` (default: the process's) asks for.
 
     Later wins: defaults, then the row of `presets` named by `--model`, then the file named by `--config`, then flags.
-    `elsewhere` says of words that are no flags here what to write instead. Raises UserError with one sentence per mistake.
+    `elsewhere` says of words that are no flags here what to write instead.
+    Raises UserError with one sentence per mistake.
     """
     elsewhere = elsewhere or {}
     options = {o.name: o for group in leaves(cls).values() for o in group}
-    given, errors = _read_flags(cls, options, _flagged(options, sys.argv[1:] if argv is None else argv), prog, elsewhere)
+    given, errors = _read_flags(cls, options, _flagged(options, sys.argv[1:] if argv is None else argv),
+                                prog, elsewhere)
     from_file: dict[str, Any] = {}
     if "config" in given:
         try:
@@ -120,12 +124,15 @@ def read_file(path: Path, options: Mapping[str, Option], elsewhere: Mapping[str,
     try:
         data = _load(path)
     except OSError as error:
-        raise UserError(f"--config {path}: cannot be read ({error.strerror}); name a .toml, .yaml or .json file.") from None
+        raise UserError(
+            f"--config {path}: cannot be read ({error.strerror}); name a .toml, .yaml or .json file.") from None
     except ValueError as error:
-        raise UserError(f"--config {path}: is not valid {path.suffix[1:].upper()} ({' '.join(str(error).split())}).") from None
+        raise UserError(
+            f"--config {path}: is not valid {path.suffix[1:].upper()} ({' '.join(str(error).split())}).") from None
     if not isinstance(data, dict):
         raise UserError(f"--config {path}: holds a {type(data).__name__}, not keys and values.")
-    names = {alias.replace("-", "_"): o.name for o in options.values() for alias in (o.name, *o.field.metadata.get("alias", ()))}
+    names = {alias.replace("-", "_"): o.name
+             for o in options.values() for alias in (o.name, *o.field.metadata.get("alias", ()))}
     values: dict[str, Any] = {}
     errors: list[str] = []
     for key, value in _flat_items(data):
@@ -154,7 +161,8 @@ def nearest(word: str, words: typing.Iterable[str]) -> str:
     """' (did you mean X?)' for the word nearest to a mistyped one, or nothing."""
     words = list(words)
     within = sorted((w for w in words if len(word.strip("-")) > 3 and w.endswith(word.strip("-"))), key=len)
-    close = difflib.get_close_matches(word, words, n=1, cutoff=0.8) or within or difflib.get_close_matches(word, words, n=1, cutoff=0.6)
+    close = (difflib.get_close_matches(word, words, n=1, cutoff=0.8) or within
+             or difflib.get_close_matches(word, words, n=1, cutoff=0.6))
     return f" (did you mean {close[0]}?)" if close else ""
 
 
@@ -216,8 +224,8 @@ class _Help(argparse.HelpFormatter):
 def _read_flags(
     cls: type, options: Mapping[str, Option], argv: list[str], prog: str | None, elsewhere: Mapping[str, str]
 ) -> tuple[dict[str, Any], list[str]]:
-    parser = _Parser(prog=prog, usage="%(prog)s [flags]", description=(cls.__doc__ or "").strip(), formatter_class=_Help,
-                     allow_abbrev=False, argument_default=argparse.SUPPRESS, add_help=False)
+    parser = _Parser(prog=prog, usage="%(prog)s [flags]", description=(cls.__doc__ or "").strip(),
+                     formatter_class=_Help, allow_abbrev=False, argument_default=argparse.SUPPRESS, add_help=False)
     for title, members in leaves(cls).items():
         group = parser.add_argument_group(title)
         if len(parser._action_groups) == 3:                     # argparse's own two groups, and our first
@@ -242,7 +250,8 @@ def _unknown(word: str, flags: list[str], elsewhere: Mapping[str, str]) -> str:
     """What to say of a word that no flag takes."""
     if word[2:] in elsewhere and word.startswith("--"):
         return f"{word} {elsewhere[word[2:]]}."
-    return f"{word}: no such flag{nearest(word, flags)}." if word.startswith("-") else f"{word}: belongs to no flag; see --help."
+    return (f"{word}: no such flag{nearest(word, flags)}." if word.startswith("-")
+            else f"{word}: belongs to no flag; see --help.")
 
 
 def _after_unknown(word: str, unknown: list[str]) -> bool:
@@ -258,12 +267,14 @@ def _add(group: Any, o: Option) -> None:
         group.add_argument(*flags, dest=o.name, action=argparse.BooleanOptionalAction, help=_help(o))
         return
     shape = {"nargs": "+"} if o.many else {}
-    metavar = "{" + ",".join(meta["choices"]) + "}" if meta.get("choices") else (meta.get("unit") or o.kind.__name__).upper()
+    metavar = ("{" + ",".join(meta["choices"]) + "}" if meta.get("choices")
+               else (meta.get("unit") or o.kind.__name__).upper())
     group.add_argument(*flags, dest=o.name, metavar=metavar, help=_help(o), **shape)
 
 
 def _help(o: Option) -> str:
-    text = o.field.metadata.get("help", "").replace("%", "%%") + ("; its flag may be left out" if o.field.metadata.get("word") else "")
+    text = (o.field.metadata.get("help", "").replace("%", "%%")
+            + ("; its flag may be left out" if o.field.metadata.get("word") else ""))
     default = o.field.default
     if default is MISSING:
         return f"{text} (required)"

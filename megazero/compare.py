@@ -15,13 +15,14 @@ from megazero.errors import UserError
 from megazero.merge import in_order
 
 Tensor = torch.Tensor
-TIMES = {"seconds", "tokens_per_second", "tflops_per_device", "mfu", "memory_bytes"}       # of a log: no two runs agree on them
+# of a log: no two runs agree on them
+TIMES = {"seconds", "tokens_per_second", "tflops_per_device", "mfu", "memory_bytes"}
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A place, what stands there on both sides, and how far apart that is: relative to the larger value or the tensor's largest element;
-    infinity where there is nothing to measure."""
+    """A place, what stands there on both sides, and how far apart that is: relative to the larger value or the tensor's
+    largest element; infinity where there is nothing to measure."""
 
     where: str
     a: Any
@@ -59,8 +60,8 @@ def there(side: object) -> str:
 # ---- logs
 
 def log_lines(path: Path) -> dict[tuple[int, str], dict[str, Any]]:
-    """(step, split or train) -> what a metrics.jsonl says of it, times and memory left out. A last line torn by a kill is forgotten.
-    Raises UserError."""
+    """(step, split or train) -> what a metrics.jsonl says of it, times and memory left out. A last line torn by a kill
+    is forgotten. Raises UserError."""
     found: dict[tuple[int, str], dict[str, Any]] = {}
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -72,7 +73,8 @@ def log_lines(path: Path) -> dict[tuple[int, str], dict[str, Any]]:
             found[record["step"], record.get("split", "train")] = {k: v for k, v in record.items() if k not in TIMES}
         except (ValueError, KeyError, TypeError, AttributeError):
             if number < len(lines):
-                raise UserError(f"{path}: line {number} is damaged; each should be one step or one evaluation.") from None
+                raise UserError(f"{path}: line {number} is damaged; "
+                                "each should be one step or one evaluation.") from None
     if not found:
         raise UserError(f"{path}: holds no step; give the metrics.jsonl of a run.")
     return found
@@ -92,8 +94,8 @@ def logs(a: Path, b: Path, tolerance: float = 0.0) -> Iterator[Difference]:
 # ---- checkpoints
 
 def checkpoints(a: Reader, b: Reader, tolerance: float = 0.0) -> Iterator[Difference]:
-    """Where two checkpoints differ: step and position, model, then tensor by tensor, with one tensor of each in memory. Where one of them
-    holds weights alone, as a merged one does, the other's optimizer does not count."""
+    """Where two checkpoints differ: step and position, model, then tensor by tensor, with one tensor of each in memory.
+    Where one of them holds weights alone, as a merged one does, the other's optimizer does not count."""
     weights_alone = {"weight"} in (a.kinds, b.kinds)
     for key in ("step", "progress", "architecture", *(() if weights_alone else ("optimizer",))):
         yield from plain(key, a.index[key], b.index[key], 0.0)
@@ -162,5 +164,6 @@ def summary(found: Iterable[Difference], most: int = 5) -> list[str]:
     if not every:
         return []
     largest = sorted(every[1:], key=lambda d: -d.far)[:most]
-    return [f"first difference   {every[0]}", *(f"{'then, the largest' if i == 0 else '':<18} {d}" for i, d in enumerate(largest)),
+    return [f"first difference   {every[0]}",
+            *(f"{'then, the largest' if i == 0 else '':<18} {d}" for i, d in enumerate(largest)),
             f"{len(every):,} difference{'s' if len(every) > 1 else ''}"]

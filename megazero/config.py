@@ -1,6 +1,8 @@
-"""What the user says: frozen dataclasses that are the command line, the configuration file, the help and the record in a checkpoint.
+"""What the user says: frozen dataclasses that are the command line, the configuration file, the help and the record
+in a checkpoint.
 
-The words are Megatron-LM's. What follows from them (sizes, counts, memory) is in plan.py; nothing here is derived or read.
+The words are Megatron-LM's. What follows from them (sizes, counts, memory) is in plan.py; nothing here is derived
+or read.
 """
 
 from dataclasses import dataclass
@@ -12,8 +14,8 @@ from megazero.pipeline import SCHEDULES
 DTYPES = ("fp64", "fp32", "bf16", "fp16")
 DECAY_STYLES = ("constant", "linear", "cosine", "inverse-square-root", "WSD")
 WSD_STYLES = ("linear", "cosine", "exponential", "minus_sqrt")
-TOKENIZERS = ("SentencePieceTokenizer", "Llama2Tokenizer", "GPT2BPETokenizer", "HuggingFaceTokenizer", "TiktokenTokenizer", "ByteTokenizer",
-              "CharTokenizer", "NullTokenizer")
+TOKENIZERS = ("SentencePieceTokenizer", "Llama2Tokenizer", "GPT2BPETokenizer", "HuggingFaceTokenizer",
+              "TiktokenTokenizer", "ByteTokenizer", "CharTokenizer", "NullTokenizer")
 
 
 @dataclass(frozen=True)
@@ -22,42 +24,54 @@ class Parallel:
 
     tensor_model_parallel_size: int = option(1, "ranks that share each layer", alias=["tp"], unit="ranks")
     pipeline_model_parallel_size: int = option(1, "stages the layers are split into", alias=["pp"], unit="ranks")
-    data_parallel_size: int | None = option(None, "copies of the model; default: what is left of the ranks", alias=["dp"], unit="ranks")
-    zero_stage: int = option(0, "what data-parallel ranks share: 1 optimizer state, 2 gradients too, 3 weights too", unit="0-3")
-    zero_shard_size: int | None = option(None, "data-parallel ranks that share one copy of the ZeRO state, which the others repeat; "
-                                         "default all", unit="ranks")
-    reduce_every: int = option(1, "micro-batches whose gradients are summed before they travel, with --zero-stage 2 or 3",
-                               unit="micro-batches")
-    keep_weights: int = option(1, "forward and backward passes for which weights stay once gathered, with --zero-stage 3", unit="passes")
-    bucket_size: int = option(0, "parameters up to which neighbouring blocks travel as one; 0 is block by block", unit="parameters")
+    data_parallel_size: int | None = option(None, "copies of the model; default: what is left of the ranks",
+                                            alias=["dp"], unit="ranks")
+    zero_stage: int = option(0, "what data-parallel ranks share: 1 optimizer state, 2 gradients too, 3 weights too",
+                             unit="0-3")
+    zero_shard_size: int | None = option(None, "data-parallel ranks that share one copy of the ZeRO state, which the "
+                                         "others repeat; default all", unit="ranks")
+    reduce_every: int = option(1, "micro-batches whose gradients are summed before they travel, with --zero-stage "
+                               "2 or 3", unit="micro-batches")
+    keep_weights: int = option(1, "forward and backward passes for which weights stay once gathered, with "
+                               "--zero-stage 3", unit="passes")
+    bucket_size: int = option(0, "parameters up to which neighbouring blocks travel as one; 0 is block by block",
+                              unit="parameters")
     overlap_grad_reduce: bool = option(True, "gradients travel while the backward pass goes on")
     overlap_param_gather: bool = option(True, "weights travel while the passes before them go on")
-    pipeline_schedule: str = option("1f1b", "order of the forward and backward passes of the micro-batches", choices=tuple(SCHEDULES))
-    num_virtual_stages_per_pipeline_rank: int = option(1, "stages on each rank, with --pipeline-schedule interleaved or breadth-first",
-                                                       unit="stages")
-    decoder_first_pipeline_num_layers: int | None = option(None, "layers of the first stage; the others share the rest", unit="layers")
-    decoder_last_pipeline_num_layers: int | None = option(None, "layers of the last stage; the others share the rest", unit="layers")
-    pipeline_layout: str | None = option(None, "what each stage has: E embedding, t layer, L loss, | between stages, as in Ett|(ttt|)*2ttL",
-                                         unit="layout")
-    distributed_timeout_minutes: float = option(10.0, "how long a rank waits for another before it gives up", unit="minutes")
-    device: str = option("auto", "where to compute; auto takes CUDA where there is one", choices=("auto", "cpu", "cuda"))
+    pipeline_schedule: str = option("1f1b", "order of the forward and backward passes of the micro-batches",
+                                    choices=tuple(SCHEDULES))
+    num_virtual_stages_per_pipeline_rank: int = option(1, "stages on each rank, with --pipeline-schedule interleaved "
+                                                       "or breadth-first", unit="stages")
+    decoder_first_pipeline_num_layers: int | None = option(None, "layers of the first stage; the others share the rest",
+                                                           unit="layers")
+    decoder_last_pipeline_num_layers: int | None = option(None, "layers of the last stage; the others share the rest",
+                                                          unit="layers")
+    pipeline_layout: str | None = option(None, "what each stage has: E embedding, t layer, L loss, | between stages, "
+                                         "as in Ett|(ttt|)*2ttL", unit="layout")
+    distributed_timeout_minutes: float = option(10.0, "how long a rank waits for another before it gives up",
+                                                unit="minutes")
+    device: str = option("auto", "where to compute; auto takes CUDA where there is one",
+                         choices=("auto", "cpu", "cuda"))
 
 
 @dataclass(frozen=True)
 class Model:
     """Model."""
 
-    model: str | None = option(None, "a preset: sizes and fields below, each of which a flag can override", unit="preset")
+    model: str | None = option(None, "a preset: sizes and fields below, each of which a flag can override",
+                               unit="preset")
     num_layers: int | None = option(None, "transformer blocks", unit="layers")
     hidden_size: int | None = option(None, "width of the residual stream", unit="channels")
-    ffn_hidden_size: int | None = option(None, "width inside the MLP; default 4 x hidden, or 8/3 x hidden to a multiple of 64 "
-                                         "with --swiglu", unit="channels")
+    ffn_hidden_size: int | None = option(None, "width inside the MLP; default 4 x hidden, or 8/3 x hidden to a "
+                                         "multiple of 64 with --swiglu", unit="channels")
     num_attention_heads: int | None = option(None, "query heads", unit="heads")
     num_query_groups: int | None = option(None, "key and value heads; default: as many as query heads", unit="heads")
     kv_channels: int | None = option(None, "width of a head; default hidden / heads", unit="channels")
     seq_length: int | None = option(None, "tokens of a sample", unit="tokens")
-    max_position_embeddings: int | None = option(None, "longest sequence with learned positions; default --seq-length", unit="tokens")
-    position_embedding_type: str = option("learned_absolute", "how positions enter", choices=("learned_absolute", "rope", "none"))
+    max_position_embeddings: int | None = option(None, "longest sequence with learned positions; default --seq-length",
+                                                 unit="tokens")
+    position_embedding_type: str = option("learned_absolute", "how positions enter",
+                                          choices=("learned_absolute", "rope", "none"))
     rotary_base: float = option(10000.0, "base of the rotary frequencies")
     rotary_percent: float = option(1.0, "part of a head that is rotated", unit="fraction")
     use_rope_scaling: bool = option(False, "stretch the rotary frequencies as Llama 3.1 does")
@@ -65,7 +79,8 @@ class Model:
     rope_low_freq_factor: float = option(1.0, "wavelengths above original length / this are stretched fully")
     rope_high_freq_factor: float = option(4.0, "wavelengths below original length / this stay as they are")
     rope_original_length: int = option(8192, "sequence length before the stretch", unit="tokens")
-    normalization: str = option("LayerNorm", "the norm before attention, MLP and head", choices=("LayerNorm", "RMSNorm"))
+    normalization: str = option("LayerNorm", "the norm before attention, MLP and head",
+                                choices=("LayerNorm", "RMSNorm"))
     norm_epsilon: float = option(1e-5, "added to the variance in norms")
     swiglu: bool = option(False, "gated MLP: silu(gate) x up")
     squared_relu: bool = option(False, "relu(x)^2 in the MLP instead of GELU")
@@ -74,8 +89,8 @@ class Model:
     add_qkv_bias: bool = option(False, "biases on q, k, v alone, with --disable-bias-linear")
     qk_layernorm: bool = option(False, "norm over each head of q and k")
     untie_embeddings_and_output_weights: bool = option(False, "an output matrix of its own instead of the embedding's")
-    make_vocab_size_divisible_by: int = option(128, "rows the stored vocabulary is padded to per tensor-parallel rank; padding is never "
-                                               "predicted", unit="rows")
+    make_vocab_size_divisible_by: int = option(128, "rows the stored vocabulary is padded to per tensor-parallel rank; "
+                                               "padding is never predicted", unit="rows")
     init_method_std: float = option(0.02, "standard deviation of the initial weights")
     attention_dropout: float = option(0.0, "probability on attention weights", unit="fraction")
     hidden_dropout: float = option(0.0, "probability on embeddings and block outputs", unit="fraction")
@@ -86,7 +101,8 @@ class Training:
     """Training."""
 
     micro_batch_size: int = option(1, "samples in one forward pass", unit="samples")
-    global_batch_size: int | None = option(None, "samples in one step; default micro-batch size x data-parallel size", unit="samples")
+    global_batch_size: int | None = option(None, "samples in one step; default micro-batch size x data-parallel size",
+                                           unit="samples")
     train_iters: int | None = option(None, "length of the run (this or --train-samples)", unit="steps")
     train_samples: int | None = option(None, "length of the run", unit="samples")
     eval_interval: int = option(1000, "steps between evaluations", unit="steps")
@@ -96,8 +112,8 @@ class Training:
     exit_duration_in_mins: float | None = option(None, "save and stop after this long", unit="minutes")
     exit_signal_handler: bool = option(False, "save and stop at SIGTERM or SIGINT, on all ranks after the same step")
     seed: int = option(1234, "of weights, sample order and dropout")
-    recompute_granularity: str = option("none", "activations computed again in backward: selective (norms and MLP activations) or full "
-                                        "(whole blocks)", choices=("none", "selective", "full"))
+    recompute_granularity: str = option("none", "activations computed again in backward: selective (norms and MLP "
+                                        "activations) or full (whole blocks)", choices=("none", "selective", "full"))
     max_skipped_steps: int = option(20, "non-finite steps in a row after which the run ends", unit="steps")
 
 
@@ -129,7 +145,8 @@ class Optimizer:
 class Precision:
     """Precision."""
 
-    dtype: str = option("fp32", "of weights and matmuls; masters, moments and gradients are fp32 (fp64 with fp64)", choices=DTYPES)
+    dtype: str = option("fp32", "of weights and matmuls; masters, moments and gradients are fp32 (fp64 with fp64)",
+                        choices=DTYPES)
     bf16: bool = option(False, "short for --dtype bf16")
     fp16: bool = option(False, "short for --dtype fp16")
     loss_scale: float | None = option(None, "constant loss scale for fp16 instead of a dynamic one")
@@ -148,14 +165,14 @@ class Data:
     train_data_path: tuple[str, ...] = option((), "the same for training alone", unit="path")
     valid_data_path: tuple[str, ...] = option((), "the same for evaluation alone", unit="path")
     test_data_path: tuple[str, ...] = option((), "the same for one more evaluation, at the end of the run", unit="path")
-    data_schedule: str | None = option(None, "training data that changes: lines of `STEP WEIGHT PREFIX ...`, the blend from that step on",
-                                       unit="file")
+    data_schedule: str | None = option(None, "training data that changes: lines of `STEP WEIGHT PREFIX ...`, the blend "
+                                       "from that step on", unit="file")
     split: str = option("969,30,1", "parts of --data-path for training, validation and test")
-    mock_data: bool = option(False, "made-up tokens in place of what is named: to measure, or to try a layout; with --vocab-size no "
-                            "tokenizer is read")
+    mock_data: bool = option(False, "made-up tokens in place of what is named: to measure, or to try a layout; with "
+                             "--vocab-size no tokenizer is read")
     shuffle: bool = option(True, "--no-shuffle serves the samples in file order")
-    sample_order: str = option("keyed", "keyed: a sample depends on its number and the seed alone; megatron: the order of Megatron-LM",
-                               choices=("keyed", "megatron"))
+    sample_order: str = option("keyed", "keyed: a sample depends on its number and the seed alone; megatron: the order "
+                               "of Megatron-LM", choices=("keyed", "megatron"))
     eod_mask_loss: bool = option(False, "no loss where the input is the end-of-document token")
     reset_position_ids: bool = option(False, "positions start again after each end of document")
     reset_attention_mask: bool = option(False, "documents of a sample do not see each other")
@@ -165,12 +182,12 @@ class Data:
     fim_middle_token: str = option("<fim_middle>", "special token before the middle", unit="token")
     fim_suffix_token: str = option("<fim_suffix>", "special token before the suffix", unit="token")
     tokenizer_type: str | None = option(None, "how text becomes tokens", choices=TOKENIZERS)
-    tokenizer_model: str | None = option(None, "its file: .model, .tiktoken, tokenizer.json or its folder, or a JSON of characters",
-                                         unit="path")
+    tokenizer_model: str | None = option(None, "its file: .model, .tiktoken, tokenizer.json or its folder, or a JSON "
+                                         "of characters", unit="path")
     vocab_file: str | None = option(None, "vocab.json of GPT2BPETokenizer", unit="path")
     merge_file: str | None = option(None, "merges.txt of GPT2BPETokenizer", unit="path")
-    vocab_size: int | None = option(None, "vocabulary of the model, where no tokenizer is given or the tokenizer's is smaller",
-                                    unit="tokens")
+    vocab_size: int | None = option(None, "vocabulary of the model, where no tokenizer is given or the tokenizer's "
+                                    "is smaller", unit="tokens")
 
 
 @dataclass(frozen=True)
@@ -178,7 +195,8 @@ class Checkpoint:
     """Checkpoints."""
 
     save: str | None = option(None, "folder to save to", unit="dir")
-    load: str | None = option(None, "folder to load from; if it is --save's and still empty, the run starts afresh", unit="dir")
+    load: str | None = option(None, "folder to load from; if it is --save's and still empty, the run starts afresh",
+                              unit="dir")
     save_interval: int | None = option(None, "steps between checkpoints; one is always saved at the end", unit="steps")
     keep_last: int | None = option(None, "checkpoints to keep; default: all", unit="checkpoints")
     ckpt_step: int | None = option(None, "step to load; default: the newest", unit="step")
@@ -199,8 +217,8 @@ class Config:
     """Trains a GPT-style language model. The same command runs on a CPU, on one GPU, and under torchrun on many."""
 
     config: str | None = option(None, "file with these keys (.toml, .yaml, .json); flags override it", unit="file")
-    check: bool = option(False, "check everything, print the plan, train nothing; without torchrun for as many ranks as --tp x --pp x --dp "
-                         "ask for")
+    check: bool = option(False, "check everything, print the plan, train nothing; without torchrun for as many ranks "
+                         "as --tp x --pp x --dp ask for")
     parallel: Parallel = Parallel()
     model: Model = Model()
     training: Training = Training()
@@ -235,10 +253,11 @@ PRESETS: dict[str, dict[str, Any]] = {
     "gpt3-6.7b": _row(_GPT3, 32, 4096, 32),
     "gpt3-13b": _row(_GPT3, 40, 5120, 40),
     "gpt3-175b": _row(_GPT3, 96, 12288, 96),
-    "llama-1b": _row(_LLAMA, 16, 2048, 32, num_query_groups=8, ffn_hidden_size=8192, seq_length=4096, rotary_base=500000.0,
-                     untie_embeddings_and_output_weights=False),
+    "llama-1b": _row(_LLAMA, 16, 2048, 32, num_query_groups=8, ffn_hidden_size=8192, seq_length=4096,
+                     rotary_base=500000.0, untie_embeddings_and_output_weights=False),
     "llama-7b": _row(_LLAMA, 32, 4096, 32, ffn_hidden_size=11008, seq_length=4096),
-    "llama-8b": _row(_LLAMA, 32, 4096, 32, num_query_groups=8, ffn_hidden_size=14336, seq_length=8192, rotary_base=500000.0),
+    "llama-8b": _row(_LLAMA, 32, 4096, 32, num_query_groups=8, ffn_hidden_size=14336, seq_length=8192,
+                     rotary_base=500000.0),
     "llama-13b": _row(_LLAMA, 40, 5120, 40, ffn_hidden_size=13824, seq_length=4096),
     "llama-70b": _row(_LLAMA, 80, 8192, 64, num_query_groups=8, ffn_hidden_size=28672, seq_length=4096),
 }

@@ -70,7 +70,8 @@ def working(p: Plan, rank: int, width: int, full: int) -> dict[str, int]:
     for step in p.passes[p.mesh.place(rank).pp]:
         now += blocks[step.stage] * (1 if step.kind == "F" else -1)
         most = max(most, now)
-    masks = a.seq_length * ((p.tp if p.config.data.reset_attention_mask else 0) + (3 * a.heads if a.attention_dropout else 0))
+    masks = a.seq_length * ((p.tp if p.config.data.reset_attention_mask else 0)
+                            + (3 * a.heads if a.attention_dropout else 0))
     again = kept_per_token(a, "none") + masks if t.recompute_granularity == "full" else 0
     rows = ragged_rows(a.vocab_size, p.tp, a.pad_rows)
     chunk = min(tokens * p.tp, max(LOGITS // rows, 1)) * rows if len(p.stages) - 1 in own else 0
@@ -108,7 +109,8 @@ def traffic(p: Plan, rank: int = 0) -> dict[str, int]:
 
 def _partial(f: Flat, part: int, rank: int, cut: bool) -> int:
     """Elements of a rank's slice whose gradients tensor-parallel ranks must add."""
-    common = ((max(q.start, rank * part), min(q.stop, (rank + 1) * part)) for q in f.pieces if q.shard.partial and q.shard.cut == cut)
+    common = ((max(q.start, rank * part), min(q.stop, (rank + 1) * part))
+              for q in f.pieces if q.shard.partial and q.shard.cut == cut)
     return sum(max(stop - start, 0) for start, stop in common)
 
 
@@ -120,8 +122,8 @@ def share(p: Plan) -> int:
 def computation(action: Action, p: Plan, width: int, wide: int) -> int:
     """Bytes over tp of one computation.
 
-    A block moves its tokens 4 times forward (gather and scatter for attention and MLP) and 6 times backward (the gather of a
-    column operation is repeated), embedding and head twice each; the loss adds a maximum and two sums per token.
+    A block moves its tokens 4 times forward (gather and scatter for attention and MLP) and 6 times backward (the gather
+    of a column operation is repeated), embedding and head twice each; the loss adds a maximum and two sums per token.
     """
     a, t = p.architecture, p.config.training
     move, tokens = (p.tp - 1) * share(p) * width, share(p) // a.hidden * p.tp
@@ -147,17 +149,18 @@ def describe(p: Plan) -> str:
     shared = f"over {p.shard} ranks" + (f", repeated {p.dp // p.shard} times" if p.shard < p.dp else "")
     return "\n".join([
         f"model       {parameter_count(a):,} parameters: {a.layers} layers x {a.hidden}, {a.heads} heads x {a.head_dim}"
-        + (f" over {a.kv_heads} kv heads" if a.kv_heads != a.heads else "") + f", ffn {a.ffn} {a.activation}, {a.norm}, "
-        f"{positions} positions, vocabulary {a.vocab_size:,}, {'tied' if a.tied else 'untied'}",
+        + (f" over {a.kv_heads} kv heads" if a.kv_heads != a.heads else "") + f", ffn {a.ffn} {a.activation}, "
+        f"{a.norm}, {positions} positions, vocabulary {a.vocab_size:,}, {'tied' if a.tied else 'untied'}",
         f"ranks       {p.world} = tp {p.tp} x pp {p.pp} x dp {p.dp}, ZeRO {c.parallel.zero_stage}"
         + (f" {shared}" if c.parallel.zero_stage else "") + f", schedule {c.parallel.pipeline_schedule}",
         *([f"stages      {len(p.stages)} of {each} layers, {p.virtual} per rank; "
            f"bubble {idle:.0%} of the computing time if all are alike"] if len(p.stages) > 1 else []),
-        f"step        {p.global_batch} samples x {a.seq_length} = {p.tokens_per_step:,} tokens: dp {p.dp} x "
-        f"{p.micro_batches} micro-batches of {p.micro_batch}; {p.train_iters:,} steps, {p.train_iters * p.tokens_per_step:,} tokens",
+        f"step        {p.global_batch} samples x {a.seq_length} = {p.tokens_per_step:,} tokens: "
+        f"dp {p.dp} x {p.micro_batches} micro-batches of {p.micro_batch}; "
+        f"{p.train_iters:,} steps, {p.train_iters * p.tokens_per_step:,} tokens",
         f"precision   {c.dtype}, recompute {c.training.recompute_granularity}",
-        f"compute     {flops_per_token(a):.4g} FLOPs per token (6 N + 6 L h S: causal attention, no recompute counted), "
-        f"{flops_per_token(a) * p.tokens_per_step * p.train_iters:.3g} in all",
+        f"compute     {flops_per_token(a):.4g} FLOPs per token (6 N + 6 L h S: causal attention, "
+        f"no recompute counted), {flops_per_token(a) * p.tokens_per_step * p.train_iters:.3g} in all",
         f"memory      {gib(sum(need.values()))}{which}: " + ", ".join(f"{k} {gib(v)}" for k, v in need.items() if v),
         *([f"groups      {'; '.join(p.mesh.describe())}"] if p.world > 1 else []),
         *([f"wire        {gib(sum(sent.values()))} sent per rank and step: "

@@ -1,6 +1,7 @@
 """The decoder: an embedding part, blocks, and a head part, each a function of (input, batch) over units.
 
-    b samples   s tokens of a sample   t = b s, padded to a multiple of tp   h hidden   n heads and o channels of this tensor-parallel rank
+    b samples   s tokens of a sample   t = b s, padded to a multiple of tp   h hidden
+    n heads and o channels of this tensor-parallel rank
 
 Activations between parts are [t / tp, h]. Which units a part reads is said by architecture.parts.
 """
@@ -37,10 +38,11 @@ class Batch:
 
 
 class Decoder:
-    """The parts of an architecture over its units, or those of one rank's stages. Holds no tensors of its own but the rotary table."""
+    """The parts of an architecture over its units, or those of one rank's stages.
+    Holds no tensors of its own but the rotary table."""
 
-    def __init__(self, a: Architecture, units: Mapping[str, Unit], group: Group, seed: int, recompute: str, device: torch.device,
-                 own: Sequence[int] | None = None) -> None:
+    def __init__(self, a: Architecture, units: Mapping[str, Unit], group: Group, seed: int, recompute: str,
+                 device: torch.device, own: Sequence[int] | None = None) -> None:
         """`own`: the numbers of the parts to be built here, whose units these are; default all."""
         self.a, self.units, self.group, self.seed, self.recompute = a, units, group, seed, recompute
         self.dtype = next(iter(units.values())).weight_slice.dtype
@@ -64,7 +66,8 @@ class Decoder:
         return partial(layer_norm, weight=weight, bias=bias, epsilon=self.a.epsilon)
 
     def padded(self, x: Tensor) -> Tensor:
-        """[b s, ...] -> [t, ...]: zeros up to a multiple of tp. Padded tokens have no loss, and no other token sees them."""
+        """[b s, ...] -> [t, ...]: zeros up to a multiple of tp.
+        Padded tokens have no loss, and no other token sees them."""
         missing = -len(x) % self.group.size
         return torch.cat((x, x.new_zeros(missing, *x.shape[1:]))) if missing else x
 
@@ -118,7 +121,8 @@ class Block:
 
     def attention(self, x: Tensor, batch: Batch) -> Tensor:
         a, (b, s) = self.d.a, batch.tokens.shape
-        qkv = self.column(x, self.norm, self.qkv, self.qkv_bias)[:b * s].view(b, s, -1, a.head_dim)       # [b, s, n + 2 n_kv, d]
+        # [b, s, n + 2 n_kv, d]
+        qkv = self.column(x, self.norm, self.qkv, self.qkv_bias)[:b * s].view(b, s, -1, a.head_dim)
         q, k, v = qkv.split([p.shard.box.size[0] // a.head_dim for p in self.qkv.operand.pieces], dim=2)
         if self.qk_norm:
             q, k = self.qk_norm[0](q), self.qk_norm[1](k)
@@ -134,7 +138,8 @@ class Block:
             return None
         first = self.heads.offset[0] // a.head_dim
         stream = key(self.d.seed, batch.step, self.name, "weights")
-        return attention_keep(stream, batch.samples, range(first, first + q.shape[2]), a.heads, q.shape[1], a.attention_dropout, q.dtype)
+        return attention_keep(stream, batch.samples, range(first, first + q.shape[2]), a.heads, q.shape[1],
+                              a.attention_dropout, q.dtype)
 
     def mlp(self, x: Tensor) -> Tensor:
         inner = self.column(x, self.mlp_norm, self.up, self.up_bias)
@@ -164,7 +169,8 @@ class Head:
             return self._loss(self.norm(x), batch, None)[0]
 
     def forward_backward(self, x: Tensor, batch: Batch, scale: Tensor) -> tuple[Tensor, Tensor]:
-        """(sum of the masked losses, gradient of scale x that sum for x [t / tp, h]): one pass, logits are computed once."""
+        """(sum of the masked losses, gradient of scale x that sum for x [t / tp, h]):
+        one pass, logits are computed once."""
         x = x.detach().requires_grad_()
         with torch.enable_grad():
             normal = self.norm(x)
@@ -181,7 +187,8 @@ class Head:
     def _loss(self, normal: Tensor, batch: Batch, scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
         chunk = max(LOGITS // len(self.output.value), 1)
         targets, mask = self.d.padded(batch.targets.flatten()), self.d.padded(batch.mask.flatten())
-        return cross_entropy(self.d.group.all_gather(normal.detach()).wait(), targets, mask, self.output, self.d.group, chunk, scale)
+        return cross_entropy(self.d.group.all_gather(normal.detach()).wait(), targets, mask, self.output, self.d.group,
+                             chunk, scale)
 
 
 def swiglu(x: Tensor) -> Tensor:

@@ -1,15 +1,16 @@
 """ZeRO for any nn.Module: its blocks become units, and hooks do what the program does for our own decoder.
 
-    forward of a block     its weights are gathered, those of the next one begin to travel; afterwards they are released
-    what autograd saves    a tensor that lies in a unit's weights becomes a `Handle`, which is looked up again in backward
-    backward of a block    begins with the gradient of an output: its weights are gathered, those of the block before begin to travel.
-                           Gradients of parameters go into the unit's sum. Ends when the gradients of its inputs are complete: the
-                           weights are released, the sum begins to travel
-    step                   norm, gate and update over slices, as in any run (optimizer.py)
+    forward of a block   its weights are gathered, those of the next one begin to travel; afterwards they are released
+    what autograd saves  a tensor that lies in a unit's weights becomes a `Handle`, which is looked up again in backward
+    backward of a block  begins with the gradient of an output: its weights are gathered, those of the block before
+                         begin to travel. Gradients of parameters go into the unit's sum. Ends when the gradients of its
+                         inputs are complete: the weights are released, the sum begins to travel
+    step                 norm, gate and update over slices, as in any run (optimizer.py)
 
-What belongs to no block, or to several (a tied embedding), is the root: whole from the forward pass to the end of backward.
-Weights and gradients travel in the order in which blocks are called, so every rank must call them in the same order. When
-autograd recomputes a block (torch.utils.checkpoint, either kind, around a block or within it), hooks run once more, in backward.
+What belongs to no block, or to several (a tied embedding), is the root: whole from the forward pass to the end of
+backward. Weights and gradients travel in the order in which blocks are called, so every rank must call them in the same
+order. When autograd recomputes a block (torch.utils.checkpoint, either kind, around a block or within it), hooks run
+once more, in backward.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -37,7 +38,8 @@ NOT_OURS = "loss.backward(): the engine must know of it; write engine.backward(l
 
 
 class Handle(NamedTuple):
-    """What autograd keeps instead of a tensor that lies in a unit's weights. `generation` is the step whose weights it means."""
+    """What autograd keeps instead of a tensor that lies in a unit's weights.
+    `generation` is the step whose weights it means."""
 
     block: Block
     unit: Unit
@@ -49,7 +51,8 @@ class Handle(NamedTuple):
 
 
 class Kept(NamedTuple):
-    """Any other tensor that autograd saves. Under hooks torch does not see whether it was changed since: we do, by its version."""
+    """Any other tensor that autograd saves. Under hooks torch does not see whether it was changed since:
+    we do, by its version."""
 
     tensor: Tensor
     version: int
@@ -76,12 +79,13 @@ class Engine:
     model           any module whose parameters lie on one device. Rank 0's are taken; buffers stay each rank's own
     wires           a mesh of data-parallel ranks: `shard` and `replicate` say who shares what `zero.level` shares
     accumulation    micro-batches of a step on each rank; `step` acts after the last one
-    blocks          submodules that are gathered and released one by one; default: the children of the longest nn.ModuleList
+    blocks          submodules that are gathered and released one by one;
+                    default: the children of the longest nn.ModuleList
     lr              learning rate of the next step; settings.lr to begin with
     """
 
-    def __init__(self, model: nn.Module, wires: Wires, settings: Settings, zero: Zero, dtype: str = "fp32", accumulation: int = 1,
-                 scale: LossScale = CONSTANT, blocks: Sequence[nn.Module] | None = None) -> None:
+    def __init__(self, model: nn.Module, wires: Wires, settings: Settings, zero: Zero, dtype: str = "fp32",
+                 accumulation: int = 1, scale: LossScale = CONSTANT, blocks: Sequence[nn.Module] | None = None) -> None:
         modules = list(dict.fromkeys(longest_list(model) if blocks is None else blocks))
         if errors := [*mistakes(model, modules), *_mistakes(wires, settings, dtype, accumulation)]:
             raise UserError(*errors)
@@ -90,7 +94,8 @@ class Engine:
         self.homes: Homes = {}
         sharing = Sharing(zero.level, wires["shard"], wires["replicate"], buffers=Buffers(poison=wires.late))
         names = {m: n for n, m in model.named_modules()}
-        made = {m: Block(names[m] or "root", own, TORCH_DTYPE[dtype], sharing, self.homes) for m, own in belongings(model, modules).items()}
+        made = {m: Block(names[m] or "root", own, TORCH_DTYPE[dtype], sharing, self.homes)
+                for m, own in belongings(model, modules).items()}
         self.root, *self.blocks = made.values()
         for block in made.values():
             block.fill(wires.rank == 0)
@@ -101,7 +106,8 @@ class Engine:
         self.verdict: Verdict | None = None                     # of the last step, until the host has read it
         self.graph = self.in_backward = False                   # graph: will backward follow this forward pass?
         self.saving: saved_tensors_hooks | None = None          # while the module's forward pass runs
-        self.order: list[Block] = []                            # calls of the last forward pass: which weights to gather ahead
+        self.order: list[Block] = []                            # calls of the last forward pass:
+                                                                # which weights to gather ahead
         self.calls: list[Block] = []                            # calls of this one
         self.left: list[Block] = []                             # calls whose backward pass is not over
         self._register(made)
@@ -112,29 +118,33 @@ class Engine:
         return self.module(*inputs, **named)
 
     def backward(self, loss: Tensor) -> None:
-        """Adds the gradients of one micro-batch. `loss` is a mean over this rank's micro-batch; the step's loss and gradient are means
-        over micro-batches and ranks."""
+        """Adds the gradients of one micro-batch. `loss` is a mean over this rank's micro-batch; the step's loss and
+        gradient are means over micro-batches and ranks."""
         if self.sums.micro == self.sums.accumulation:
-            raise UserError(f"backward: this step has had its {self.sums.accumulation} micro-batches; call step(), or raise accumulation.")
+            raise UserError(f"backward: this step has had its {self.sums.accumulation} micro-batches; "
+                            "call step(), or raise accumulation.")
         self._check()
         self._settle()
         self.total += loss.detach()
         self.in_backward = True
-        (loss.to(self.optimizer.wide) * (self.scale.value / self.losses)).backward()        # type: ignore[no-untyped-call]
+        (loss.to(self.optimizer.wide) * (self.scale.value / self.losses)).backward()  # type: ignore[no-untyped-call]
         self.in_backward = False
-        for block in (*reversed(self.blocks), self.root):       # those whose inputs, or which themselves, had no part in it too
+        # those whose inputs, or which themselves, had no part in it too
+        for block in (*reversed(self.blocks), self.root):
             self._close(block)
             self._release(block, backward=True)
         self.left.clear()
         self.sums.next()
 
     def step(self) -> Verdict | None:
-        """After the last micro-batch: updates the weights, or changes nothing if a loss or a gradient was not finite anywhere. Before
-        that: None."""
+        """After the last micro-batch: updates the weights, or changes nothing if a loss or a gradient was not finite
+        anywhere. Before that: None."""
         if self.sums.micro < self.sums.accumulation:
             return None
-        if thawed := [p for b in (self.root, *self.blocks) for p, w, _ in b.views if p.requires_grad and not w.unit.trained]:
-            raise UserError(f"model: {len(thawed)} parameters were frozen when the engine was made and are not now; unfreeze them before.")
+        if thawed := [p for b in (self.root, *self.blocks) for p, w, _ in b.views
+                      if p.requires_grad and not w.unit.trained]:
+            raise UserError(f"model: {len(thawed)} parameters were frozen when the engine was made and are not now; "
+                            "unfreeze them before.")
         self.sums.finish()
         self.wires.line.doing = f"the gate of step {self.steps + 1}"
         count, scale = (torch.full((), value, dtype=torch.float64, device=self.total.device)
@@ -147,7 +157,8 @@ class Engine:
 
     def _check(self) -> None:
         if self.in_backward:
-            raise UserError("engine: its last backward pass failed, and part of the gradients of this step is lost; make a new engine.")
+            raise UserError("engine: its last backward pass failed, and part of the gradients of this step is lost; "
+                            "make a new engine.")
 
     @property
     def losses(self) -> int:
@@ -155,13 +166,15 @@ class Engine:
         return self.sums.accumulation * self.wires.mesh.dp
 
     def _settle(self) -> None:
-        """Reads the last step's verdict, when the next step is well under way: tells of a skipped one, moves the loss scale."""
+        """Reads the last step's verdict, when the next step is well under way:
+        tells of a skipped one, moves the loss scale."""
         if self.verdict is None:
             return
         finite = not bool(self.verdict.found_inf)
         self.scale, self.verdict = self.scale.after(finite), None
         if not finite and self.wires.rank == 0:
-            say(f"step {self.steps:,} skipped: its loss or a gradient is not finite; nothing was changed, loss scale {self.scale.value:g}")
+            say(f"step {self.steps:,} skipped: its loss or a gradient is not finite; nothing was changed, "
+                f"loss scale {self.scale.value:g}")
 
     # ---- weights
 
@@ -175,7 +188,8 @@ class Engine:
         block.arrive()
 
     def _ahead(self, block: Block) -> Block | None:
-        """The block that follows, if all goes as in the last forward pass; in backward, the one that was called before."""
+        """The block that follows, if all goes as in the last forward pass;
+        in backward, the one that was called before."""
         if self.in_backward:
             i = self._last_call(block)
             return self.left[i - 1] if i > 0 else None
@@ -204,17 +218,19 @@ class Engine:
         """The tensor again, in backward."""
         if isinstance(kept, Kept):
             if kept.tensor._version != kept.version:
-                raise RuntimeError(f"a tensor of shape {tuple(kept.tensor.shape)} that backward needs was changed in place since")
+                raise RuntimeError(f"a tensor of shape {tuple(kept.tensor.shape)} that backward needs "
+                                   "was changed in place since")
             return kept.tensor
         if kept.generation != self.steps:
-            raise UserError(f"backward: reads weights of {kept.block.name} as of step {kept.generation}, but step {self.steps} has changed "
-                            "them; run the forward pass again after step().")
+            raise UserError(f"backward: reads weights of {kept.block.name} as of step {kept.generation}, but step "
+                            f"{self.steps} has changed them; run the forward pass again after step().")
         if not self.in_backward:
             raise UserError(NOT_OURS)
         self._enter(kept.block)
         assert kept.unit.weights is not None
         storage = kept.unit.weights.untyped_storage()
-        return torch.empty(0, dtype=kept.dtype, device=storage.device).set_(storage, kept.offset, kept.size, kept.stride)  # type: ignore[call-overload]
+        return torch.empty(0, dtype=kept.dtype, device=storage.device).set_(  # type: ignore[call-overload]
+            storage, kept.offset, kept.size, kept.stride)
 
     # ---- hooks
 
@@ -231,7 +247,8 @@ class Engine:
                     p.register_post_accumulate_grad_hook(partial(self._take, weight))
 
     def _begin(self, module: nn.Module, inputs: Any) -> None:
-        """The model's forward pass begins. In backward, here and below, it is recomputed: its backward pass is prepared already."""
+        """The model's forward pass begins. In backward, here and below, it is recomputed:
+        its backward pass is prepared already."""
         if self.in_backward:
             return
         self.graph, self.order, self.calls = torch.is_grad_enabled(), self.calls, []
@@ -244,7 +261,7 @@ class Engine:
             return
         self.saving.__exit__()
         self.saving = None
-        for block in self.blocks if self.graph else (*self.blocks, self.root):               # what was gathered ahead and not called
+        for block in self.blocks if self.graph else (*self.blocks, self.root):  # what was gathered ahead and not called
             self._release(block, backward=False)
 
     def _before(self, block: Block, module: nn.Module, inputs: Any, named: Any) -> Any:
@@ -274,7 +291,8 @@ class Engine:
     def _leave(self, block: Block) -> None:
         """The backward pass of one call of a block is over."""
         i = self._last_call(block)
-        if i >= 0:                                              # else of a forward pass before another's backward: the end will close it
+        # else of a forward pass before another's backward: the end will close it
+        if i >= 0:
             self.left.pop(i)
             if block not in self.left:
                 self._close(block)
@@ -297,7 +315,8 @@ class Engine:
 def _mistakes(wires: Wires, settings: Settings, dtype: str, accumulation: int) -> Iterator[str]:
     mesh = wires.mesh
     if mesh.tp * mesh.pp > 1:
-        yield f"mesh: tp {mesh.tp}, pp {mesh.pp}: a module is shared among data-parallel ranks alone; write Mesh(1, {mesh.world}, 1)."
+        yield (f"mesh: tp {mesh.tp}, pp {mesh.pp}: a module is shared among data-parallel ranks alone; "
+               f"write Mesh(1, {mesh.world}, 1).")
     if dtype not in TORCH_DTYPE:
         yield f"dtype {dtype}: is not known; write one of {', '.join(TORCH_DTYPE)}."
     if accumulation < 1:

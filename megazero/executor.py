@@ -1,4 +1,5 @@
-"""Runs a program: the graph of each part is kept apart, so backward is an explicit loop and full recompute the same loop."""
+"""Runs a program: the graph of each part is kept apart,
+so backward is an explicit loop and full recompute the same loop."""
 
 from collections.abc import Callable, Mapping, Sequence
 from math import ceil
@@ -25,15 +26,18 @@ class Executor:
         self.under_way: dict[tuple[str, str], Work] = {}
         self.expected: dict[tuple[str, int, int], Work] = {}
         self.leaving: list[Work] = []
-        self.witness: dict[str, Tensor] = {}                    # of the last step, by unit: finite if this rank's own gradients are
+        # of the last step, by unit: finite if this rank's own gradients are
+        self.witness: dict[str, Tensor] = {}
         self.do: dict[str, Callable[[Action], None]] = {
-            "F": self._forward, "L": self._loss, "B": self._backward, "E": self._evaluate, "gather": lambda a: self._unit(a).gather(),
-            "release": lambda a: self._unit(a).release(), "open": lambda a: self._unit(a).open(), "reduce": self._reduce,
-            "land": self._land, "replicate": self._replicate, "settle": lambda a: self._settle(a.unit), "tie": self._tie,
+            "F": self._forward, "L": self._loss, "B": self._backward, "E": self._evaluate,
+            "gather": lambda a: self._unit(a).gather(), "release": lambda a: self._unit(a).release(),
+            "open": lambda a: self._unit(a).open(), "reduce": self._reduce, "land": self._land,
+            "replicate": self._replicate, "settle": lambda a: self._settle(a.unit), "tie": self._tie,
             "expect": self._expect, "recv": self._receive, "send": self._send}
 
     def train(self, program: Sequence[Action], batches: Sequence[Batch], scale: Tensor) -> Tensor:
-        """Leaves the gradients of `scale` x the sum of losses in the units' slices; returns that sum, unscaled, float64."""
+        """Leaves the gradients of `scale` x the sum of losses in the units' slices;
+        returns that sum, unscaled, float64."""
         self.witness = {}
         total = self._run(program, batches, scale)
         for unit in [unit for _, unit in self.under_way]:
@@ -75,7 +79,8 @@ class Executor:
         micro, part, batch = action.micro, self.decoder.parts[action.part], self.batches[action.micro]
         self._arrive(self.parts[action.part].forward)
         x = self.flow.pop(micro).detach() if action.part else torch.zeros((), device=batch.tokens.device)
-        graph = self.scale is not None and (self.decoder.recompute != "full" or action.part == 0)       # the embedding keeps only ids
+        # the embedding keeps only ids
+        graph = self.scale is not None and (self.decoder.recompute != "full" or action.part == 0)
         with torch.set_grad_enabled(graph):
             y = part(x.requires_grad_(graph), batch)
         if self.scale is not None:
@@ -119,7 +124,8 @@ class Executor:
     def _send(self, action: Action) -> None:
         """What leaves is kept until it has left, and no longer."""
         self.leaving = [work for work in self.leaving if not work.done()]
-        self.leaving.append(self.wires.channels["send", action.way].send(self.flow.pop(action.micro).detach().contiguous()))
+        self.leaving.append(self.wires.channels["send", action.way].send(
+            self.flow.pop(action.micro).detach().contiguous()))
 
     # ---- sums over data-parallel ranks, which travel while the backward passes of earlier blocks go on
 
@@ -147,7 +153,8 @@ class Executor:
 
 
 def finish(units: Sequence[Unit], groups: Mapping[str, Group]) -> None:
-    """Sums gradients that are partial: over `tp` for what every rank holds whole, over `kv` for shared key-value heads."""
+    """Sums gradients that are partial: over `tp` for what every rank holds whole,
+    over `kv` for shared key-value heads."""
     for axis, cut in (("tp", False), ("kv", True)):
         parts = [part for unit in units for part in unit.partial(cut)]
         if parts and groups[axis].size > 1:

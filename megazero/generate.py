@@ -34,8 +34,8 @@ def tokenizer_of(reader: Reader) -> Tokenizer:
     """The tokenizer kept beside a checkpoint. Raises UserError where there is none."""
     identity = reader.index["tokenizer"]
     if identity is None:
-        raise UserError(f"--load {reader.folder}: was trained without a tokenizer (mock data, or --vocab-size alone), so text means "
-                        "nothing to it; load a checkpoint of a run with --tokenizer-type.")
+        raise UserError(f"--load {reader.folder}: was trained without a tokenizer (mock data, or --vocab-size alone), "
+                        "so text means nothing to it; load a checkpoint of a run with --tokenizer-type.")
     return load_tokenizer(identity, reader.folder.parent / "tokenizer")
 
 
@@ -61,12 +61,13 @@ def scores(decoder: Decoder, x: Tensor) -> Tensor:
 
 
 def generate(
-    decoder: Decoder, prompt: Sequence[int], max_new_tokens: int, temperature: float = 0.0, top_k: int | None = None, seed: int = 1234,
-    vocab_size: int | None = None, stop: int | None = None,
+    decoder: Decoder, prompt: Sequence[int], max_new_tokens: int, temperature: float = 0.0, top_k: int | None = None,
+    seed: int = 1234, vocab_size: int | None = None, stop: int | None = None,
 ) -> Iterator[int]:
     """New tokens, one by one: the likeliest at temperature 0, else drawn from the `top_k` likeliest (None: all).
 
-    Ends before `stop`. Only the last `seq_length` tokens are looked at; only ids below `vocab_size` are drawn (padding is not).
+    Ends before `stop`. Only the last `seq_length` tokens are looked at;
+    only ids below `vocab_size` are drawn (padding is not).
     """
     device = next(iter(decoder.units.values())).weight_slice.device
     source, ids = torch.Generator().manual_seed(seed), list(prompt)

@@ -1,8 +1,8 @@
 """Which elements of which tensor a rank holds: plain values, no tensors.
 
-A weight has one logical name and one full shape. A rank holds a `Box` of it, described by a `Shard`. The shards that one
-matrix multiplication reads together lie side by side and form an `Operand` (q, k and v; gate and up). The operands of a
-unit (a transformer block, an embedding) lie in one `Flat` buffer:
+A weight has one logical name and one full shape. A rank holds a `Box` of it, described by a `Shard`. The shards that
+one matrix multiplication reads together lie side by side and form an `Operand` (q, k and v; gate and up). The operands
+of a unit (a transformer block, an embedding) lie in one `Flat` buffer:
 
     flat    | qkv.weight          |pad| o.weight |pad| ... | norm.weight |pad| qkv.bias |pad|     |
             |  q   |  k   |  v    |   |          |   |     |             |   |          |   |     |
@@ -15,7 +15,8 @@ from functools import cached_property
 from math import ceil, prod
 from typing import NamedTuple
 
-ALIGN = 64                  # elements: 128 bytes at two bytes each, whatever the dtype, so offsets are the same in every dtype
+# elements: 128 bytes at two bytes each, whatever the dtype, so offsets are the same in every dtype
+ALIGN = 64
 
 Shape = tuple[int, ...]
 
@@ -42,7 +43,8 @@ def intersect(a: Box, b: Box) -> Box | None:
     """What two boxes of one tensor have in common, or None."""
     low = tuple(max(i, j) for i, j in zip(a.offset, b.offset, strict=True))
     high = tuple(min(i + n, j + m) for i, n, j, m in zip(a.offset, a.size, b.offset, b.size, strict=True))
-    return Box(low, tuple(h - o for o, h in zip(low, high, strict=True))) if all(o < h for o, h in zip(low, high, strict=True)) else None
+    return (Box(low, tuple(h - o for o, h in zip(low, high, strict=True)))
+            if all(o < h for o, h in zip(low, high, strict=True)) else None)
 
 
 def boxes(shape: Shape, start: int, stop: int) -> Iterator[Box]:
@@ -91,7 +93,8 @@ class Parameter:
     mean: float = 0.0
     cut: Cut | None = None
     decay: bool = True
-    partial: bool = False               # each tensor-parallel rank sees part of its gradient: norms, row biases, positions
+    # each tensor-parallel rank sees part of its gradient: norms, row biases, positions
+    partial: bool = False
 
 
 @dataclass(frozen=True)
@@ -123,7 +126,8 @@ def joined(units: Sequence[UnitSpec], elements: int) -> list[UnitSpec]:
             out[-1].append(unit)
         else:
             out.append([unit])
-    return [g[0] if len(g) == 1 else UnitSpec(f"{g[0].name}-{g[-1].name}", tuple(o for u in g for o in u.operands)) for g in out]
+    return [g[0] if len(g) == 1 else UnitSpec(f"{g[0].name}-{g[-1].name}", tuple(o for u in g for o in u.operands))
+            for g in out]
 
 
 @dataclass(frozen=True)

@@ -21,11 +21,14 @@ def in_order(key: Key) -> tuple[bool, Key]:
     return key[0] != "weight", key
 
 
-def merge(reader: Reader, output: Path, optimizer: bool = False, told: Callable[[int, int], None] = lambda *_: None) -> int:
-    """Writes a folder of checkpoints that holds this one in one file: its weights, or with `optimizer` all of it. Returns bytes of tensors.
+def merge(reader: Reader, output: Path, optimizer: bool = False,
+          told: Callable[[int, int], None] = lambda *_: None) -> int:
+    """Writes a folder of checkpoints that holds this one in one file: its weights, or with `optimizer` all of it.
+    Returns bytes of tensors.
 
-    `told` hears (bytes done, bytes in all). No more than one tensor is in memory, with the part of it that was read last. The folder
-    appears when it is complete. Checkpoints of one state make the same file, whatever their layouts. Raises UserError.
+    `told` hears (bytes done, bytes in all). No more than one tensor is in memory, with the part of it that was read
+    last. The folder appears when it is complete. Checkpoints of one state make the same file, whatever their layouts.
+    Raises UserError.
     """
     if optimizer and reader.kinds == {"weight"}:
         raise UserError(f"--optimizer: {reader.folder} holds weights alone; leave it out.")

@@ -1,6 +1,7 @@
 """Which ranks form which group: one reshape of 0 .. world - 1, so that nobody computes strides. Pure.
 
-Ranks are numbered pp (outermost) x dp x tp (innermost): tensor-parallel neighbours, which talk most, are neighbours on a node.
+Ranks are numbered pp (outermost) x dp x tp (innermost):
+tensor-parallel neighbours, which talk most, are neighbours on a node.
 """
 
 from dataclasses import dataclass
@@ -55,10 +56,12 @@ class Mesh:
             "tp": ranks.reshape(-1, self.tp),
             "kv": ranks.reshape(-1, self.kv),
             "shard": ranks.transpose(0, 2, 1).reshape(-1, self.shard),
-            "replicate": ranks.reshape(self.pp, -1, self.shard, self.tp).transpose(0, 3, 2, 1).reshape(-1, self.dp // self.shard),
+            "replicate": ranks.reshape(self.pp, -1, self.shard, self.tp).transpose(0, 3, 2, 1)
+                         .reshape(-1, self.dp // self.shard),
             **({"tied": ranks[[0, -1]].reshape(2, -1).T} if self.tied else {}),
             "world": ranks.reshape(1, -1),
-            "saved": ranks.reshape(1, -1),                      # the same ranks once more: checkpoints are written beside training
+            # the same ranks once more: checkpoints are written beside training
+            "saved": ranks.reshape(1, -1),
         }
         return {axis: [tuple(int(r) for r in row) for row in groups] for axis, groups in rows.items()}
 
@@ -70,9 +73,11 @@ class Mesh:
 
     def describe(self) -> list[str]:
         """Each axis of several ranks with its groups, the first few of many."""
-        axes = {axis: rows for axis, rows in self.groups().items() if len(rows[0]) > 1 and axis not in ("world", "saved")}
+        axes = {axis: rows for axis, rows in self.groups().items()
+                if len(rows[0]) > 1 and axis not in ("world", "saved")}
         told = {axis: " ".join("(" + " ".join(map(str, row)) + ")" for row in rows[:4]) for axis, rows in axes.items()}
-        return [f"{axis} {text}{f' and {len(axes[axis]) - 4} more' if len(axes[axis]) > 4 else ''}" for axis, text in told.items()]
+        return [f"{axis} {text}{f' and {len(axes[axis]) - 4} more' if len(axes[axis]) > 4 else ''}"
+                for axis, text in told.items()]
 
     def members(self, axis: str, rank: int) -> tuple[int, ...]:
         """The group of an axis that a rank belongs to."""

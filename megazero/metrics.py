@@ -1,4 +1,5 @@
-"""What a run tells: one dict per step to metrics.jsonl (exact floats) and TensorBoard, and one line per interval to the screen."""
+"""What a run tells: one dict per step to metrics.jsonl (exact floats) and TensorBoard,
+and one line per interval to the screen."""
 
 import itertools
 import json
@@ -19,12 +20,14 @@ from megazero.plan import Plan
 
 MFU = "MFU counts 6 N + 6 L h S FLOPs per token (causal attention, recompute not counted)"
 
-# Dense peaks in FLOP/s as the makers state them, without sparsity; what is not listed is measured. Longer names come first.
+# Dense peaks in FLOP/s as the makers state them, without sparsity; what is not listed is measured.
+# Longer names come first.
 PEAKS = {
     ("H100 PCIe", "bf16"): 756e12, ("H100 PCIe", "fp16"): 756e12, ("H100 PCIe", "fp32"): 51e12,
     ("H100 NVL", "bf16"): 835e12, ("H100 NVL", "fp16"): 835e12, ("H100 NVL", "fp32"): 60e12,
     ("H200", "bf16"): 989e12, ("H200", "fp16"): 989e12, ("H100", "bf16"): 989e12, ("H100", "fp16"): 989e12,
-    ("A100", "bf16"): 312e12, ("A100", "fp16"): 312e12, ("A100", "fp32"): 19.5e12, ("H100", "fp32"): 67e12, ("H200", "fp32"): 67e12,
+    ("A100", "bf16"): 312e12, ("A100", "fp16"): 312e12, ("A100", "fp32"): 19.5e12,
+    ("H100", "fp32"): 67e12, ("H200", "fp32"): 67e12,
 }
 
 
@@ -66,7 +69,8 @@ def memory_bytes(device: torch.device) -> int:
 
 
 class Metrics:
-    """The sinks, of rank 0. What an earlier run logged beyond step `resumed`, from where this one goes on, is forgotten."""
+    """The sinks, of rank 0.
+    What an earlier run logged beyond step `resumed`, from where this one goes on, is forgotten."""
 
     def __init__(self, plan: Plan, peak: float, device: torch.device, resumed: int, rank: int = 0) -> None:
         self.plan, self.peak, self.device = plan, peak, device
@@ -83,7 +87,8 @@ class Metrics:
                 self.file = continued(Path(folder) / "metrics.jsonl", resumed)
                 self.board = SummaryWriter(str(Path(folder) / "tensorboard"), purge_step=resumed + 1)
             except OSError as error:
-                raise UserError(f"--log-dir {folder}: cannot be written ({error.strerror}); name a folder that can.") from None
+                raise UserError(f"--log-dir {folder}: cannot be written ({error.strerror}); "
+                                "name a folder that can.") from None
 
     def step(self, figures: dict[str, Any]) -> dict[str, Any]:
         """Logs one step; adds what follows from its time. Returns the whole record."""
@@ -127,8 +132,9 @@ class Metrics:
         scale = f" | scale {last['loss_scale']:g}" if last["loss_scale"] != 1 else ""
         loss = sum(good) / len(good) if good else float("nan")
         return (f"step {last['step']:,}/{iters:,} | loss {loss:.4f} | norm {last['grad_norm']:.3f} | "
-                f"lr {last['lr']:.3e}{scale} | {rate:,.0f} tok/s | {flops / 1e12:.4g} TFLOP/s | MFU {flops / self.peak:.1%} causal | "
-                f"{gib(last['memory_bytes'])} | {clock(seconds * (iters - last['step']))} left")
+                f"lr {last['lr']:.3e}{scale} | {rate:,.0f} tok/s | {flops / 1e12:.4g} TFLOP/s | "
+                f"MFU {flops / self.peak:.1%} causal | {gib(last['memory_bytes'])} | "
+                f"{clock(seconds * (iters - last['step']))} left")
 
     def close(self) -> None:
         for sink in (self.file, self.board):
@@ -137,11 +143,13 @@ class Metrics:
 
 
 def continued(path: Path, resumed: int) -> Any:
-    """The file opened for appending after the lines up to step `resumed`; a run that starts afresh keeps an older file aside."""
+    """The file opened for appending after the lines up to step `resumed`;
+    a run that starts afresh keeps an older file aside."""
     if path.exists() and resumed == 0:
         path.rename(next(p for n in range(1, 100_000) if not (p := path.with_name(f"metrics-{n}.jsonl")).exists()))
     elif path.exists():
-        kept = [line for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if step_of(line) <= resumed]
+        kept = [line for line in path.read_text(encoding="utf-8", errors="replace").splitlines()
+                if step_of(line) <= resumed]
         draft = path.with_suffix(".draft")
         draft.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
         draft.replace(path)

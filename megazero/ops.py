@@ -6,8 +6,8 @@ tokens. A column operation gathers the tokens, a row operation scatters their su
 
     t  tokens of the micro-batch     t/tp  this rank's share     i, o  input and output channels of this rank
 
-What autograd saves are activations and handles, never weights. In backward the gradient for the input comes first, so that
-it can travel while the weight's gradient is computed.
+What autograd saves are activations and handles, never weights. In backward the gradient for the input comes first, so
+that it can travel while the weight's gradient is computed.
 """
 
 from collections.abc import Callable
@@ -33,7 +33,8 @@ def column(x: Tensor, weight: Weight, bias: Weight | None, group: Group, before:
 
 class Column(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Weight, bias: Weight | None, group: Group, before: Pointwise | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Weight, bias: Weight | None, group: Group,
+                before: Pointwise | None) -> Tensor:
         ctx.save_for_backward(x)
         ctx.weight, ctx.bias, ctx.group, ctx.before = weight, bias, group, before
         full = group.all_gather(before(x) if before else x).wait()
@@ -43,8 +44,8 @@ class Column(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
         x, again = recomputed(x, ctx.before)
-        full = ctx.group.all_gather(again.detach())             # gathered anew rather than kept, under the product for dx
-        dx = ctx.group.reduce_scatter(dy @ ctx.weight.value)    # travels under the product for the weight
+        full = ctx.group.all_gather(again.detach())           # gathered anew rather than kept, under the product for dx
+        dx = ctx.group.reduce_scatter(dy @ ctx.weight.value)  # travels under the product for the weight
         ctx.weight.add_product(dy, full.wait())
         if ctx.bias:
             ctx.bias.add_sum(dy)
@@ -52,18 +53,20 @@ class Column(torch.autograd.Function):
 
 
 def row(x: Tensor, weight: Weight, bias: Weight | None, group: Group, before: Pointwise | None = None) -> Tensor:
-    """[t, i] -> [t/tp, o]: multiplies by this rank's columns of the weight, sums over ranks, keeps this rank's tokens."""
+    """[t, i] -> [t/tp, o]: multiplies by this rank's columns of the weight, sums over ranks,
+    keeps this rank's tokens."""
     return Row.apply(x, weight, bias, group, before)
 
 
 class Row(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Weight, bias: Weight | None, group: Group, before: Pointwise | None) -> Tensor:
+    def forward(ctx: Any, x: Tensor, weight: Weight, bias: Weight | None, group: Group,
+                before: Pointwise | None) -> Tensor:
         ctx.save_for_backward(x)
         ctx.weight, ctx.bias, ctx.group, ctx.before = weight, bias, group, before
         inner = before(x) if before else x
         if group.size == 1:
-            return F.linear(inner, weight.value, bias.value if bias else None)          # the bias fused into the product
+            return F.linear(inner, weight.value, bias.value if bias else None)      # the bias fused into the product
         y = group.reduce_scatter(inner @ weight.value.T).wait()
         return y.add_(bias.value) if bias else y
 
@@ -200,7 +203,7 @@ def local_rows(tokens: Tensor, weight: Weight) -> tuple[Tensor, Tensor | None]:
         return tokens, None
     index = tokens - low
     here = (index >= 0) & (index < count)
-    return index % max(count, 1), here                          # tokens of other ranks: any row, but not all the same one
+    return index % max(count, 1), here                        # tokens of other ranks: any row, but not all the same one
 
 
 def cross_entropy(
@@ -219,19 +222,20 @@ def cross_entropy(
     index, here = local_rows(targets, weight)
     for low in range(0, len(x), chunk):
         part = slice(low, min(low + chunk, len(x)))
-        z = torch.mm(x[part], weight.value.T, out=logits[:part.stop - low])            # [c, rows], refilled for each chunk
-        z[:, rows:] = -torch.inf                                                        # padding is never predicted
+        z = torch.mm(x[part], weight.value.T, out=logits[:part.stop - low])         # [c, rows], refilled for each chunk
+        z[:, rows:] = -torch.inf                                                    # padding is never predicted
         z = z if z.dtype == wide else z.to(wide)
         top = group.all_reduce(z.amax(-1), "max").wait()
         hit = z.gather(-1, index[part, None])[:, 0]
         hit = hit if here is None else torch.where(here[part], hit, 0)
         e = z.sub_(top[:, None]).exp_()
         norm = e.sum(-1)
-        both = group.all_reduce(torch.stack((norm, torch.where(here[part], hit - top, 0) if here is not None else hit - top))).wait()
+        both = group.all_reduce(torch.stack((
+            norm, torch.where(here[part], hit - top, 0) if here is not None else hit - top))).wait()
         total += ((both[0].log() - both[1]) * mask[part]).sum()
         if scale is not None and dx is not None:
             factor = mask[part] * scale
-            p = e.mul_((factor / both[0])[:, None])                                     # softmax x factor
+            p = e.mul_((factor / both[0])[:, None])                                 # softmax x factor
             p[torch.arange(len(p), device=p.device), index[part]] -= factor if here is None else factor * here[part]
             dz = p.to(x.dtype)
             torch.mm(dz, weight.value, out=dx[part])

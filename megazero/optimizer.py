@@ -1,7 +1,8 @@
 """Gradient norm, gate and update over the slices of the units that this rank updates.
 
-The verdict of a step, apply or skip, is a number on the device: the fused kernels of torch take it (`found_inf`) together
-with the factor that undoes loss scale, token count and clipping (`grad_scale`), so a step needs no word from the host.
+The verdict of a step, apply or skip, is a number on the device: the fused kernels of torch take it (`found_inf`)
+together with the factor that undoes loss scale, token count and clipping (`grad_scale`),
+so a step needs no word from the host.
 """
 
 from collections.abc import Sequence
@@ -15,7 +16,8 @@ from megazero.config import Optimizer as Settings
 from megazero.unit import Unit
 
 Tensor = torch.Tensor
-NORM = 1 << 15                          # elements of a norm at a time: torch on CPU is off by 1e-3 for five million at once
+# elements of a norm at a time: torch on CPU is off by 1e-3 for five million at once
+NORM = 1 << 15
 
 
 @dataclass(frozen=True)
@@ -39,8 +41,8 @@ class Verdict:
 class Optimizer:
     """AdamW (Loshchilov and Hutter 2019) or SGD with momentum, one kernel over all flat buffers.
 
-    `state[unit][moment]` is a flat buffer beside the master it belongs to: the whole or a slice; decay applies up to the unit's
-    `decay_end`.
+    `state[unit][moment]` is a flat buffer beside the master it belongs to: the whole or a slice; decay applies up to
+    the unit's `decay_end`.
     """
 
     MOMENTS = {"adam": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",)}
@@ -49,7 +51,8 @@ class Optimizer:
         self.units, self.clip = units, o.clip_grad
         self.state = {u.flat.name: {m: torch.zeros_like(u.master) for m in self.MOMENTS[o.optimizer]} for u in units}
         self.steps: list[Tensor] = []
-        owned = [(p.shard.parameter.name, u.grad_slice[a:b]) for u in units if u.owner for p, a, b in u.pieces() if p.shard.owner]
+        owned = [(p.shard.parameter.name, u.grad_slice[a:b]) for u in units if u.owner
+                 for p, a, b in u.pieces() if p.shard.owner]
         pieces = [(name, part) for name, grad in owned for part in ([grad] if grad.is_cuda else grad.split(NORM))]
         self.names, self._pieces = [name for name, _ in pieces], [part for _, part in pieces]
         groups: list[dict[str, Any]] = [{"params": self._slices(0), "weight_decay": o.weight_decay},
@@ -57,7 +60,8 @@ class Optimizer:
         groups = [g for g in groups if g["params"]]
         self.wide = units[0].master.dtype
         device = units[0].master.device
-        self.lr = torch.zeros((), dtype=torch.float32 if device.type == "cuda" else self.wide, device=device)  # CUDA's kernels read fp32
+        # CUDA's kernels read fp32
+        self.lr = torch.zeros((), dtype=torch.float32 if device.type == "cuda" else self.wide, device=device)
         self._none = torch.zeros(0, dtype=torch.float64, device=self.lr.device)
         if o.optimizer == "adam":
             betas = (o.adam_beta1, o.adam_beta2)
@@ -94,13 +98,16 @@ class Optimizer:
             self.steps.append(step)
             self.torch.state[p] = {"step": step, **{m: flat[a:b] for m, flat in self.state[unit.flat.name].items()}}
 
-    def judge(self, loss_sum: Tensor, valid: Tensor, nominal: int, scale: Tensor, world: Group, stop: bool = False) -> Verdict:
-        """One reduction over all ranks: squares of owned gradients, loss and count of valid tokens (each told by one rank of a copy),
-        and whether this rank was asked to stop, so that all stop after the same step.
+    def judge(self, loss_sum: Tensor, valid: Tensor, nominal: int, scale: Tensor, world: Group,
+              stop: bool = False) -> Verdict:
+        """One reduction over all ranks: squares of owned gradients, loss and count of valid tokens (each told by one
+        rank of a copy), and whether this rank was asked to stop, so that all stop after the same step.
 
-        The gradients are of scale / nominal x the sum of losses; the factor makes them those of the mean over valid tokens.
+        The gradients are of scale / nominal x the sum of losses;
+        the factor makes them those of the mean over valid tokens.
         """
-        norms = torch.stack(torch._foreach_norm(self._pieces, 2, dtype=self.wide)).double() if self._pieces else self._none
+        norms = (torch.stack(torch._foreach_norm(self._pieces, 2, dtype=self.wide)).double()
+                 if self._pieces else self._none)
         asked = torch.full_like(loss_sum, float(stop), dtype=torch.float64)
         figures = world.all_reduce(torch.stack((norms.square().sum(), loss_sum, valid.double(), asked))).wait()
         squares, loss, tokens, stops = figures.unbind()
@@ -115,8 +122,9 @@ class Optimizer:
     def step(self, verdict: Verdict, lr: Tensor) -> None:
         """Updates the masters, or leaves every bit as it was. Then publishes."""
         self.lr.copy_(lr)
-        if self.wide == torch.float64:                          # the kernels take the factor in fp32: too coarse for fp64
-            factor = torch.where(verdict.found_inf == 0, verdict.factor, 0)         # NaN would stay in the padding between operands
+        if self.wide == torch.float64:                        # the kernels take the factor in fp32: too coarse for fp64
+            # NaN would stay in the padding between operands
+            factor = torch.where(verdict.found_inf == 0, verdict.factor, 0)
             for unit in self.units:
                 unit.grad_slice.mul_(factor)
         else:

@@ -2,15 +2,16 @@
 
     F2,0    forward of stage 2 for micro-batch 0            B2,0    its backward
 
-Stages are numbered through the model and lie on the ranks in a loop: rank r of pp holds stages r, r + pp, r + 2 pp, ... Micro-batches
-go through the pipeline in rounds; within a round a rank takes all of them through one of its stages before it takes the next
-stage, deepest last for forwards, deepest first for backwards. That gives each rank a line of forwards and a line of backwards.
-One rule merges the two: run a forward if there is room for what it leaves behind, else a backward. A schedule is a row that says
-how many rounds there are and how much room.
+Stages are numbered through the model and lie on the ranks in a loop: rank r of pp holds stages r, r + pp, r + 2 pp, ...
+Micro-batches go through the pipeline in rounds; within a round a rank takes all of them through one of its stages
+before it takes the next stage, deepest last for forwards, deepest first for backwards. That gives each rank a line of
+forwards and a line of backwards. One rule merges the two: run a forward if there is room for what it leaves behind,
+else a backward. A schedule is a row that says how many rounds there are and how much room.
 
 No clock decides an order; timeline.py plays it on one, and looks for what is wrong with it.
 
-Sources: GPipe (Huang et al. 2019), 1F1B (Narayanan et al. 2019), interleaved (Narayanan et al. 2021), breadth-first (Lamy-Poirier 2023).
+Sources: GPipe (Huang et al. 2019), 1F1B (Narayanan et al. 2019), interleaved (Narayanan et al. 2021),
+breadth-first (Lamy-Poirier 2023).
 """
 
 import re
@@ -40,7 +41,8 @@ class Schedule:
 
     `looped`    a rank may hold several stages
     `rounds`    (pp, micro-batches) -> rounds; the micro-batches are shared among them evenly
-    `room`      (rank, pp, virtual, micro-batches of the largest round) -> forwards that may wait for their backward at one time
+    `room`      (rank, pp, virtual, micro-batches of the largest round)
+                -> forwards that may wait for their backward at one time
     """
 
     looped: bool
@@ -53,7 +55,8 @@ def _one_round(pp: int, micro_batches: int) -> int:
 
 
 def _full_rounds(pp: int, micro_batches: int) -> int:
-    """Each of at least pp micro-batches, so that the first is back for the next stage when the last has left this one."""
+    """Each of at least pp micro-batches, so that the first is back for the next stage
+    when the last has left this one."""
     return max(1, micro_batches // pp)
 
 
@@ -62,8 +65,9 @@ def _room_for_all(rank: int, pp: int, virtual: int, size: int) -> int:
 
 
 def _room_until_return(rank: int, pp: int, virtual: int, size: int) -> int:
-    """What a rank must have started when its first backward comes back: the round through all its stages but the last, then one pass,
-    and one for each hop to the last rank. In a loop two for each hop: one would do if messages took no time, the second hides them."""
+    """What a rank must have started when its first backward comes back: the round through all its stages but the last,
+    then one pass, and one for each hop to the last rank. In a loop two for each hop: one would do if messages took no
+    time, the second hides them."""
     return (virtual - 1) * size + min(virtual, 2) * (pp - 1 - rank) + 1
 
 
@@ -88,7 +92,8 @@ def passes(schedule: str, pp: int, micro_batches: int, virtual: int) -> tuple[tu
     row = SCHEDULES[schedule]
     assert row.looped or virtual == 1, f"{schedule} has one stage on each rank, not {virtual}"
     rounds = _rounds(row, pp, micro_batches)
-    return tuple(_merged(*_lines(range(rank, pp * virtual, pp), rounds), _room(row, rank, pp, virtual, rounds)) for rank in range(pp))
+    return tuple(_merged(*_lines(range(rank, pp * virtual, pp), rounds), _room(row, rank, pp, virtual, rounds))
+                 for rank in range(pp))
 
 
 def held(schedule: str, pp: int, micro_batches: int, virtual: int) -> tuple[int, ...]:
@@ -129,10 +134,11 @@ def shares(layers: int, stages: int, first: int | None = None, last: int | None 
 
 
 def from_layout(text: str) -> tuple[int, ...]:
-    """Layers of each stage of a layout in Megatron's words: E embedding, t layer, L loss, | between stages, *n repeats a letter or what
-    is in brackets. Raises ValueError with what is wrong."""
+    """Layers of each stage of a layout in Megatron's words: E embedding, t layer, L loss, | between stages, *n repeats
+    a letter or what is in brackets. Raises ValueError with what is wrong."""
     plain = re.sub(r"[\s,]", "", text)
-    while plain != (once := re.sub(r"(\w)\*(\d+)|\(([^()]*)\)\*(\d+)", lambda m: (m[1] or m[3]) * int(m[2] or m[4]), plain)):
+    while plain != (once := re.sub(r"(\w)\*(\d+)|\(([^()]*)\)\*(\d+)",
+                                   lambda m: (m[1] or m[3]) * int(m[2] or m[4]), plain)):
         plain = once
     stages = plain.split("|")
     if re.search(r"[^EtL|]", plain):
@@ -160,8 +166,10 @@ class Costs(NamedTuple):
 
 
 def bubble_time(pp: int, micro_batches: int, virtual: int, costs: Costs) -> float:
-    """How long each rank idles in a step, in all schedules here, when messages take no time; `costs` are those of one stage.
+    """How long each rank idles in a step, in all schedules here, when messages take no time;
+    `costs` are those of one stage.
 
-    (pp - 1)(F + B). With fewer micro-batches than ranks each loop but the first also waits for the first micro-batch to come round.
+    (pp - 1)(F + B). With fewer micro-batches than ranks each loop but the first also waits for the first micro-batch
+    to come round.
     """
     return (pp - 1 + (virtual - 1) * max(0, pp - micro_batches)) * (costs.forward + costs.backward)

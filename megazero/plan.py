@@ -32,8 +32,8 @@ class Plan:
     @property
     def mesh(self) -> Mesh:
         kv = self.architecture.kv_heads
-        return Mesh(self.pp, self.dp, self.tp, max(self.tp // kv, 1) if kv < self.tp else 1, self.shard, self.virtual > 1,
-                    self.architecture.tied and self.pp > 1)
+        return Mesh(self.pp, self.dp, self.tp, max(self.tp // kv, 1) if kv < self.tp else 1, self.shard,
+                    self.virtual > 1, self.architecture.tied and self.pp > 1)
 
     @property
     def global_batch(self) -> int:
@@ -69,8 +69,10 @@ class Plan:
     @property
     def zero(self) -> Zero:
         p = self.config.parallel
-        lag = 0 if self.shard == 1 or not p.overlap_grad_reduce else 1 if p.zero_stage >= 2 or self.shard < self.dp else 2
-        return Zero(p.zero_stage, p.keep_weights, p.reduce_every, p.overlap_param_gather, lag, 1 if p.overlap_grad_reduce else 0)
+        lag = (0 if self.shard == 1 or not p.overlap_grad_reduce
+               else 1 if p.zero_stage >= 2 or self.shard < self.dp else 2)
+        return Zero(p.zero_stage, p.keep_weights, p.reduce_every, p.overlap_param_gather, lag,
+                    1 if p.overlap_grad_reduce else 0)
 
     @property
     def virtual(self) -> int:
@@ -90,7 +92,8 @@ class Plan:
     def units(self) -> tuple[UnitSpec, ...]:
         """Every unit in the order of the forward pass; blocks of one stage are joined as --bucket-size says."""
         specs = {u.name: u for u in units(self.architecture)}
-        blocks = [[specs.pop(f"layers.{i - 1}") for i in stage if 0 < i <= self.architecture.layers] for stage in self.stages]
+        blocks = [[specs.pop(f"layers.{i - 1}") for i in stage if 0 < i <= self.architecture.layers]
+                  for stage in self.stages]
         together = [u for stage in blocks for u in joined(stage, self.config.parallel.bucket_size)]
         return (*(u for name, u in specs.items() if name != "head"), *together, specs["head"])
 
@@ -105,7 +108,8 @@ class Plan:
         """The stages of one rank, and what the program must know of the others."""
         place, count = self.mesh.place(rank).pp, len(self.stages)
         own = {s: self.stages[s] for s in range(place, count, self.pp)}
-        return Stages(own, count, self.parts, self.pp > 1, ("embedding",) if self.mesh.tied and place in (0, self.pp - 1) else ())
+        return Stages(own, count, self.parts, self.pp > 1,
+                      ("embedding",) if self.mesh.tied and place in (0, self.pp - 1) else ())
 
     def units_of(self, rank: int) -> tuple[UnitSpec, ...]:
         """The units that one rank holds."""
@@ -137,5 +141,5 @@ def plan(config: Config, world: int, vocab_size: int) -> Plan:
     a = architecture(config, vocab_size)
     micro_batches = global_batch // (t.micro_batch_size * dp)
     iters = t.train_iters if t.train_iters is not None else (t.train_samples or 0) // global_batch
-    return Plan(config, a, world, p.tensor_model_parallel_size, p.pipeline_model_parallel_size, dp, t.micro_batch_size, micro_batches,
-                iters)
+    return Plan(config, a, world, p.tensor_model_parallel_size, p.pipeline_model_parallel_size, dp, t.micro_batch_size,
+                micro_batches, iters)

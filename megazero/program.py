@@ -2,19 +2,22 @@
 
     F part,m      forward of a part for micro-batch m           B part,m    its backward
     L part,m      head and loss, forward and backward at once   E part,m    head and loss without gradients
-    expect Fs,m   room is made for what comes into stage s for micro-batch m; Bs,m: for the gradient of what goes out of it
-    recv Fs,m     it is there                                   send Fs,m   what goes out of stage s (B: back out of it) leaves
+    expect Fs,m   room is made for what comes into stage s for micro-batch m;
+                  Bs,m: for the gradient of what goes out of it
+    recv Fs,m     it is there
+    send Fs,m     what goes out of stage s (B: back out of it) leaves
     gather U      the slices of unit U's weights begin to travel to every rank that needs the whole
     release U     the whole of them is not needed for now
     open U        a sum of gradients of unit U begins
     reduce U,k    it is complete for the k-th time in this step: its sum over the ranks of `shard` begins to travel
     land U,k      that sum has arrived, and joins the others of this step
-    replicate U   the step's sum of this rank's slice begins to travel over the ranks of `replicate`; settle U: it has arrived
+    replicate U   the step's sum of this rank's slice begins to travel over the ranks of `replicate`;
+                  settle U: it has arrived
     tie U         the sums of the two stages that hold a tied unit are added
 
-A part is a number: 0 is the embedding, 1 .. n the blocks, n + 1 the head. Passes come from a schedule (pipeline.py); what ZeRO
-and the neighbours need is woven in by pure functions that look only at which part reads and writes which unit, so every
-schedule has every level.
+A part is a number: 0 is the embedding, 1 .. n the blocks, n + 1 the head. Passes come from a schedule (pipeline.py);
+what ZeRO and the neighbours need is woven in by pure functions that look only at which part reads and writes which
+unit, so every schedule has every level.
 """
 
 from collections import Counter, defaultdict
@@ -53,8 +56,9 @@ class Zero:
     every           levels 2 and 3: micro-batches whose gradients are summed before they travel
     prefetch        weights are gathered one part ahead of their use
     lag             reductions that may be under way when the next one starts
-    replicas        sums over `replicate` that may be under way when the next one starts: the second half of an all-reduce travels when
-                    the first is waited for, so waiting for all of them at the end would leave those halves without company
+    replicas        sums over `replicate` that may be under way when the next one starts: the second half of an
+                    all-reduce travels when the first is waited for, so waiting for all of them at the end would leave
+                    those halves without company
     """
 
     level: int = 0
@@ -67,8 +71,9 @@ class Zero:
 
 @dataclass(frozen=True)
 class Stages:
-    """Which parts each of this rank's stages has (`own`), how many stages there are (`count`) and how many parts; do messages travel
-    between them (`apart`), or are they all on one rank? `tied` are units that another rank holds too."""
+    """Which parts each of this rank's stages has (`own`), how many stages there are (`count`) and how many parts;
+    do messages travel between them (`apart`), or are they all on one rank?
+    `tied` are units that another rank holds too."""
 
     own: Mapping[int, range]
     count: int
@@ -78,8 +83,8 @@ class Stages:
 
 
 class Use(NamedTuple):
-    """A computation or a message, and the units whose weights it reads and whose gradients it adds to, in a pass over its stage (its
-    `turn`)."""
+    """A computation or a message, and the units whose weights it reads and whose gradients it adds to, in a pass over
+    its stage (its `turn`)."""
 
     action: Action
     reads: tuple[str, ...] = ()
@@ -103,7 +108,8 @@ def training(passes: Sequence[Pass], stages: Stages, zero: Zero) -> list[Action]
     for i, p in enumerate(passes):
         coming = passes[:2] if i == 0 else passes[i + 1:i + 2]                          # a pass ahead
         uses += [Use(m._replace(kind="expect")) for q in coming for m in arrival(q, stages)]
-        uses += [*map(Use, arrival(p, stages)), *computation(p, stages, turns[p.stage]), *map(Use, departure(p, stages))]
+        uses += [*map(Use, arrival(p, stages)), *computation(p, stages, turns[p.stage]),
+                 *map(Use, departure(p, stages))]
         turns[p.stage] += 1
     return woven(uses, weights(uses, zero), gradients(uses, zero), zero) + [Action("tie", unit=u) for u in stages.tied]
 
@@ -114,7 +120,8 @@ def evaluation(stages: Stages, zero: Zero) -> list[Action]:
     for stage, own in stages.own.items():
         p = Pass("F", stage, 0)
         uses += [*(Use(m._replace(kind="expect")) for m in arrival(p, stages)), *map(Use, arrival(p, stages))]
-        uses += [Use(Action("E" if i == len(stages.parts) - 1 else "F", i, 0), stages.parts[i].forward, (), stage) for i in own]
+        uses += [Use(Action("E" if i == len(stages.parts) - 1 else "F", i, 0), stages.parts[i].forward, (), stage)
+                 for i in own]
         uses += map(Use, departure(p, stages))
     return woven(uses, weights(uses, zero), [], zero)
 
@@ -124,7 +131,8 @@ def computation(p: Pass, stages: Stages, turn: int) -> list[Use]:
     parts, own, head = stages.parts, stages.own[p.stage], len(stages.parts) - 1
     if p.kind == "F":
         return [Use(Action("F", i, p.micro), parts[i].forward, (), p.stage, turn) for i in own if i != head]
-    return [Use(Action("L" if i == head else "B", i, p.micro), parts[i].backward, parts[i].forward, p.stage, turn) for i in reversed(own)]
+    return [Use(Action("L" if i == head else "B", i, p.micro), parts[i].backward, parts[i].forward, p.stage, turn)
+            for i in reversed(own)]
 
 
 def arrival(p: Pass, stages: Stages) -> list[Action]:
@@ -153,7 +161,8 @@ def weights(uses: Sequence[Use], zero: Zero) -> list[Span]:
 
 
 def gradients(uses: Sequence[Use], zero: Zero) -> list[Span]:
-    """For how long each sum of gradients of a unit grows before it is reduced. A tied unit is complete when all its readers are."""
+    """For how long each sum of gradients of a unit grows before it is reduced.
+    A tied unit is complete when all its readers are."""
     spans = []
     for unit, at in _where(uses, lambda use: use.writes).items():
         turn = {m: k for k, m in enumerate(dict.fromkeys(uses[i].action.micro for i in at))}
@@ -198,7 +207,8 @@ def woven(uses: Sequence[Use], whole: Sequence[Span], sums: Sequence[Span], zero
     wire = _Wire(Counter(s.unit for s in sums), zero)
     for i, use in enumerate(uses):
         program += [Action("gather", unit=u) for u in gathers[i]]
-        program += wire.land(0) if any(a.unit in opens[i] for a in wire.reducing) else []    # its buffer is the one under way
+        # its buffer is the one under way
+        program += wire.land(0) if any(a.unit in opens[i] for a in wire.reducing) else []
         program += [Action("open", unit=u) for u in opens[i]]
         program.append(use.action)
         program += [Action("release", unit=u) for u in releases[i] if zero.level == 3]
@@ -216,7 +226,8 @@ def _by(spans: Sequence[Span], end: str) -> Mapping[int, list[str]]:
 
 
 class _Wire:
-    """The sums of gradients under way at one place of a program. `left` counts each unit's reductions that have not begun."""
+    """The sums of gradients under way at one place of a program.
+    `left` counts each unit's reductions that have not begun."""
 
     def __init__(self, left: Counter[str], zero: Zero) -> None:
         self.left, self.zero, self.begun = left, zero, Counter[str]()
@@ -232,7 +243,8 @@ class _Wire:
         return [*before, self.reducing[-1], *self.land(self.zero.lag)]
 
     def land(self, most: int) -> list[Action]:
-        """What waits for reductions, oldest first, until at most `most` are under way; a unit's last one makes the step's sum."""
+        """What waits for reductions, oldest first, until at most `most` are under way;
+        a unit's last one makes the step's sum."""
         actions = []
         while len(self.reducing) > most:
             done = self.reducing.pop(0)
@@ -258,10 +270,11 @@ def around(program: Sequence[Action], i: int) -> str:
 
 
 def verify(programs: Sequence[Sequence[Action]]) -> list[str]:
-    """What is wrong with the programs of the pp ranks of one pipeline, which run side by side: messages that cross or have no taker,
-    and ranks that wait for ever. Sends do not wait; a receive waits for its send, `tie` for the rank at the other end."""
+    """What is wrong with the programs of the pp ranks of one pipeline, which run side by side: messages that cross or
+    have no taker, and ranks that wait for ever. Sends do not wait; a receive waits for its send, `tie` for the rank at
+    the other end."""
     pp, at = len(programs), [0] * len(programs)
-    lines: dict[tuple[str, int, int], list[Action]] = defaultdict(list)                 # (way, from, to) -> messages under way
+    lines: dict[tuple[str, int, int], list[Action]] = defaultdict(list)         # (way, from, to) -> messages under way
     moved = True
     while moved:
         moved = False

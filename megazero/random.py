@@ -1,9 +1,9 @@
 """Random numbers as a pure function of what they are for: any box of a tensor equals that box of the whole.
 
-A weight's element i is drawn from word i of numpy's Philox stream (counter-based: Salmon et al., "Parallel random numbers:
-as easy as 1, 2, 3", SC 2011) keyed by hash(seed, name); the two halves of a 64-bit word are the two uniforms of one
-Box-Muller draw in float64. Dropout masks must be made on the device, so they use a small integer hash in torch instead,
-keyed by (seed, step, layer, site), with the row (sample and token) and the channel as counter.
+A weight's element i is drawn from word i of numpy's Philox stream (counter-based: Salmon et al., "Parallel random
+numbers: as easy as 1, 2, 3", SC 2011) keyed by hash(seed, name); the two halves of a 64-bit word are the two uniforms
+of one Box-Muller draw in float64. Dropout masks must be made on the device, so they use a small integer hash in torch
+instead, keyed by (seed, step, layer, site), with the row (sample and token) and the channel as counter.
 """
 
 import hashlib
@@ -48,16 +48,20 @@ def fill_normal(out: torch.Tensor, stream: int, full: Shape, box: Box, mean: flo
     for start, count, stride, rows in _runs(full, box):
         if count * 6 < stride:                                  # narrow columns: short runs are cheaper than whole rows
             for row in range(rows):
-                flat[at + row * count:at + (row + 1) * count] = normal(stream, start + row * stride, count).mul_(std).add_(mean)
+                flat[at + row * count:at + (row + 1) * count] = (
+                    normal(stream, start + row * stride, count).mul_(std).add_(mean))
         else:
             drawn = normal(stream, start, (rows - 1) * stride + count)
-            flat[at:at + rows * count].view(rows, count).copy_(drawn.as_strided((rows, count), (stride, 1)).mul_(std).add_(mean))
+            flat[at:at + rows * count].view(rows, count).copy_(
+                drawn.as_strided((rows, count), (stride, 1)).mul_(std).add_(mean))
         at += rows * count
 
 
 def _runs(full: Shape, box: Box) -> Iterator[tuple[int, int, int, int]]:
-    """A box as (start, count, stride, rows): `rows` runs of `count` elements, `stride` apart, at most CHUNK or one run each."""
-    tail = next((d for d in range(len(full) - 1, -1, -1) if box.size[d] != full[d]), 0)     # dimensions behind `tail` are whole
+    """A box as (start, count, stride, rows):
+    `rows` runs of `count` elements, `stride` apart, at most CHUNK or one run each."""
+    # dimensions behind `tail` are whole
+    tail = next((d for d in range(len(full) - 1, -1, -1) if box.size[d] != full[d]), 0)
     inner = prod(full[tail + 1:])
     count, stride = box.size[tail] * inner if full else 1, full[tail] * inner if full else 1
     lead = max(tail - 1, 0)                                     # rows along dimension `lead` are evenly spaced

@@ -41,7 +41,8 @@ class Pending:
     """A step whose verdict the host has not read: its figures on the device, and what is known of it already."""
 
     verdict: Verdict
-    figures: Callable[[], list[float]]          # loss, norm, found_inf, wish to stop, lr, scale, when they have come to the host
+    # loss, norm, found_inf, wish to stop, lr, scale, when they have come to the host
+    figures: Callable[[], list[float]]
     samples: int
     seconds: float
     witness: Mapping[str, Tensor]
@@ -56,8 +57,9 @@ class Run:
         stages, dtype = plan.stages_of(wires.rank), TORCH_DTYPE[c.dtype]
         sharing = Sharing(c.parallel.zero_stage, wires["shard"], wires["replicate"], buffers=Buffers(poison=wires.late))
         tied = replace(sharing, holders=wires["tied"])
-        self.units = {u.name: Unit(flat(u, wires.place.tp, plan.tp), dtype, device, tied if u.name in stages.tied else sharing)
-                      for u in plan.units_of(wires.rank)}
+        self.units = {
+            u.name: Unit(flat(u, wires.place.tp, plan.tp), dtype, device, tied if u.name in stages.tied else sharing)
+            for u in plan.units_of(wires.rank)}
         self.decoder = Decoder(a, self.units, wires["tp"], c.training.seed, c.training.recompute_granularity, device,
                                [i for own in stages.own.values() for i in own])
         self.executor = Executor(self.decoder, wires, plan.parts)
@@ -84,18 +86,21 @@ class Run:
         lr = self.choose(*(learning_rate(self.plan, position(self.plan, p)) for p in (good, bad)))
         batches = self.batches(good.step, good.samples)
         valid = torch.stack([b.mask.sum(dtype=torch.float64) for b in batches]).sum()
-        tokens = self.plan.architecture.seq_length              # a loss scale means the same for any batch: gradients of a sample's mean
+        # a loss scale means the same for any batch: gradients of a sample's mean
+        tokens = self.plan.architecture.seq_length
         total = self.executor.train(self.training, batches, scale / tokens)
         self.wires.line.doing = f"the gate of step {good.step + 1}"
         verdict = self.optimizer.judge(self.told(total), self.told(valid), tokens, scale, self.wires["world"],
                                        stop=bool(self.asked_to_stop()))
-        figures = later(torch.stack([x.double() for x in (verdict.loss, verdict.norm, verdict.found_inf, verdict.stop, lr, scale)]))
+        figures = later(torch.stack([
+            x.double() for x in (verdict.loss, verdict.norm, verdict.found_inf, verdict.stop, lr, scale)]))
         self.optimizer.step(verdict, lr)
         self.settle()
         self.pending = Pending(verdict, figures, self.plan.global_batch, self.lap(), self.executor.witness)
 
     def told(self, figure: Tensor) -> Tensor:
-        """The figure on the rank that tells it, 0 on those that know the same: sums count it once. The last stage knows the loss."""
+        """The figure on the rank that tells it, 0 on those that know the same: sums count it once.
+        The last stage knows the loss."""
         teller = self.wires.place.tp == 0 and self.wires.place.pp == self.plan.pp - 1
         return figure if teller else torch.zeros_like(figure)
 
@@ -116,19 +121,22 @@ class Run:
         return one if self.pending is None else torch.where(self.pending.verdict.found_inf == 0, one, other)
 
     def batches(self, step: int, first: int) -> list[Batch]:
-        """This rank's micro-batches of a step, whose samples start at number `first`; those of the next step are read meanwhile."""
+        """This rank's micro-batches of a step, whose samples start at number `first`;
+        those of the next step are read meanwhile."""
         now = self.numbers(first)
         tokens = self.loader.take(now, self.numbers(first + self.plan.global_batch))
         return [self.batch(own, mine, step) for own, mine in zip(tokens, now, strict=True)]
 
     def numbers(self, first: int) -> list[range]:
-        """The samples of this rank's micro-batches of the step that starts at sample `first`: data-parallel ranks take turns."""
+        """The samples of this rank's micro-batches of the step that starts at sample `first`:
+        data-parallel ranks take turns."""
         size, dp, rank = self.plan.micro_batch, self.plan.dp, self.wires.place.dp
         starts = [first + (m * dp + rank) * size for m in range(self.plan.micro_batches)]
         return [range(start, start + size) for start in starts]
 
     def batch(self, tokens: Tensor, numbers: range, step: int | None) -> Batch:
-        """One micro-batch of tokens [b, s + 1] of the samples of these numbers. Without a step it is for evaluation: nothing is dropped."""
+        """One micro-batch of tokens [b, s + 1] of the samples of these numbers.
+        Without a step it is for evaluation: nothing is dropped."""
         tokens = tokens.to(self.device, non_blocking=True)
         x, y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
         mask = torch.ones(x.shape, dtype=self.optimizer.wide, device=self.device)
@@ -158,15 +166,17 @@ class Run:
         waited = self.lap() if last else 0.0
         before, self.progress = self.progress, self.progress.after(not skipped, done.samples)
         self.metrics.step({
-            "step": self.progress.step, "loss": loss, "grad_norm": norm, "lr": lr, "loss_scale": scale, "skipped": skipped,
-            "samples": self.progress.samples, "tokens": done.samples * self.plan.architecture.seq_length, "seconds": done.seconds + waited})
+            "step": self.progress.step, "loss": loss, "grad_norm": norm, "lr": lr, "loss_scale": scale,
+            "skipped": skipped, "samples": self.progress.samples,
+            "tokens": done.samples * self.plan.architecture.seq_length, "seconds": done.seconds + waited})
         if stop > 0:
             self.stop_reason = self.asked_to_stop() or "another rank was asked to stop"
         if skipped:
             self._explain(done, before.loss_scale, self.progress)
 
     def _explain(self, done: Pending, scale: LossScale, after: Progress) -> None:
-        """Tells which parameters were not finite, and on which ranks the gradients of the last of them were not before they were summed."""
+        """Tells which parameters were not finite, and on which ranks the gradients of the last of them were not
+        before they were summed."""
         units = {p.name: u.name for u in self.plan.units for p in u.parameters}
         everyone = list(units)
         bad = torch.zeros(len(everyone), device=self.device)
@@ -177,17 +187,21 @@ class Run:
         if culprits:
             last = everyone[culprits[-1]]
             mine = done.witness.get(units[last], torch.zeros((), device=self.device))
-            seen = self.wires["world"].all_gather(mine.isfinite().logical_not().float().view(1)).wait().nonzero().flatten().tolist()
+            seen = (self.wires["world"].all_gather(mine.isfinite().logical_not().float().view(1)).wait()
+                    .nonzero().flatten().tolist())
             what = f"the gradient of {last} is not finite ({len(culprits)} of {len(everyone)} parameters)"
-            where = f" on rank{'s' if len(seen) > 1 else ''} {', '.join(map(str, seen[:8]))}" if self.plan.world > 1 else ""
-        moved = f", loss scale {scale.value:g} -> {after.loss_scale.value:g}" if after.loss_scale.value != scale.value else ""
+            where = (f" on rank{'s' if len(seen) > 1 else ''} {', '.join(map(str, seen[:8]))}"
+                     if self.plan.world > 1 else "")
+        moved = (f", loss scale {scale.value:g} -> {after.loss_scale.value:g}"
+                 if after.loss_scale.value != scale.value else "")
         self.say(f"step {after.step:,} skipped: {what}{where}{moved}; nothing was changed")
         limit = self.config.training.max_skipped_steps
         if after.skipped_in_a_row >= limit:
             if self.writer is not None:
                 self.writer.wait()                              # what is being saved in the background is good
-            raise UserError(f"--max-skipped-steps {limit}: {limit} steps in a row were not finite, the last because {what}; the weights "
-                            f"are those of step {after.step - limit}. Lower --lr, or look at the data of the last steps.")
+            raise UserError(f"--max-skipped-steps {limit}: {limit} steps in a row were not finite, the last because "
+                            f"{what}; the weights are those of step {after.step - limit}. Lower --lr, or look at the "
+                            "data of the last steps.")
 
     # ---- the loop
 
@@ -242,7 +256,8 @@ class Run:
             low = first + self.wires.place.dp * size
             numbers = range(low, min(low + size, count)) or range(1)
             batch = self.batch(read(sample, numbers), numbers, None)
-            if low >= count:                                    # no sample is left for this rank, but its peers need it to gather weights
+            # no sample is left for this rank, but its peers need it to gather weights
+            if low >= count:
                 batch = replace(batch, mask=torch.zeros_like(batch.mask))
             total += self.executor.evaluate(self.evaluation, batch)
             valid += batch.mask.sum(dtype=torch.float64)
@@ -270,10 +285,11 @@ class Run:
             try:
                 save_tokenizer(self.writer.folder, self.tokenizer)
             except OSError as error:
-                raise UserError(f"--save {self.writer.folder}: the tokenizer's files cannot be written there ({error.strerror}); the "
-                                "checkpoints are complete without them.") from error
+                raise UserError(f"--save {self.writer.folder}: the tokenizer's files cannot be written there "
+                                f"({error.strerror}); the checkpoints are complete without them.") from error
         self.saved = self.progress.step
-        self.say(f"step {self.progress.step:,} | saved to {path}" + (" (writing in the background)" if self.writer.background else ""))
+        self.say(f"step {self.progress.step:,} | saved to {path}"
+                 + (" (writing in the background)" if self.writer.background else ""))
         self.lap()
 
     def header(self) -> dict[str, Any]:
@@ -301,7 +317,8 @@ class Run:
             saved = dict(reader.index["progress"])
             then, now = LossScale(**saved.pop("loss_scale")), self.progress.loss_scale
             if not (then.constant or now.constant):             # where it was, by the rule of this run
-                now = replace(now, value=max(then.value, now.minimum), good=then.good, bad=min(then.bad, now.hysteresis - 1))
+                now = replace(now, value=max(then.value, now.minimum), good=then.good,
+                              bad=min(then.bad, now.hysteresis - 1))
             self.progress = Progress(**saved, loss_scale=now)
             self.optimizer.set_steps(self.progress.applied)
             if self.config.training.train_samples is not None:  # steps so far may have been of another size
@@ -312,15 +329,16 @@ class Run:
         theirs = reader.index.get("tokenizer")
         if theirs is None or self.tokenizer is None or same_tokenizer(theirs, self.tokenizer.identity()):
             return []
-        return [f"--load {reader.folder}: was trained with another tokenizer ({theirs.get('type')}, other files than now); give that one "
-                "(its files are in the folder `tokenizer` beside the checkpoints), or --finetune and a new --save."]
+        return [f"--load {reader.folder}: was trained with another tokenizer ({theirs.get('type')}, other files than "
+                "now); give that one (its files are in the folder `tokenizer` beside the checkpoints), or --finetune "
+                "and a new --save."]
 
     def _wrong_optimizer(self, reader: Reader, kinds: Sequence[str]) -> list[str]:
         missing = [k for k in kinds if k not in reader.kinds]
         theirs = reader.index.get("optimizer")
         saved = f"with {theirs}" if theirs else "without an optimizer"
-        return [f"--optimizer {self.config.optimizer.optimizer}: {reader.folder} has no {' and no '.join(missing)} (it was saved {saved}); "
-                "add --finetune to start the optimizer afresh."] if missing else []
+        return [f"--optimizer {self.config.optimizer.optimizer}: {reader.folder} has no {' and no '.join(missing)} "
+                f"(it was saved {saved}); add --finetune to start the optimizer afresh."] if missing else []
 
     def say(self, text: str) -> None:
         if self.wires.rank == 0:
@@ -334,7 +352,8 @@ class Run:
 
 
 def later(figures: Tensor) -> Callable[[], list[float]]:
-    """The figures on their way to the host; the call waits until they are there, and for nothing that was started after them."""
+    """The figures on their way to the host; the call waits until they are there,
+    and for nothing that was started after them."""
     there = figures.to("cpu", non_blocking=True)                # from CUDA: into pinned memory
     if not figures.is_cuda:
         return there.tolist
@@ -349,15 +368,17 @@ def later(figures: Tensor) -> Callable[[], list[float]]:
 
 
 def unfit(reader: Reader, plan: Plan) -> list[str]:
-    """Why a checkpoint is not of this model: a sentence for each field of the architecture, and for the first of the weights."""
+    """Why a checkpoint is not of this model: a sentence for each field of the architecture,
+    and for the first of the weights."""
     return [*different(reader.index["architecture"], asdict(plan.architecture), reader.folder),
             *checkpoint.mismatches(reader, [p for u in plan.units for p in u.parameters], ("weight",))]
 
 
 def different(saved: Mapping[str, Any], now: Mapping[str, Any], folder: Path) -> list[str]:
     """A sentence for each field of the architecture in which a checkpoint differs."""
-    free = ("seq_length", "init_std", "attention_dropout", "hidden_dropout", "pad_rows")          # do not change the weights
-    return [f"--load {folder}: its {key.replace('_', ' ')} is {saved.get(key)}, this model's {value}; give the flags it was trained with."
+    free = ("seq_length", "init_std", "attention_dropout", "hidden_dropout", "pad_rows")  # do not change the weights
+    return [f"--load {folder}: its {key.replace('_', ' ')} is {saved.get(key)}, this model's {value}; "
+            "give the flags it was trained with."
             for key, value in now.items() if key not in free and _plain(saved.get(key)) != _plain(value)]
 
 

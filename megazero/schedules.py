@@ -8,8 +8,8 @@ from megazero.plan import Plan
 
 
 def learning_rate(plan: Plan, applied: float) -> float:
-    """The rate of the step after `applied` ones, see `position`. Megatron's curves, but the first step of a warm-up is not lost at rate 0:
-    warm-up counts the step itself, decay the steps before it."""
+    """The rate of the step after `applied` ones, see `position`. Megatron's curves, but the first step of a warm-up is
+    not lost at rate 0: warm-up counts the step itself, decay the steps before it."""
     o = plan.config.optimizer
     assert o.lr is not None
     step, warmup, length = applied, plan.warmup_iters, plan.decay_iters
@@ -24,7 +24,8 @@ def learning_rate(plan: Plan, applied: float) -> float:
     if o.lr_decay_style == "WSD":
         return o.min_lr + (o.lr - o.min_lr) * _wsd(o.lr_wsd_decay_style, step, length, o.lr_wsd_decay_iters or 0)
     part = (step - warmup) / (length - warmup)
-    return o.min_lr + (o.lr - o.min_lr) * (1 - part if o.lr_decay_style == "linear" else (math.cos(math.pi * part) + 1) / 2)
+    return o.min_lr + (o.lr - o.min_lr) * (1 - part if o.lr_decay_style == "linear"
+                                           else (math.cos(math.pi * part) + 1) / 2)
 
 
 def _wsd(style: str, step: float, length: int, final: int) -> float:
@@ -35,8 +36,8 @@ def _wsd(style: str, step: float, length: int, final: int) -> float:
 
 
 def position(plan: Plan, progress: "Progress") -> float:
-    """Where a run is on the curve of its learning rate, in steps of this batch size: steps that changed the weights; in a run told by
-    samples, what they consumed."""
+    """Where a run is on the curve of its learning rate, in steps of this batch size: steps that changed the weights; in
+    a run told by samples, what they consumed."""
     if plan.config.training.train_samples is None:
         return progress.applied
     return progress.samples / plan.global_batch - (progress.step - progress.applied)
@@ -44,7 +45,8 @@ def position(plan: Plan, progress: "Progress") -> float:
 
 @dataclass(frozen=True)
 class LossScale:
-    """Dynamic loss scaling (Micikevicius et al. 2018): halves after `hysteresis` bad steps, doubles after `window` good ones.
+    """Dynamic loss scaling (Micikevicius et al. 2018):
+    halves after `hysteresis` bad steps, doubles after `window` good ones.
 
     `constant` scales never move: 1 for every dtype but fp16, or what --loss-scale says.
     """
@@ -80,7 +82,8 @@ def loss_scale(config: Config) -> LossScale:
 
 @dataclass(frozen=True)
 class Progress:
-    """Where a run is. `step` counts all steps, `applied` those that changed the weights; the learning rate follows `applied`."""
+    """Where a run is. `step` counts all steps, `applied` those that changed the weights;
+    the learning rate follows `applied`."""
 
     loss_scale: LossScale
     step: int = 0

@@ -1,8 +1,9 @@
-"""Files that are whole or not there: safetensors written and read tensor by tensor, folders that take their name when they are complete.
+"""Files that are whole or not there: safetensors written and read tensor by tensor,
+folders that take their name when they are complete.
 
-The format is that of the safetensors library, which reads all of it. By hand it can be written without being held in memory,
-and read without a memory map, which would end the process when a file is cut short under it. Checksums are of runs of whole
-rows, about 1 MiB each, so that a part of a tensor can be read and checked without the rest.
+The format is that of the safetensors library, which reads all of it. By hand it can be written without being held in
+memory, and read without a memory map, which would end the process when a file is cut short under it. Checksums are of
+runs of whole rows, about 1 MiB each, so that a part of a tensor can be read and checked without the rest.
 """
 
 import json
@@ -76,8 +77,10 @@ def raw(tensor: Tensor) -> memoryview:
     return tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().data if tensor.numel() else memoryview(b"")
 
 
-def stream(path: Path, plan: Sequence[Planned], make: Callable[[str], Tensor], metadata: Callable[[Sums], dict[str, str]]) -> None:
-    """Writes a safetensors file, each tensor made when its turn comes; returns when it is on the disk. `metadata` is told the checksums.
+def stream(path: Path, plan: Sequence[Planned], make: Callable[[str], Tensor],
+           metadata: Callable[[Sums], dict[str, str]]) -> None:
+    """Writes a safetensors file, each tensor made when its turn comes; returns when it is on the disk.
+    `metadata` is told the checksums.
 
     Those are known last but stand in the header, which comes first: room is kept for the longest, spaces fill the rest.
     """

@@ -1,4 +1,5 @@
-"""An order of passes played on a clock: when each rank runs what, what it holds, where it stands for ever; and drawn."""
+"""An order of passes played on a clock: when each rank runs what, what it holds,
+where it stands for ever; and drawn."""
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
@@ -20,7 +21,8 @@ class Span(NamedTuple):
 
 
 class Wait(NamedTuple):
-    """Where a rank stands for ever: before pass `at`, for the output of `on`; or behind it, to `send` its output to the rank of `on`."""
+    """Where a rank stands for ever: before pass `at`, for the output of `on`;
+    or behind it, to `send` its output to the rank of `on`."""
 
     rank: int
     at: Pass
@@ -30,7 +32,8 @@ class Wait(NamedTuple):
 
     def __str__(self) -> str:
         if self.send:
-            return f"rank {self.rank} stands behind {self.at}, until rank {self.of} comes to {self.on} and takes its output"
+            return (f"rank {self.rank} stands behind {self.at}, "
+                    f"until rank {self.of} comes to {self.on} and takes its output")
         return f"rank {self.rank} stands before {self.at}, which needs {self.on} of rank {self.of}"
 
 
@@ -78,7 +81,8 @@ class _Graph:
         return {p: needs(p, stages) for p in self.place}
 
     def messages(self) -> Iterator[tuple[Pass, Pass]]:
-        """(output, the pass that takes it) for all that goes from rank to rank, in the order in which each rank takes them."""
+        """(output, the pass that takes it) for all that goes from rank to rank,
+        in the order in which each rank takes them."""
         return ((n, p) for p, before in self.needs.items() for n in before if self.place[n][0] != self.place[p][0])
 
 
@@ -87,7 +91,8 @@ class _Play:
 
     def __init__(self, graph: _Graph, costs: Costs, ahead: int | None) -> None:
         self.order, self.place, self.needs, self.costs = graph.order, graph.place, graph.needs, costs
-        self.posts = {} if ahead is None else {            # the (rank, position) that must be reached before a rank may leave a pass
+        # the (rank, position) that must be reached before a rank may leave a pass
+        self.posts = {} if ahead is None else {
             output: (self.place[taker][0], max(0, self.place[taker][1] - ahead)) for output, taker in graph.messages()}
         self.spans: list[list[Span]] = [[] for _ in self.order]
         self.end: dict[Pass, float] = {}
@@ -100,9 +105,11 @@ class _Play:
             return None
         p = self.order[rank][at]
         if p not in self.end:
-            return next((Wait(rank, p, n, self.place[n][0], send=False) for n in self.needs[p] if n not in self.end), None)
+            return next((Wait(rank, p, n, self.place[n][0], send=False)
+                         for n in self.needs[p] if n not in self.end), None)
         taker, position = self.posts.get(p, (rank, 0))
-        return None if len(self.came[taker]) > position else Wait(rank, p, self.order[taker][position], taker, send=True)
+        return (None if len(self.came[taker]) > position
+                else Wait(rank, p, self.order[taker][position], taker, send=True))
 
     def advance(self, rank: int) -> bool:
         """Moves a rank as far as it can go. Did it move?"""
@@ -125,11 +132,12 @@ class _Play:
 
 
 def simulate(order: Order, costs: Costs, ahead: int | None = None) -> Timeline:
-    """Plays an order in which nothing is missing: each pass starts as soon as its rank is free and what it needs is there. `costs` are
-    those of one stage, and positive.
+    """Plays an order in which nothing is missing: each pass starts as soon as its rank is free and what it needs is
+    there. `costs` are those of one stage, and positive.
 
-    Sends never block, unless `ahead` says that they do (rendezvous): a rank then stands behind a pass until the receiver of its
-    output posts its receive, which it does when it comes to the pass `ahead` passes before the one that needs it.
+    Sends never block, unless `ahead` says that they do (rendezvous): a rank then stands behind a pass
+    until the receiver of its output posts its receive, which it does when it comes to the pass
+    `ahead` passes before the one that needs it.
     """
     return _simulate(_Graph(order), costs, ahead)
 
@@ -142,9 +150,10 @@ def _simulate(graph: _Graph, costs: Costs, ahead: int | None) -> Timeline:
 
 
 def verify(order: Order, limit: Sequence[int], ahead: int | None = None) -> list[str]:
-    """What is wrong with an order, a sentence each. Right is: every pass of every stage and micro-batch runs exactly once, a backward on
-    the rank of its forward; no rank holds more than its `limit` of activations; between two ranks outputs of one kind are taken in the
-    order they are sent, as wires without tags need it; and no rank waits for ever (`ahead` as in `simulate`)."""
+    """What is wrong with an order, a sentence each. Right is: every pass of every stage and micro-batch runs exactly
+    once, a backward on the rank of its forward; no rank holds more than its `limit` of activations; between two ranks
+    outputs of one kind are taken in the order they are sent, as wires without tags need it; and no rank waits for ever
+    (`ahead` as in `simulate`)."""
     graph = _Graph(order)
     if wrong := list(_miscounted(graph)):
         return wrong                                       # the rest would only say it again
@@ -168,7 +177,8 @@ def _miscounted(graph: _Graph) -> Iterator[str]:
 
 
 def _crossed(graph: _Graph) -> Iterator[str]:
-    newest: dict[tuple[int, int, str], int] = {}           # by (from, to, kind): the position of the last output that was taken
+    # by (from, to, kind): the position of the last output that was taken
+    newest: dict[tuple[int, int, str], int] = {}
     for output, taker in graph.messages():
         (source, at), (target, _) = graph.place[output], graph.place[taker]
         if at < newest.get((source, target, output.kind), at):
@@ -185,10 +195,12 @@ def _peak(line: Iterable[Pass]) -> int:
 
 
 def draw(timeline: Timeline, marked: Collection[Pass] = ()) -> str:
-    """A row for each rank: `a3` is the forward of micro-batch 3 through the first stage of a rank, `B3` the backward through its second
-    (after z comes a again); dots are idle time. A `?` follows `marked` passes, and those at which ranks wait for ever."""
+    """A row for each rank: `a3` is the forward of micro-batch 3 through the first stage of a rank, `B3` the backward
+    through its second (after z comes a again); dots are idle time. A `?` follows `marked` passes, and those at which
+    ranks wait for ever."""
     pp, marked = len(timeline.ranks), {*marked, *(w.at for w in timeline.waiting)}
-    scale = (1 + max((len(_label(s.step, pp)) for line in timeline.ranks for s in line), default=0)) / _shortest(timeline)
+    scale = ((1 + max((len(_label(s.step, pp)) for line in timeline.ranks for s in line), default=0))
+             / _shortest(timeline))
     rows = []
     for rank, line in enumerate(timeline.ranks):
         row = ""
@@ -210,7 +222,8 @@ def _shortest(timeline: Timeline) -> float:
 
 
 def svg(timeline: Timeline) -> str:
-    """The same as a picture: forwards blue, backwards green, darker the later a rank's stage; numbers are micro-batches."""
+    """The same as a picture: forwards blue, backwards green, darker the later a rank's stage;
+    numbers are micro-batches."""
     pp, scale = len(timeline.ranks), 24 / _shortest(timeline)
     virtual = (1 + max(s.step.stage for line in timeline.ranks for s in line)) / pp
     width, out = 60 + round(timeline.makespan * scale), []
@@ -220,7 +233,7 @@ def svg(timeline: Timeline) -> str:
         for step, start, end in line:
             x, w = 56 + start * scale, (end - start) * scale
             fill = f"hsl({210 if step.kind == 'F' else 130}, 60%, {82 - 40 * (step.stage // pp) / virtual:.0f}%)"
-            out.append(f'<rect x="{x:.1f}" y="{y}" width="{w:.1f}" height="24" fill="{fill}" stroke="white"><title>{step}</title></rect>'
-                       f'<text x="{x + w / 2:.1f}" y="{y + 16}">{step.micro}</text>')
-    return (f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{8 + 26 * pp}" font-family="sans-serif" font-size="11" '
-            'text-anchor="middle">\n' + "\n".join(out) + "\n</svg>\n")
+            out.append(f'<rect x="{x:.1f}" y="{y}" width="{w:.1f}" height="24" fill="{fill}" stroke="white">'
+                       f'<title>{step}</title></rect><text x="{x + w / 2:.1f}" y="{y + 16}">{step.micro}</text>')
+    return (f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{8 + 26 * pp}" '
+            'font-family="sans-serif" font-size="11" text-anchor="middle">\n' + "\n".join(out) + "\n</svg>\n")

@@ -32,7 +32,8 @@ from megazero.unit import TORCH_DTYPE
 
 
 def launch(config: Callable[[], Config]) -> NoReturn:
-    """Runs the program on this rank. A mistake or a failure is told once, by the rank that met it first; exit codes 2 and 1."""
+    """Runs the program on this rank. A mistake or a failure is told once, by the rank that met it first;
+    exit codes 2 and 1."""
     rank = environment()[0]
     try:
         main(config())
@@ -48,8 +49,8 @@ def launch(config: Callable[[], Config]) -> NoReturn:
         leave(1)
     except KeyboardInterrupt:
         if first_to_say("failure"):
-            print("interrupted: what came after the last checkpoint is lost; --exit-signal-handler saves before it stops",
-                  file=sys.stderr, flush=True)
+            print("interrupted: what came after the last checkpoint is lost; "
+                  "--exit-signal-handler saves before it stops", file=sys.stderr, flush=True)
         leave(130)
     except Exception:
         if first_to_say("failure"):
@@ -75,7 +76,8 @@ def main(config: Config) -> None:
         room(resolved, rank, device)
     if config.check:
         return
-    wires = connect(resolved.mesh, rank, "nccl" if device.type == "cuda" else "gloo", 60 * config.parallel.distributed_timeout_minutes)
+    wires = connect(resolved.mesh, rank, "nccl" if device.type == "cuda" else "gloo",
+                    60 * config.parallel.distributed_timeout_minutes)
     run = Run(resolved, tokenizer, device, wires)
     start(run)
     with signals(run):
@@ -90,7 +92,8 @@ def asked(config: Config) -> int:
 
 
 def look_ahead(plan: Plan, tokenizer: Tokenizer | None) -> None:
-    """Everything that can go wrong later and can be known now: data, checkpoint, folders. Raises UserError; writes nothing."""
+    """Everything that can go wrong later and can be known now: data, checkpoint, folders.
+    Raises UserError; writes nothing."""
     config, k = plan.config, plan.config.checkpoint
     samples(plan, "train", tokenizer)
     if config.training.eval_iters and plan.train_iters:
@@ -105,8 +108,9 @@ def look_ahead(plan: Plan, tokenizer: Tokenizer | None) -> None:
             raise UserError(*errors)
     later = [s for s, _ in checkpoint.complete(Path(k.save)) if s > step] if k.save else []
     if later and not set_back(config):
-        raise UserError(f"--save {k.save}: holds a checkpoint of step {later[-1]}, beyond step {step} where this run begins; go on from it "
-                        f"with --load {k.save}{' and without --finetune' if k.finetune else ''}, or name a new folder.")
+        raise UserError(f"--save {k.save}: holds a checkpoint of step {later[-1]}, beyond step {step} where this run "
+                        f"begins; go on from it with --load {k.save}{' and without --finetune' if k.finetune else ''}, "
+                        "or name a new folder.")
     for flag, folder in (("--save", k.save), ("--log-dir", config.logging.log_dir)):
         if folder is not None and not writable(Path(folder)):
             raise UserError(f"{flag} {folder}: is not a folder that can be written to; name another.")
@@ -120,9 +124,10 @@ def room(plan: Plan, rank: int, device: torch.device) -> None:
     there = memory_of(device)
     if exact > there:
         more = "more machines" if device.type == "cpu" else "share it among more ranks with --tp, --pp or --zero-stage"
-        raise UserError(f"--hidden-size {plan.architecture.hidden}, --num-layers {plan.architecture.layers}: weights, gradients and "
-                        f"optimizer take {gib(exact)} for {len(ranks)} rank{'s' if len(ranks) > 1 else ''}, this {device.type} has "
-                        f"{gib(there)}; choose a smaller model, or {more}.")
+        raise UserError(f"--hidden-size {plan.architecture.hidden}, --num-layers {plan.architecture.layers}: weights, "
+                        f"gradients and optimizer take {gib(exact)} for {len(ranks)} "
+                        f"rank{'s' if len(ranks) > 1 else ''}, this {device.type} has {gib(there)}; choose a smaller "
+                        f"model, or {more}.")
 
 
 def start(run: Run) -> None:
@@ -138,7 +143,8 @@ def start(run: Run) -> None:
     else:
         run.load(reader)
         run.say(f"loaded      {reader.folder}{': weights alone' if config.checkpoint.finetune else ''}")
-        before = reader.index["config"] | {"global_batch_size": reader.index["layout"].get("global_batch_size")}     # also where it follows
+        # also where it follows
+        before = reader.index["config"] | {"global_batch_size": reader.index["layout"].get("global_batch_size")}
         for line in changed(before, flatten(config) | {"global_batch_size": run.plan.global_batch}):
             run.say(f"changed     {line}")
     same_start(run, -1 if reader is None else int(reader.index["step"]))
@@ -146,7 +152,8 @@ def start(run: Run) -> None:
         for path in set_aside(run.writer.folder, run.progress.step):
             run.say(f"set aside   {path}: later than step {run.progress.step}")
     peak, source = peak_flops(device, config.dtype, TORCH_DTYPE[config.dtype])
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} threads of {platform.machine()}"
+    name = (torch.cuda.get_device_name(device) if device.type == "cuda"
+            else f"{torch.get_num_threads()} threads of {platform.machine()}")
     run.say(f"device      {name}, torch {torch.__version__}; peak {peak / 1e12:.4g} TFLOP/s: {source}")
     run.say(f"            {MFU}")
     run.metrics = Metrics(run.plan, peak, device, run.progress.step, run.wires.rank)
@@ -175,7 +182,8 @@ def leave(code: int) -> NoReturn:
 
 
 class signals:
-    """While it lasts, SIGTERM and SIGINT end the run at the end of its step (--exit-signal-handler). A second one ends it at once."""
+    """While it lasts, SIGTERM and SIGINT end the run at the end of its step (--exit-signal-handler).
+    A second one ends it at once."""
 
     def __init__(self, run: Run) -> None:
         self.run = run
@@ -201,16 +209,18 @@ def same_start(run: Run, step: int) -> None:
     high, low, one, other = run.wires["world"].all_reduce(told, "max").wait().tolist()
     if high != -low:
         first = "none" if low == 1 else f"step {-low:g}"
-        raise UserError(f"--load {run.config.checkpoint.load}: ranks do not see the same checkpoint, but {first} to step {high:g}; it must "
-                        "lie on a file system that all of them share.")
+        raise UserError(f"--load {run.config.checkpoint.load}: ranks do not see the same checkpoint, but {first} to "
+                        f"step {high:g}; it must lie on a file system that all of them share.")
     if one != -other:
-        raise UserError("--config: ranks were started with different flags or files; start all of them with the same command.")
+        raise UserError("--config: ranks were started with different flags or files; "
+                        "start all of them with the same command.")
 
 
 def choose_device(config: Config) -> torch.device:
     wanted, there = config.parallel.device, torch.cuda.is_available()
     if wanted == "cuda" and not there:
-        raise UserError("--device cuda: this machine has no CUDA device that torch can use; write --device cpu, or auto.")
+        raise UserError("--device cuda: this machine has no CUDA device that torch can use; "
+                        "write --device cpu, or auto.")
     if not there or wanted == "cpu":
         return torch.device("cpu")
     local, count = int(os.environ.get("LOCAL_RANK") or 0), torch.cuda.device_count()
@@ -223,17 +233,21 @@ def choose_device(config: Config) -> torch.device:
 
 def tokenizer_of(config: Config) -> Tokenizer | None:
     d = config.data
-    of_documents = [name for name in ("eod_mask_loss", "reset_position_ids", "reset_attention_mask") if getattr(d, name)]
+    of_documents = [name for name in ("eod_mask_loss", "reset_position_ids", "reset_attention_mask")
+                    if getattr(d, name)]
     if d.tokenizer_type is None or (d.mock_data and d.vocab_size is not None and not of_documents):
         return None
-    null = d.tokenizer_type == "NullTokenizer"                  # for the others --vocab-size is the model's, which may be larger
-    tokenizer = build_tokenizer(d.tokenizer_type, d.tokenizer_model, d.vocab_file, d.merge_file, d.vocab_size if null else None)
+    # for the others --vocab-size is the model's, which may be larger
+    null = d.tokenizer_type == "NullTokenizer"
+    tokenizer = build_tokenizer(d.tokenizer_type, d.tokenizer_model, d.vocab_file, d.merge_file,
+                                d.vocab_size if null else None)
     if d.vocab_size is not None and d.vocab_size < tokenizer.vocab_size and not null:
-        raise UserError(f"--vocab-size {d.vocab_size}: is less than the {tokenizer.vocab_size} ids of the tokenizer; leave it out, or "
-                        "write at least that.")
+        raise UserError(f"--vocab-size {d.vocab_size}: is less than the {tokenizer.vocab_size} ids of the tokenizer; "
+                        "leave it out, or write at least that.")
     for name in of_documents:
         if tokenizer.eod is None:
-            raise UserError(f"--{name.replace('_', '-')}: {d.tokenizer_type} has no end-of-document token; leave it out.")
+            raise UserError(f"--{name.replace('_', '-')}: {d.tokenizer_type} has no end-of-document token; "
+                            "leave it out.")
     return tokenizer
 
 
@@ -262,4 +276,5 @@ def find_checkpoint(config: Config, say: Callable[[str], None]) -> Reader | None
 def changed(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What the configuration says otherwise than the one that was saved: nothing fails silently."""
     own = {"load", "save", "config", "check", "exit_interval", "log_interval", "log_dir", "save_interval", "ckpt_step"}
-    return [f"--{k.replace('_', '-')} was {saved.get(k)}, is {v}" for k, v in now.items() if k not in own and k in saved and saved[k] != v]
+    return [f"--{k.replace('_', '-')} was {saved.get(k)}, is {v}"
+            for k, v in now.items() if k not in own and k in saved and saved[k] != v]

@@ -1,11 +1,12 @@
 """A unit's tensors: weights, gradients and masters, each one flat buffer that the weights' names are views of.
 
-Nothing here is an nn.Parameter and autograd never sees a weight: an operation holds a `Weight`, a handle that says which
-part of which unit it means, looks it up when it needs it, and hands its gradient over when it has it (ops.py). So a
-gradient is written once, into the place where the optimizer and the wire read it, and no pass clears buffers before a step.
+Nothing here is an nn.Parameter and autograd never sees a weight: an operation holds a `Weight`, a handle that says
+which part of which unit it means, looks it up when it needs it, and hands its gradient over when it has it (ops.py).
+So a gradient is written once, into the place where the optimizer and the wire read it,
+and no pass clears buffers before a step.
 
-Data-parallel ranks cut each flat buffer into equal slices (layout.cuts). The ZeRO level says of which tensors a rank keeps
-only its slice; whole buffers of the others are borrowed for as long as the program (program.py) needs them.
+Data-parallel ranks cut each flat buffer into equal slices (layout.cuts). The ZeRO level says of which tensors a rank
+keeps only its slice; whole buffers of the others are borrowed for as long as the program (program.py) needs them.
 """
 
 from collections.abc import Hashable
@@ -22,8 +23,9 @@ Tensor = torch.Tensor
 
 
 class Buffers:
-    """Whole buffers that units borrow, each kind for units laid out alike. Made when first needed, and kept: a step in the steady
-    state allocates nothing. `poison` fills what is given back with NaN, so that a late reader shows (tests)."""
+    """Whole buffers that units borrow, each kind for units laid out alike. Made when first needed, and kept:
+    a step in the steady state allocates nothing. `poison` fills what is given back with NaN,
+    so that a late reader shows (tests)."""
 
     def __init__(self, poison: bool = False) -> None:
         self.poison = poison
@@ -46,10 +48,11 @@ class Buffers:
 
 @dataclass(frozen=True)
 class Sharing:
-    """How data-parallel ranks share a unit: the ranks of `shard` hold its slices, those of `replicate` the same slice once more, and so
-    do the `holders` of a tied unit, at the two ends of a pipeline.
+    """How data-parallel ranks share a unit: the ranks of `shard` hold its slices, those of `replicate` the same slice
+    once more, and so do the `holders` of a tied unit, at the two ends of a pipeline.
 
-    level    1: optimizer state and masters are slices, 2: gradients too, 3: weights too. With a shard group of one, a slice is the whole
+    level    1: optimizer state and masters are slices, 2: gradients too, 3: weights too.
+             With a shard group of one, a slice is the whole
     """
 
     level: int = 0
@@ -66,19 +69,23 @@ class Unit:
     grads           [size], the master's dtype: the sum that grows now; None while there is none (from level 2)
     weight_slice    [high - low], compute dtype: this rank's slice of the weights, a view of them below level 3
     grad_slice      [high - low]: this rank's slice of the step's gradient, a view of `grads` below level 2
-    master          [high - low], fp32 (fp64 with fp64 weights): what the optimizer changes; weight_slice itself if the dtypes agree
+    master          [high - low], fp32 (fp64 with fp64 weights): what the optimizer changes;
+                    weight_slice itself if the dtypes agree
 
     One that is not trained has no room for gradients, and its master is weight_slice.
     """
 
-    def __init__(self, flat: Flat, dtype: torch.dtype, device: torch.device, sharing: Sharing | None = None, trained: bool = True) -> None:
+    def __init__(self, flat: Flat, dtype: torch.dtype, device: torch.device, sharing: Sharing | None = None,
+                 trained: bool = True) -> None:
         self.flat, self.sharing, self.trained = flat, sharing or Sharing(), trained
-        level, shard, ranks = self.sharing.level, self.sharing.shard, self.sharing.shard.size * self.sharing.replicate.size
+        level, shard, ranks = (self.sharing.level, self.sharing.shard,
+                               self.sharing.shard.size * self.sharing.replicate.size)
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         self.size = cuts(flat.size, ranks)[-1]                  # so that every sum over ranks can be shared evenly
         self.low, self.high = (self.size // shard.size * (shard.rank + i) for i in (0, 1))
         self.weights = torch.zeros(self.size, dtype=dtype, device=device) if level < 3 else None
-        self.grads = torch.zeros(self.size if trained else 0, dtype=wide, device=device) if level < 2 or not trained else None
+        self.grads = (torch.zeros(self.size if trained else 0, dtype=wide, device=device)
+                      if level < 2 or not trained else None)
         self.weight_slice = self._slice(self.weights, dtype, device)
         self.grad_slice = self._slice(self.grads, wide, device)
         self.master = self.weight_slice if dtype == wide or not trained else self._slice(None, wide, device)
@@ -88,7 +95,8 @@ class Unit:
         self._gathering: Work | None = None
 
     def _slice(self, whole: Tensor | None, dtype: torch.dtype, device: torch.device) -> Tensor:
-        return torch.zeros(self.high - self.low, dtype=dtype, device=device) if whole is None else whole[self.low:self.high]
+        return (torch.zeros(self.high - self.low, dtype=dtype, device=device) if whole is None
+                else whole[self.low:self.high])
 
     def __contains__(self, operand: str) -> bool:
         return operand in self._operands
@@ -120,7 +128,8 @@ class Unit:
         self.publish()
 
     def publish(self) -> None:
-        """Masters -> this rank's slice of the weights, after they changed. Other ranks see them with the next gather."""
+        """Masters -> this rank's slice of the weights, after they changed.
+        Other ranks see them with the next gather."""
         if self.weight_slice is not self.master:
             self.weight_slice.copy_(self.master)
         self._stale = True
@@ -156,7 +165,8 @@ class Unit:
         self._fresh = set(self._operands)
 
     def close(self) -> Tensor:
-        """The sum is complete: what nothing was handed to is zero. Returns a number that is finite if all of them are."""
+        """The sum is complete: what nothing was handed to is zero.
+        Returns a number that is finite if all of them are."""
         assert self.grads is not None
         for name in self._fresh:
             o = self._operands[name]
@@ -183,16 +193,19 @@ class Unit:
         self.grads = None
 
     def partial(self, cut: bool) -> list[Tensor]:
-        """What of the gradient's slice is partial, of shards that are cut or not: tensor-parallel ranks must add theirs."""
+        """What of the gradient's slice is partial, of shards that are cut or not:
+        tensor-parallel ranks must add theirs."""
         return [self.grad_slice[a:b] for p, a, b in self.pieces() if p.shard.partial and p.shard.cut == cut]
 
     def pieces(self) -> list[tuple[Piece, int, int]]:
-        """(piece, from, to) of every piece of which this rank's slice holds something, counted from the slice's begin."""
+        """(piece, from, to) of every piece of which this rank's slice holds something,
+        counted from the slice's begin."""
         ranges = ((p, max(p.start, self.low), min(p.stop, self.high)) for p in self.flat.pieces)
         return [(p, a - self.low, b - self.low) for p, a, b in ranges if a < b]
 
     def is_first(self, operand: Operand) -> bool:
-        """Is this operand's gradient still unwritten in this sum? Asked once per gradient: it is written from now on."""
+        """Is this operand's gradient still unwritten in this sum?
+        Asked once per gradient: it is written from now on."""
         first = operand.name in self._fresh
         self._fresh.discard(operand.name)
         return first
@@ -226,7 +239,8 @@ class Weight:
 
     def add_product(self, dy: Tensor, x: Tensor) -> None:
         """grad += dyT x, for dy [tokens, rows] and x [tokens, columns]; in one pass where the dtypes agree."""
-        keep = 0 if self.unit.is_first(self.operand) else 1     # 0 overwrites: what was there, NaN included, does not count
+        # 0 overwrites: what was there, NaN included, does not count
+        keep = 0 if self.unit.is_first(self.operand) else 1
         grad = self.grad
         if grad.dtype == dy.dtype:
             grad.addmm_(dy.T, x, beta=keep)
@@ -249,9 +263,9 @@ class Weight:
         if self.unit.is_first(self.operand):
             grad.zero_()
         if grad.is_cuda:
-            grad.index_put_((index,), rows.to(grad.dtype), accumulate=True)          # index_add_ sums in any order on CUDA
+            grad.index_put_((index,), rows.to(grad.dtype), accumulate=True)     # index_add_ sums in any order on CUDA
         else:
-            grad.index_add_(0, index, rows.to(grad.dtype))                           # in order, and five times as fast
+            grad.index_add_(0, index, rows.to(grad.dtype))                      # in order, and five times as fast
 
     def _merge(self, grad: Tensor, keep: int) -> None:
         if keep:

@@ -1,4 +1,5 @@
-"""Looks into checkpoints, compares them and makes one file of many: python tools/checkpoint.py inspect|verify|merge|diff --help"""
+"""Looks into checkpoints, compares them and makes one file of many:
+python tools/checkpoint.py inspect|verify|merge|diff --help"""
 
 import json
 import time
@@ -34,7 +35,8 @@ class Verify:
 
 @dataclass(frozen=True)
 class Merge:
-    """Writes a checkpoint as one file into a new folder, which loads like any other: its weights, or with --optimizer all of it."""
+    """Writes a checkpoint as one file into a new folder, which loads like any other:
+    its weights, or with --optimizer all of it."""
 
     load: str = option(help="folder of checkpoints", unit="dir")
     output: str = option(help="new folder to write", unit="dir")
@@ -48,7 +50,8 @@ class Diff:
 
     a: str = option(help="folder of checkpoints, or of one", unit="dir", word=True)
     b: str = option(help="the other", unit="dir", word=True)
-    tolerance: float = option(0.0, "distance that counts as equal, as a part of a tensor's largest element", unit="fraction")
+    tolerance: float = option(0.0, "distance that counts as equal, as a part of a tensor's largest element",
+                              unit="fraction")
 
 
 def inspect(s: Inspect) -> None:
@@ -56,7 +59,8 @@ def inspect(s: Inspect) -> None:
     index = reader.index
     for key in ("step", "progress", "optimizer", "architecture", "layout", "tokenizer"):
         print(f"{key:<13}{json.dumps(index[key])}")
-    print(f"{'files':<13}{len(index['files'])}, {size(sum(f['bytes'] for f in index['files'].values()))} in {reader.folder}\n")
+    print(f"{'files':<13}{len(index['files'])}, {size(sum(f['bytes'] for f in index['files'].values()))} "
+          f"in {reader.folder}\n")
     names = list(dict.fromkeys(name for _, name in reader.tensors))
     width = max(len(name) for name in names)
     for name in names:
@@ -89,7 +93,8 @@ def merge_(s: Merge) -> None:
 def diff(s: Diff) -> None:
     check(s.tolerance)
     a, b = Reader(s.a, flag="--a"), Reader(s.b, flag="--b")
-    report(checkpoints(a, b, s.tolerance), f"{a.folder} and {b.folder} hold the same: {min(len(a.tensors), len(b.tensors))} tensors")
+    report(checkpoints(a, b, s.tolerance),
+           f"{a.folder} and {b.folder} hold the same: {min(len(a.tensors), len(b.tensors))} tensors")
 
 
 def size(count: int) -> str:

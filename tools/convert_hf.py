@@ -43,11 +43,12 @@ def import_(s: Import) -> None:
     print(f"imported {s.input} to {s.output}: {parameter_count(a):,} parameters, {with_}")
     values: dict[str, object] = {"load": s.output, "finetune": True, **flags(a)}
     if tokenizer:
-        values |= {"tokenizer_type": type(tokenizer).__name__, **{f: f"{s.output}/tokenizer/{name}" for f, name in tokenizer.needs.items()}}
+        values |= {"tokenizer_type": type(tokenizer).__name__,
+                   **{f: f"{s.output}/tokenizer/{name}" for f, name in tokenizer.needs.items()}}
         values["vocab_size"] = a.vocab_size if a.vocab_size > tokenizer.vocab_size else False
         if a.vocab_size < tokenizer.vocab_size:
-            print(f"its tokenizer has {tokenizer.vocab_size:,} ids, its weights {a.vocab_size:,}: it can be exported and sampled from, but "
-                  "to train on, give it a tokenizer without the ids that were added")
+            print(f"its tokenizer has {tokenizer.vocab_size:,} ids, its weights {a.vocab_size:,}: it can be exported "
+                  "and sampled from, but to train on, give it a tokenizer without the ids that were added")
     print(f"train on with: {command(values)}")
 
 

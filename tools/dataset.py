@@ -1,12 +1,13 @@
 """Looks into tokenized datasets and makes new ones of them:
 
-    python tools/dataset.py inspect --data-path PREFIX             what it is: sizes, dtype, tokenizer, sources
-    python tools/dataset.py stats   --data-path PREFIX             how long its documents are, on the screen and as a PNG
-    python tools/dataset.py show    --data-path PREFIX --document N         a document, its tokens and its text
-    python tools/dataset.py verify  --data-path PREFIX ...         reads everything and names what is wrong
+    python tools/dataset.py inspect --data-path PREFIX        what it is: sizes, dtype, tokenizer, sources
+    python tools/dataset.py stats   --data-path PREFIX        how long its documents are, on the screen and as a PNG
+    python tools/dataset.py show    --data-path PREFIX --document N    a document, its tokens and its text
+    python tools/dataset.py verify  --data-path PREFIX ...    reads everything and names what is wrong
     python tools/dataset.py merge   --data-path PREFIX ... --output-prefix NEW
     python tools/dataset.py split   --data-path PREFIX --split 969,30,1 --output-prefix NEW
-    python tools/dataset.py trace   --step N FLAGS                 the documents behind a training step of pretrain_gpt.py FLAGS
+    python tools/dataset.py trace   --step N FLAGS            the documents behind a training step
+                                                              of pretrain_gpt.py FLAGS
 
 Each takes --help.
 """
@@ -103,8 +104,8 @@ class Trace:
 def inspect(s: Inspect) -> None:
     dataset, sidecar = IndexedDataset(s.data_path), read_sidecar(s.data_path)
     size = dataset.tokens.nbytes
-    rows = {"documents": f"{dataset.document_count:,}", "sequences": f"{dataset.sequence_count:,}", "tokens": f"{dataset.token_count:,}",
-            "dtype": f"{dataset.dtype}, {size:,} bytes of tokens"}
+    rows = {"documents": f"{dataset.document_count:,}", "sequences": f"{dataset.sequence_count:,}",
+            "tokens": f"{dataset.token_count:,}", "dtype": f"{dataset.dtype}, {size:,} bytes of tokens"}
     if sidecar is None:
         rows["sidecar"] = "none: its tokenizer is not known, and verify has no checksums"
     else:
@@ -126,13 +127,13 @@ def stats(s: Stats) -> None:
     for lengths in document_lengths(dataset):
         full = lengths[lengths > 0]
         empty += len(lengths) - len(full)
-        counts += np.bincount(np.frexp(full.astype(np.float64))[1] - 1, minlength=64)           # 2^i <= length < 2^(i + 1)
+        counts += np.bincount(np.frexp(full.astype(np.float64))[1] - 1, minlength=64)   # 2^i <= length < 2^(i + 1)
         if len(full):
             longest, shortest = max(longest, int(full.max())), min(shortest or int(full.min()), int(full.min()))
     documents = dataset.document_count - empty
     mean = dataset.token_count / max(documents, 1)
-    print(f"{dataset.document_count:,} documents ({empty:,} empty), {dataset.token_count:,} tokens; the others have {shortest or 0:,} to "
-          f"{longest:,}, {mean:,.1f} in the mean")
+    print(f"{dataset.document_count:,} documents ({empty:,} empty), {dataset.token_count:,} tokens; "
+          f"the others have {shortest or 0:,} to {longest:,}, {mean:,.1f} in the mean")
     used = np.flatnonzero(counts)
     for i in range(used[0], used[-1] + 1) if len(used) else ():
         print(f"{2**i:>13,} tokens or more {counts[i]:>13,} {'#' * round(50 * counts[i] / counts.max())}".rstrip())
@@ -151,7 +152,8 @@ def paint(counts: np.ndarray, path: Path, title: str) -> None:
     try:
         figure.savefig(path, dpi=120)
     except (OSError, ValueError) as error:
-        raise UserError(f"--output {path}: cannot be written ({error}); name a .png in a folder that is there.") from None
+        raise UserError(f"--output {path}: cannot be written ({error}); "
+                        "name a .png in a folder that is there.") from None
 
 
 def show(s: Show) -> None:
@@ -166,7 +168,8 @@ def show(s: Show) -> None:
     tokens = dataset.document(number)
     shown = tokens[:s.tokens or None].tolist()
     more = f" (the first {len(shown):,} are shown)" if len(shown) < len(tokens) else ""
-    print(f"document {number} of {s.data_path}: {len(tokens):,} tokens from {dataset.document_token_boundaries(number):,} on{more}")
+    print(f"document {number} of {s.data_path}: {len(tokens):,} tokens "
+          f"from {dataset.document_token_boundaries(number):,} on{more}")
     print(" ".join(map(str, shown)))
     if tokenizer is not None:
         print(tokenizer.decode(shown))
@@ -183,8 +186,8 @@ def verify(s: Verify) -> None:
         if not found:
             dataset = IndexedDataset(prefix)
             checked = "every byte against its checksum" if read_sidecar(prefix) else "no sidecar, so no checksums"
-            print(f"{prefix} is whole: {dataset.document_count:,} documents, {dataset.token_count:,} tokens, {checked}, "
-                  f"{dataset.tokens.nbytes / 1e9 / (time.perf_counter() - start):.2f} GB/s")
+            print(f"{prefix} is whole: {dataset.document_count:,} documents, {dataset.token_count:,} tokens, "
+                  f"{checked}, {dataset.tokens.nbytes / 1e9 / (time.perf_counter() - start):.2f} GB/s")
     if wrong:
         raise UserError(*wrong)
 
@@ -193,7 +196,8 @@ def trace(s: Trace) -> None:
     from megazero.train import tokenizer_of  # brings torch, which the others do without
     c = s.run
     if c.training.global_batch_size is None and c.parallel.data_parallel_size is None:
-        raise UserError("--global-batch-size is missing: it says which samples a step reads; give it, or the --dp of the run.")
+        raise UserError("--global-batch-size is missing: it says which samples a step reads; "
+                        "give it, or the --dp of the run.")
     tokenizer = tokenizer_of(c)
     dp = c.parallel.data_parallel_size or 1
     world = dp * c.parallel.tensor_model_parallel_size * c.parallel.pipeline_model_parallel_size

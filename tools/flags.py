@@ -1,4 +1,5 @@
-"""Every flag of pretrain_gpt.py as a page, from the dataclasses that are the flags: python tools/flags.py > docs/flags.md"""
+"""Every flag of pretrain_gpt.py as a page, from the dataclasses that are the flags:
+python tools/flags.py > docs/flags.md"""
 
 from dataclasses import MISSING
 
@@ -9,8 +10,10 @@ INTRO = """# Flags
 
 Made by `python tools/flags.py > docs/flags.md`; do not edit. `python pretrain_gpt.py --help` says the same.
 
-A file given with `--config` (`.toml`, `.yaml`, `.json`) holds the same names, with `_` or `-`, flat or in tables of any name. Later wins:
-defaults, the preset of `--model`, the file, flags. A flag without a value has a `--no-` form, which overrides a file. Numbers may be
+A file given with `--config` (`.toml`, `.yaml`, `.json`) holds the same names, with `_` or `-`, \
+flat or in tables of any name. Later wins:
+defaults, the preset of `--model`, the file, flags. A flag without a value has a `--no-` form, \
+which overrides a file. Numbers may be
 written `1e6` or `1_000_000`.
 """
 
@@ -34,7 +37,8 @@ def value(o: Option) -> str:
     if o.kind is bool:
         return ""
     choices, unit = o.field.metadata["choices"], o.field.metadata["unit"]
-    one = ", ".join(f"`{c}`" for c in choices) if choices else unit or {int: "whole number", float: "number"}.get(o.kind, "word")
+    one = (", ".join(f"`{c}`" for c in choices) if choices
+           else unit or {int: "whole number", float: "number"}.get(o.kind, "word"))
     return cell(one + (" ..." if o.many else ""))
 
 
@@ -47,13 +51,15 @@ def default(o: Option) -> str:
 
 def presets() -> str:
     """The rows of --model; what a row does not say keeps its default."""
-    rows = [f"| `{name}` | " + " ".join(f"`{said(key, v)}`" for key, v in row.items()) + " |" for name, row in PRESETS.items()]
+    rows = [f"| `{name}` | " + " ".join(f"`{said(key, v)}`" for key, v in row.items()) + " |"
+            for name, row in PRESETS.items()]
     return "\n".join(["## Presets of `--model`\n", "| preset | stands for |", "|---|---|", *rows, ""])
 
 
 def said(key: str, v: object) -> str:
     word = key.replace("_", "-")
-    return (f"--{word}" if v else f"--no-{word}") if isinstance(v, bool) else f"--{word} {v:g}" if isinstance(v, float) else f"--{word} {v}"
+    return ((f"--{word}" if v else f"--no-{word}") if isinstance(v, bool)
+            else f"--{word} {v:g}" if isinstance(v, float) else f"--{word} {v}")
 
 
 def elsewhere() -> str:

@@ -21,7 +21,8 @@ class Generate:
     top_k: int | None = option(None, "draw from this many likeliest tokens; default: all", unit="tokens")
     seed: int = option(1234, "of the draws")
     ckpt_step: int | None = option(None, "step to load; default: the newest", unit="step")
-    device: str = option("auto", "where to compute; auto takes CUDA where there is one", choices=("auto", "cpu", "cuda"))
+    device: str = option("auto", "where to compute; auto takes CUDA where there is one",
+                         choices=("auto", "cpu", "cuda"))
 
 
 def checks(s: Generate) -> list[str]:
@@ -33,7 +34,8 @@ def checks(s: Generate) -> list[str]:
         (s.top_k is not None and s.top_k < 1, f"--top-k {s.top_k}: must be at least 1."),
         (s.top_k is not None and s.temperature == 0,
          f"--top-k {s.top_k}: has no effect at temperature 0; add --temperature 1, or leave it out."),
-        (s.device == "cuda" and not torch.cuda.is_available(), "--device cuda: there is no CUDA device; write --device cpu, or auto."),
+        (s.device == "cuda" and not torch.cuda.is_available(),
+         "--device cuda: there is no CUDA device; write --device cpu, or auto."),
     ) if wrong]
 
 
@@ -46,11 +48,15 @@ def main() -> None:
     tokenizer = tokenizer_of(reader)
     ids = tokenizer.encode(s.prompt) or ([tokenizer.eod] if tokenizer.eod is not None else [])
     if not ids:
-        raise UserError(f"--prompt {s.prompt!r}: is empty, and this tokenizer has no token that starts a document; give some text.")
-    decoder = build_from_checkpoint(reader, device=torch.device("cuda" if s.device != "cpu" and torch.cuda.is_available() else "cpu"))
+        raise UserError(f"--prompt {s.prompt!r}: is empty, and this tokenizer has no token that starts a document; "
+                        "give some text.")
+    decoder = build_from_checkpoint(reader, device=torch.device(
+        "cuda" if s.device != "cpu" and torch.cuda.is_available() else "cpu"))
     if max(ids) >= decoder.a.vocab_size:
-        raise UserError(f"--prompt: holds token {max(ids)}, this model knows {decoder.a.vocab_size}; write the prompt without it.")
-    tokens = generate(decoder, ids, s.max_new_tokens, s.temperature, s.top_k, s.seed, tokenizer.vocab_size, tokenizer.eod)
+        raise UserError(f"--prompt: holds token {max(ids)}, this model knows {decoder.a.vocab_size}; "
+                        "write the prompt without it.")
+    tokens = generate(decoder, ids, s.max_new_tokens, s.temperature, s.top_k, s.seed,
+                      tokenizer.vocab_size, tokenizer.eod)
     print(s.prompt, end="", flush=True)
     for text in stream_text(tokenizer, ids, tokens):
         print(text, end="", flush=True)

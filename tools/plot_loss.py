@@ -36,7 +36,8 @@ def main() -> None:
 def read(path: Path) -> tuple[Curve, Curve]:
     """Training and validation losses. Raises UserError."""
     lines = log_lines(path)
-    train = [(step, r["loss"]) for (step, split), r in lines.items() if split == "train" and "loss" in r and not r.get("skipped")]
+    train = [(step, r["loss"]) for (step, split), r in lines.items()
+             if split == "train" and "loss" in r and not r.get("skipped")]
     valid = [(step, r["loss"]) for (step, split), r in lines.items() if split == "valid" and "loss" in r]
     if not train:
         raise UserError(f"{path}: holds no training step.")
@@ -49,8 +50,8 @@ def drawn(curve: Curve, width: int, height: int) -> str:
     means = [sum(loss for _, loss in part) / len(part) for part in columns if part]
     low, high = min(means), max(means)
     rows = [round((high - m) / (high - low or 1) * (height - 1)) for m in means]
-    lines = [f"{high - (high - low) * r / max(height - 1, 1):7.3f} |" + "".join("o" if r == row else " " for row in rows).rstrip()
-             for r in range(height)]
+    lines = [f"{high - (high - low) * r / max(height - 1, 1):7.3f} |"
+             + "".join("o" if r == row else " " for row in rows).rstrip() for r in range(height)]
     return "\n".join([*lines, "        +" + "-" * len(means), f"         step {curve[0][0]:,} to {curve[-1][0]:,}"])
 
 
@@ -59,7 +60,8 @@ def paint(train: Curve, valid: Curve, path: Path) -> None:
     try:
         import matplotlib
     except ModuleNotFoundError:
-        raise UserError(f"--output {path}: needs matplotlib; pip install 'megazero[plot]', or leave --output out.") from None
+        raise UserError(f"--output {path}: needs matplotlib; pip install 'megazero[plot]', "
+                        "or leave --output out.") from None
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     figure, axes = plt.subplots(figsize=(7, 4), layout="constrained")
@@ -72,7 +74,8 @@ def paint(train: Curve, valid: Curve, path: Path) -> None:
     try:
         figure.savefig(path, dpi=120)
     except (OSError, ValueError) as error:
-        raise UserError(f"--output {path}: cannot be written ({error}); name a .png in a folder that is there.") from None
+        raise UserError(f"--output {path}: cannot be written ({error}); "
+                        "name a .png in a folder that is there.") from None
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""Shows a pipeline schedule, its bubble and what it holds: python tools/show_schedule.py gpipe|breadth-first|1f1b|interleaved --help"""
+"""Shows a pipeline schedule, its bubble and what it holds:
+python tools/show_schedule.py gpipe|breadth-first|1f1b|interleaved --help"""
 
 import math
 from dataclasses import dataclass
@@ -31,8 +32,9 @@ def show(name: str, s: Settings) -> None:
     costs = Costs(s.forward, s.backward, s.communication).shared(s.virtual)
     timeline = simulate(passes(name, s.pp, s.micro_batches, s.virtual), costs)
     if s.pp * timeline.makespan > MOST * min(costs.forward, costs.backward):
-        raise UserError(f"--pp {s.pp}, --forward {s.forward:g}, --backward {s.backward:g}, --communication {s.communication:g}: "
-                        "make too large a drawing; choose fewer ranks, or times nearer to each other.")
+        raise UserError(
+            f"--pp {s.pp}, --forward {s.forward:g}, --backward {s.backward:g}, --communication {s.communication:g}: "
+            "make too large a drawing; choose fewer ranks, or times nearer to each other.")
     report(name, s, costs, timeline)
     print(draw(timeline))
     if s.svg:
@@ -44,7 +46,8 @@ def report(name: str, s: Settings, costs: Costs, timeline: Timeline) -> None:
     rate = bubble / (bubble + s.micro_batches * (s.forward + s.backward))
     print(f"{name}: pp {s.pp}, {s.micro_batches} micro-batches, {s.pp * s.virtual} stages")
     print(f"makespan     {timeline.makespan:g}")
-    print(f"bubble       {max(timeline.idle):g}, rate {timeline.bubble_rate:.4f}; formula, without messages: {bubble:g}, {rate:.4f}")
+    print(f"bubble       {max(timeline.idle):g}, rate {timeline.bubble_rate:.4f}; "
+          f"formula, without messages: {bubble:g}, {rate:.4f}")
     print(f"held         {in_layers(timeline.held, s.virtual)}; formula: {in_layers(limit, s.virtual)}")
     print("             activations of one micro-batch in all layers of a rank, at most, by rank\n")
 
@@ -54,7 +57,8 @@ def check(name: str, s: Settings) -> None:
     counts = {"--pp": s.pp, "--micro-batches": s.micro_batches, "--virtual": s.virtual}
     wrong = [f"{flag} {count}: must be at least 1." for flag, count in counts.items() if count < 1]
     if 2 * s.pp * s.micro_batches * s.virtual > MOST:
-        wrong.append(f"--pp {s.pp} x --micro-batches {s.micro_batches} x --virtual {s.virtual}: more than {MOST:,} passes; choose less.")
+        wrong.append(f"--pp {s.pp} x --micro-batches {s.micro_batches} x --virtual {s.virtual}: "
+                     f"more than {MOST:,} passes; choose less.")
     if s.virtual > 1 and not SCHEDULES[name].looped:
         looped = " or ".join(n for n, row in SCHEDULES.items() if row.looped)
         wrong.append(f"--virtual {s.virtual}: {name} has one stage on each rank; write 1, or take {looped}.")
@@ -75,8 +79,10 @@ def write(path: Path, text: str) -> None:
     try:
         path.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise UserError(f"--svg {path}: cannot be written ({error.strerror}); name a file in a folder that is there.") from None
+        raise UserError(f"--svg {path}: cannot be written ({error.strerror}); "
+                        "name a file in a folder that is there.") from None
 
 
 if __name__ == "__main__":
-    run(lambda: commands("show_schedule.py", __doc__ or "", {name: (Settings, partial(show, name)) for name in SCHEDULES}))
+    run(lambda: commands("show_schedule.py", __doc__ or "",
+                         {name: (Settings, partial(show, name)) for name in SCHEDULES}))

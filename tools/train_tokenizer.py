@@ -22,34 +22,42 @@ class Settings:
     """Trains a tokenizer on text."""
 
     input: tuple[str, ...] = option(help="files of JSONL or text, or folders of them", unit="path")
-    output: str = option(help="the path to write: a folder (bpe), a .model file (sentencepiece) or a .json file (char)", unit="path")
-    type: str = option("bpe", help="bpe: byte-level, for HuggingFaceTokenizer; sentencepiece: for SentencePieceTokenizer; "
-                                   "char: for CharTokenizer", choices=("bpe", "sentencepiece", "char"))
-    vocab_size: int | None = option(None, help="number of ids, the end of document among them (bpe, sentencepiece)", unit="ids")
-    special_tokens: tuple[str, ...] = option((), help="tokens that are never cut, such as <fim_prefix>; ids of --vocab-size too (bpe, "
-                                                      "sentencepiece)", unit="token")
+    output: str = option(help="the path to write: a folder (bpe), a .model file (sentencepiece) or a .json file (char)",
+                         unit="path")
+    type: str = option("bpe", help="bpe: byte-level, for HuggingFaceTokenizer; "
+                                   "sentencepiece: for SentencePieceTokenizer; char: for CharTokenizer",
+                       choices=("bpe", "sentencepiece", "char"))
+    vocab_size: int | None = option(None, help="number of ids, the end of document among them (bpe, sentencepiece)",
+                                    unit="ids")
+    special_tokens: tuple[str, ...] = option(
+        (), help="tokens that are never cut, such as <fim_prefix>; ids of --vocab-size too (bpe, sentencepiece)",
+        unit="token")
     json_keys: tuple[str, ...] = option(("text",), help="keys of the JSONL lines to read", unit="key")
 
 
 def main() -> None:
     settings, began = parse(Settings, prog="train_tokenizer.py"), time.monotonic()
     if settings.type == "char" and settings.vocab_size is not None:
-        raise UserError(f"--vocab-size {settings.vocab_size}: --type char takes every character there is; leave it out.")
+        raise UserError(f"--vocab-size {settings.vocab_size}: --type char takes every character there is; "
+                        "leave it out.")
     if settings.type == "char" and settings.special_tokens:
-        raise UserError(f"--special-tokens {' '.join(settings.special_tokens)}: --type char knows single characters alone; leave it out.")
+        raise UserError(f"--special-tokens {' '.join(settings.special_tokens)}: "
+                        "--type char knows single characters alone; leave it out.")
     if settings.type != "char" and settings.vocab_size is None:
         raise UserError(f"--vocab-size is missing: --type {settings.type} needs the number of ids, such as 8192.")
     if Path(settings.output).exists():
-        raise UserError(f"--output {settings.output}: is there already, and data or checkpoints may depend on it; name another, or remove "
-                        "it.")
+        raise UserError(f"--output {settings.output}: is there already, and data or checkpoints may depend on it; "
+                        "name another, or remove it.")
     texts = Texts(settings)
     try:
         Path(settings.output).parent.mkdir(parents=True, exist_ok=True)
-        ids = {"bpe": train_bpe, "sentencepiece": train_sentencepiece, "char": train_char}[settings.type](texts, settings)
+        ids = {"bpe": train_bpe, "sentencepiece": train_sentencepiece, "char": train_char}[settings.type](
+            texts, settings)
     except OSError as error:
         raise UserError(f"--output {settings.output}: cannot be written ({error.strerror}).") from None
     if settings.vocab_size is not None and ids < settings.vocab_size:
-        print(f"--vocab-size {settings.vocab_size}: this text gives no more than {ids:,} ids; more text gives more", file=sys.stderr)
+        print(f"--vocab-size {settings.vocab_size}: this text gives no more than {ids:,} ids; more text gives more",
+              file=sys.stderr)
     print(f"{settings.output}: {ids:,} ids from {texts.characters / 1e6:,.1f} million characters "
           f"({texts.skipped:,} inputs skipped) in {time.monotonic() - began:.1f} s")
 
@@ -78,14 +86,15 @@ def train_bpe(texts: Iterable[str], settings: Settings) -> int:
     size = settings.vocab_size or 0
     least = 257 + len(settings.special_tokens)
     if size < least:
-        raise UserError(f"--vocab-size {size}: byte-level BPE needs at least {least}, the bytes, {END_OF_TEXT} and special tokens.")
+        raise UserError(f"--vocab-size {size}: byte-level BPE needs at least {least}, "
+                        f"the bytes, {END_OF_TEXT} and special tokens.")
     os.environ["TOKENIZERS_PARALLELISM"] = "true"               # one process that trains may use every core
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=[END_OF_TEXT, *settings.special_tokens], show_progress=False,
-                                  initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=[END_OF_TEXT, *settings.special_tokens],
+                                  show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     tokenizer.train_from_iterator(texts, trainer)
     folder = Path(settings.output)
     folder.mkdir(exist_ok=True)
@@ -102,8 +111,9 @@ def train_sentencepiece(texts: Iterable[str], settings: Settings) -> int:
     model = io.BytesIO()
     try:
         SentencePieceTrainer.train(
-            sentence_iterator=lines, model_writer=model, vocab_size=settings.vocab_size, model_type="bpe", byte_fallback=True,
-            character_coverage=0.9995, normalization_rule_name="identity", remove_extra_whitespaces=False, add_dummy_prefix=False,
+            sentence_iterator=lines, model_writer=model, vocab_size=settings.vocab_size, model_type="bpe",
+            byte_fallback=True, character_coverage=0.9995, normalization_rule_name="identity",
+            remove_extra_whitespaces=False, add_dummy_prefix=False,
             max_sentence_length=4 * LINE,                       # bytes; what is longer would be left out without a word
             user_defined_symbols=list(settings.special_tokens), minloglevel=2, num_threads=os.cpu_count())
     except RuntimeError as error:

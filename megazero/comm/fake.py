@@ -1,5 +1,5 @@
-"""fake: no peers, so any rank of any mesh runs in one process, also on torch's fake tensors. Shapes, bytes and memory are right; sums are
-of one rank's share."""
+"""fake: no peers, so any rank of any mesh runs in one process, also on torch's fake tensors. Shapes, bytes and memory
+are right; sums are of one rank's share."""
 
 from dataclasses import dataclass
 

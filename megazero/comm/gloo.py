@@ -1,7 +1,7 @@
 """gloo: collectives built from point-to-point messages, two to three times as fast as gloo's own.
 
-Sums are taken in rank order, in fp32 for half precision and rounded once, so they are the same in every run. Ranks of one host use
-memory that they share instead of messages (shared.py).
+Sums are taken in rank order, in fp32 for half precision and rounded once, so they are the same in every run. Ranks of
+one host use memory that they share instead of messages (shared.py).
 """
 
 import time
@@ -46,7 +46,8 @@ class Messages:
 
 
 class Gloo(Several):
-    """Collectives from point-to-point messages. Every message has a tag of its own, so calls may overlap in any order."""
+    """Collectives from point-to-point messages. Every message has a tag of its own,
+    so calls may overlap in any order."""
 
     def __init__(self, axis: str, ranks: Sequence[int], line: Line, process_group: dist.ProcessGroup) -> None:
         super().__init__(axis, ranks, line)
@@ -66,7 +67,8 @@ class Gloo(Several):
         return self._exchange("reduce-scatter", parts, self._received(parts), lambda got: total_of(got, "sum", into))
 
     def all_reduce(self, x: Tensor, op: str = "sum") -> Work:
-        """A reduce-scatter and, once that is waited for, an all-gather; in place where the ranks divide the elements."""
+        """A reduce-scatter and, once that is waited for, an all-gather;
+        in place where the ranks divide the elements."""
         missing = -x.numel() % self.size
         flat = torch.cat((x.view(-1), x.new_zeros(missing))) if missing else x.view(-1)
         parts = list(flat.chunk(self.size))
@@ -80,7 +82,8 @@ class Gloo(Several):
 
         return self._exchange("all-reduce", parts, self._received(parts), finish)
 
-    def _gather(self, what: str, x: Tensor, parts: Sequence[Tensor], result: Callable[[], Tensor], tag: int = 0) -> Work:
+    def _gather(self, what: str, x: Tensor, parts: Sequence[Tensor], result: Callable[[], Tensor],
+                tag: int = 0) -> Work:
         """x goes to all, and parts[r] becomes what rank r sent."""
         def finish(got: Sequence[Tensor]) -> Tensor:
             for part, arrived in zip(parts, got, strict=True):
@@ -97,9 +100,10 @@ class Gloo(Several):
         self.calls += 1
         return self.calls
 
-    def _exchange(self, what: str, out: Sequence[Tensor], into: Sequence[Tensor], finish: Callable[[Sequence[Tensor]], Tensor],
-                  tag: int = 0) -> Work:
-        """Sends out[r] to each rank r, and hands `finish` what came from each: in into[r], or where it lies in shared memory."""
+    def _exchange(self, what: str, out: Sequence[Tensor], into: Sequence[Tensor],
+                  finish: Callable[[Sequence[Tensor]], Tensor], tag: int = 0) -> Work:
+        """Sends out[r] to each rank r, and hands `finish` what came from each:
+        in into[r], or where it lies in shared memory."""
         tag, peers = tag or self._tag(), [r for r in range(self.size) if r != self.rank and out[r].numel()]
         if self.memory and peers:
             self.memory.send({r: out[r] for r in peers}, tag)
@@ -111,7 +115,8 @@ class Gloo(Several):
                     letter.done()
                 return result
 
-            return Messages(self.line, f"{what} over {self.axis}", [(self.ranks[r], x) for r, x in letters.items()], opened)
+            return Messages(self.line, f"{what} over {self.axis}",
+                            [(self.ranks[r], x) for r, x in letters.items()], opened)
         there = {r: host(into[r]) for r in peers}
         receives = [(self.ranks[r], dist.irecv(t, self.ranks[r], self.process_group, tag)) for r, t in there.items()]
         sent = {r: host(out[r].contiguous()) for r in peers}
@@ -140,7 +145,8 @@ class GlooChannel:
 
     def __init__(self, sender: int, receiver: int, line: Line, process_group: dist.ProcessGroup) -> None:
         self.sender, self.receiver, self.line, self.process_group = sender, receiver, line, process_group
-        self.memory, self.peer, self.messages = _memory(process_group, line.seconds), 1 - dist.get_rank(process_group), 0
+        self.memory, self.peer, self.messages = (
+            _memory(process_group, line.seconds), 1 - dist.get_rank(process_group), 0)
 
     def send(self, x: Tensor) -> Work:
         self.line.sent["pp"] += x.nbytes
@@ -180,7 +186,7 @@ def total_of(parts: Sequence[Tensor], op: str, into: Tensor | None = None) -> Te
     dtype = parts[0].dtype
     wide = torch.promote_types(dtype, torch.float32) if op == "sum" else dtype
     add = torch.add if op == "sum" else torch.maximum
-    at_once = into if len(parts) == 2 and wide == dtype else None                       # else a part not yet read could be lost
+    at_once = into if len(parts) == 2 and wide == dtype else None       # else a part not yet read could be lost
     total = add(parts[0].to(wide), parts[1].to(wide), out=at_once)
     for part in parts[2:]:
         add(total, part, out=total)

@@ -1,8 +1,8 @@
 """What a group of ranks is.
 
-A `Group` is the ranks of one axis of the mesh. Its calls start at once and return a `Work`; the result is there, and the input may
-change, after `wait()`. One is a size: a group of one hands back what it is given. Bytes sent are counted by axis, as if by a ring:
-reduce-scatter and all-gather send (n - 1) / n of the whole, all-reduce twice that.
+A `Group` is the ranks of one axis of the mesh. Its calls start at once and return a `Work`; the result is there, and
+the input may change, after `wait()`. One is a size: a group of one hands back what it is given. Bytes sent are counted
+by axis, as if by a ring: reduce-scatter and all-gather send (n - 1) / n of the whole, all-reduce twice that.
 """
 
 from collections import Counter
@@ -32,7 +32,8 @@ class Work(Protocol):
 class Group(Protocol):
     """Calls on the ranks of one axis. Tensors are contiguous; dimension 0 is what is gathered and scattered.
 
-    `into` is where the result goes, if given; it may be the whole that x is this rank's part of, or this rank's part of x.
+    `into` is where the result goes, if given; it may be the whole that x is this rank's part of,
+    or this rank's part of x.
     """
 
     size: int

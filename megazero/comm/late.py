@@ -1,4 +1,5 @@
-"""late: around another backend, for tests. Results are NaN until waited for, and inputs that change before that are an error."""
+"""late: around another backend, for tests. Results are NaN until waited for,
+and inputs that change before that are an error."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

@@ -25,7 +25,8 @@ class Collective:
         try:
             self.work.wait()
         except RuntimeError as error:
-            raise Stuck(f"rank {self.line.rank} gave up in {self.line.doing}, {self.what} ({str(error).splitlines()[0][:160]})") from error
+            raise Stuck(f"rank {self.line.rank} gave up in {self.line.doing}, {self.what} "
+                        f"({str(error).splitlines()[0][:160]})") from error
         return self.result
 
     def done(self) -> bool:

@@ -1,13 +1,14 @@
 """Memory that the ranks of one host share: what a rank has for others is written once, and read where it lies.
 
-A rank's file is anonymous (memfd_create of Linux): the others open it through /proc, and it is gone with the last process that maps it,
-however that ends. It holds
+A rank's file is anonymous (memfd_create of Linux): the others open it through /proc, and it is gone with the last
+process that maps it, however that ends. It holds
 
     | proof, a page | letters: for each reader ROOM times (tag, start, size, at) | slots: what is to be read ...
 
-The first page proves to a reader that it has the right file. A letter says where in which slot something lies; its tag is written last
-and cleared by the reader when it has read. A slot without letters is used again; where none is free and large enough the file grows. So
-nobody waits for a reader, and a training step, which sends the same every time, soon finds all the slots it needs.
+The first page proves to a reader that it has the right file. A letter says where in which slot something lies; its tag
+is written last and cleared by the reader when it has read. A slot without letters is used again; where none is free and
+large enough the file grows. So nobody waits for a reader, and a training step, which sends the same every time, soon
+finds all the slots it needs.
 """
 
 import mmap
@@ -30,7 +31,8 @@ Tensor = torch.Tensor
 PAGE = mmap.ALLOCATIONGRANULARITY
 ALIGN = 64                      # bytes: a cache line
 ROOM = 1024                     # letters of one rank to another that may be unread
-SPIN, NAP, NIGHT = 2e-4, 5e-5, 1e-3     # seconds: to ask without a pause, a pause, and a pause once the wait has become long
+# seconds: to ask without a pause, a pause, and a pause once the wait has become long
+SPIN, NAP, NIGHT = 2e-4, 5e-5, 1e-3
 
 
 def supported() -> bool:
@@ -52,7 +54,8 @@ class Slot:
 
 @dataclass
 class Peer:
-    """Another rank: its file, its letters, its process (a pidfd, readable when it has ended), and its slots seen so far."""
+    """Another rank: its file, its letters, its process (a pidfd, readable when it has ended),
+    and its slots seen so far."""
 
     file: BinaryIO
     letters: memoryview
@@ -61,7 +64,8 @@ class Peer:
 
 
 class Memory:
-    """One rank's own file, and those of the other ranks of a group. Ranks are numbered within the group, tags count from 1."""
+    """One rank's own file, and those of the other ranks of a group.
+    Ranks are numbered within the group, tags count from 1."""
 
     def __init__(self, rank: int, ranks: int, seconds: float = 600.0) -> None:
         """`seconds`: how long to wait for a reader that is ROOM letters behind."""
@@ -80,13 +84,16 @@ class Memory:
         return torch.tensor([os.getpid(), self.own.fileno(), *self.proof])
 
     def meet(self, cards: Tensor) -> bool:
-        """Opens everyone's file, from the cards [ranks, 4]. False if one is out of reach: a rank on another host, say."""
+        """Opens everyone's file, from the cards [ranks, 4].
+        False if one is out of reach: a rank on another host, say."""
         for rank, (pid, number, *proof) in enumerate(cards.tolist()):
             try:
-                file = open(f"/proc/{pid}/fd/{number}", "r+b", buffering=0)             # noqa: SIM115  (open as long as the group is)
+                # open as long as the group is
+                file = open(f"/proc/{pid}/fd/{number}", "r+b", buffering=0)             # noqa: SIM115
                 if file.read(16) != struct.pack("qq", *proof):
                     return False
-                self.peers[rank] = Peer(file, _letters(file, self.ranks), os.fdopen(os.pidfd_open(pid), "rb", buffering=0))
+                self.peers[rank] = Peer(file, _letters(file, self.ranks),
+                                        os.fdopen(os.pidfd_open(pid), "rb", buffering=0))
             except OSError:
                 return False
         return True
@@ -176,8 +183,8 @@ def until(there: Callable[[], bool], seconds: float, process: BinaryIO) -> None:
 
 
 def fence() -> None:
-    """What is written or read before comes before what is written or read after, also as other processors see it: a release of a lock
-    followed by an acquisition orders both, and Python has no plainer way to say it."""
+    """What is written or read before comes before what is written or read after, also as other processors see it: a
+    release of a lock followed by an acquisition orders both, and Python has no plainer way to say it."""
     lock = threading.Lock()
     for _ in range(2):
         with lock:

@@ -14,16 +14,17 @@ from megazero.comm.late import Late, LateChannel
 from megazero.comm.nccl import Nccl, NcclChannel
 from megazero.mesh import Mesh
 
-PATIENCE = 6                            # times longer than elsewhere do ranks wait for another that writes its part of a checkpoint
+PATIENCE = 6            # times longer than elsewhere do ranks wait for another that writes its part of a checkpoint
 
 
 class Wires:
-    """One rank's groups, and its channels by (send or recv, F or B), made once. `close()` when all is well; a process that fails just
-    leaves."""
+    """One rank's groups, and its channels by (send or recv, F or B), made once. `close()` when all is well; a process
+    that fails just leaves."""
 
-    def __init__(self, mesh: Mesh, rank: int, groups: dict[str, Group], channels: dict[tuple[str, str], Channel], line: Line,
-                 started: bool) -> None:
-        self.mesh, self.rank, self.groups, self.channels, self.line, self._started = mesh, rank, groups, channels, line, started
+    def __init__(self, mesh: Mesh, rank: int, groups: dict[str, Group], channels: dict[tuple[str, str], Channel],
+                 line: Line, started: bool) -> None:
+        self.mesh, self.rank, self.groups, self.channels, self.line, self._started = (
+            mesh, rank, groups, channels, line, started)
         self.place = mesh.place(rank)
 
     def __getitem__(self, axis: str) -> Group:
@@ -32,7 +33,8 @@ class Wires:
 
     def barrier(self) -> None:
         """Returns when every rank has come here."""
-        self.groups["world"].all_reduce(torch.zeros(1, device=self.device)).wait().item()          # under NCCL `wait` orders streams alone
+        # under NCCL `wait` orders streams alone
+        self.groups["world"].all_reduce(torch.zeros(1, device=self.device)).wait().item()
 
     @property
     def device(self) -> torch.device:
@@ -69,7 +71,8 @@ def connect(mesh: Mesh, rank: int, backend: str, seconds: float) -> Wires:
 
 
 def _make(kind: str, axis: str, ranks: tuple[int, ...], line: Line) -> Group:
-    """One group. Every rank of the world must call this for every group, in the same order. `saved` must not need the device."""
+    """One group. Every rank of the world must call this for every group, in the same order.
+    `saved` must not need the device."""
     if len(ranks) == 1:
         return Alone()
     if kind == "fake":
@@ -82,12 +85,13 @@ def _make(kind: str, axis: str, ranks: tuple[int, ...], line: Line) -> Group:
 
 
 def _channels(kind: str, mesh: Mesh, line: Line) -> dict[tuple[str, str], Channel]:
-    """This rank's channels. Activations (F) and gradients (B) have channels of their own: between two ranks that are each other's
-    next they would cross in an order that the two do not agree on."""
+    """This rank's channels. Activations (F) and gradients (B) have channels of their own: between two ranks that are
+    each other's next they would cross in an order that the two do not agree on."""
     made: dict[tuple[str, str], Channel] = {}
     for way, pairs in (("F", mesh.channels()), ("B", [(b, a) for a, b in mesh.channels()])):
         for sender, receiver in pairs:
-            group = None if kind == "fake" else dist.new_group([sender, receiver], timeout=timedelta(seconds=line.seconds), backend=kind)
+            group = None if kind == "fake" else dist.new_group(
+                [sender, receiver], timeout=timedelta(seconds=line.seconds), backend=kind)
             if kind == "nccl" and group is not None and line.rank in (sender, receiver):
                 _greet(sender, receiver, line.rank, group)
             for end, who in (("send", sender), ("recv", receiver)):
@@ -98,8 +102,8 @@ def _channels(kind: str, mesh: Mesh, line: Line) -> dict[tuple[str, str], Channe
 
 
 def _greet(sender: int, receiver: int, rank: int, group: dist.ProcessGroup) -> None:
-    """NCCL connects two ranks at their first message, and the host waits there for the other end: let it be here, where both come, and not
-    at a receive that is posted ahead."""
+    """NCCL connects two ranks at their first message, and the host waits there for the other end: let it be here, where
+    both come, and not at a receive that is posted ahead."""
     message = torch.zeros(1, device="cuda")
     if rank == sender:
         dist.send(message, receiver, group)
@@ -109,15 +113,16 @@ def _greet(sender: int, receiver: int, rank: int, group: dist.ProcessGroup) -> N
 
 
 def first_to_say(what: str) -> bool:
-    """Is this the first rank of the run to say this? So that a mistake all ranks make, or a failure that spreads, is told once."""
+    """Is this the first rank of the run to say this?
+    So that a mistake all ranks make, or a failure that spreads, is told once."""
     if environment()[1] == 1:
         return True
     try:
         host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        socket.create_connection((host, port), timeout=2).close()                       # c10d is noisy when nobody is there
+        socket.create_connection((host, port), timeout=2).close()       # c10d is noisy when nobody is there
         store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=5))
         return store.add(f"megazero/said/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{what}", 1) == 1
-    except (OSError, RuntimeError, KeyError):                   # the store is gone, or not there yet: better twice than never
+    except (OSError, RuntimeError, KeyError):           # the store is gone, or not there yet: better twice than never
         return True
 
 

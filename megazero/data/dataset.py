@@ -19,7 +19,18 @@ import numpy as np
 
 from megazero.data.indexed import IndexedDataset
 from megazero.data.megatron_order import MegatronBlend, MegatronOrder, blend_counts
-from megazero.data.order import DENOMINATOR, MASK, SPLITS, Blend, ChunkOrder, Schedule, Stage, mix, split_ranges, stable_hash
+from megazero.data.order import (
+    DENOMINATOR,
+    MASK,
+    SPLITS,
+    Blend,
+    ChunkOrder,
+    Schedule,
+    Stage,
+    mix,
+    split_ranges,
+    stable_hash,
+)
 from megazero.data.sidecar import check_sidecar
 from megazero.errors import UserError
 
@@ -85,8 +96,8 @@ class Part:
 
 
 class Samples:
-    """The samples of one split of one dataset or of a blend of several. Opening is cheap: but for Megatron's order nothing is scanned
-    or built."""
+    """The samples of one split of one dataset or of a blend of several. Opening is cheap: but for Megatron's order
+    nothing is scanned or built."""
 
     def __init__(self, which: str, parts: Sequence[Part], blend: Mixture, vocab_size: int | None) -> None:
         self.which, self.parts, self.blend, self.vocab_size = which, tuple(parts), blend, vocab_size
@@ -120,7 +131,8 @@ class Samples:
     def describe(self) -> str:
         lines = [f"{self.which}: {part.describe()}" for part in self.parts]
         if len(self.parts) > 1:
-            lines.append(f"{self.which}: {self.token_count:,} tokens, {self.blend.describe([part.dataset.prefix for part in self.parts])}")
+            lines.append(f"{self.which}: {self.token_count:,} tokens, "
+                         f"{self.blend.describe([part.dataset.prefix for part in self.parts])}")
         return "\n".join(lines)
 
     def _read(self, part: Part, ranges: Sequence[tuple[int, int]], name: str) -> np.ndarray:
@@ -128,19 +140,22 @@ class Samples:
         tokens = (pieces[0] if len(pieces) == 1 else np.concatenate(pieces)).astype(np.int64)
         low, high = int(tokens.min()), int(tokens.max())
         if low < 0 or (self.vocab_size is not None and high >= self.vocab_size):
-            raise UserError(f"{part.dataset.prefix}: {name} of {self.which} holds token {low if low < 0 else high}, expected 0 to "
-                            f"{(self.vocab_size or 0) - 1}; train with the tokenizer the dataset was made with.")
+            raise UserError(f"{part.dataset.prefix}: {name} of {self.which} holds token {low if low < 0 else high}, "
+                            f"expected 0 to {(self.vocab_size or 0) - 1}; "
+                            "train with the tokenizer the dataset was made with.")
         return tokens
 
 
 class MockSamples:
     """Made-up tokens with something to learn (--mock-data), the same on every machine.
 
-    Nine times in ten a token is followed by token + step (mod vocabulary), else by any token at all; so the best loss per
-    token is about 0.33 + 0.1 ln(vocabulary).
+    Nine times in ten a token is followed by token + step (mod vocabulary), else by any token at all; so the best loss
+    per token is about 0.33 + 0.1 ln(vocabulary).
     """
 
-    def __init__(self, vocab_size: int, sequence_length: int, seed: int, which: str = "train", pass_size: int = 256) -> None:
+    def __init__(
+        self, vocab_size: int, sequence_length: int, seed: int, which: str = "train", pass_size: int = 256
+    ) -> None:
         self.vocab_size, self.sequence_length = vocab_size, sequence_length
         self.which, self._pass_size = which, pass_size
         self._step = 1 + vocab_size // 3
@@ -164,12 +179,14 @@ class MockSamples:
         return self.sample(i)
 
     def describe(self) -> str:
-        return f"{self.which}: mock data, any number of samples of {self.sequence_length:,} tokens from {self.vocab_size:,} ids"
+        return (f"{self.which}: mock data, any number of samples of {self.sequence_length:,} tokens "
+                f"from {self.vocab_size:,} ids")
 
 
 @dataclass(frozen=True)
 class Reading:
-    """How the datasets of a split are read. `count`: samples the run asks for, which Megatron's order (`megatron`) depends on."""
+    """How the datasets of a split are read.
+    `count`: samples the run asks for, which Megatron's order (`megatron`) depends on."""
 
     sequence_length: int
     seed: int
@@ -182,7 +199,8 @@ def open_split(
     paths: Sequence[str], split: str | None, which: str, sequence_length: int, seed: int, shuffle: bool,
     vocab_size: int | None = None, flag: str = "--data-path", tokenizer: Mapping[str, Any] | None = None,
 ) -> Samples:
-    """The samples of one split ("train", "valid" or "test") of the datasets that the words of `flag` name, as `open_stages`."""
+    """The samples of one split ("train", "valid" or "test") of the datasets that the words of `flag` name,
+    as `open_stages`."""
     return open_stages([(0, paths)], split, which, Reading(sequence_length, seed, shuffle), vocab_size, flag, tokenizer)
 
 
@@ -192,9 +210,9 @@ def open_stages(
 ) -> Samples:
     """The samples of one split of datasets whose blend changes: (first sample, words of `flag`) of each stage.
 
-    `split` is Megatron's "969,30,1"; None takes each dataset whole. Without weights, datasets count by their tokens. With a
-    `vocab_size` (ids the model knows) a dataset with others is refused: at once when its sidecar tells, else when one is read.
-    With a `tokenizer` (its identity) a dataset whose sidecar names another is refused.
+    `split` is Megatron's "969,30,1"; None takes each dataset whole. Without weights, datasets count by their tokens.
+    With a `vocab_size` (ids the model knows) a dataset with others is refused: at once when its sidecar tells, else
+    when one is read. With a `tokenizer` (its identity) a dataset whose sidecar names another is refused.
     Raises UserError.
     """
     assert which in SPLITS, which
@@ -209,14 +227,15 @@ def open_stages(
     if len(blends) == 1:
         return Samples(which, parts, blends[0], vocab_size)
     numbers = [tuple(prefixes.index(p) for p in own) for _, own, _ in named]
-    return Samples(which, parts, Schedule([Stage(*s) for s in zip((n[0] for n in named), blends, numbers, strict=True)]), vocab_size)
+    return Samples(which, parts,
+                   Schedule([Stage(*s) for s in zip((n[0] for n in named), blends, numbers, strict=True)]), vocab_size)
 
 
 def _counts(weights: Sequence[float] | None, datasets: int, reading: Reading, cut: bool) -> list[int | None]:
     """Samples that Megatron's order of each dataset is built for; None is one epoch. No other order depends on it."""
     if not reading.megatron:
         return [None] * datasets
-    if weights is not None and (datasets > 1 or cut):           # one dataset with a weight is a blend to --data-path alone
+    if weights is not None and (datasets > 1 or cut):        # one dataset with a weight is a blend to --data-path alone
         return list(blend_counts(weights, reading.count)[1])
     return [reading.count] if datasets == 1 else [None] * datasets
 
@@ -228,8 +247,8 @@ def _megatron_blend(weights: Sequence[float] | None, parts: Sequence[Part], read
         return MegatronBlend(weights, sum(blend_counts(weights, reading.count)[0]))
     lengths = [part.order.samples for part in parts if isinstance(part.order, MegatronOrder)]
     if sum(lengths) < reading.count:
-        raise UserError(f"--sample-order megatron: datasets without weights are read once and hold {sum(lengths):,} samples, the run asks "
-                        f"for {reading.count:,}; give weights, or shorten the run.")
+        raise UserError(f"--sample-order megatron: datasets without weights are read once and hold {sum(lengths):,} "
+                        f"samples, the run asks for {reading.count:,}; give weights, or shorten the run.")
     return MegatronBlend(lengths, reading.count)
 
 
@@ -245,9 +264,11 @@ def parse_paths(words: Sequence[str], flag: str = "--data-path") -> tuple[list[s
     weights = [number for number in numbers if number is not None]
     wrong = [weight for weight in weights if not 0 < weight < float("inf")]
     if wrong:
-        raise UserError(f"{flag}: the weight {wrong[0]:g} is not a positive number; leave out a dataset that is not to be read.")
+        raise UserError(f"{flag}: the weight {wrong[0]:g} is not a positive number; "
+                        "leave out a dataset that is not to be read.")
     if len(weights) > DENOMINATOR:
-        raise UserError(f"{flag}: names {len(weights)} datasets, a blend takes at most {DENOMINATOR}; merge some of them.")
+        raise UserError(f"{flag}: names {len(weights)} datasets, a blend takes at most {DENOMINATOR}; "
+                        "merge some of them.")
     return list(words[1::2]), weights
 
 
@@ -258,10 +279,13 @@ def _number(word: str) -> float | None:
         return None
 
 
-def _open_part(prefix: str, has_sidecar: bool, count: int | None, split: str | None, which: str, reading: Reading) -> Part:
+def _open_part(
+    prefix: str, has_sidecar: bool, count: int | None, split: str | None, which: str, reading: Reading
+) -> Part:
     dataset, s = IndexedDataset(prefix), reading.sequence_length
     if dataset.dtype.kind not in "iu":
-        raise UserError(f"{prefix}.idx: holds {dataset.dtype} numbers, expected whole ones; this is no dataset of tokens.")
+        raise UserError(f"{prefix}.idx: holds {dataset.dtype} numbers, expected whole ones; "
+                        "this is no dataset of tokens.")
     documents, first, last = _split_of(dataset, split, which, reading.megatron)
     if last - first <= s:
         asked = f"--split {split} gives {which}" if split else f"{which} has"
@@ -271,12 +295,13 @@ def _open_part(prefix: str, has_sidecar: bool, count: int | None, split: str | N
     order: Order = ChunkOrder(last - first, s, reading.seed, reading.shuffle)
     if reading.megatron:
         order = MegatronOrder(dataset.sequence_lengths(*_sequences(dataset, split, which)), s, reading.seed, count)
-    return Part(dataset, documents, first, last - first, order, ChunkOrder(last - first, s, reading.seed, shuffle=False), has_sidecar)
+    return Part(dataset, documents, first, last - first, order,
+                ChunkOrder(last - first, s, reading.seed, shuffle=False), has_sidecar)
 
 
 def _split_of(dataset: IndexedDataset, split: str | None, which: str, megatron: bool) -> tuple[int, int, int]:
-    """(documents, first token, end token): a range of documents, or of tokens when there is only one document. Megatron cuts
-    between sequences."""
+    """(documents, first token, end token): a range of documents, or of tokens when there is only one document.
+    Megatron cuts between sequences."""
     if split is None:
         return dataset.document_count, 0, dataset.token_count
     if megatron:

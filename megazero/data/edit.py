@@ -1,4 +1,7 @@
-"""Datasets of datasets: several one after the other, or one cut in three. All is streamed, one dataset open at a time."""
+"""Datasets of datasets: several one after the other, or one cut in three.
+
+All is streamed, one dataset open at a time.
+"""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,26 +20,31 @@ NONE = np.empty(0, np.int64)
 
 def merge(prefixes: Sequence[str], output: str) -> IndexedDataset:
     """The documents of all datasets, in order. Raises UserError unless all have one dtype and one tokenizer."""
-    dtypes, sidecars = [IndexedDataset(prefix).dtype for prefix in prefixes], [read_sidecar(prefix) for prefix in prefixes]
+    dtypes, sidecars = ([IndexedDataset(prefix).dtype for prefix in prefixes],
+                        [read_sidecar(prefix) for prefix in prefixes])
     for prefix, dtype, sidecar in zip(prefixes, dtypes, sidecars, strict=True):
         if dtype != dtypes[0]:
-            raise UserError(f"{prefix}: holds {dtype} tokens, {prefixes[0]} {dtypes[0]}; merge datasets of one vocabulary.")
+            raise UserError(f"{prefix}: holds {dtype} tokens, {prefixes[0]} {dtypes[0]}; "
+                            "merge datasets of one vocabulary.")
         if not _same(sidecar, sidecars[0]):
-            raise UserError(f"{prefix}: was not made with the tokenizer of {prefixes[0]} (see their .json); merge datasets of one "
-                            "tokenizer.")
+            raise UserError(f"{prefix}: was not made with the tokenizer of {prefixes[0]} (see their .json); "
+                            "merge datasets of one tokenizer.")
     _keep(output, prefixes)
     with IndexedWriter(output, dtypes[0]) as writer:
         for prefix in prefixes:
             dataset = IndexedDataset(prefix)
             _copy(dataset, 0, dataset.document_count, writer)
     ends = {None if sidecar is None else sidecar.get("append_eod") for sidecar in sidecars}
-    return _finish(writer, sidecars[0] and sidecars[0] | {"append_eod": ends.pop() if len(ends) == 1 else None}, prefixes)
+    return _finish(writer, sidecars[0] and sidecars[0] | {"append_eod": ends.pop() if len(ends) == 1 else None},
+                   prefixes)
 
 
 def split(prefix: str, output: str, spec: str) -> list[IndexedDataset]:
-    """OUTPUT_train, OUTPUT_valid, OUTPUT_test: the documents that --split gives each; one without documents is not written."""
+    """OUTPUT_train, OUTPUT_valid, OUTPUT_test: the documents that --split gives each;
+    one without documents is not written."""
     dataset, made = IndexedDataset(prefix), []
-    parts = {name: (first, last) for name, (first, last) in split_ranges(spec, dataset.document_count).items() if first < last}
+    parts = {name: (first, last)
+             for name, (first, last) in split_ranges(spec, dataset.document_count).items() if first < last}
     for name in parts:
         _keep(f"{output}_{name}", [prefix])
     for name, (first, last) in parts.items():
@@ -50,7 +58,8 @@ def _same(a: dict[str, Any] | None, b: dict[str, Any] | None) -> bool:
     if a is None or b is None:
         return a is b
     one, other = a.get("tokenizer"), b.get("tokenizer")
-    return a["vocab_size"] == b["vocab_size"] and (one == other or (one is not None and other is not None and same_tokenizer(one, other)))
+    return a["vocab_size"] == b["vocab_size"] and (
+        one == other or (one is not None and other is not None and same_tokenizer(one, other)))
 
 
 def _keep(output: str, inputs: Sequence[str]) -> None:
@@ -73,14 +82,16 @@ def _copy(dataset: IndexedDataset, first: int, last: int, writer: IndexedWriter)
     for at in range(first, last, BLOCK):
         counts = np.diff(dataset.documents[at:min(at + BLOCK, last) + 1])
         if counts.min() < 0:
-            raise dataset.damaged(f"document {at + int(counts.argmin())} ends before it starts", "boundaries that never go down")
+            raise dataset.damaged(f"document {at + int(counts.argmin())} ends before it starts",
+                                  "boundaries that never go down")
         writer.add(NONE.astype(dataset.dtype), NONE, counts)
 
 
 def _finish(writer: IndexedWriter, sidecar: dict[str, Any] | None, inputs: Sequence[str]) -> IndexedDataset:
     """The sidecar of what was written, where its inputs have one."""
     if sidecar is not None:
-        told = {"tokenizer": sidecar.get("tokenizer"), "vocab_size": sidecar["vocab_size"], "append_eod": sidecar.get("append_eod"),
+        told = {"tokenizer": sidecar.get("tokenizer"), "vocab_size": sidecar["vocab_size"],
+                "append_eod": sidecar.get("append_eod"),
                 "documents": writer.document_count, "sequences": writer.sequence_count, "tokens": writer.token_count,
                 "sums": sums(writer.prefix, writer.sums), "sources": list(inputs)}
         write_json(f"{writer.prefix}.json", told)

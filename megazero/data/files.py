@@ -1,6 +1,7 @@
-"""Files here or elsewhere. A path with :// in it is a URL that fsspec understands (s3://, gs://, https://); the rest is local.
+"""Files here or elsewhere.
 
-Compressed files are told by their last suffix. A library that is not always there is imported by the file that needs it.
+A path with :// in it is a URL that fsspec understands (s3://, gs://, https://); the rest is local. Compressed files are
+told by their last suffix. A library that is not always there is imported by the file that needs it.
 """
 
 import bz2
@@ -42,7 +43,8 @@ def system(path: str) -> tuple[Any, str]:
     try:
         return fsspec.core.url_to_fs(path)
     except (ImportError, ValueError) as error:
-        raise UserError(f"{path}: fsspec cannot reach it ({error}); install what it names, or copy the file here.") from None
+        raise UserError(f"{path}: fsspec cannot reach it ({error}); "
+                        "install what it names, or copy the file here.") from None
 
 
 def size_of(path: str) -> int:
@@ -61,7 +63,8 @@ def stamp_of(path: str) -> list[Any]:
 
 
 def expand(word: str) -> tuple[list[str], bool]:
-    """(the files that a word means, was it a folder?): a file, a folder (walked by name, without hidden ones), a glob, a URL."""
+    """(the files that a word means, was it a folder?):
+    a file, a folder (walked by name, without hidden ones), a glob, a URL."""
     if is_remote(word):
         return _expand_remote(word)
     path = Path(word)
@@ -95,14 +98,16 @@ def _expand_remote(word: str) -> tuple[list[str], bool]:
         if glob.has_magic(path):
             return sorted(fs.unstrip_protocol(p) for p in fs.glob(path) if fs.isfile(p)), False
         if fs.isdir(path):
-            return sorted(fs.unstrip_protocol(p) for p in fs.find(path) if not any(map(_hidden, p[len(path):].split("/")))), True
+            return sorted(fs.unstrip_protocol(p) for p in fs.find(path)
+                          if not any(map(_hidden, p[len(path):].split("/")))), True
         return ([word] if fs.exists(path) else []), False
     except Exception as error:                                       # each backend has errors of its own
         raise UserError(f"{word}: cannot be listed ({error}).") from None
 
 
 class _Zstd(io.RawIOBase):
-    """Frames of Zstandard one after the other. The library's own reader takes a file that was cut short for a whole one."""
+    """Frames of Zstandard one after the other.
+    The library's own reader takes a file that was cut short for a whole one."""
 
     def __init__(self, file: BinaryIO) -> None:
         self._new = library("zstandard", "data", "a .zst file").ZstdDecompressor().decompressobj
@@ -200,11 +205,13 @@ def is_damage(error: BaseException) -> bool:
     """Is this what a decompressor or pyarrow says of a broken file?"""
     if isinstance(error, OSError):
         return error.errno is None                                   # the system's own errors have a number
-    return isinstance(error, (EOFError, zlib.error, lzma.LZMAError)) or type(error).__name__ in ("ZstdError", "ArrowInvalid")
+    return (isinstance(error, (EOFError, zlib.error, lzma.LZMAError))
+            or type(error).__name__ in ("ZstdError", "ArrowInvalid"))
 
 
 class RemoteArray:
-    """Numbers of a remote file as an array that fetches what is asked for and nothing else: `a[i]`, `a[i:j]`, `len(a)`."""
+    """Numbers of a remote file as an array that fetches what is asked for and nothing else:
+    `a[i]`, `a[i:j]`, `len(a)`."""
 
     def __init__(self, path: str, dtype: np.dtype, at: int = 0, count: int | None = None) -> None:
         """`count` numbers from byte `at`; without, bytes to the end. Raises OSError."""
@@ -232,8 +239,8 @@ class RemoteArray:
         except Exception as error:                                   # each backend has errors of its own
             raise UserError(f"{self.path}: cannot be read ({error}).") from None
         if len(raw) != (stop - start) * width:
-            raise UserError(f"{self.path}: gave {len(raw)} bytes at byte {self.at + start * width}, expected {(stop - start) * width}; "
-                            "it was cut short.")
+            raise UserError(f"{self.path}: gave {len(raw)} bytes at byte {self.at + start * width}, "
+                            f"expected {(stop - start) * width}; it was cut short.")
         return np.frombuffer(raw, self.dtype)
 
 

@@ -1,12 +1,14 @@
-"""Fill in the middle (Bavarian et al. 2022): documents of training samples rearranged so that a model learns to fill gaps.
+"""Fill in the middle (Bavarian et al. 2022): documents of training samples rearranged
+so that a model learns to fill gaps.
 
 A document's text is cut at two characters into prefix, middle and suffix, and becomes, at the rate `rate`,
 
-    prefix-suffix-middle    <prefix> prefix <suffix> suffix <middle> middle
-    suffix-prefix-middle    <prefix> <suffix> suffix <middle> prefix middle         at the rate `spm_rate` of those (section 3)
+    prefix-suffix-middle  <prefix> prefix <suffix> suffix <middle> middle
+    suffix-prefix-middle  <prefix> <suffix> suffix <middle> prefix middle    at the rate `spm_rate` of those (section 3)
 
-It keeps its number of tokens: the suffix gives up what the three special tokens take. So ends of documents stay where they
-were, and a sample is as long as any other. What happens to a document is a pure function of (seed, sample, its place).
+It keeps its number of tokens: the suffix gives up what the three special tokens take. So ends of documents stay where
+they were, and a sample is as long as any other. What happens to a document is a pure function of
+(seed, sample, its place).
 """
 
 from collections.abc import Sequence
@@ -22,8 +24,11 @@ from megazero.errors import UserError
 class FillInTheMiddle:
     """A source of samples around another. Evaluation in file order is left as it is."""
 
-    def __init__(self, inner: SampleSource, tokenizer: Tokenizer, seed: int, rate: float, spm_rate: float, names: Sequence[str]) -> None:
-        """`names` of the special tokens: prefix, middle, suffix. Raises UserError when the tokenizer has no such tokens."""
+    def __init__(
+        self, inner: SampleSource, tokenizer: Tokenizer, seed: int, rate: float, spm_rate: float, names: Sequence[str]
+    ) -> None:
+        """`names` of the special tokens: prefix, middle, suffix.
+        Raises UserError when the tokenizer has no such tokens."""
         self.inner, self.tokenizer, self.seed, self.rate, self.spm_rate = inner, tokenizer, seed, rate, spm_rate
         self.sequence_length = inner.sequence_length
         ids = [tokenizer.id_of(name) for name in names]
@@ -34,8 +39,8 @@ class FillInTheMiddle:
         self._prefix, self._middle, self._suffix = (i for i in ids if i is not None)
         pieces = tokenizer.encode_batch(["one w", "ord and an", "other"])
         if tokenizer.decode([i for piece in pieces for i in piece]) != "one word and another":
-            raise UserError(f"--fim-rate {rate:g}: this tokenizer puts something before every text, so the pieces of a document would not "
-                            "join; leave it out, or take a tokenizer without a prefix.")
+            raise UserError(f"--fim-rate {rate:g}: this tokenizer puts something before every text, so the pieces of a "
+                            "document would not join; leave it out, or take a tokenizer without a prefix.")
 
     def sample(self, k: int) -> np.ndarray:
         """Sample k of the inner source, its documents rearranged, int64 [S + 1]."""
@@ -53,7 +58,8 @@ class FillInTheMiddle:
         return self.inner.in_order(i)
 
     def describe(self) -> str:
-        return f"{self.inner.describe()}\n{self.rate:.0%} of the documents with a gap to fill, {self.spm_rate:.0%} of those suffix first"
+        return (f"{self.inner.describe()}\n"
+                f"{self.rate:.0%} of the documents with a gap to fill, {self.spm_rate:.0%} of those suffix first")
 
     def _rearranged(self, document: np.ndarray, key: int) -> np.ndarray:
         """The document, or its pieces in another order [same length]."""

@@ -1,4 +1,5 @@
-"""Megatron's indexed dataset, byte for byte: PREFIX.bin holds tokens, PREFIX.idx says where sequences and documents are.
+"""Megatron's indexed dataset, byte for byte: PREFIX.bin holds tokens,
+PREFIX.idx says where sequences and documents are.
 
     PREFIX.bin   the tokens of all sequences back to back, no header
 
@@ -11,8 +12,8 @@
                  34 + 4 S       offsets          i64[S], first byte of each sequence in .bin
                  34 + 12 S      documents        i64[D], first sequence of each document; starts with 0, ends with S
 
-All numbers are little-endian. An empty text is a document with no sequence. Opening costs the same for a kilobyte and for a
-terabyte: it checks both sizes and both ends; the entries in between are checked when they are read.
+All numbers are little-endian. An empty text is a document with no sequence. Opening costs the same for a kilobyte and
+for a terabyte: it checks both sizes and both ends; the entries in between are checked when they are read.
 """
 
 import os
@@ -32,7 +33,8 @@ from megazero.errors import UserError
 
 MAGIC = b"MMIDIDX\0\0"
 HEADER = struct.Struct("<9sQBQQ")
-DTYPES = {code: np.dtype(name) for code, name in enumerate(("<u1", "<i1", "<i2", "<i4", "<i8", "<f8", "<f4", "<u2"), start=1)}
+DTYPES = {code: np.dtype(name)
+          for code, name in enumerate(("<u1", "<i1", "<i2", "<i4", "<i8", "<f8", "<f4", "<u2"), start=1)}
 BLOCK = 1 << 20                               # lengths turned into offsets at a time: memory stays flat for any corpus
 LONGEST = (1 << 31) - 1                       # tokens of a sequence
 SUMMED = 1 << 26                              # bytes of a checksum
@@ -74,8 +76,8 @@ class IndexedWriter:
         with IndexedWriter(prefix, best_dtype(vocab_size)) as writer:
             writer.add_document([tokens])
 
-    An exception inside the block leaves no file behind. Who wants to go on after a killed process keeps `mark()` in a safe
-    place and hands it over as `resume`.
+    An exception inside the block leaves no file behind. Who wants to go on after a killed process keeps `mark()` in a
+    safe place and hands it over as `resume`.
     """
 
     def __init__(self, prefix: str | Path, dtype: np.dtype, resume: Written | None = None) -> None:
@@ -93,24 +95,28 @@ class IndexedWriter:
         try:
             Path(self.prefix).parent.mkdir(parents=True, exist_ok=True)
             for name, size in sizes.items():
-                self._files[name] = self._reopened(name, size) if resume else open(self._partial(name), "w+b")   # noqa: SIM115
+                self._files[name] = (self._reopened(name, size) if resume
+                                     else open(self._partial(name), "w+b"))     # noqa: SIM115
         except OSError as error:
-            raise UserError(f"{self.prefix}.bin: cannot be written ({error.strerror}); name a writable folder.") from None
+            raise UserError(f"{self.prefix}.bin: cannot be written ({error.strerror}); "
+                            "name a writable folder.") from None
         if resume is None:
             self._files["documents"].write(struct.pack("<q", 0))
 
     def add_document(self, sequences: Sequence[np.ndarray | Sequence[int]]) -> None:
-        """Appends one document of any number of sequences (each [tokens]). Raises UserError for a token its dtype cannot hold."""
+        """Appends one document of any number of sequences (each [tokens]).
+        Raises UserError for a token its dtype cannot hold."""
         parts = [self._checked(np.asarray(sequence)) for sequence in sequences]
         tokens = parts[0] if len(parts) == 1 else np.concatenate([np.empty(0, self.dtype), *parts])
         self.add(tokens, np.array([len(part) for part in parts], "<i4"), np.array([len(parts)]))
 
     def add(self, tokens: np.ndarray, lengths: np.ndarray, sequences: np.ndarray) -> None:
-        """Appends tokens [t], lengths of sequences [s], and how many sequences each document has [d]. The three are streams of
-        their own: they must agree in the end, not in each call. Raises UserError for what the format cannot hold."""
+        """Appends tokens [t], lengths of sequences [s], and how many sequences each document has [d]. The three are
+        streams of their own: they must agree in the end, not in each call.
+        Raises UserError for what the format cannot hold."""
         if lengths.max(initial=0) > LONGEST:
-            raise UserError(f"{self.prefix}.idx: a sequence after document {self.document_count} has {lengths.max()} tokens, the format "
-                            f"holds up to {LONGEST}; cut the text in pieces.")
+            raise UserError(f"{self.prefix}.idx: a sequence after document {self.document_count} has {lengths.max()} "
+                            f"tokens, the format holds up to {LONGEST}; cut the text in pieces.")
         raw = np.ascontiguousarray(self._checked(tokens)).view(np.uint8).data
         self._files["bin"].write(raw)
         self._sums.update(raw)
@@ -134,7 +140,8 @@ class IndexedWriter:
 
     def close(self) -> None:
         """Makes both files appear, the .idx last: an .idx that exists is complete."""
-        assert self._told == self.sequence_count, f"documents of {self._told} sequences, lengths of {self.sequence_count}"
+        assert self._told == self.sequence_count, (
+            f"documents of {self._told} sequences, lengths of {self.sequence_count}")
         index = f"{self.prefix}.idx.partial"
         with open(index, "wb") as out:
             out.write(HEADER.pack(MAGIC, 1, self._code, self.sequence_count, self.document_count + 1))
@@ -144,7 +151,7 @@ class IndexedWriter:
             _copy(self._files["documents"], out)
             _to_disk(out)
         _to_disk(self._files["bin"])
-        Path(f"{self.prefix}.idx").unlink(missing_ok=True)        # else an old .idx would describe the new .bin for a moment
+        Path(f"{self.prefix}.idx").unlink(missing_ok=True)   # else an old .idx would describe the new .bin for a moment
         os.replace(self._partial("bin"), f"{self.prefix}.bin")
         os.replace(index, f"{self.prefix}.idx")
         sync(Path(self.prefix).parent)
@@ -164,7 +171,9 @@ class IndexedWriter:
     def __enter__(self) -> "IndexedWriter":
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if kind is not None:
             self.discard()
             return
@@ -184,8 +193,8 @@ class IndexedWriter:
             os.replace(published, path)                         # the process ended between the two renames of close
         there = path.stat().st_size if path.exists() else 0
         if there < size:
-            raise UserError(f"{path}: has {there} bytes, the unfinished run wrote {size}; begin again under another --output-prefix, or "
-                            "remove the files of this one.")
+            raise UserError(f"{path}: has {there} bytes, the unfinished run wrote {size}; begin again under another "
+                            "--output-prefix, or remove the files of this one.")
         file = open(path, "r+b")                                # noqa: SIM115  (suspend closes it)
         file.truncate(size)
         file.seek(size)
@@ -199,8 +208,9 @@ class IndexedWriter:
             low, high = int(tokens.min()), int(tokens.max())
             if low < self._limits.min or high > self._limits.max:
                 bad = low if low < self._limits.min else high
-                raise UserError(f"{self.prefix}.bin: token {bad} of document {self.document_count} does not fit {self.dtype} "
-                                f"({self._limits.min} to {self._limits.max}); give the tokenizer's true vocabulary size.")
+                raise UserError(f"{self.prefix}.bin: token {bad} of document {self.document_count} does not fit "
+                                f"{self.dtype} ({self._limits.min} to {self._limits.max}); "
+                                "give the tokenizer's true vocabulary size.")
         return tokens.astype(self.dtype)
 
     def _offsets(self) -> Iterator[np.ndarray]:
@@ -248,17 +258,20 @@ class IndexedDataset:
         if least < 0:
             raise self.damaged(f"a sequence of document {i} has {least} tokens", "0 or more")
         if told != last - first:
-            raise self.damaged(f"the lengths of document {i} add up to {told} tokens", f"{last - first}, as its offsets say")
+            raise self.damaged(f"the lengths of document {i} add up to {told} tokens",
+                               f"{last - first}, as its offsets say")
         return self.tokens[first:last]
 
     def sequence_lengths(self, first: int, last: int) -> np.ndarray:
-        """The lengths of sequences [first, last) in tokens, none negative, each sequence ending where the next one starts [n]."""
+        """The lengths of sequences [first, last) in tokens, none negative,
+        each sequence ending where the next one starts [n]."""
         lengths, size = np.asarray(self.lengths[first:last], np.int64), self.dtype.itemsize
         starts = np.append(self.offsets[first:last], self.sequence_start(last) * size)
         wrong = np.flatnonzero((lengths < 0) | (starts[:-1] + lengths * size != starts[1:]))
         if len(wrong):
             i = int(wrong[0])
-            raise self.damaged(f"sequence {first + i} has {lengths[i]} tokens from byte {starts[i]} on, the next starts at {starts[i + 1]}",
+            raise self.damaged(f"sequence {first + i} has {lengths[i]} tokens from byte {starts[i]} on, "
+                               f"the next starts at {starts[i + 1]}",
                                "each to end where the next one starts")
         return lengths
 
@@ -285,7 +298,8 @@ class IndexedDataset:
             return self.token_count
         byte, size = int(self.offsets[sequence]), self.dtype.itemsize
         if byte % size or not 0 <= byte <= self.tokens.nbytes:
-            raise self.damaged(f"sequence {sequence} starts at byte {byte}", f"a multiple of {size} up to {self.tokens.nbytes}")
+            raise self.damaged(f"sequence {sequence} starts at byte {byte}",
+                               f"a multiple of {size} up to {self.tokens.nbytes}")
         return byte // size
 
     def _read_header(self, index: Numbers) -> tuple[np.dtype, int, int]:
@@ -294,7 +308,8 @@ class IndexedDataset:
             raise self.damaged(f"the file has {index.size} bytes", f"at least the {HEADER.size} of its header")
         magic, version, code, sequences, boundaries = HEADER.unpack(bytes(index[:HEADER.size]))
         if magic != MAGIC:
-            raise UserError(f"{self.prefix}.idx: starts with {magic!r}, expected {MAGIC!r}; this is no indexed dataset.")
+            raise UserError(f"{self.prefix}.idx: starts with {magic!r}, expected {MAGIC!r}; "
+                            "this is no indexed dataset.")
         if version != 1:
             raise self.damaged(f"byte 9 says version {version}", "version 1")
         if code not in DTYPES:
@@ -303,7 +318,8 @@ class IndexedDataset:
             raise self.damaged("byte 26 says 0 document boundaries", "documents + 1 of them")
         expected = HEADER.size + 12 * sequences + 8 * boundaries
         if index.size == expected + sequences > expected:
-            raise UserError(f"{self.prefix}.idx: holds a mode for each sequence, so it is multimodal; give one of text alone.")
+            raise UserError(f"{self.prefix}.idx: holds a mode for each sequence, so it is multimodal; "
+                            "give one of text alone.")
         if index.size != expected:
             raise self.damaged(f"the file has {index.size} bytes",
                                 f"{expected} for the {sequences} sequences and {boundaries} boundaries of its header")
@@ -318,8 +334,8 @@ class IndexedDataset:
         if self.sequence_count:
             start, end = int(self.offsets[0]), int(self.offsets[-1]) + int(self.lengths[-1]) * self.dtype.itemsize
         if (start, end) != (0, size):
-            raise UserError(f"{self.prefix}.bin: has {size} bytes where {self.prefix}.idx describes bytes {start} to {end}; "
-                            "one of the two was cut short or belongs to another dataset, make them again.")
+            raise UserError(f"{self.prefix}.bin: has {size} bytes where {self.prefix}.idx describes bytes {start} to "
+                            f"{end}; one of the two was cut short or belongs to another dataset, make them again.")
 
     def damaged(self, found: str, expected: str) -> UserError:
         """The sentence for a damaged .idx."""
@@ -332,7 +348,8 @@ def _opened(path: str) -> Numbers:
         return bytes_of(path)
     except OSError as error:
         near = sorted(glob(f"{escape(path.removesuffix('.idx'))}_*.idx")) if path.endswith(".idx") else []
-        hint = f"did you mean {near[0].removesuffix('.idx')}?" if near else "name a dataset by its path without .bin or .idx."
+        hint = (f"did you mean {near[0].removesuffix('.idx')}?" if near
+                else "name a dataset by its path without .bin or .idx.")
         raise UserError(f"{path}: cannot be read ({error.strerror or error}); {hint}") from None
 
 

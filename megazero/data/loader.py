@@ -1,7 +1,7 @@
 """Micro-batches from samples, read ahead: while one step runs, a thread reads the next one's tokens.
 
-It fetches by number and holds no position, so nothing of it needs saving. On CUDA what it reads is pinned, and copies run
-beside the device's work.
+It fetches by number and holds no position, so nothing of it needs saving. On CUDA what it reads is pinned, and copies
+run beside the device's work.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,8 +23,8 @@ class Loader:
         self._ahead: tuple[list[range], Future[list[Tensor]]] | None = None
 
     def take(self, numbers: Sequence[range], then: Sequence[range]) -> list[Tensor]:
-        """The tokens of these micro-batches, int64 [b, S + 1] each; those of `then` are read while the caller works on. Raises what
-        reading raises."""
+        """The tokens of these micro-batches, int64 [b, S + 1] each; those of `then` are read while the caller works on.
+        Raises what reading raises."""
         now, after = list(numbers), list(then)
         if self._ahead is None or self._ahead[0] != now:
             self._ahead = now, self._thread.submit(self._read, now)
@@ -46,13 +46,15 @@ def read(sample: Callable[[int], np.ndarray], numbers: range) -> Tensor:
 
 
 def documents_of(tokens: Tensor, eod: int) -> Tensor:
-    """[b, s] -> the number of each token's document within its sample [b, s]; an end of document belongs to the one it ends."""
+    """[b, s] -> the number of each token's document within its sample [b, s];
+    an end of document belongs to the one it ends."""
     ends = (tokens == eod).long()
     return ends.cumsum(-1) - ends
 
 
 def positions_of(tokens: Tensor, eod: int) -> Tensor:
-    """[b, s] -> each token's place in its document [b, s]; a document that began in an earlier sample counts from this one's start."""
+    """[b, s] -> each token's place in its document [b, s];
+    a document that began in an earlier sample counts from this one's start."""
     place = torch.arange(tokens.shape[-1], device=tokens.device)
     begins = torch.zeros_like(tokens)
     begins[:, 1:] = torch.where(tokens[:, :-1] == eod, place[1:], 0)

@@ -4,10 +4,11 @@
 
     the tokens of a split, S = 4, shift 2, three chunks of S + 1 tokens, each sharing its last one with the next:
 
-        . . 0 1 2 3 0 1 2 3 0 1 2 3 + .        head . . and tail . are left out of this epoch; + is the last chunk's last token
+        . . 0 1 2 3 0 1 2 3 0 1 2 3 + .        head . . and tail . are left out of this epoch;
+                                               + is the last chunk's last token
 
-The grid shifts from epoch to epoch, so windows differ and no token is always left out. Nothing here depends on how long the
-run is, so a longer run starts with the same samples.
+The grid shifts from epoch to epoch, so windows differ and no token is always left out. Nothing here depends on how long
+the run is, so a longer run starts with the same samples.
 """
 
 import bisect
@@ -28,7 +29,7 @@ Index = TypeVar("Index", int, np.ndarray)
 
 MASK = (1 << 64) - 1
 ROUNDS = 8
-DENOMINATOR = 126_000        # 2^4 3^2 5^3 7: halves, thirds, sevenths, percents and their tenths are exact shares of a blend
+DENOMINATOR = 126_000   # 2^4 3^2 5^3 7: halves, thirds, sevenths, percents and their tenths are exact shares of a blend
 SPLITS = ("train", "valid", "test")
 
 
@@ -90,10 +91,12 @@ class ChunkOrder:
     sequence_length: int
     seed: int
     shuffle: bool
-    _starts: list[int] = field(default_factory=lambda: [0], repr=False, compare=False)     # first sample of each epoch met so far
+    # first sample of each epoch met so far
+    _starts: list[int] = field(default_factory=lambda: [0], repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        assert self.tokens > self.sequence_length > 0, f"{self.tokens} tokens hold no sample of {self.sequence_length} + 1"
+        assert self.tokens > self.sequence_length > 0, (
+            f"{self.tokens} tokens hold no sample of {self.sequence_length} + 1")
 
     def shift(self, epoch: int) -> int:
         """The first token of this epoch's grid."""
@@ -122,8 +125,8 @@ class ChunkOrder:
 
     def describe(self) -> str:
         (head, tail), how = self.dropped(0), f"shuffled by seed {self.seed}" if self.shuffle else "in file order"
-        return (f"{self.chunks(0):,} samples of {self.sequence_length:,} tokens an epoch, {how}; the first epoch leaves out {head} tokens "
-                f"at the head and {tail} at the tail")
+        return (f"{self.chunks(0):,} samples of {self.sequence_length:,} tokens an epoch, {how}; "
+                f"the first epoch leaves out {head} tokens at the head and {tail} at the tail")
 
     def start(self, k: int) -> int:
         """The first token of sample k, which covers start .. start + S."""
@@ -177,7 +180,8 @@ class Blend:
 
 @dataclass(frozen=True)
 class Stage:
-    """A blend from sample `first` of the run on. `datasets`: the number that each dataset of the blend has among all."""
+    """A blend from sample `first` of the run on.
+    `datasets`: the number that each dataset of the blend has among all."""
 
     first: int
     blend: Blend
@@ -185,8 +189,8 @@ class Stage:
 
 
 class Schedule:
-    """Blends that follow one another. A dataset goes on with its own samples where the stage before left it, so a later stage
-    changes nothing before it and repeats nothing."""
+    """Blends that follow one another. A dataset goes on with its own samples where the stage before left it, so a later
+    stage changes nothing before it and repeats nothing."""
 
     def __init__(self, stages: Sequence[Stage]) -> None:
         """The first stage begins at sample 0, each later one after the one before."""
@@ -208,7 +212,8 @@ class Schedule:
         return dataset, self._before[at][dataset] + own
 
     def describe(self, names: Sequence[str]) -> str:
-        return "; ".join(f"from sample {s.first:,} on {s.blend.describe([names[d] for d in s.datasets])}" for s in self.stages)
+        return "; ".join(f"from sample {s.first:,} on {s.blend.describe([names[d] for d in s.datasets])}"
+                         for s in self.stages)
 
 
 def round_weights(weights: Sequence[float]) -> list[int]:
@@ -227,16 +232,17 @@ def round_weights(weights: Sequence[float]) -> list[int]:
 def chairman(shares: Sequence[int]) -> np.ndarray:
     """An order of sum(shares) turns, shares[i] of them for i, less than one turn away from proportion at every prefix.
 
-    Tijdeman's chairman assignment (Discrete Mathematics 32, 1980), q = 2n - 2: turn m of i may come from when i's share of
-    the turns has reached m - 1 + 1/q, and must come once it passes m - 1/q; the most urgent of those that may come is next.
+    Tijdeman's chairman assignment (Discrete Mathematics 32, 1980), q = 2n - 2: turn m of i may come from when i's share
+    of the turns has reached m - 1 + 1/q, and must come once it passes m - 1/q;
+    the most urgent of those that may come is next.
     """
     count, period = len(shares), sum(shares)
     q = max(1, 2 * count - 2)
     owner = np.repeat(np.arange(count), shares)
     share = np.repeat(np.asarray(shares, np.int64), shares)
     m = np.concatenate([np.arange(1, s + 1) for s in shares])
-    release = -((-((m - 1) * q + 1) * period) // (share * q))                  # rounded up
-    urgency = (m * q - 1) * period // (share * q) * count + owner              # deadline first, then the dataset's place
+    release = -((-((m - 1) * q + 1) * period) // (share * q))                # rounded up
+    urgency = (m * q - 1) * period // (share * q) * count + owner            # deadline first, then the dataset's place
     by_release = np.argsort(release, kind="stable")
     releases, urgencies = release[by_release].tolist(), urgency[by_release].tolist()
     table, upto = np.empty(period, np.uint32), 0
@@ -250,14 +256,16 @@ def chairman(shares: Sequence[int]) -> np.ndarray:
 
 
 def split_ranges(spec: str, count: int) -> dict[str, tuple[int, int]]:
-    """The range of documents (or of tokens) of each split: Megatron's "969,30,1" of `count` of them. Raises UserError."""
+    """The range of documents (or of tokens) of each split: Megatron's "969,30,1" of `count` of them.
+    Raises UserError."""
     words = [word for word in re.split(r"[,/\s]+", spec.strip()) if word]
     try:
         parts = [float(word) for word in words]
     except ValueError:
         parts = []
     if not 1 <= len(parts) <= 3 or min(parts) < 0 or not 0 < sum(parts) < math.inf:
-        raise UserError(f"--split {spec}: must be one to three numbers, train,valid,test, not all zero, such as 969,30,1.")
+        raise UserError(f"--split {spec}: must be one to three numbers, train,valid,test, not all zero, "
+                        "such as 969,30,1.")
     shares = np.array(parts + [0.0] * (3 - len(parts))) / sum(parts)
     ends = [0, *(round(float(end) * count) for end in np.cumsum(shares))]
     return {name: (ends[i], ends[i + 1]) for i, name in enumerate(SPLITS)}

@@ -6,7 +6,8 @@ What cannot be read (broken JSON, a missing key, bytes that are no UTF-8) is cou
 out; --strict stops instead. Memory holds a few batches per worker.
 
 Every SAVE_SECONDS the run notes how far it is in PREFIX.progress.json, after what it wrote is on disk. The same command
-after a crash cuts the files back to that note and goes on; the bytes in the end are those of a run that was never stopped.
+after a crash cuts the files back to that note and goes on;
+the bytes in the end are those of a run that was never stopped.
 """
 
 import hashlib
@@ -43,20 +44,25 @@ SAVE_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class PreprocessSettings:
-    """Turns text into a tokenized dataset: PREFIX_KEY_document.bin, .idx and .json. Run again after a crash, it goes on."""
+    """Turns text into a tokenized dataset: PREFIX_KEY_document.bin, .idx and .json.
+    Run again after a crash, it goes on."""
 
-    input: tuple[str, ...] = option(help="files, globs, URLs or - for standard input: JSONL, Parquet, Arrow or text, also .gz .zst .bz2 "
-                                         ".xz; or folders: every file in them, by name, hidden ones left out", unit="path")
-    output_prefix: str = option(help="the output's path: PREFIX_KEY_document.bin, .idx and .json are written", unit="prefix")
+    input: tuple[str, ...] = option(
+        help="files, globs, URLs or - for standard input: JSONL, Parquet, Arrow or text, also .gz .zst .bz2 .xz; "
+             "or folders: every file in them, by name, hidden ones left out", unit="path")
+    output_prefix: str = option(
+        help="the output's path: PREFIX_KEY_document.bin, .idx and .json are written", unit="prefix")
     tokenizer_type: str = option(help="the tokenizer, by Megatron's name for it", choices=tuple(TYPES))
-    tokenizer_model: str | None = option(None, help="a .model, .tiktoken, a tokenizer.json or its folder, or a JSON of characters",
-                                         unit="path")
+    tokenizer_model: str | None = option(
+        None, help="a .model, .tiktoken, a tokenizer.json or its folder, or a JSON of characters", unit="path")
     vocab_file: str | None = option(None, help="GPT-2's vocab.json", unit="path")
     merge_file: str | None = option(None, help="GPT-2's merges.txt", unit="path")
     vocab_size: int | None = option(None, help="number of ids, for a NullTokenizer", unit="ids")
-    input_format: str = option("auto", help="auto: by the file's name; text: each file is a document; blocks: text whose documents end "
-                                            "at blank lines", choices=FORMATS)
-    json_keys: tuple[str, ...] = option(("text",), help="keys of the JSONL lines, or columns, a dataset each", unit="key")
+    input_format: str = option(
+        "auto", help="auto: by the file's name; text: each file is a document; "
+                     "blocks: text whose documents end at blank lines", choices=FORMATS)
+    json_keys: tuple[str, ...] = option(
+        ("text",), help="keys of the JSONL lines, or columns, a dataset each", unit="key")
     append_eod: bool = option(False, help="end every document with the tokenizer's end-of-document token")
     workers: int = option(1, help="processes that encode", unit="n")
     strict: bool = option(False, help="stop at the first line or file that cannot be read")
@@ -74,8 +80,9 @@ class Report:
     seconds: float
 
     def __str__(self) -> str:
-        return (f"{self.prefix}: {self.documents:,} documents, {self.tokens:,} tokens, {self.skipped:,} inputs skipped, "
-                f"{self.bytes / 1e6:,.1f} MB in {self.seconds:.1f} s ({self.bytes / 1e6 / self.seconds:.2f} MB/s)")
+        return (f"{self.prefix}: {self.documents:,} documents, {self.tokens:,} tokens, "
+                f"{self.skipped:,} inputs skipped, {self.bytes / 1e6:,.1f} MB in {self.seconds:.1f} s "
+                f"({self.bytes / 1e6 / self.seconds:.2f} MB/s)")
 
 
 @dataclass
@@ -94,7 +101,8 @@ class State:
 
 
 class Encoded(NamedTuple):
-    """What a worker made of a batch. Per key: tokens of all documents, lengths of their sequences, sequences of each document."""
+    """What a worker made of a batch.
+    Per key: tokens of all documents, lengths of their sequences, sequences of each document."""
 
     tokens: dict[str, np.ndarray]
     lengths: dict[str, np.ndarray]
@@ -115,20 +123,25 @@ def encode(settings: PreprocessSettings, chunks: Sequence[Chunk]) -> Encoded:
     tokenizer = _tokenizer(settings)
     end = tokenizer.eod if settings.append_eod else None
     found = [document for chunk in chunks for document in documents(chunk, settings.json_keys)]
-    done = Encoded({}, {}, {}, [d.sentence for d in found if isinstance(d, Unreadable)], sum(len(chunk.raw) for chunk in chunks))
+    done = Encoded({}, {}, {}, [d.sentence for d in found if isinstance(d, Unreadable)],
+                   sum(len(chunk.raw) for chunk in chunks))
     for key in settings.json_keys:
         own = [document[key] for document in found if not isinstance(document, Unreadable) and key in document]
-        tokens, lengths = tokenizer.encode_flat([text for texts in own for text in texts], best_dtype(tokenizer.vocab_size))
-        done.tokens[key], done.lengths[key], done.sequences[key] = with_ends(tokens, lengths, [len(texts) for texts in own], end)
+        tokens, lengths = tokenizer.encode_flat([text for texts in own for text in texts],
+                                                best_dtype(tokenizer.vocab_size))
+        done.tokens[key], done.lengths[key], done.sequences[key] = with_ends(
+            tokens, lengths, [len(texts) for texts in own], end)
     return done
 
 
 def with_ends(
     tokens: np.ndarray, lengths: np.ndarray, counts: Sequence[int], end: int | None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Documents as Megatron writes them: no sequence is empty, the last of a document ends with `end`, one without text has none.
+    """Documents as Megatron writes them: no sequence is empty, the last of a document ends with `end`,
+    one without text has none.
 
-    tokens [t] of texts of `lengths` [n], `counts` of them a document [d] -> (tokens [t'], lengths [s], sequences of each document [d]).
+    tokens [t] of texts of `lengths` [n], `counts` of them a document [d]
+    -> (tokens [t'], lengths [s], sequences of each document [d]).
     """
     document, full = np.repeat(np.arange(len(counts)), counts), lengths > 0
     sequences, lengths = np.bincount(document[full], minlength=len(counts)), lengths[full]
@@ -153,8 +166,8 @@ def _leave_with_parent() -> None:
 
 
 def preprocess(settings: PreprocessSettings) -> list[Report]:
-    """Does what the settings say and returns one report per key. Raises UserError. When it is stopped before its first note of
-    progress, nothing is left behind; later, what the same command needs to go on."""
+    """Does what the settings say and returns one report per key. Raises UserError. When it is stopped before its first
+    note of progress, nothing is left behind; later, what the same command needs to go on."""
     tokenizer = _checked(settings)
     sources = find_sources(settings.input, settings.json_keys, settings.input_format)
     note, job = Path(f"{settings.output_prefix}.progress.json"), _job(settings, tokenizer, sources)
@@ -170,7 +183,7 @@ def preprocess(settings: PreprocessSettings) -> list[Report]:
         if not state.finished:
             _write_all(writers, settings, sources, state, lambda: _write_note(note, job, state))
         for writer in writers.values():
-            Path(f"{writer.prefix}.json").unlink(missing_ok=True)           # the old sidecar must not describe the new dataset
+            Path(f"{writer.prefix}.json").unlink(missing_ok=True)    # the old sidecar must not describe the new dataset
             writer.close()
     except BaseException:
         for writer in writers.values():
@@ -179,14 +192,16 @@ def preprocess(settings: PreprocessSettings) -> list[Report]:
     for key, prefix in prefixes.items():
         write_json(f"{prefix}.json", _sidecar(prefix, state, state.written[key], tokenizer, settings, sources))
     note.unlink(missing_ok=True)
-    return [Report(prefix, state.written[key].documents, state.written[key].tokens, state.skipped, state.bytes, state.seconds)
+    return [Report(prefix, state.written[key].documents, state.written[key].tokens,
+                   state.skipped, state.bytes, state.seconds)
             for key, prefix in prefixes.items()]
 
 
 def _checked(settings: PreprocessSettings) -> Tokenizer:
     tokenizer = _tokenizer(settings)
     if settings.append_eod and tokenizer.eod is None:
-        raise UserError(f"--append-eod: this {settings.tokenizer_type} has no end-of-document token; leave the flag out.")
+        raise UserError(f"--append-eod: this {settings.tokenizer_type} has no end-of-document token; "
+                        "leave the flag out.")
     if settings.workers < 1:
         raise UserError(f"--workers {settings.workers}: must be at least 1.")
     if len(set(settings.json_keys)) != len(settings.json_keys):
@@ -203,14 +218,15 @@ def _write_all(
     before, resumable = state.seconds, STDIN not in settings.input
     if state.bytes:
         tqdm.write(f"going on after {state.bytes / 1e6:,.1f} MB of text", file=sys.stderr)
-    starts = np.cumsum([0, *(size_of(source.path) for source in sources)])             # of each file in the bytes of all
+    starts = np.cumsum([0, *(size_of(source.path) for source in sources)])            # of each file in the bytes of all
     with (tqdm(total=int(starts[-1]) or None, unit="B", unit_scale=True, disable=None, file=sys.stderr) as bar,
           closing(_encoded(settings, batches(read_chunks(sources, settings.json_keys, state.place)))) as encoded):
         for last, done in encoded:
             _report_skipped(done.skipped, settings.strict)
             for key, writer in writers.items():
                 writer.add(done.tokens[key], done.lengths[key], done.sequences[key])
-            state.skipped, state.bytes, state.place = state.skipped + len(done.skipped), state.bytes + done.bytes, last.after
+            state.skipped, state.bytes, state.place = (
+                state.skipped + len(done.skipped), state.bytes + done.bytes, last.after)
             state.seconds = before + time.monotonic() - began
             _show(bar, starts, last, state, sum(writer.token_count for writer in writers.values()))
             if resumable and time.monotonic() - saved >= SAVE_SECONDS:
@@ -219,8 +235,8 @@ def _write_all(
                 saved = time.monotonic()
     state.seconds = before + time.monotonic() - began
     if state.skipped and not any(writer.document_count for writer in writers.values()):
-        raise UserError(f"--input {' '.join(settings.input)}: nothing in it could be read (see above); a .json or .jsonl file must "
-                        "hold one object per line. Nothing was written.")
+        raise UserError(f"--input {' '.join(settings.input)}: nothing in it could be read (see above); "
+                        "a .json or .jsonl file must hold one object per line. Nothing was written.")
     state.finished, state.written = True, {key: writer.mark() for key, writer in writers.items()}
     if resumable:
         note()
@@ -231,7 +247,7 @@ def batches(chunks: Iterable[Chunk]) -> Iterator[list[Chunk]]:
     group, size = [], 0
     for chunk in chunks:
         group.append(chunk)
-        size += len(chunk.raw) + 256                                    # so that a million empty files make many batches, too
+        size += len(chunk.raw) + 256                            # so that a million empty files make many batches, too
         if size >= CHUNK:
             yield group
             group, size = [], 0
@@ -239,8 +255,11 @@ def batches(chunks: Iterable[Chunk]) -> Iterator[list[Chunk]]:
         yield group
 
 
-def _encoded(settings: PreprocessSettings, groups: Iterable[list[Chunk]]) -> Generator[tuple[Chunk, Encoded], None, None]:
-    """The batches encoded, each with its last chunk, in order, by `workers` processes (by this one when there is one)."""
+def _encoded(
+    settings: PreprocessSettings, groups: Iterable[list[Chunk]]
+) -> Generator[tuple[Chunk, Encoded], None, None]:
+    """The batches encoded, each with its last chunk, in order,
+    by `workers` processes (by this one when there is one)."""
     if settings.workers == 1:
         yield from ((group[-1], encode(settings, group)) for group in groups)
         return
@@ -255,7 +274,8 @@ def _encoded(settings: PreprocessSettings, groups: Iterable[list[Chunk]]) -> Gen
             while pending:
                 yield pending[0][0], pending.popleft()[1].result()
         except BrokenProcessPool:
-            raise UserError(f"--workers {settings.workers}: a worker was killed, perhaps for memory; use fewer.") from None
+            raise UserError(f"--workers {settings.workers}: a worker was killed, "
+                            "perhaps for memory; use fewer.") from None
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -271,7 +291,8 @@ def _show(bar: Any, starts: np.ndarray, last: Chunk, state: State, tokens: int) 
     """The bar runs over the bytes of the files; beside it stand megabytes of text and tokens per second."""
     at = int(starts[last.after.source]) + (last.read if last.after.offset else 0)
     bar.update(min(at, int(starts[-1])) - bar.n)
-    bar.set_postfix_str(f"text {state.bytes / 1e6 / state.seconds:.2f} MB/s, {tokens / state.seconds:,.0f} tokens/s", refresh=False)
+    bar.set_postfix_str(f"text {state.bytes / 1e6 / state.seconds:.2f} MB/s, {tokens / state.seconds:,.0f} tokens/s",
+                        refresh=False)
 
 
 # ---- what a run notes
@@ -279,7 +300,8 @@ def _show(bar: Any, starts: np.ndarray, last: Chunk, state: State, tokens: int) 
 
 def _job(settings: PreprocessSettings, tokenizer: Tokenizer, sources: Sequence[Source]) -> str:
     """A hash of everything that decides the bytes."""
-    decides = [tokenizer.identity(), settings.json_keys, settings.append_eod, [[s.kind, *stamp_of(s.path)] for s in sources]]
+    decides = [tokenizer.identity(), settings.json_keys, settings.append_eod,
+               [[s.kind, *stamp_of(s.path)] for s in sources]]
     return hashlib.sha256(json.dumps(decides).encode()).hexdigest()
 
 
@@ -294,26 +316,30 @@ def _read_note(path: Path, job: str) -> State:
     try:
         told = json.loads(path.read_text(encoding="utf-8"))
         same = told.pop("job") == job
-        state = State(**told | {"place": Place(*told["place"]), "written": {k: Written(*w) for k, w in told["written"].items()}})
+        state = State(**told | {"place": Place(*told["place"]),
+                                "written": {k: Written(*w) for k, w in told["written"].items()}})
     except (ValueError, KeyError, TypeError):
         raise UserError(f"{path}: is damaged; remove it to begin again.") from None
     if not same:
-        raise UserError(f"{path}: is of an unfinished run with other inputs, tokenizer or flags; give those to go on with it, or remove "
-                        "this file to begin again.")
+        raise UserError(f"{path}: is of an unfinished run with other inputs, tokenizer or flags; "
+                        "give those to go on with it, or remove this file to begin again.")
     return state
 
 
-def _keep_others(prefixes: Mapping[str, str], tokenizer: Tokenizer, settings: PreprocessSettings, sources: Sequence[Source]) -> None:
+def _keep_others(
+    prefixes: Mapping[str, str], tokenizer: Tokenizer, settings: PreprocessSettings, sources: Sequence[Source]
+) -> None:
     """Raises UserError when a dataset that another command made would be overwritten; this one may run again."""
     own = {"tokenizer": tokenizer.identity(), "append_eod": settings.append_eod, "input_format": settings.input_format,
            "sources": _stamps(sources, settings)}
     for prefix in prefixes.values():
         found = Path(f"{prefix}.idx").exists()
         sidecar = read_sidecar(prefix) if found else None
-        same = sidecar is not None and all(sidecar.get(key) == json.loads(json.dumps(value)) for key, value in own.items())
+        same = sidecar is not None and all(sidecar.get(key) == json.loads(json.dumps(value))
+                                           for key, value in own.items())
         if found and not (same and STDIN not in settings.input):
-            raise UserError(f"--output-prefix {settings.output_prefix}: {prefix}.idx is there already, of other inputs, tokenizer or "
-                            "flags; name another prefix, or remove it.")
+            raise UserError(f"--output-prefix {settings.output_prefix}: {prefix}.idx is there already, "
+                            "of other inputs, tokenizer or flags; name another prefix, or remove it.")
 
 
 def _stamps(sources: Sequence[Source], settings: PreprocessSettings) -> list[Any]:
@@ -331,10 +357,11 @@ def _is_published(prefix: str) -> bool:
 
 
 def _sidecar(
-    prefix: str, state: State, written: Written, tokenizer: Tokenizer, settings: PreprocessSettings, sources: Sequence[Source]
+    prefix: str, state: State, written: Written, tokenizer: Tokenizer, settings: PreprocessSettings,
+    sources: Sequence[Source],
 ) -> dict[str, Any]:
     """PREFIX.json; see sidecar.py."""
     return {"tokenizer": tokenizer.identity(), "vocab_size": tokenizer.vocab_size, "append_eod": settings.append_eod,
             "input_format": settings.input_format,
-            "documents": written.documents, "sequences": written.sequences, "tokens": written.tokens, "skipped": state.skipped,
-            "sums": sums(prefix, written.sums), "sources": _stamps(sources, settings)}
+            "documents": written.documents, "sequences": written.sequences, "tokens": written.tokens,
+            "skipped": state.skipped, "sums": sums(prefix, written.sums), "sources": _stamps(sources, settings)}

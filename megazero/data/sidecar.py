@@ -60,7 +60,8 @@ def read_sidecar(prefix: str) -> dict[str, Any] | None:
             int(sidecar["vocab_size"])
         return sidecar
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        raise UserError(f"{path}: is no sidecar with a vocab_size; make the dataset again or remove this file.") from None
+        raise UserError(f"{path}: is no sidecar with a vocab_size; "
+                        "make the dataset again or remove this file.") from None
 
 
 def check_sidecar(prefix: str, vocab_size: int | None, tokenizer: Mapping[str, Any] | None) -> bool:
@@ -73,8 +74,9 @@ def check_sidecar(prefix: str, vocab_size: int | None, tokenizer: Mapping[str, A
         raise UserError(f"{prefix}: was made with a vocabulary of {told} ids (see {name}), the model has {vocab_size}; "
                         "train with the tokenizer the dataset was made with.")
     if tokenizer is not None and isinstance(made_with, dict) and not same_tokenizer(made_with, tokenizer):
-        raise UserError(f"{prefix}: was made with a {made_with.get('type')} that is not this {tokenizer['type']} (see {name}: "
-                        "other files or another type); train with the tokenizer the dataset was made with.")
+        raise UserError(f"{prefix}: was made with a {made_with.get('type')} that is not this {tokenizer['type']} "
+                        f"(see {name}: other files or another type); "
+                        "train with the tokenizer the dataset was made with.")
     return True
 
 

@@ -37,7 +37,8 @@ class Source(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where reading goes on: the source, the byte in it (decompressed; a row in tables), the number of the next line or row."""
+    """Where reading goes on: the source, the byte in it (decompressed; a row in tables),
+    the number of the next line or row."""
 
     source: int = 0
     offset: int = 0
@@ -55,13 +56,16 @@ class Chunk(NamedTuple):
     problem: str = ""           # nothing more of this source can be read, and why
 
 
-def find_sources(inputs: Sequence[str], json_keys: Sequence[str] = ("text",), input_format: str = "auto") -> list[Source]:
+def find_sources(
+    inputs: Sequence[str], json_keys: Sequence[str] = ("text",), input_format: str = "auto"
+) -> list[Source]:
     """The files that the inputs name, folders walked in order of names. Raises UserError."""
     sources = [Source(file, _kind(file, is_folder, input_format))
                for name in inputs for files, is_folder in [_expanded(name)] for file in files]
     text = next((source.path for source in sources if source.kind in ("text", "blocks")), None)
     if text and "text" not in json_keys:
-        raise UserError(f"--json-keys {' '.join(json_keys)}: {text} has no keys but text; add text or leave the file out.")
+        raise UserError(f"--json-keys {' '.join(json_keys)}: {text} has no keys but text; "
+                        "add text or leave the file out.")
     return sources
 
 
@@ -78,15 +82,15 @@ def _kind(file: str, is_folder: bool, input_format: str) -> str:
     if file == STDIN:
         return "lines"
     suffix = suffix_of(file)
-    return "text" if is_folder and suffix == ".json" else KINDS.get(suffix, "text")      # a .json among sources is a text
+    return "text" if is_folder and suffix == ".json" else KINDS.get(suffix, "text")    # a .json among sources is a text
 
 
 # ---- reading
 
 
 def read_chunks(sources: Sequence[Source], keys: Sequence[str], start: Place) -> Iterator[Chunk]:
-    """The documents of the sources from a place on, in order; of tables the columns `keys`. Raises UserError for a file that cannot be
-    opened."""
+    """The documents of the sources from a place on, in order; of tables the columns `keys`.
+    Raises UserError for a file that cannot be opened."""
     for number in range(start.source, len(sources)):
         source, place = sources[number], start if number == start.source else Place(number)
         last = place
@@ -283,7 +287,8 @@ def _decoded(raw: bytes) -> str:
 
 
 def _from_json(line: bytes, keys: Sequence[str]) -> Texts:
-    """The texts of a line by Python's own parser, which takes NaN and a byte-order mark, and says what is wrong with the rest."""
+    """The texts of a line by Python's own parser, which takes NaN and a byte-order mark,
+    and says what is wrong with the rest."""
     text = _decoded(line)
     try:
         data = json.loads(text)

@@ -44,7 +44,8 @@ def stages_of(d: Data, which: str, global_batch: int) -> tuple[str, Stages, bool
 
 
 def read_schedule(path: str, global_batch: int) -> Stages:
-    """The stages of a --data-schedule file: lines of `STEP WEIGHT PREFIX WEIGHT PREFIX ...`, the first of step 0. Raises UserError."""
+    """The stages of a --data-schedule file: lines of `STEP WEIGHT PREFIX WEIGHT PREFIX ...`, the first of step 0.
+    Raises UserError."""
     stages: Stages = []
     for number, line in enumerate(_text("--data-schedule", path).splitlines(), start=1):
         step, *words = _cut("--data-schedule", path, line) or [""]
@@ -53,8 +54,8 @@ def read_schedule(path: str, global_batch: int) -> Stages:
         after = stages[-1][0] // global_batch if stages else -1
         if not step.isdecimal() or int(step) <= after or (not stages and int(step)) or not words:
             expected = f"a step after {after}" if stages else "step 0"
-            raise UserError(f"--data-schedule {path}: line {number} should be {expected} and the words of --data-path from that step on, "
-                            "such as `0 0.7 web 0.3 code`.")
+            raise UserError(f"--data-schedule {path}: line {number} should be {expected} and the words of --data-path "
+                            "from that step on, such as `0 0.7 web 0.3 code`.")
         stages.append((int(step) * global_batch, words))
     if not stages:
         raise UserError(f"--data-schedule {path}: holds no stage; write lines such as `0 0.7 web 0.3 code`.")
@@ -71,14 +72,16 @@ def _cut(flag: str, path: str, line: str) -> list[str]:
     try:
         return shlex.split(re.sub(r"(^|\s)#.*", "", line))
     except ValueError as error:
-        raise UserError(f"{flag} {path}: cannot be cut into words ({error}) at {line.strip()!r}; quote a path with such a sign.") from None
+        raise UserError(f"{flag} {path}: cannot be cut into words ({error}) at {line.strip()!r}; "
+                        "quote a path with such a sign.") from None
 
 
 def _text(flag: str, path: str) -> str:
     try:
         return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{flag} {path}: cannot be read ({getattr(error, 'strerror', None) or 'is not UTF-8'}).") from None
+        raise UserError(f"{flag} {path}: cannot be read "
+                        f"({getattr(error, 'strerror', None) or 'is not UTF-8'}).") from None
 
 
 def asked_for(plan: Plan, which: str) -> int:

@@ -20,7 +20,8 @@ USUAL_ENDS = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "[EOS]")
 class Tokenizer(ABC):
     """What every type can do."""
 
-    needs: ClassVar[Mapping[str, str]] = {}      # the constructor's parameters (flags) -> the name a checkpoint keeps the file by
+    # the constructor's parameters (flags) -> the name a checkpoint keeps the file by
+    needs: ClassVar[Mapping[str, str]] = {}
     vocab_size: int                              # ids are 0 .. vocab_size - 1
     eod: int | None                              # the id that ends a document, if there is one
     bos: int | None = None                       # the id that begins every text, if there is one
@@ -63,7 +64,8 @@ class Tokenizer(ABC):
 
 def flat(ids: Sequence[np.ndarray], dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
     """What `encode_flat` gives, from the ids of each text."""
-    return np.concatenate([np.empty(0, dtype), *ids], dtype=dtype, casting="unsafe"), np.fromiter(map(len, ids), np.int64, len(ids))
+    return (np.concatenate([np.empty(0, dtype), *ids], dtype=dtype, casting="unsafe"),
+            np.fromiter(map(len, ids), np.int64, len(ids)))
 
 
 def existing(flag: str, path: str, what: str, folder: bool = False) -> Path:

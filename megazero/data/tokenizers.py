@@ -2,16 +2,18 @@
 
     type                     its files                                      end of document
     SentencePieceTokenizer   --tokenizer-model X.model                      the model's eos
-    Llama2Tokenizer          --tokenizer-model X.model                      the model's eos; every text begins with its bos
+    Llama2Tokenizer          --tokenizer-model X.model                      the model's eos;
+                                                                            every text begins with its bos
     GPT2BPETokenizer         --vocab-file vocab.json --merge-file merges    <|endoftext|>
-    HuggingFaceTokenizer     --tokenizer-model tokenizer.json or its folder tokenizer_config.json's eos_token, or a usual name
+    HuggingFaceTokenizer     --tokenizer-model tokenizer.json or its folder tokenizer_config.json's eos_token,
+                                                                            or a usual name
     TiktokenTokenizer        --tokenizer-model X.tiktoken                   see tokenizer_tiktoken.py
     ByteTokenizer            none: the 256 bytes of UTF-8                   256
     CharTokenizer            --tokenizer-model characters.json              none
     NullTokenizer            none: the text is ids, --vocab-size of them    the id after the last, as in Megatron
 
-No tokenizer but Megatron's Llama2Tokenizer adds anything of its own to a text: no begin of text, no end of document. A library
-is imported by the type that needs it.
+No tokenizer but Megatron's Llama2Tokenizer adds anything of its own to a text: no begin of text, no end of document.
+A library is imported by the type that needs it.
 """
 
 import os
@@ -39,7 +41,8 @@ class SentencePieceTokenizer(Tokenizer):
         try:
             self._model = SentencePieceProcessor(model_file=str(self._path))
         except (RuntimeError, OSError):
-            raise UserError(f"--tokenizer-model {tokenizer_model}: is not a sentencepiece model; give the .model file.") from None
+            raise UserError(f"--tokenizer-model {tokenizer_model}: is not a sentencepiece model; "
+                            "give the .model file.") from None
         self.vocab_size = self._model.get_piece_size()
         self.eod = self._model.eos_id() if self._model.eos_id() >= 0 else None
         self.bos = self._model.bos_id() if self._begins else None
@@ -117,8 +120,8 @@ class HuggingFaceTokenizer(_LibraryTokenizer):
         try:
             self._adopt(library.Tokenizer.from_file(str(self._path)))
         except Exception as error:                                     # the library raises bare Exception
-            raise UserError(f"--tokenizer-model {tokenizer_model}: {self._path.name} is not a Hugging Face tokenizer ({error}); "
-                            "give a tokenizer.json or its folder.") from None
+            raise UserError(f"--tokenizer-model {tokenizer_model}: {self._path.name} is not a Hugging Face tokenizer "
+                            f"({error}); give a tokenizer.json or its folder.") from None
         known = (self._inner.token_to_id(name) for name in self._names_of_the_end())
         self.eod = next((i for i in known if i is not None), None)
 
@@ -128,7 +131,8 @@ class HuggingFaceTokenizer(_LibraryTokenizer):
         end = said.get("eos_token") if isinstance(said, dict) else said
         end = end.get("content", end) if isinstance(end, dict) else end
         if end is not None and not isinstance(end, str):
-            raise UserError(f"--tokenizer-model {config}: its eos_token should be a text, not {end!r}; repair or remove it.")
+            raise UserError(f"--tokenizer-model {config}: its eos_token should be a text, not {end!r}; "
+                            "repair or remove it.")
         return (end,) if end else USUAL_ENDS
 
     def files(self) -> dict[str, Path]:
@@ -198,24 +202,26 @@ class NullTokenizer(Tokenizer):
     def _checked(self, word: str) -> int:
         if word.isdecimal() and int(word) < self.vocab_size:
             return int(word)
-        raise UserError(f"--tokenizer-type NullTokenizer: a text holds {word!r}, expected ids 0 to {self.vocab_size - 1} "
-                        "with spaces between them.")
+        raise UserError(f"--tokenizer-type NullTokenizer: a text holds {word!r}, "
+                        f"expected ids 0 to {self.vocab_size - 1} with spaces between them.")
 
 
 TYPES: Mapping[str, type[Tokenizer]] = {cls.__name__: cls for cls in (
-    SentencePieceTokenizer, Llama2Tokenizer, GPT2BPETokenizer, HuggingFaceTokenizer, TiktokenTokenizer, ByteTokenizer, CharTokenizer,
-    NullTokenizer)}
+    SentencePieceTokenizer, Llama2Tokenizer, GPT2BPETokenizer, HuggingFaceTokenizer, TiktokenTokenizer, ByteTokenizer,
+    CharTokenizer, NullTokenizer)}
 
 
 def build_tokenizer(
-    tokenizer_type: str, tokenizer_model: str | None = None, vocab_file: str | None = None, merge_file: str | None = None,
-    vocab_size: int | None = None,
+    tokenizer_type: str, tokenizer_model: str | None = None, vocab_file: str | None = None,
+    merge_file: str | None = None, vocab_size: int | None = None,
 ) -> Tokenizer:
-    """The tokenizer these flags describe. Raises UserError for a flag that is missing, and for one that would not be used."""
+    """The tokenizer these flags describe.
+    Raises UserError for a flag that is missing, and for one that would not be used."""
     if tokenizer_type not in TYPES:
         raise UserError(f"--tokenizer-type {tokenizer_type}: must be one of {', '.join(TYPES)}.")
     cls = TYPES[tokenizer_type]
-    flags = {"tokenizer_model": tokenizer_model, "vocab_file": vocab_file, "merge_file": merge_file, "vocab_size": vocab_size}
+    flags = {"tokenizer_model": tokenizer_model, "vocab_file": vocab_file, "merge_file": merge_file,
+             "vocab_size": vocab_size}
     missing = [f"{_flag(name)} is missing: {tokenizer_type} needs it." for name in cls.needs if flags[name] is None]
     unused = [f"{_flag(name)} {value}: {tokenizer_type} does not read it; leave it out."
               for name, value in flags.items() if value is not None and name not in (*cls.needs, "vocab_size")]
@@ -223,21 +229,24 @@ def build_tokenizer(
         raise UserError(*missing, *unused)
     tokenizer = cls(**{name: flags[name] for name in cls.needs})
     if vocab_size is not None and "vocab_size" not in cls.needs and vocab_size != tokenizer.vocab_size:
-        raise UserError(f"--vocab-size {vocab_size}: this {tokenizer_type} has {tokenizer.vocab_size} ids; leave the flag out.")
+        raise UserError(f"--vocab-size {vocab_size}: this {tokenizer_type} has {tokenizer.vocab_size} ids; "
+                        "leave the flag out.")
     return tokenizer
 
 
 def load_tokenizer(identity: Mapping[str, Any], folder: str | Path) -> Tokenizer:
-    """The tokenizer whose `identity()` and `files()` were kept, the files in `folder`. Raises UserError if they have changed."""
+    """The tokenizer whose `identity()` and `files()` were kept, the files in `folder`.
+    Raises UserError if they have changed."""
     cls, at = TYPES[identity["type"]], Path(folder)
     flags: dict[str, Any] = {flag: str(at / name) for flag, name in cls.needs.items()}
     if "vocab_size" in flags:
-        flags["vocab_size"] = identity["eod"]                          # NullTokenizer's ids end where its end of document stands
+        flags["vocab_size"] = identity["eod"]                 # NullTokenizer's ids end where its end of document stands
     tokenizer = build_tokenizer(identity["type"], **flags)
     now = tokenizer.identity()["files"]
     changed = [name for name, digest in identity["files"].items() if now.get(name) != digest]
     if changed:
-        raise UserError(f"{at / changed[0]}: is not the tokenizer file that was kept here (another sha256); restore it.")
+        raise UserError(f"{at / changed[0]}: is not the tokenizer file that was kept here (another sha256); "
+                        "restore it.")
     return tokenizer
 
 

@@ -1,8 +1,8 @@
 """Reads a whole dataset and names everything that is wrong with it, a sentence each.
 
 Opening looks at sizes and ends, reading at the entries it touches; this looks at all: boundaries, lengths and offsets
-against each other, tokens against the vocabulary, counts and every byte against the sidecar. Without a sidecar a changed
-token that is still a token cannot be told from a right one.
+against each other, tokens against the vocabulary, counts and every byte against the sidecar. Without a sidecar a
+changed token that is still a token cannot be told from a right one.
 """
 
 import zlib
@@ -44,7 +44,8 @@ def _documents(dataset: IndexedDataset) -> None:
         wrong = np.flatnonzero(np.diff(bounds) < 0)
         if len(wrong):
             i = int(wrong[0])
-            raise dataset.damaged(f"document {low + i} runs from sequence {bounds[i]} to {bounds[i + 1]}", "its end not before its start")
+            raise dataset.damaged(f"document {low + i} runs from sequence {bounds[i]} to {bounds[i + 1]}",
+                                  "its end not before its start")
 
 
 def _sequences(dataset: IndexedDataset) -> None:
@@ -63,7 +64,8 @@ def _tokens(dataset: IndexedDataset, sidecar: dict[str, Any] | None) -> Iterator
         if len(wrong):
             i = int(wrong[0])
             expected = "0 or more" if size is None else f"0 to {size - 1}"
-            yield f"{dataset.prefix}.bin: token {low + i} is {block[i]}, expected {expected}; the file is damaged, make it again."
+            yield (f"{dataset.prefix}.bin: token {low + i} is {block[i]}, expected {expected}; "
+                   "the file is damaged, make it again.")
             return
 
 
@@ -71,14 +73,15 @@ def _counts(dataset: IndexedDataset, sidecar: dict[str, Any]) -> Iterator[str]:
     there = {"documents": dataset.document_count, "sequences": dataset.sequence_count, "tokens": dataset.token_count}
     for name, count in there.items():
         if sidecar.get(name, count) != count:
-            yield (f"{dataset.prefix}.json: tells of {sidecar[name]} {name}, {dataset.prefix}.idx of {count}; they belong to different "
-                   "datasets, make them again.")
+            yield (f"{dataset.prefix}.json: tells of {sidecar[name]} {name}, {dataset.prefix}.idx of {count}; "
+                   "they belong to different datasets, make them again.")
 
 
 def _sums(path: str, sidecar: dict[str, Any], name: str, progress: Progress) -> Iterator[str]:
     raw, told = bytes_of(path), sidecar.get("sums")
     if not isinstance(told, dict) or told.get("block") != SUMMED or len(told.get(name, ())) != -(-len(raw) // SUMMED):
-        yield f"{path}: its sidecar holds no checksum for each {SUMMED} of its {len(raw)} bytes; make the dataset again."
+        yield (f"{path}: its sidecar holds no checksum for each {SUMMED} of its {len(raw)} bytes; "
+               "make the dataset again.")
         return
     for number, expected in enumerate(told[name]):
         low, high = number * SUMMED, min((number + 1) * SUMMED, len(raw))
@@ -88,5 +91,5 @@ def _sums(path: str, sidecar: dict[str, Any], name: str, progress: Progress) -> 
             found = zlib.crc32(part.data, found)
             progress(len(part))
         if found != expected:
-            yield (f"{path}: bytes {low} to {high - 1} have CRC-32 {found:08x}, expected {int(expected):08x} as the sidecar says; the file "
-                   "is damaged, make it again.")
+            yield (f"{path}: bytes {low} to {high - 1} have CRC-32 {found:08x}, expected {int(expected):08x} "
+                   "as the sidecar says; the file is damaged, make it again.")

@@ -1,7 +1,8 @@
 """Model families of Hugging Face, as rows of values that are read in both directions.
 
     Field   a key of config.json      <->  a field of Architecture
-    Row     one tensor of theirs      <->  one or several of ours, stacked along dimension 0, then transposed if it says so
+    Row     one tensor of theirs      <->  one or several of ours, stacked along dimension 0,
+                                           then transposed if it says so
 
 A new family is one more entry of FAMILIES. Whether a family can express an architecture is not written down but tried:
 Architecture -> config.json -> Architecture must give the same, and the rows must cover the weights. Pure.
@@ -19,7 +20,8 @@ FREE = ("seq_length", "init_std", "attention_dropout", "hidden_dropout", "pad_ro
 
 
 class Field(NamedTuple):
-    """`default` stands where the key is absent or null (of other fields, if a function); `words` are theirs -> ours, if they differ."""
+    """`default` stands where the key is absent or null (of other fields, if a function);
+    `words` are theirs -> ours, if they differ."""
 
     theirs: str
     ours: str
@@ -41,7 +43,8 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Family:
-    """`fixed`: fields of ours that it has no key for. `only`: keys of theirs that must have this value where they are given."""
+    """`fixed`: fields of ours that it has no key for.
+    `only`: keys of theirs that must have this value where they are given."""
 
     model_type: str
     class_name: str
@@ -78,11 +81,12 @@ H, LAYER = "transformer.h.{}", "model.layers.{}"
 GPT2 = Family(
     "gpt2", "GPT2LMHeadModel", "transformer.",
     fields=(
-        Field("n_layer", "layers"), Field("n_embd", "hidden"), Field("n_head", "heads"), Field("vocab_size", "vocab_size"),
-        Field("n_inner", "ffn", lambda v: 4 * v["hidden"]), Field("n_positions", "learned_positions"),
-        Field("layer_norm_epsilon", "epsilon", 1e-5), Field("tie_word_embeddings", "tied", True),
-        Field("initializer_range", "init_std", 0.02), Field("activation_function", "activation", "gelu_new", {
-            "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu2": "relu2"}),
+        Field("n_layer", "layers"), Field("n_embd", "hidden"), Field("n_head", "heads"),
+        Field("vocab_size", "vocab_size"), Field("n_inner", "ffn", lambda v: 4 * v["hidden"]),
+        Field("n_positions", "learned_positions"), Field("layer_norm_epsilon", "epsilon", 1e-5),
+        Field("tie_word_embeddings", "tied", True), Field("initializer_range", "init_std", 0.02),
+        Field("activation_function", "activation", "gelu_new",
+              {"gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu", "relu2": "relu2"}),
         Field("attn_pdrop", "attention_dropout", 0.1), Field("resid_pdrop", "hidden_dropout", 0.1),
         Field("embd_pdrop", "hidden_dropout", 0.1),
     ),
@@ -104,17 +108,20 @@ LLAMA = Family(
     fields=(
         Field("num_hidden_layers", "layers"), Field("hidden_size", "hidden"), Field("intermediate_size", "ffn"),
         Field("num_attention_heads", "heads"), Field("num_key_value_heads", "kv_heads", lambda v: v["heads"]),
-        Field("head_dim", "head_dim", lambda v: v["hidden"] // v["heads"]), Field("max_position_embeddings", "seq_length", 2048),
-        Field("vocab_size", "vocab_size"), Field("rms_norm_eps", "epsilon", 1e-6), Field("tie_word_embeddings", "tied", False),
+        Field("head_dim", "head_dim", lambda v: v["hidden"] // v["heads"]),
+        Field("max_position_embeddings", "seq_length", 2048), Field("vocab_size", "vocab_size"),
+        Field("rms_norm_eps", "epsilon", 1e-6), Field("tie_word_embeddings", "tied", False),
         Field("initializer_range", "init_std", 0.02), Field("hidden_act", "activation", "silu", {"silu": "swiglu"}),
-        Field("attention_bias", "qkv_bias", False), Field("mlp_bias", "bias", False), Field("attention_dropout", "attention_dropout", 0.0),
-        Field("rope_parameters", "rotary"),
+        Field("attention_bias", "qkv_bias", False), Field("mlp_bias", "bias", False),
+        Field("attention_dropout", "attention_dropout", 0.0), Field("rope_parameters", "rotary"),
     ),
     fixed={"learned_positions": 0, "norm": "RMSNorm", "qk_norm": False, "hidden_dropout": 0.0},
     only={"partial_rotary_factor": 1.0},
     rows=(
-        Row("model.embed_tokens.weight", ("embedding.weight",)), Row(f"{LAYER}.input_layernorm.weight", (f"{AT}.norm.weight",)),
-        *attention_rows(AT, f"{LAYER}.self_attn", "weight", ""), *attention_rows(AT, f"{LAYER}.self_attn", "bias", "qkv_bias"),
+        Row("model.embed_tokens.weight", ("embedding.weight",)),
+        Row(f"{LAYER}.input_layernorm.weight", (f"{AT}.norm.weight",)),
+        *attention_rows(AT, f"{LAYER}.self_attn", "weight", ""),
+        *attention_rows(AT, f"{LAYER}.self_attn", "bias", "qkv_bias"),
         Row(f"{LAYER}.post_attention_layernorm.weight", (f"{MLP}.norm.weight",)),
         *mlp_rows(MLP, f"{LAYER}.mlp", "weight", ""), *mlp_rows(MLP, f"{LAYER}.mlp", "bias", "bias"),
         Row("model.norm.weight", ("head.norm.weight",)), Row("lm_head.weight", ("head.output.weight",), when="untied"),
@@ -152,15 +159,16 @@ def from_config(config: Mapping[str, Any]) -> tuple[Architecture, Family]:
 def _from_config(config: Mapping[str, Any]) -> tuple[Architecture, Family]:
     family = FAMILIES.get(config.get("model_type", ""))
     if family is None:
-        raise UserError(f"config.json: model_type {config.get('model_type')} is not known here; there are {', '.join(FAMILIES)}.")
-    errors = [f"config.json: {k} is {config[k]}, this decoder has {v}; such a model cannot be imported." for k, v in family.only.items()
-              if config.get(k, v) != v]
+        raise UserError(f"config.json: model_type {config.get('model_type')} is not known here; "
+                        f"there are {', '.join(FAMILIES)}.")
+    errors = [f"config.json: {k} is {config[k]}, this decoder has {v}; such a model cannot be imported."
+              for k, v in family.only.items() if config.get(k, v) != v]
     values: dict[str, Any] = {"pad_rows": 128}
     for field in family.fields:
         value = _value(config, field, values, errors)
         if values.setdefault(field.ours, value) != value:
-            errors.append(f"config.json: {field.theirs} is {value} where another key that means the same here says {values[field.ours]}; "
-                          "make them equal.")
+            errors.append(f"config.json: {field.theirs} is {value} where another key that means the same here says "
+                          f"{values[field.ours]}; make them equal.")
     if errors:
         raise UserError(*errors)
     values |= {k: v(values) if callable(v) else v for k, v in family.fixed.items()}
@@ -199,7 +207,8 @@ def _rope_to_config(rotary: Rotary) -> dict[str, Any]:
 
 def _rope_from_config(config: Mapping[str, Any], channels: int, errors: list[str]) -> Rotary:
     said = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-    base, kind = float(said.get("rope_theta", config.get("rope_theta", 10000.0))), said.get("rope_type", said.get("type", "default"))
+    base, kind = (float(said.get("rope_theta", config.get("rope_theta", 10000.0))),
+                  said.get("rope_type", said.get("type", "default")))
     try:
         scaling = (float(said["factor"]), float(said["low_freq_factor"]), float(said["high_freq_factor"]),
                    int(said["original_max_position_embeddings"])) if kind == "llama3" else None
@@ -234,7 +243,8 @@ def zeros(name: str, ours: Mapping[str, tuple[int, ...]]) -> tuple[int, ...] | N
 
 
 def obstacles(a: Architecture, family: Family) -> list[str]:
-    """What keeps this family from expressing this architecture exactly; biases it has beyond the model's are no obstacle."""
+    """What keeps this family from expressing this architecture exactly;
+    biases it has beyond the model's are no obstacle."""
     back, ours = from_config(to_config(a, family))[0], shapes(a)
     theirs = [name for row in rows(a, family) for name in row.ours]
     said = asdict(a)
@@ -251,7 +261,8 @@ def family_of(a: Architecture) -> Family:
         if not reasons:
             return family
     nearest = min((reasons for _, reasons in found), key=len)
-    raise UserError(f"--load: no Hugging Face family known here ({', '.join(FAMILIES)}) can express this model: {'; '.join(nearest)}.")
+    raise UserError(f"--load: no Hugging Face family known here ({', '.join(FAMILIES)}) can express this model: "
+                    f"{'; '.join(nearest)}.")
 
 
 def architecture_of(values: Mapping[str, Any]) -> Architecture:
@@ -268,13 +279,15 @@ def flags(a: Architecture) -> dict[str, Any]:
                        rope.scaling, strict=True)) if rope and rope.scaling else {}
     return {
         "num_layers": a.layers, "hidden_size": a.hidden, "ffn_hidden_size": a.ffn, "num_attention_heads": a.heads,
-        "num_query_groups": a.kv_heads, "kv_channels": a.head_dim, "seq_length": a.seq_length, "vocab_size": a.vocab_size,
+        "num_query_groups": a.kv_heads, "kv_channels": a.head_dim,
+        "seq_length": a.seq_length, "vocab_size": a.vocab_size,
         **({"max_position_embeddings": a.learned_positions} if a.learned_positions else {}),
         "position_embedding_type": "learned_absolute" if a.learned_positions else "rope" if rope else "none",
         **({"rotary_base": rope.base, "rotary_percent": rope.channels / a.head_dim} if rope else {}),
         "use_rope_scaling": bool(scaling), **scaling, "normalization": a.norm, "norm_epsilon": a.epsilon,
-        "swiglu": a.activation == "swiglu",
-        "squared_relu": a.activation == "relu2", "openai_gelu": a.activation == "gelu_tanh", "disable_bias_linear": not a.bias,
-        "add_qkv_bias": a.qkv_bias and not a.bias, "qk_layernorm": a.qk_norm, "untie_embeddings_and_output_weights": not a.tied,
-        "init_method_std": a.init_std, "attention_dropout": a.attention_dropout, "hidden_dropout": a.hidden_dropout,
+        "swiglu": a.activation == "swiglu", "squared_relu": a.activation == "relu2",
+        "openai_gelu": a.activation == "gelu_tanh", "disable_bias_linear": not a.bias,
+        "add_qkv_bias": a.qkv_bias and not a.bias, "qk_layernorm": a.qk_norm,
+        "untie_embeddings_and_output_weights": not a.tied, "init_method_std": a.init_std,
+        "attention_dropout": a.attention_dropout, "hidden_dropout": a.hidden_dropout,
     }

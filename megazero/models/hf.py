@@ -3,8 +3,8 @@
     export_folder    DIR/step-N  -> HF_DIR/{config.json, generation_config.json, model*.safetensors, tokenizer files}
     import_folder    HF_DIR      -> DIR/step-00000000, DIR/tokenizer
 
-What is a tensor of theirs in terms of ours is data (families.py); here it is applied, both ways. A folder appears under its
-name when it is complete.
+What is a tensor of theirs in terms of ours is data (families.py); here it is applied, both ways. A folder appears under
+its name when it is complete.
 """
 
 from collections.abc import Callable, Mapping
@@ -19,7 +19,19 @@ from megazero.checkpoint import Reader, Slice
 from megazero.config import Config
 from megazero.data.tokenizers import Tokenizer
 from megazero.errors import UserError
-from megazero.models.families import Family, Row, architecture_of, family_of, flags, from_config, obstacles, rows, shapes, to_config, zeros
+from megazero.models.families import (
+    Family,
+    Row,
+    architecture_of,
+    family_of,
+    flags,
+    from_config,
+    obstacles,
+    rows,
+    shapes,
+    to_config,
+    zeros,
+)
 from megazero.models.hf_files import INDEX, Source, read_json, shards, write_json
 from megazero.models.hf_tokenizer import export_tokenizer, import_tokenizer
 from megazero.saving import planned, write_alone
@@ -35,13 +47,15 @@ NAMES = {"fp64": "float64", "fp32": "float32", "bf16": "bfloat16", "fp16": "floa
 
 # ---- ours -> theirs
 
-def export_folder(reader: Reader, output: Path, dtype: str | None = None, shard: int = SHARD, told: Told = lambda *_: None) -> Family:
+def export_folder(reader: Reader, output: Path, dtype: str | None = None, shard: int = SHARD,
+                  told: Told = lambda *_: None) -> Family:
     """Writes a Hugging Face folder of the checkpoint's weights, in `dtype` (None: as they are stored)."""
     a = architecture_of(reader.index["architecture"])
     family, ours = family_of(a), shapes(a)
     missing = [n for n in ours if reader.shapes.get(("weight", n)) != ours[n]]
     if missing:
-        raise UserError(f"{reader.folder}: has no weight/{missing[0]} of shape {list(ours[missing[0]])}, which its architecture asks for.")
+        raise UserError(f"{reader.folder}: has no weight/{missing[0]} of shape {list(ours[missing[0]])}, "
+                        "which its architecture asks for.")
     name = dtype or stored_dtype(reader)
     table = {row.theirs: row for row in rows(a, family)}
     plan = [Planned(row.theirs, _their_shape(row, ours), TORCH_DTYPE[name]) for row in table.values()]
@@ -88,17 +102,21 @@ def _theirs(row: Row, ours: Mapping[str, tuple[int, ...]], reader: Reader) -> Te
 def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
     out = tensor.to(dtype)
     if dtype == torch.float16 and not out.isfinite().all() and tensor.isfinite().all():
-        raise UserError(f"--dtype fp16: {name} holds {tensor.abs().max().item():g}, more than fp16 can hold; write bf16 or fp32.")
+        raise UserError(f"--dtype fp16: {name} holds {tensor.abs().max().item():g}, more than fp16 can hold; "
+                        "write bf16 or fp32.")
     return out
 
 
-def _write_configs(folder: Path, config: dict[str, Any], reader: Reader, tokenizer: Tokenizer | None, dtype: str) -> None:
-    """config.json and generation_config.json. An import keeps its special ids; a run of ours starts documents with the id that ended the
-    one before, unless its tokenizer begins every text."""
+def _write_configs(folder: Path, config: dict[str, Any], reader: Reader, tokenizer: Tokenizer | None,
+                   dtype: str) -> None:
+    """config.json and generation_config.json. An import keeps its special ids; a run of ours starts documents with the
+    id that ended the one before, unless its tokenizer begins every text."""
     eod, bos = (tokenizer.eod, tokenizer.bos) if tokenizer else (None, None)
-    ids = reader.index.get("special_ids") or {"bos_token_id": eod if bos is None else bos, "eos_token_id": eod, "pad_token_id": None}
+    ids = reader.index.get("special_ids") or {
+        "bos_token_id": eod if bos is None else bos, "eos_token_id": eod, "pad_token_id": None}
     write_json(folder / "config.json", {**config, **ids, "dtype": dtype, "torch_dtype": dtype, "use_cache": True})
-    write_json(folder / "generation_config.json", {"_from_model_config": True, **{k: v for k, v in ids.items() if v is not None}})
+    write_json(folder / "generation_config.json",
+               {"_from_model_config": True, **{k: v for k, v in ids.items() if v is not None}})
 
 
 # ---- theirs -> ours
@@ -118,7 +136,8 @@ def import_folder(folder: Path, output: Path, told: Told = lambda *_: None) -> t
         raise UserError(f"--input {folder}: there is no such folder.")
     config = read_json(folder / "config.json")
     if not isinstance(config, dict) or not isinstance(config.get("model_type", ""), str):
-        raise UserError(f"{folder / 'config.json'}: is not a model's configuration, an object with a model_type; fetch it again.")
+        raise UserError(f"{folder / 'config.json'}: is not a model's configuration, an object with a model_type; "
+                        "fetch it again.")
     a, family = from_config(config)
     reasons = obstacles(a, family)
     if reasons:
@@ -144,7 +163,8 @@ def import_folder(folder: Path, output: Path, told: Told = lambda *_: None) -> t
 
 
 def _match(a: Architecture, family: Family, source: Source, ours: Mapping[str, tuple[int, ...]]) -> dict[str, Part]:
-    """Our weight -> where it lies in theirs. Raises UserError unless the two sides match, name by name and shape by shape."""
+    """Our weight -> where it lies in theirs.
+    Raises UserError unless the two sides match, name by name and shape by shape."""
     parts, errors, seen = {}, [], set()
     for row in rows(a, family):
         name, shape = source.name(row.theirs), _their_shape(row, ours)
@@ -152,7 +172,8 @@ def _match(a: Architecture, family: Family, source: Source, ours: Mapping[str, t
         if name is None:
             errors.append(f"--input {source.folder}: has no {row.theirs}, which its config.json asks for.")
         elif source.shapes[name] != shape:
-            errors.append(f"--input {source.folder}: {name} has shape {list(source.shapes[name])}, its config.json asks for {list(shape)}.")
+            errors.append(f"--input {source.folder}: {name} has shape {list(source.shapes[name])}, "
+                          f"its config.json asks for {list(shape)}.")
         else:
             at = 0
             for n in row.ours:
@@ -163,10 +184,11 @@ def _match(a: Architecture, family: Family, source: Source, ours: Mapping[str, t
                     parts[n] = part
                 elif source.read(row.theirs, part.low, part.high, row.transpose).count_nonzero():
                     errors.append(f"--input {source.folder}: {name} is not zero, and this decoder has no such bias.")
-    errors += [f"--input {source.folder}: holds {n}, which its config.json does not mention."
-               for n in source.files if n not in seen and not (n == "lm_head.weight" and a.tied and _is_embedding(n, a, family, source))]
+    errors += [f"--input {source.folder}: holds {n}, which its config.json does not mention." for n in source.files
+               if n not in seen and not (n == "lm_head.weight" and a.tied and _is_embedding(n, a, family, source))]
     if errors:
-        raise UserError(*errors[:5], *([f"--input {source.folder}: and {len(errors) - 5} more like these."] if len(errors) > 5 else []))
+        raise UserError(*errors[:5], *([f"--input {source.folder}: and {len(errors) - 5} more like these."]
+                                       if len(errors) > 5 else []))
     return parts
 
 
@@ -177,7 +199,9 @@ def _is_embedding(name: str, a: Architecture, family: Family, source: Source) ->
 
 
 def _index(a: Architecture, config: Mapping[str, Any], tokenizer: Tokenizer | None) -> dict[str, Any]:
-    """What the index says, as that of a run of ours before its first step, and the special ids that only Hugging Face knows."""
-    return {"step": 0, "progress": asdict(Progress(loss_scale(Config()))), "config": flags(a), "optimizer": None, "architecture": asdict(a),
-            "tokenizer": tokenizer.identity() if tokenizer else None, "layout": {"tp": 1, "pp": 1, "dp": 1, "zero_stage": 0},
+    """What the index says, as that of a run of ours before its first step,
+    and the special ids that only Hugging Face knows."""
+    return {"step": 0, "progress": asdict(Progress(loss_scale(Config()))), "config": flags(a), "optimizer": None,
+            "architecture": asdict(a), "tokenizer": tokenizer.identity() if tokenizer else None,
+            "layout": {"tp": 1, "pp": 1, "dp": 1, "zero_stage": 0},
             "special_ids": {f"{k}_token_id": config.get(f"{k}_token_id") for k in ("bos", "eos", "pad")}}

@@ -76,7 +76,8 @@ class Source:
             return [self.folder / "model.safetensors"]
         pickled = any(self.folder.glob("*.bin"))
         raise UserError(f"--input {self.folder}: holds no model.safetensors; " + (
-            "its .bin files are pickles, which could run any code and are never opened: save it again with transformers' save_pretrained."
+            "its .bin files are pickles, which could run any code and are never opened: "
+            "save it again with transformers' save_pretrained."
             if pickled else "give a folder that transformers' save_pretrained wrote."))
 
     def _note(self, path: Path, name: str, part: Any) -> None:

@@ -10,7 +10,8 @@ from megazero.models.hf_files import write_json
 
 
 def export_tokenizer(reader: Reader, output: Path, longest: int) -> Tokenizer | None:
-    """Copies the checkpoint's tokenizer files, and writes the tokenizer_config.json by which transformers finds its class."""
+    """Copies the checkpoint's tokenizer files,
+    and writes the tokenizer_config.json by which transformers finds its class."""
     identity = reader.index["tokenizer"]
     if identity is None:
         return None
@@ -31,18 +32,21 @@ def _tokenizer_config(tokenizer: Tokenizer) -> dict[str, Any]:
     if kind in ("GPT2BPETokenizer", "HuggingFaceTokenizer"):
         end = tokenizer.decode([tokenizer.eod]) if tokenizer.eod is not None else None
         special = {"bos_token": end, "eos_token": end, "unk_token": end} if end else {}
-        return {"tokenizer_class": {"GPT2BPETokenizer": "GPT2Tokenizer"}.get(kind, "PreTrainedTokenizerFast"), **special}
+        return {"tokenizer_class": {"GPT2BPETokenizer": "GPT2Tokenizer"}.get(kind, "PreTrainedTokenizerFast"),
+                **special}
     return {}
 
 
 def _sentencepiece_config(path: Path) -> dict[str, Any]:
-    """transformers reads Llama's kind of model alone: pairs merged, text as it is. Others would get other ids without a word."""
+    """transformers reads Llama's kind of model alone: pairs merged, text as it is.
+    Others would get other ids without a word."""
     from sentencepiece import sentencepiece_model_pb2
     model = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
     model.ParseFromString(path.read_bytes())
     if model.trainer_spec.model_type != model.trainer_spec.BPE or model.normalizer_spec.name != "identity":
         return {}
-    ids = {"bos_token": model.trainer_spec.bos_id, "eos_token": model.trainer_spec.eos_id, "unk_token": model.trainer_spec.unk_id}
+    ids = {"bos_token": model.trainer_spec.bos_id, "eos_token": model.trainer_spec.eos_id,
+           "unk_token": model.trainer_spec.unk_id}
     return {"tokenizer_class": "LlamaTokenizer", "add_bos_token": False, "add_eos_token": False, "legacy": False,
             "add_prefix_space": model.normalizer_spec.add_dummy_prefix, "clean_up_tokenization_spaces": False,
             **{k: model.pieces[i].piece for k, i in ids.items() if i >= 0}}
