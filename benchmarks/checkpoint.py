@@ -17,13 +17,13 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from megazero.command_line import option, parse, run
+from megazero.settings import option, parse, run
 
 TOOL = """
 import runpy, sys, time
 def peak():
     return 1024 * next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
-import megazero.merge, megazero.models.hf, megazero.compare
+import megazero.state, megazero.hf
 before, sys.argv, start = peak(), sys.argv[1:], time.perf_counter()
 try:
     runpy.run_path(sys.argv[0], run_name="__main__")

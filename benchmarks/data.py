@@ -26,7 +26,7 @@ from pathlib import Path
 
 import numpy as np
 
-from megazero.command_line import commands, option, run
+from megazero.settings import commands, option, run
 
 LIBRARY = """
 import json, os, sys, time
@@ -118,8 +118,7 @@ class Open:
 
 
 def opening(s: Open) -> None:
-    from megazero.data.dataset import open_split
-    from megazero.data.indexed import IndexedWriter, best_dtype
+    from megazero.data import IndexedWriter, best_dtype, open_split
     with tempfile.TemporaryDirectory() as folder:
         large = f"{folder}/large"
         _sparse(large, s.documents, s.tokens // s.documents)
@@ -179,13 +178,11 @@ class Loading:
 def loader(s: Loading) -> None:
     import torch
 
-    from megazero import config
     from megazero.comm import connect
-    from megazero.data.dataset import open_split
-    from megazero.data.indexed import IndexedWriter, best_dtype
-    from megazero.mesh import Mesh
-    from megazero.plan import plan
+    from megazero.data import IndexedWriter, best_dtype, open_split
+    from megazero.plan import Mesh, plan
     from megazero.run import Run
+    from megazero.settings import from_command_line
     with tempfile.TemporaryDirectory() as folder:
         for part in ("a", "b", "c"):
             with IndexedWriter(f"{folder}/{part}", best_dtype(50_000)) as writer:
@@ -200,7 +197,7 @@ def loader(s: Loading) -> None:
         words = (f"--num-layers {s.layers} --hidden-size {s.hidden} --num-attention-heads 4 --seq-length {s.seq} "
                  f"--vocab-size 50000 --lr 1e-3 --train-iters {s.steps + 2} --eval-iters 0 "
                  f"--train-data-path 0.5 {folder}/a 0.3 {folder}/b 0.2 {folder}/c")
-        c = config.from_command_line(words.split())
+        c = from_command_line(words.split())
         training = Run(plan(c, 1, 50_000), None, torch.device("cpu"), connect(Mesh(1, 1, 1), 0, "gloo", 60))
         training.initialise()
         _wait(training, s)

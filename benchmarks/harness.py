@@ -21,14 +21,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from megazero import config
 from megazero.comm import connect, environment
-from megazero.decoder import Batch
-from megazero.layout import Box, Parameter
-from megazero.metrics import memory_bytes
-from megazero.plan import Plan, plan
-from megazero.random import fill_normal, key
-from megazero.run import Run
+from megazero.model import Batch
+from megazero.plan import Box, Parameter, Plan, plan
+from megazero.run import Run, memory_bytes
+from megazero.settings import from_command_line
+from megazero.units import fill_normal, key
 
 Micro = tuple[Tensor, Tensor]
 Step = Callable[[Sequence[Micro]], float]
@@ -46,7 +44,7 @@ def words(c: Any, samples: int, more: str) -> str:
 
 
 def planned(line: str) -> Plan:
-    c = config.from_command_line(line.split())
+    c = from_command_line(line.split())
     assert c.data.vocab_size is not None
     return plan(c, environment()[1], c.data.vocab_size)
 

@@ -20,10 +20,9 @@ from harness import CPU, GPT, Micro, Step, compared, ddp, decayed, drawn_batches
 from torch import nn
 from torch.distributed.pipelining import PipelineStage, Schedule1F1B, ScheduleInterleaved1F1B
 
-from megazero import command_line
 from megazero.comm import environment
-from megazero.command_line import option
 from megazero.plan import Plan
+from megazero.settings import option, parse, run
 
 
 @dataclass(frozen=True)
@@ -102,10 +101,10 @@ def kinds(c: Settings) -> dict[str, Callable[[], Step]]:
 
 
 def main() -> None:
-    c = command_line.parse(Settings)
+    c = parse(Settings)
     micros = drawn_batches(c, 1, 0)
     compared(c, kinds, lambda kind: micros[environment()[0]::c.ranks] if kind == "ddp" else micros)
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    run(main)

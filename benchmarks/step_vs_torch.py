@@ -20,9 +20,8 @@ import torch.nn.functional as F
 from harness import Micro, Step, megazero, planned, words
 from torch import Tensor, nn
 
-from megazero import command_line
-from megazero.command_line import option
-from megazero.metrics import memory_bytes
+from megazero.run import memory_bytes
+from megazero.settings import option, parse, run
 
 
 @dataclass(frozen=True)
@@ -108,7 +107,7 @@ def plain_step(c: Settings, device: torch.device, autocast: bool) -> Step:
 
 
 def main() -> None:
-    c = command_line.parse(Settings)
+    c = parse(Settings)
     device = torch.device("cuda" if c.device != "cpu" and torch.cuda.is_available() else "cpu")
     line = words(c, c.batch * c.micro_batches, "")
     made: dict[str, Callable[[], Step]] = {
@@ -148,4 +147,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    run(main)

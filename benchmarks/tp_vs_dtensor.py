@@ -27,9 +27,8 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-from megazero import command_line
 from megazero.comm import environment
-from megazero.command_line import option
+from megazero.settings import option, parse, run
 
 
 @dataclass(frozen=True)
@@ -126,7 +125,7 @@ def ours(c: Settings) -> Callable[[Tensor, Tensor], float]:
 
 
 def main() -> None:
-    c = command_line.parse(Settings)
+    c = parse(Settings)
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     steps = {"megazero": ours(c), "dtensor": dtensor_step(c, False), "dtensor, sequence": dtensor_step(c, True)}
@@ -151,4 +150,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    run(main)

@@ -29,10 +29,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.optim import ZeroRedundancyOptimizer
 
-from megazero import command_line
 from megazero.comm import environment
-from megazero.command_line import option
 from megazero.plan import Plan
+from megazero.settings import option, parse, run
 
 
 @dataclass(frozen=True)
@@ -85,10 +84,10 @@ def kinds(c: Settings) -> dict[str, Callable[[], Step]]:
 
 
 def main() -> None:
-    c = command_line.parse(Settings)
+    c = parse(Settings)
     batches = drawn_batches(c, c.ranks, environment()[0])
     compared(c, kinds, lambda kind: batches)
 
 
 if __name__ == "__main__":
-    command_line.run(main)
+    run(main)

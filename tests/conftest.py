@@ -13,7 +13,7 @@ torch.set_num_threads(1)
 @pytest.fixture(autouse=True)
 def _no_measuring(monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs in this process need no measured peak: half a second each."""
-    monkeypatch.setattr("megazero.train.peak_flops", lambda *_: (1e12, "assumed in tests"))
+    monkeypatch.setattr("megazero.run.train.peak_flops", lambda *_: (1e12, "assumed in tests"))
 
 
 @pytest.fixture(autouse=True)

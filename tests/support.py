@@ -12,14 +12,15 @@ import numpy as np
 import pytest
 import torch
 
-from megazero import config, pipeline
-from megazero.comm import connect
+from megazero.comm.wires import connect
 from megazero.data.indexed import IndexedWriter
-from megazero.decoder import Batch
-from megazero.mesh import Mesh
-from megazero.plan import Plan, plan
-from megazero.run import Run
-from megazero.train import main
+from megazero.model.decoder import Batch
+from megazero.pipeline import schedule as pipeline
+from megazero.plan.mesh import Mesh
+from megazero.plan.plan import Plan, plan
+from megazero.run.run import Run
+from megazero.run.train import main
+from megazero.settings import config
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(__file__).resolve().parents[2] / "shared"

@@ -10,11 +10,11 @@ import torch
 from safetensors import safe_open
 from support import TINY, built, named, train
 
-from megazero import checkpoint, saving
-from megazero.checkpoint import INDEX, Reader, complete, find, owned
-from megazero.errors import UserError
-from megazero.layout import Box
-from megazero.saving import Writer, write
+from megazero.base.errors import UserError
+from megazero.plan.layout import Box
+from megazero.state import checkpoint, saving
+from megazero.state.checkpoint import INDEX, Reader, complete, find, owned
+from megazero.state.saving import Writer, write
 
 
 def saved(tmp_path: Path, words: str = "") -> Path:

@@ -14,12 +14,15 @@ import torch.distributed as dist
 from pool import Pool, RankError
 from support import SHAPES, TINY, resolved
 
-from megazero.comm import Gloo, Group, connect, shared
+from megazero.comm import shared
+from megazero.comm.gloo import Gloo
+from megazero.comm.group import Group
 from megazero.comm.late import Late
 from megazero.comm.shared import Memory, supported
-from megazero.cost import traffic
-from megazero.mesh import Mesh
-from megazero.run import Run
+from megazero.comm.wires import connect
+from megazero.plan.cost import traffic
+from megazero.plan.mesh import Mesh
+from megazero.run.run import Run
 
 
 @pytest.fixture(scope="module")
@@ -162,8 +165,8 @@ LAYOUTS = [
 @pytest.mark.parametrize("logits", [1 << 24, 128 * 10])
 def test_the_plan_knows_the_bytes_on_the_wire(words: str, logits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """One step of one rank of each layout, without its peers."""
-    monkeypatch.setattr("megazero.cost.LOGITS", logits)
-    monkeypatch.setattr("megazero.decoder.LOGITS", logits)
+    monkeypatch.setattr("megazero.plan.cost.LOGITS", logits)
+    monkeypatch.setattr("megazero.model.decoder.LOGITS", logits)
     words = f"{TINY} --hidden-size 48 --num-attention-heads 24 --global-batch-size 12 {words}"
     sizes = words.split()
     world = int(sizes[sizes.index("--tp") + 1] if "--tp" in sizes else 1) * int(sizes[sizes.index("--dp") + 1] if "--dp" in sizes else 1)
@@ -188,9 +191,9 @@ def test_the_fake_backend_runs_on_one_rank_what_the_shapes_say() -> None:
 FAULTY = """
 import os, signal, sys, time
 sys.path.insert(0, sys.argv[1])
-from megazero import config
-from megazero.executor import Executor
-from megazero.train import launch
+from megazero.settings import config
+from megazero.run.executor import Executor
+from megazero.run.train import launch
 what, who = sys.argv[2], int(sys.argv[3])
 plain, calls = Executor._forward, [0]
 

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from support import ROOT, TINY, program, train
 
-from megazero import config
-from megazero.command_line import build, flatten, leaves, option, parse
-from megazero.config import PRESETS, Config, from_command_line
-from megazero.errors import UserError
+from megazero.base.errors import UserError
+from megazero.settings import config
+from megazero.settings.command_line import build, flatten, leaves, option, parse
+from megazero.settings.config import PRESETS, Config, from_command_line
 
 
 def test_flags_override_files_override_presets(tmp_path: Path) -> None:

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from test_indexed import IDX_DAMAGE
 
+from megazero.base.errors import UserError
 from megazero.data.dataset import Reading, open_stages
 from megazero.data.indexed import IndexedDataset, IndexedWriter
 from megazero.data.preprocess import PreprocessSettings, preprocess
 from megazero.data.verify import problems
-from megazero.errors import UserError
 
 S, D = 40, 44                   # sequences and documents of the dataset below; every tenth document or so is empty
 

@@ -10,21 +10,22 @@ import pytest
 import torch
 from support import built, byte_dataset, named, resolved, train
 
-from megazero import config
-from megazero.attention import attention
-from megazero.comm import Alone, connect
+from megazero.base.errors import UserError
+from megazero.comm.group import Alone
+from megazero.comm.wires import connect
 from megazero.data.dataset import MockSamples, Reading, Samples, open_split, open_stages
 from megazero.data.fim import FillInTheMiddle
 from megazero.data.indexed import IndexedWriter
-from megazero.data.loader import Loader, documents_of, positions_of
 from megazero.data.order import ChunkOrder
 from megazero.data.splits import read_schedule, samples, stages_of
 from megazero.data.tokenizers import ByteTokenizer, build_tokenizer
-from megazero.decoder import Batch
-from megazero.errors import UserError
-from megazero.mesh import Mesh
-from megazero.plan import plan
-from megazero.run import Run
+from megazero.model.attention import attention
+from megazero.model.decoder import Batch
+from megazero.plan.mesh import Mesh
+from megazero.plan.plan import plan
+from megazero.run.loader import Loader, documents_of, positions_of
+from megazero.run.run import Run
+from megazero.settings import config
 
 SMALL = "--num-layers 2 --hidden-size 32 --num-attention-heads 2 --seq-length 24 --lr 1e-3 --train-iters 3 --eval-iters 0 --dtype fp64"
 
@@ -257,7 +258,7 @@ def test_each_reset_does_its_own_part() -> None:
 
 
 def test_end_of_document_is_needed() -> None:
-    from megazero.train import main
+    from megazero.run.train import main
     path = Path(__file__).with_name("letters.json")
     for flag in ("--eod-mask-loss", "--reset-position-ids", "--reset-attention-mask"):
         path.write_text('["a", "b"]')

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megazero.base.errors import UserError
 from megazero.data.dataset import Reading, Samples, open_stages
 from megazero.data.indexed import IndexedWriter
 from megazero.data.megatron_order import MegatronBlend, MegatronOrder
-from megazero.errors import UserError
 
 GOLDEN = Path(__file__).parents[2] / "shared" / "data" / "golden"
 needs_golden = pytest.mark.skipif(not GOLDEN.exists(), reason=f"no golden files at {GOLDEN}")

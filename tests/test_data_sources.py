@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
+from megazero.base.errors import UserError
 from megazero.data import sources
 from megazero.data.files import suffix_of
 from megazero.data.sources import Place, Unreadable, documents, find_sources, read_chunks
-from megazero.errors import UserError
 
 TEXTS = ["first", "", "emoji 😀", "nul \0 nul", "cr\r\nlf", "line\u2028separator", "x" * 20_000, *map(str, range(3000)), "last"]
 JSONL = "".join(json.dumps({"n": i, "text": text}) + "\n" for i, text in enumerate(TEXTS)).encode()

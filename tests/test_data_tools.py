@@ -12,6 +12,7 @@ from support import resolved
 from test_dataset import make
 from test_indexed import contents
 
+from megazero.base.errors import UserError
 from megazero.data import edit, indexed
 from megazero.data.dataset import open_split
 from megazero.data.edit import document_lengths, merge, split
@@ -19,7 +20,6 @@ from megazero.data.indexed import IndexedDataset, IndexedWriter
 from megazero.data.preprocess import PreprocessSettings, preprocess
 from megazero.data.splits import samples
 from megazero.data.verify import problems
-from megazero.errors import UserError
 
 REPOSITORY = Path(__file__).parents[1]
 TEXTS = ["one", "", "two words", "x" * 300, "", "end"] * 5

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megazero.base.errors import UserError
 from megazero.data.dataset import MockSamples, Samples, open_split, parse_paths
 from megazero.data.indexed import IndexedDataset, IndexedWriter
-from megazero.errors import UserError
 
 GOLDEN = Path(__file__).parents[2] / "shared" / "data" / "golden" / "tiny_gpt2_text_document"
 needs_golden = pytest.mark.skipif(not GOLDEN.with_suffix(".idx").exists(), reason=f"no golden files at {GOLDEN.parent}")

@@ -10,14 +10,14 @@ from modules import MODELS, loss
 from test_engine_parity import HOW, LR, STEPS, Row, alive, data, engine, held, wires
 from torch import nn
 
-from megazero.blocks import Block
-from megazero.comm import connect
-from megazero.config import Optimizer as Settings
-from megazero.engine import CONSTANT, Engine
-from megazero.errors import UserError
-from megazero.mesh import Mesh
-from megazero.program import Zero
-from megazero.schedules import LossScale
+from megazero.base.errors import UserError
+from megazero.comm.wires import connect
+from megazero.engine.blocks import Block
+from megazero.engine.engine import CONSTANT, Engine
+from megazero.plan.mesh import Mesh
+from megazero.plan.program import Zero
+from megazero.plan.progress import LossScale
+from megazero.settings.config import Optimizer as Settings
 
 pytest.importorskip("transformers", reason="the module is transformers' GPT-2, which is not installed")
 Tensor = torch.Tensor

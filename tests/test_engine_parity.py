@@ -14,13 +14,13 @@ from modules import LENGTH, MODELS, VOCABULARY, loss
 from pool import Pool
 from torch import nn
 
-from megazero import checkpoint
-from megazero.comm import Wires, connect
 from megazero.comm.shared import Slot
-from megazero.config import Optimizer as Settings
-from megazero.engine import Engine
-from megazero.mesh import Mesh
-from megazero.program import Zero
+from megazero.comm.wires import Wires, connect
+from megazero.engine.engine import Engine
+from megazero.plan.mesh import Mesh
+from megazero.plan.program import Zero
+from megazero.settings.config import Optimizer as Settings
+from megazero.state import checkpoint
 
 pytest.importorskip("transformers", reason="the module is transformers' GPT-2, which is not installed")
 

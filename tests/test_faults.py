@@ -20,16 +20,18 @@ import torch
 import torch.distributed as dist
 from support import train
 
-from megazero import config, saving, tensor_files
-from megazero import train as program
-from megazero.checkpoint import Reader, complete
-from megazero.errors import UserError
+from megazero.base import disk
+from megazero.base.errors import UserError
+from megazero.run import train as program
+from megazero.settings import config
+from megazero.state import saving
+from megazero.state.checkpoint import Reader, complete
 
 WORDS = ("--num-layers 2 --hidden-size 48 --num-attention-heads 4 --seq-length 16 --vocab-size 61 --lr 1e-2 --mock-data --train-iters 5 --eval-iters 0 "
          "--global-batch-size 4 --dtype fp64 --adam-eps 1e-5 --make-vocab-size-divisible-by 8")
 LAYOUTS = ("--tp 4", "--tp 2 --zero-stage 1", "--pp 2 --zero-stage 3", "--zero-stage 2 --zero-shard-size 2")
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["megazero.train", "torch._dynamo", "pytest"])      # what torch.optim imports when first used, too
+SERVER.set_forkserver_preload(["megazero.run.train", "torch._dynamo", "pytest"])      # what torch.optim imports when first used, too
 
 
 def end(*_: Any, **__: Any) -> None:
@@ -76,7 +78,7 @@ class Fault:
         elif self.phase == "index":
             saving.write_index = half
         else:
-            owner, name = {"fsync": (tensor_files.os, "fsync"), "rename": (Path, "rename"), "mkdir": (Path, "mkdir")}[self.phase]  # type: ignore[attr-defined]
+            owner, name = {"fsync": (disk.os, "fsync"), "rename": (Path, "rename"), "mkdir": (Path, "mkdir")}[self.phase]  # type: ignore[attr-defined]
             setattr(owner, name, self.strike)
 
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from support import TINY, built, lines, named, train
 
-from megazero.errors import UserError
-from megazero.run import Run
-from megazero.schedules import LossScale, loss_scale
-from megazero.unit import Weight
+from megazero.base.errors import UserError
+from megazero.plan.progress import LossScale, loss_scale
+from megazero.run.run import Run
+from megazero.units.unit import Weight
 
 
 def poison(monkeypatch: pytest.MonkeyPatch, steps: set[int], name: str = "layers.1.mlp.down.weight", value: float = float("nan")) -> None:

@@ -7,9 +7,9 @@ import pytest
 import torch
 from support import built, byte_dataset, named, tool, train
 
-from megazero.checkpoint import Reader
 from megazero.data.tokenizers import build_tokenizer
-from megazero.generate import build_from_checkpoint, choose, generate, stream_text
+from megazero.run.generate import build_from_checkpoint, choose, generate, stream_text
+from megazero.state.checkpoint import Reader
 
 TINY = ("--num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 32 --micro-batch-size 8 --lr 3e-3 --eval-iters 0 "
         "--openai-gelu --tokenizer-type ByteTokenizer --split 1")
@@ -40,7 +40,7 @@ def test_the_decoder_is_that_of_the_run(tmp_path: Path) -> None:
 
 def test_greedy_is_transformers_greedy(trained: Path, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers", reason="greedy generation is compared with transformers, which is not installed")
-    from megazero.models.hf import export_folder
+    from megazero.hf.convert import export_folder
     export_folder(Reader(trained), tmp_path / "hf")
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf").eval()
     prompt = list(b"def __init__")

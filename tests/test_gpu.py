@@ -9,7 +9,7 @@ from support import SHAPES, TINY, batches, built, gradients, named, train
 from test_parity import Row, compare
 from test_step import Silent
 
-from megazero.checkpoint import Reader
+from megazero.state.checkpoint import Reader
 
 pytestmark = pytest.mark.gpu
 

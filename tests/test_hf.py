@@ -12,15 +12,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from support import built, byte_dataset, tool, train
 
-from megazero.architecture import architecture
-from megazero.checkpoint import Reader
-from megazero.command_line import build
-from megazero.config import Config
+from megazero.base.errors import UserError
 from megazero.data.tokenizers import load_tokenizer
-from megazero.errors import UserError
-from megazero.generate import build_from_checkpoint, logits
-from megazero.models import families
-from megazero.models.hf import export_folder, import_folder
+from megazero.hf.convert import export_folder, import_folder
+from megazero.plan import families
+from megazero.plan.architecture import architecture
+from megazero.run.generate import build_from_checkpoint, logits
+from megazero.settings.command_line import build
+from megazero.settings.config import Config
+from megazero.state.checkpoint import Reader
 
 transformers = pytest.importorskip("transformers", reason="conversion is tested against transformers, which is not installed")
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,

@@ -8,8 +8,8 @@ import pytest
 import torch
 from support import SHAPES, TINY, resolved
 
-from megazero.architecture import units
-from megazero.layout import ALIGN, Box, boxes, cuts, divisible, flat, intersect
+from megazero.plan.architecture import units
+from megazero.plan.layout import ALIGN, Box, boxes, cuts, divisible, flat, intersect
 
 
 def test_boxes_are_the_flat_range() -> None:

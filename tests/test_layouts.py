@@ -11,16 +11,16 @@ import torch
 from pool import Pool
 from support import SHAPES, byte_dataset, lines, resolved, train
 
-from megazero import checkpoint
-from megazero.checkpoint import Reader, find
-from megazero.comm import connect
-from megazero.errors import UserError
-from megazero.plan import Plan
-from megazero.random import fill_normal, key
-from megazero.run import Run
-from megazero.saving import write_file, write_index
-from megazero.schedules import Progress
-from megazero.tensor_files import Stored
+from megazero.base.errors import UserError
+from megazero.comm.wires import connect
+from megazero.plan.plan import Plan
+from megazero.plan.progress import Progress
+from megazero.run.run import Run
+from megazero.state import checkpoint
+from megazero.state.checkpoint import Reader, find
+from megazero.state.saving import write_file, write_index
+from megazero.state.tensor_files import Stored
+from megazero.units.random import fill_normal, key
 
 WORDS = ("--num-layers 5 --hidden-size 48 --num-attention-heads 8 --kv-channels 4 --ffn-hidden-size 96 --seq-length 24 --vocab-size 101 --lr 2e-3 "
          "--weight-decay 0.1 --mock-data --train-iters 9 --eval-iters 0 --clip-grad 0.5 --dtype fp64 --make-vocab-size-divisible-by 8 "
@@ -175,7 +175,7 @@ def test_a_step_after_loading_for_every_pair(saved: tuple[str, dict[str, Path]],
 
 def test_only_the_needed_rows_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From a checkpoint of one rank, ZeRO-3 over eight reads an eighth each; what is read beyond ends where a checksum does."""
-    monkeypatch.setattr("megazero.tensor_files.RUN", 512)              # so that these small tensors have several checksums too
+    monkeypatch.setattr("megazero.state.tensor_files.RUN", 512)              # so that these small tensors have several checksums too
     save(tmp_path, plan_of("one"), "untied")
     read, plain = [0], Stored.rows
 

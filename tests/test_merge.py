@@ -12,13 +12,13 @@ from safetensors.torch import load_file
 from support import byte_dataset, resolved, tool, train
 from test_layouts import plan_of, rank_of, save, save_runs, slices, state
 
-from megazero import compare
-from megazero.checkpoint import Reader, find
-from megazero.errors import UserError
-from megazero.generate import build_from_checkpoint, logits
-from megazero.merge import merge
-from megazero.models.hf import export_folder
-from megazero.tensor_files import Stored
+from megazero.base.errors import UserError
+from megazero.hf.convert import export_folder
+from megazero.run.generate import build_from_checkpoint, logits
+from megazero.state import compare
+from megazero.state.checkpoint import Reader, find
+from megazero.state.merge import merge
+from megazero.state.tensor_files import Stored
 
 SHARDED = ["tp2-pp2-dp2-zero1", "pp2-dp2-zero3", "tp2-dp2-zero3-joined"]
 

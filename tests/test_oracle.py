@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from support import SHARED, byte_dataset, train
 
-from megazero.checkpoint import Reader
 from megazero.data.indexed import IndexedWriter
-from megazero.models.hf import export_folder
+from megazero.hf.convert import export_folder
+from megazero.state.checkpoint import Reader
 
 transformers = pytest.importorskip("transformers", reason="the independent trainer is transformers' models, which is not installed")
 from test_hf import in_float64  # noqa: E402  (it needs transformers itself)

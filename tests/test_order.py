@@ -7,6 +7,7 @@ import random
 import numpy as np
 import pytest
 
+from megazero.base.errors import UserError
 from megazero.data.order import (
     DENOMINATOR,
     Blend,
@@ -19,7 +20,6 @@ from megazero.data.order import (
     split_ranges,
     stable_hash,
 )
-from megazero.errors import UserError
 
 
 @pytest.mark.parametrize("size", range(1, 65))

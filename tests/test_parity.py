@@ -17,10 +17,10 @@ import torch
 from pool import Pool
 from support import SHAPES, resolved
 
-from megazero import checkpoint
-from megazero.comm import connect
-from megazero.pipeline import SCHEDULES
-from megazero.run import Run
+from megazero.comm.wires import connect
+from megazero.pipeline.schedule import SCHEDULES
+from megazero.run.run import Run
+from megazero.state import checkpoint
 
 WORDS = "--hidden-size 48 --num-attention-heads 24 --kv-channels 4 --ffn-hidden-size 96 --lr 2e-3 --weight-decay 0.1 --mock-data " \
         "--train-iters 5 --eval-iters 0 --clip-grad 0.5 --dtype fp64 --make-vocab-size-divisible-by 8"

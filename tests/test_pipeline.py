@@ -11,8 +11,8 @@ import pytest
 from support import ROOT, tool
 from torch.distributed.pipelining.schedules import ScheduleInterleaved1F1B
 
-from megazero.pipeline import SCHEDULES, Costs, Pass, bubble_time, held, needs, passes
-from megazero.timeline import draw, simulate, verify
+from megazero.pipeline.schedule import SCHEDULES, Costs, Pass, bubble_time, held, needs, passes
+from megazero.pipeline.timeline import draw, simulate, verify
 
 Row = tuple[str, int, int, int]                     # schedule, pp, micro-batches, virtual
 

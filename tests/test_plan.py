@@ -4,13 +4,13 @@ import pytest
 import torch
 from support import SHAPES, TINY, built, resolved
 
-from megazero import config
-from megazero.architecture import flops_per_token, matmul_count, parameter_count
-from megazero.checks import checks
-from megazero.config import PRESETS
-from megazero.cost import describe, memory
-from megazero.plan import plan
-from megazero.random import key
+from megazero.plan.architecture import flops_per_token, matmul_count, parameter_count
+from megazero.plan.checks import checks
+from megazero.plan.cost import describe, memory
+from megazero.plan.plan import plan
+from megazero.settings import config
+from megazero.settings.config import PRESETS
+from megazero.units.random import key
 
 COMMON = "--lr 1e-4 --mock-data --train-iters 10"
 
@@ -48,8 +48,8 @@ def test_memory_of_the_plan_is_what_is_allocated(shape: str, dtype: str) -> None
 def test_activations_of_the_plan_are_what_autograd_keeps(shape: str, recompute: str) -> None:
     """Bytes that the blocks' graphs save, each storage once, against the plan's estimate: within a tenth (statistics of norms and
     of attention are not in it), except where attention makes copies for its own kernel."""
-    from megazero.program import Action
-    from megazero.run import Run
+    from megazero.plan.program import Action
+    from megazero.run.run import Run
     run: Run = built(f"{TINY} {SHAPES[shape]} --dtype fp64 --micro-batch-size 2 --seq-length 64 --recompute-granularity {recompute}")
     from support import batches
     (batch,) = batches(run)

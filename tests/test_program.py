@@ -16,14 +16,14 @@ from support import SHAPES, TINY, check_program, resolved
 from test_zero import started
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from megazero.comm import connect
-from megazero.cost import memory, traffic
-from megazero.decoder import Batch
-from megazero.executor import Executor
-from megazero.pipeline import SCHEDULES
-from megazero.plan import Plan
-from megazero.program import Action, around, verify
-from megazero.run import Run
+from megazero.comm.wires import connect
+from megazero.model.decoder import Batch
+from megazero.pipeline.schedule import SCHEDULES
+from megazero.plan.cost import memory, traffic
+from megazero.plan.plan import Plan
+from megazero.plan.program import Action, around, verify
+from megazero.run.executor import Executor
+from megazero.run.run import Run
 
 SMALL = TINY.replace("--num-layers 2 --hidden-size 64 --num-attention-heads 4 ", "--hidden-size 48 --num-attention-heads 6 --micro-batch-size 1 ")
 SMALL = f"{SMALL} --dtype fp64 --adam-eps 1e-5"
@@ -213,8 +213,8 @@ def test_llama_with_pipelines_has_every_weight_once() -> None:
 BUILD = """
 import sys, torch
 from megazero.comm import connect
-from megazero.config import from_command_line
-from megazero.cost import memory
+from megazero.settings.config import from_command_line
+from megazero.plan.cost import memory
 from megazero.plan import plan
 from megazero.run import Run
 

@@ -6,9 +6,9 @@ from math import prod
 import pytest
 import torch
 
-import megazero.random as source
-from megazero.layout import Box
-from megazero.random import fill_normal, keep_mask, key, normal
+import megazero.units.random as source
+from megazero.plan.layout import Box
+from megazero.units.random import fill_normal, keep_mask, key, normal
 
 
 def filled(stream: int, full: tuple[int, ...], box: Box) -> torch.Tensor:

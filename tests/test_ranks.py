@@ -10,10 +10,10 @@ import torch
 from pool import Pool, RankError
 from support import SHARED, byte_dataset, lines, train
 
-from megazero.checkpoint import Reader
 from megazero.data.indexed import IndexedWriter
-from megazero.run import Run
-from megazero.unit import Weight
+from megazero.run.run import Run
+from megazero.state.checkpoint import Reader
+from megazero.units.unit import Weight
 
 WORDS = ("--num-layers 2 --hidden-size 48 --num-attention-heads 6 --num-query-groups 2 --seq-length 32 --position-embedding-type rope "
          "--micro-batch-size 1 --global-batch-size 6 --lr 2e-3 --lr-warmup-iters 3 --lr-decay-style cosine --train-iters 12 --adam-eps 1e-5 "

@@ -8,7 +8,7 @@ import pytest
 import torch
 from support import lines, tool, train
 
-from megazero.checkpoint import Reader
+from megazero.state.checkpoint import Reader
 
 FOLDERS = sorted((Path(__file__).parent / "checkpoints").iterdir())
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from support import ROOT, byte_dataset, lines, train
 
-from megazero.checkpoint import Reader, complete
+from megazero.state.checkpoint import Reader, complete
 
 WORDS = ("--num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 32 --micro-batch-size 2 --global-batch-size 4 --lr 5e-3 "
          "--lr-warmup-iters 3 --lr-decay-style cosine --train-iters 12 --tokenizer-type ByteTokenizer --eval-interval 4 --eval-iters 2 "

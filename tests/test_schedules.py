@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 from support import TINY, resolved, train
 
-from megazero.errors import UserError
-from megazero.schedules import Progress, learning_rate, loss_scale
+from megazero.base.errors import UserError
+from megazero.plan.progress import Progress, learning_rate, loss_scale
 
 
 def curve(words: str, steps: int = 100) -> list[float]:

@@ -5,11 +5,11 @@ import torch
 import torch.nn.functional as F
 from support import SHAPES, TINY, batches, built, gradients, named
 
-from megazero import decoder
-from megazero.attention import attention, rotary_table
-from megazero.comm import Alone
-from megazero.decoder import Batch
-from megazero.run import Run
+from megazero.comm.group import Alone
+from megazero.model import decoder
+from megazero.model.attention import attention, rotary_table
+from megazero.model.decoder import Batch
+from megazero.run.run import Run
 
 Tensor = torch.Tensor
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megazero.base.errors import UserError
 from megazero.data.indexed import IndexedDataset
 from megazero.data.tokenizers import TYPES, Tokenizer, build_tokenizer, characters_of, load_tokenizer
-from megazero.errors import UserError
 
 REPOSITORY = Path(__file__).parents[1]
 DATA = REPOSITORY.parent / "shared" / "data"

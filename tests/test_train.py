@@ -9,12 +9,12 @@ import torch
 from support import TINY, built, byte_dataset, gradients, lines, named, python_source, train
 from test_step import Silent, close, expected
 
-from megazero.checkpoint import Reader
+from megazero.base.errors import UserError
 from megazero.data.dataset import open_split
 from megazero.data.indexed import IndexedWriter
-from megazero.decoder import Batch
-from megazero.errors import UserError
-from megazero.schedules import LossScale
+from megazero.model.decoder import Batch
+from megazero.plan.progress import LossScale
+from megazero.state.checkpoint import Reader
 
 BYTES = "--num-layers 1 --hidden-size 32 --num-attention-heads 2 --seq-length 24 --lr 1e-2 --tokenizer-type ByteTokenizer --dtype fp64"
 
@@ -65,12 +65,12 @@ def test_eod_mask_takes_the_loss_of_what_follows_an_end_of_document(tmp_path: Pa
     words = f"{BYTES} --data-path {prefix} --split 100,0,0 --eval-iters 0 --train-iters 1 --no-shuffle --init-method-std 0"
     (plain,), (masked,) = train(words, tmp_path / "a"), train(f"{words} --eod-mask-loss", tmp_path / "b")
     assert plain["loss"] == pytest.approx(np.log(257)) and masked["loss"] == pytest.approx(np.log(257)), "a mean, not a sum"
-    from megazero import config
-    from megazero.comm import connect
+    from megazero.comm.wires import connect
     from megazero.data.tokenizers import build_tokenizer
-    from megazero.mesh import Mesh
-    from megazero.plan import plan
-    from megazero.run import Run
+    from megazero.plan.mesh import Mesh
+    from megazero.plan.plan import plan
+    from megazero.run.run import Run
+    from megazero.settings import config
     c = config.from_command_line(f"{words} --eod-mask-loss".split())
     run = Run(plan(c, 1, 257), build_tokenizer("ByteTokenizer"), torch.device("cpu"), connect(Mesh(1, 1, 1), 0, "gloo", 60))
     (batch,) = run.batches(0, 0)
@@ -123,7 +123,7 @@ def test_a_resumed_loss_scale_follows_the_rule_it_is_given_now(tmp_path: Path) -
 
 
 def test_a_log_that_cannot_be_written_does_not_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    from megazero.metrics import Metrics
+    from megazero.run.metrics import Metrics
     plain = Metrics.step
 
     def step(self: Metrics, figures: dict[str, object]) -> dict[str, object]:

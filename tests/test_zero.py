@@ -9,11 +9,12 @@ import torch
 from pool import Pool
 from support import SHAPES, TINY, check_program, resolved
 
-from megazero.comm import Wires, connect
-from megazero.cost import BYTES, flats, memory, stored, traffic
-from megazero.plan import Plan
-from megazero.run import Run
-from megazero.unit import Weight
+from megazero.base import DTYPES
+from megazero.comm.wires import Wires, connect
+from megazero.plan.cost import flats, memory, stored, traffic
+from megazero.plan.plan import Plan
+from megazero.run.run import Run
+from megazero.units.unit import Weight
 
 SMALL = TINY.replace("--num-layers 2 --hidden-size 64 --num-attention-heads 4 ", "--hidden-size 48 --num-attention-heads 6 --micro-batch-size 1 ")
 WORDS = f"{SMALL} --num-layers 2 --global-batch-size 24"
@@ -122,7 +123,7 @@ def test_live_bytes_per_parameter(level: int, ranks: int, dtype: str) -> None:
     plan = resolved(f"{SMALL} --num-layers 4 --global-batch-size 24 --zero-stage {level} --dtype {dtype}", ranks)
     run = started(plan, ranks - 1, "fake")
     run.step()
-    psi, w = sum(stored(f, plan) for f in flats(plan, 0).values()), BYTES[dtype]
+    psi, w = sum(stored(f, plan) for f in flats(plan, 0).values()), DTYPES[dtype].width
     g, slices = 4, 12 if w == 2 else 8                          # bytes of a gradient; of masters and moments
     per = {0: w + g + slices, 1: w + g + slices / ranks, 2: w + (g + slices) / ranks, 3: (w + g + slices) / ranks}[level]
     found = live(run)

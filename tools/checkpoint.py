@@ -9,12 +9,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from megazero.checkpoint import Reader
-from megazero.command_line import commands, option, run
-from megazero.compare import check, checkpoints, report
-from megazero.merge import merge
-from megazero.metrics import Bar
-from megazero.tensor_files import CODES
+from megazero.base import Bar
+from megazero.settings import commands, option, run
+from megazero.state import CODES, Reader, check, checkpoints, merge, report
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from megazero.command_line import option, parse, run
-from megazero.compare import check, report, runs
+from megazero.settings import option, parse, run
+from megazero.state import check, report, runs
 
 
 @dataclass(frozen=True)

@@ -3,13 +3,11 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from megazero.architecture import parameter_count
-from megazero.checkpoint import Reader
-from megazero.command_line import commands, option, run
-from megazero.config import DTYPES
-from megazero.metrics import Bar
-from megazero.models.families import flags
-from megazero.models.hf import export_folder, import_folder
+from megazero.base import DTYPES, Bar
+from megazero.hf import export_folder, import_folder
+from megazero.plan import flags, parameter_count
+from megazero.settings import commands, option, run
+from megazero.state import Reader
 
 
 @dataclass(frozen=True)
@@ -19,7 +17,8 @@ class Export:
     load: str = option(help="folder of checkpoints", unit="dir")
     output: str = option(help="new folder to write", unit="dir")
     ckpt_step: int | None = option(None, "step to export; default: the newest", unit="step")
-    dtype: str | None = option(None, "of the weights; default: as they are stored (fp32, or fp64)", choices=DTYPES)
+    dtype: str | None = option(None, "of the weights; default: as they are stored (fp32, or fp64)",
+                              choices=tuple(DTYPES))
 
 
 @dataclass(frozen=True)

@@ -22,19 +22,27 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from megazero.command_line import commands, option, parse, run
-from megazero.config import MEGATRON_WORDS, PRESETS, TOKENIZERS, Config
-from megazero.data.dataset import Part, Samples, SampleSource
-from megazero.data.edit import document_lengths, merge, split
-from megazero.data.files import library
-from megazero.data.fim import FillInTheMiddle
-from megazero.data.indexed import IndexedDataset
-from megazero.data.sidecar import check_sidecar, read_sidecar
-from megazero.data.splits import samples
-from megazero.data.tokenizers import Tokenizer, build_tokenizer
-from megazero.data.verify import problems
-from megazero.errors import UserError
+from megazero.base import UserError
+from megazero.data import (
+    FillInTheMiddle,
+    IndexedDataset,
+    Part,
+    Samples,
+    SampleSource,
+    Tokenizer,
+    build_tokenizer,
+    check_sidecar,
+    configured_tokenizer,
+    document_lengths,
+    library,
+    merge,
+    problems,
+    read_sidecar,
+    samples,
+    split,
+)
 from megazero.plan import plan
+from megazero.settings import MEGATRON_WORDS, PRESETS, TOKENIZERS, Config, commands, option, parse, run
 
 PREFIX = "path of a dataset without .bin or .idx"
 
@@ -193,12 +201,11 @@ def verify(s: Verify) -> None:
 
 
 def trace(s: Trace) -> None:
-    from megazero.train import tokenizer_of  # brings torch, which the others do without
     c = s.run
     if c.training.global_batch_size is None and c.parallel.data_parallel_size is None:
         raise UserError("--global-batch-size is missing: it says which samples a step reads; "
                         "give it, or the --dp of the run.")
-    tokenizer = tokenizer_of(c)
+    tokenizer = configured_tokenizer(c)
     dp = c.parallel.data_parallel_size or 1
     world = dp * c.parallel.tensor_model_parallel_size * c.parallel.pipeline_model_parallel_size
     resolved = plan(c, world, max(tokenizer.vocab_size if tokenizer else 0, c.data.vocab_size or 0))

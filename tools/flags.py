@@ -3,8 +3,7 @@ python tools/flags.py > docs/flags.md"""
 
 from dataclasses import MISSING
 
-from megazero.command_line import Option, leaves
-from megazero.config import MEGATRON_WORDS, PRESETS, Config
+from megazero.settings import MEGATRON_WORDS, PRESETS, Config, Option, leaves
 
 INTRO = """# Flags
 

@@ -4,10 +4,10 @@ from dataclasses import dataclass
 
 import torch
 
-from megazero.checkpoint import Reader
-from megazero.command_line import option, parse, run
-from megazero.errors import UserError
-from megazero.generate import build_from_checkpoint, generate, stream_text, tokenizer_of
+from megazero.base import UserError
+from megazero.run import build_from_checkpoint, generate, stream_text, tokenizer_of
+from megazero.settings import option, parse, run
+from megazero.state import Reader
 
 
 @dataclass(frozen=True)

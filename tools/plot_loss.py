@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from megazero.command_line import option, parse, run
-from megazero.compare import log_lines
-from megazero.errors import UserError
+from megazero.base import UserError
+from megazero.settings import option, parse, run
+from megazero.state import log_lines
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,8 @@
 """Text to a tokenized dataset; see --help and megazero/data/preprocess.py."""
 
-from megazero.command_line import parse, run
-from megazero.data.preprocess import PreprocessSettings, preprocess
-from megazero.errors import UserError
+from megazero.base import UserError
+from megazero.data import PreprocessSettings, preprocess
+from megazero.settings import parse, run
 
 
 def main() -> None:

@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from megazero.command_line import commands, option, run
-from megazero.errors import UserError
-from megazero.pipeline import SCHEDULES, Costs, bubble_time, held, passes
-from megazero.timeline import Timeline, draw, simulate, svg
+from megazero.base import UserError
+from megazero.pipeline import SCHEDULES, Costs, Timeline, bubble_time, draw, held, passes, simulate, svg
+from megazero.settings import commands, option, run
 
 MOST = 1_000_000            # passes, and places for them in the drawing, that still fit in memory and patience
 

@@ -9,10 +9,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from megazero.command_line import option, parse, run
-from megazero.data.sources import Place, Unreadable, documents, find_sources, read_chunks
-from megazero.data.tokenizers import END_OF_TEXT, characters_of
-from megazero.errors import UserError
+from megazero.base import UserError
+from megazero.data import END_OF_TEXT, Place, Unreadable, characters_of, documents, find_sources, read_chunks
+from megazero.settings import option, parse, run
 
 LINE = 1 << 16                          # characters of a line that sentencepiece is given at a time
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import torch
 
 from megazero.comm.group import Done, Line, Several, Work, placed
-from megazero.mesh import all_reduce_bytes
+from megazero.plan import all_reduce_bytes
 
 Tensor = torch.Tensor
 

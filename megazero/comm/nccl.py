@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 
 from megazero.comm.group import Line, Several, Stuck, Work
-from megazero.mesh import all_reduce_bytes
+from megazero.plan import all_reduce_bytes
 
 Tensor = torch.Tensor
 

@@ -12,7 +12,7 @@ from megazero.comm.gloo import Gloo, GlooChannel
 from megazero.comm.group import Alone, Channel, Group, Line
 from megazero.comm.late import Late, LateChannel
 from megazero.comm.nccl import Nccl, NcclChannel
-from megazero.mesh import Mesh
+from megazero.plan import Mesh
 
 PATIENCE = 6            # times longer than elsewhere do ranks wait for another that writes its part of a checkpoint
 

@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from megazero.base import UserError
 from megazero.data.indexed import IndexedDataset
 from megazero.data.megatron_order import MegatronBlend, MegatronOrder, blend_counts
 from megazero.data.order import (
@@ -32,7 +33,6 @@ from megazero.data.order import (
     stable_hash,
 )
 from megazero.data.sidecar import check_sidecar
-from megazero.errors import UserError
 
 
 class SampleSource(Protocol):

@@ -9,11 +9,11 @@ from typing import Any
 
 import numpy as np
 
+from megazero.base import UserError
 from megazero.data.indexed import BLOCK, IndexedDataset, IndexedWriter
 from megazero.data.order import split_ranges
 from megazero.data.sidecar import read_sidecar, sums, write_json
 from megazero.data.tokenizers import same_tokenizer
-from megazero.errors import UserError
 
 NONE = np.empty(0, np.int64)
 

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO, cast
 
 import numpy as np
 
-from megazero.errors import UserError
+from megazero.base import UserError
 
 STDIN = "-"
 
@@ -141,15 +141,6 @@ COMPRESSIONS: Mapping[str, Callable[[BinaryIO], BinaryIO]] = {
     ".xz": lambda file: cast(BinaryIO, lzma.LZMAFile(file)),        # noqa: SIM115  (Opened closes what is below)
     ".zst": lambda file: cast(BinaryIO, io.BufferedReader(_Zstd(file), 1 << 17)),
 }
-
-
-def sync(path: Path) -> None:
-    """Returns when a file's bytes, or a folder's names, are on the disk."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def suffix_of(path: str) -> str:

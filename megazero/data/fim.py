@@ -15,10 +15,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from megazero.base import UserError
 from megazero.data.dataset import SampleSource
 from megazero.data.order import stable_hash
 from megazero.data.tokenizers import Tokenizer
-from megazero.errors import UserError
 
 
 class FillInTheMiddle:

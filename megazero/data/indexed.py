@@ -28,8 +28,8 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
-from megazero.data.files import Numbers, bytes_of, sync, window
-from megazero.errors import UserError
+from megazero.base import UserError, sync
+from megazero.data.files import Numbers, bytes_of, window
 
 MAGIC = b"MMIDIDX\0\0"
 HEADER = struct.Struct("<9sQBQQ")

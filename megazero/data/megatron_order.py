@@ -18,7 +18,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from megazero.errors import UserError
+from megazero.base import UserError
 
 SURPLUS = 0.005                 # more samples than its share that a dataset of a blend is built for: it moves the order
 

@@ -23,7 +23,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from megazero.errors import UserError
+from megazero.base import UserError
 
 Index = TypeVar("Index", int, np.ndarray)
 

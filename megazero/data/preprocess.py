@@ -31,13 +31,13 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from megazero.command_line import option
+from megazero.base import UserError
 from megazero.data.files import STDIN, size_of, stamp_of
 from megazero.data.indexed import IndexedWriter, Written, best_dtype
 from megazero.data.sidecar import MANY, read_sidecar, sums, write_json
 from megazero.data.sources import CHUNK, FORMATS, Chunk, Place, Source, Unreadable, documents, find_sources, read_chunks
 from megazero.data.tokenizers import TYPES, Tokenizer, build_tokenizer
-from megazero.errors import UserError
+from megazero.settings import option
 
 SAVE_SECONDS = 10.0
 

@@ -14,10 +14,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from megazero.base import UserError
 from megazero.data.files import is_remote, system
 from megazero.data.indexed import SUMMED, Sums
 from megazero.data.tokenizers import same_tokenizer
-from megazero.errors import UserError
 
 MANY = 1000                     # files: beyond, their list would be longer than many a dataset's index
 

@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 
 import orjson
 
+from megazero.base import UserError
 from megazero.data.files import STDIN, Opened, expand, is_damage, library, suffix_of
-from megazero.errors import UserError
 
 CHUNK = 1 << 18                 # bytes: a worker's round trip costs nothing, and a few of them keep all workers busy
 KINDS: Mapping[str, str] = {".jsonl": "lines", ".ndjson": "lines", ".json": "lines", ".parquet": "parquet",

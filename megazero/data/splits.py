@@ -5,12 +5,12 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from megazero.config import Data
+from megazero.base import UserError
 from megazero.data.dataset import MockSamples, Reading, SampleSource, open_stages
 from megazero.data.fim import FillInTheMiddle
-from megazero.data.tokenizers import Tokenizer
-from megazero.errors import UserError
+from megazero.data.tokenizers import Tokenizer, build_tokenizer
 from megazero.plan import Plan
+from megazero.settings import Config, Data
 
 Stages = list[tuple[int, Sequence[str]]]        # (first sample, words of --data-path)
 
@@ -89,3 +89,24 @@ def asked_for(plan: Plan, which: str) -> int:
     t, batch = plan.config.training, plan.global_batch
     evaluations = plan.train_iters // t.eval_interval + 1 if which == "valid" else 1
     return plan.train_iters * batch if which == "train" else evaluations * t.eval_iters * batch
+
+
+def configured_tokenizer(config: Config) -> Tokenizer | None:
+    """The tokenizer that a configuration names; None where nothing needs it. Raises UserError."""
+    d = config.data
+    of_documents = [name for name in ("eod_mask_loss", "reset_position_ids", "reset_attention_mask")
+                    if getattr(d, name)]
+    if d.tokenizer_type is None or (d.mock_data and d.vocab_size is not None and not of_documents):
+        return None
+    # for the others --vocab-size is the model's, which may be larger
+    null = d.tokenizer_type == "NullTokenizer"
+    tokenizer = build_tokenizer(d.tokenizer_type, d.tokenizer_model, d.vocab_file, d.merge_file,
+                                d.vocab_size if null else None)
+    if d.vocab_size is not None and d.vocab_size < tokenizer.vocab_size and not null:
+        raise UserError(f"--vocab-size {d.vocab_size}: is less than the {tokenizer.vocab_size} ids of the tokenizer; "
+                        "leave it out, or write at least that.")
+    for name in of_documents:
+        if tokenizer.eod is None:
+            raise UserError(f"--{name.replace('_', '-')}: {d.tokenizer_type} has no end-of-document token; "
+                            "leave it out.")
+    return tokenizer

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from megazero.errors import UserError
+from megazero.base import UserError
 
 END_OF_TEXT = "<|endoftext|>"
 USUAL_ENDS = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "[EOS]")

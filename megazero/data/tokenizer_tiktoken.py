@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from megazero.base import UserError
 from megazero.data.files import library
 from megazero.data.tokenizer_base import END_OF_TEXT, USUAL_ENDS, Tokenizer, existing, flat
-from megazero.errors import UserError
 
 
 class Encoding(NamedTuple):

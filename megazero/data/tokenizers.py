@@ -23,9 +23,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from megazero.base import UserError
 from megazero.data.tokenizer_base import END_OF_TEXT, USUAL_ENDS, Tokenizer, existing, flat, read_json
 from megazero.data.tokenizer_tiktoken import TiktokenTokenizer
-from megazero.errors import UserError
 
 if TYPE_CHECKING:
     import tokenizers

@@ -11,10 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from megazero.base import UserError
 from megazero.data.files import bytes_of
 from megazero.data.indexed import BLOCK, SUMMED, IndexedDataset
 from megazero.data.sidecar import read_sidecar
-from megazero.errors import UserError
 
 Progress = Callable[[int], object]              # told the bytes that were read
 

@@ -1,0 +1,36 @@
+"""What is on the disk, whole or not there."""
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from megazero.base.errors import UserError
+
+
+def sync(path: Path) -> None:
+    """Returns when a file's bytes, or a folder's names, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def draft_of(folder: Path, flag: str = "--output") -> Iterator[Path]:
+    """A folder to write to, which takes the name `folder` when all went well and leaves nothing when not."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{flag} {folder}: is there already and not empty; name a new folder.")
+    draft = folder.with_name(f"{folder.name}.draft-{os.getpid()}")
+    try:
+        draft.mkdir(parents=True)
+        yield draft
+        sync(draft)
+        draft.rename(folder)                                    # an empty folder of that name gives way
+        sync(folder.parent)
+    except OSError as error:
+        raise UserError(f"{flag} {folder}: cannot be written ({error.strerror}).") from error
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)

@@ -1,0 +1,28 @@
+"""What the program says to people."""
+
+from tqdm import tqdm
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+def gib(n: float) -> str:
+    return f"{n / 2**30:.2f} GiB" if n >= 2**29 else f"{n / 2**20:.1f} MiB"
+
+
+def clock(seconds: float) -> str:
+    """1h02m, 3m05s, 12s."""
+    s = round(seconds)
+    return f"{s // 3600}h{s % 3600 // 60:02d}m" if s >= 3600 else f"{s // 60}m{s % 60:02d}s" if s >= 60 else f"{s}s"
+
+
+class Bar:
+    """Progress by bytes; silent when nobody watches."""
+
+    def __init__(self) -> None:
+        self.bar = tqdm(unit="B", unit_scale=True, disable=None, leave=False)
+
+    def __call__(self, done: int, total: int) -> None:
+        self.bar.total = total
+        self.bar.update(done - self.bar.n)

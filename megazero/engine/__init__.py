@@ -1,0 +1,2 @@
+"""Any nn.Module, trained the same way."""
+

@@ -1,0 +1,209 @@
+"""Any nn.Module as units: the parameters of each block, those that belong to no block or to several,
+and their gradients."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from megazero.base import UserError
+from megazero.comm import Group, Work
+from megazero.plan import OperandSpec, Parameter, UnitSpec, Zero, flat
+from megazero.units import Sharing, Unit, Weight
+
+Tensor = torch.Tensor
+Homes = dict[int, tuple["Block", Unit]]
+
+
+class Block:
+    """A submodule's parameters, which come and go together: views of a unit's weights,
+    or of nothing while those are released.
+
+    Frozen parameters are a unit of their own, without gradients.
+    `homes` tells, by address, whose weights a storage holds now.
+    """
+
+    def __init__(self, name: str, parameters: Mapping[str, nn.Parameter], dtype: torch.dtype, sharing: Sharing,
+                 homes: Homes) -> None:
+        self.name, self.homes = name, homes
+        self.stays = sharing.level < 3
+        self.views: list[tuple[nn.Parameter, Weight, torch.Size]] = []
+        self.units = []
+        for trained, unit_name in ((True, name), (False, f"{name} (frozen)")):
+            chosen = {n: p for n, p in parameters.items() if p.requires_grad == trained}
+            if chosen:
+                device = next(iter(chosen.values())).device
+                self.units.append(Unit(flat(_spec(unit_name, chosen), 0, 1), dtype, device, sharing, trained))
+                self.views += [(p, self.units[-1].weight(n), p.shape) for n, p in chosen.items()]
+        self.trained = next((u for u in self.units if u.trained), None)
+
+    def fill(self, first: bool) -> None:
+        """The weights become those of the first rank, whatever the others began with: a sum to which they add zeros."""
+        for unit in self.units:
+            start = unit.master.new_zeros(unit.size)
+            for p, w, _ in self.views:
+                if first and w.unit is unit:
+                    start[w.operand.start:w.operand.stop] = p.detach().flatten()
+            unit.master.copy_(unit.sharing.shard.reduce_scatter(start).wait())
+            unit.sharing.replicate.all_reduce(unit.master).wait()
+            unit.publish()
+        if self.stays:
+            self._show()
+        else:
+            self._hide()
+
+    def gather(self) -> None:
+        """The whole weights begin to arrive, if they are not here or are old.
+        Parameters are views of them from now on."""
+        absent = any(u.weights is None for u in self.units)
+        with torch.inference_mode(False):                       # a buffer made now will serve training too
+            for unit in self.units:
+                unit.gather()
+            if absent:
+                self._show()
+
+    def arrive(self) -> None:
+        for unit in self.units:
+            unit.arrive()
+
+    def release(self) -> None:
+        """At level 3 the whole weights are given back, if they are here."""
+        if not self.stays and any(u.weights is not None for u in self.units):
+            self._hide()
+            for unit in self.units:
+                unit.release()
+
+    def _show(self) -> None:
+        for unit in self.units:
+            assert unit.weights is not None
+            self.homes[unit.weights.untyped_storage().data_ptr()] = self, unit
+        for p, w, shape in self.views:
+            p.data = w.value.view(shape)
+
+    def _hide(self) -> None:
+        for unit in self.units:
+            if unit.weights is not None:
+                del self.homes[unit.weights.untyped_storage().data_ptr()]
+        for p, w, _ in self.views:
+            p.data = w.unit.weight_slice.new_empty(0)
+
+
+def _spec(name: str, parameters: Mapping[str, nn.Parameter]) -> UnitSpec:
+    """Each parameter one operand; matrices are decayed, vectors are not."""
+    logical = [Parameter(n, tuple(p.shape) or (1,), decay=p.dim() > 1) for n, p in parameters.items()]
+    return UnitSpec(name, tuple(OperandSpec(p.name, (p,)) for p in logical))
+
+
+class Complete(NamedTuple):
+    """A unit's sum of gradients on its way; micro-batch `micro` was the last that it took."""
+
+    unit: Unit
+    micro: int
+    work: Work
+
+
+class Sums:
+    """The gradients of a step, from the parameters' to this rank's slices of their sum over all ranks."""
+
+    def __init__(self, zero: Zero, replicate: Group, accumulation: int) -> None:
+        self.zero, self.replicate, self.accumulation = zero, replicate, accumulation
+        self.micro = 0                                          # micro-batches of this step that are done
+        self.growing: set[Unit] = set()
+        self.complete: set[Unit] = set()                        # by the micro-batch of now
+        self.under_way: list[Complete] = []
+        self.replicating: list[Work] = []
+
+    def add(self, weight: Weight, grad: Tensor) -> None:
+        """One parameter's gradient of this micro-batch."""
+        if weight.unit in self.complete:
+            raise UserError(f"{weight.operand.name}: its gradient came after the backward pass of "
+                            f"{weight.unit.flat.name}, so it is used outside of that block; "
+                            "give `blocks` without that one.")
+        self._open(weight.unit)
+        weight.add(grad)
+
+    def close(self, unit: Unit) -> None:
+        """The unit's backward pass is over: its sum begins to travel, if this micro-batch is the last it takes."""
+        last = self.micro + 1 == self.accumulation or (self.zero.level >= 2 and (self.micro + 1) % self.zero.every == 0)
+        if not last or unit in self.complete:
+            return
+        self._open(unit)                                        # even without a gradient: the other ranks count on ours
+        unit.close()
+        if self.zero.lag:
+            self._land(self.zero.lag - 1)
+        self.under_way.append(Complete(unit, self.micro, unit.reduce()))
+        self.growing.discard(unit)
+        self.complete.add(unit)
+        if self.zero.lag is not None:
+            self._land(self.zero.lag)
+
+    def next(self) -> None:
+        """The micro-batch is over."""
+        self.complete.clear()
+        self.micro += 1
+
+    def finish(self) -> None:
+        """The step's sums are there."""
+        self._land(0)
+        for work in self.replicating:
+            work.wait()
+        self.replicating.clear()
+        self.micro = 0
+
+    def _open(self, unit: Unit) -> None:
+        if unit not in self.growing:
+            if any(sum.unit is unit for sum in self.under_way):
+                self._land(0)                                   # its buffer is the one under way
+            unit.open()
+            self.growing.add(unit)
+
+    def _land(self, most: int) -> None:
+        """Waits for sums, oldest first, until at most `most` are under way."""
+        while len(self.under_way) > most:
+            unit, micro, work = self.under_way.pop(0)
+            unit.land(work.wait(), first=micro < self.zero.every)
+            if micro + 1 == self.accumulation:
+                self.replicating.append(self.replicate.all_reduce(unit.grad_slice))
+
+
+def longest_list(model: nn.Module) -> list[nn.Module]:
+    """The children of the longest nn.ModuleList that is not inside another:
+    the layers, not the experts of one of them."""
+    lists = {f"{n}.": m for n, m in model.named_modules() if isinstance(m, nn.ModuleList)}
+    outer = [list(m) for n, m in lists.items() if not any(n != other and n.startswith(other) for other in lists)]
+    return max(outer, key=len, default=[])
+
+
+def belongings(model: nn.Module, blocks: Sequence[nn.Module]) -> dict[nn.Module, dict[str, nn.Parameter]]:
+    """Which parameters, by name, belong to the model itself (first) and to each block that has any. One that is known
+    by several names has the first; it is the model's own if they lie in different places."""
+    inside = {f"{n}.": m for n, m in model.named_modules(remove_duplicate=False) if m in blocks}
+    names: dict[nn.Parameter, list[str]] = {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        names.setdefault(p, []).append(name)
+    own: dict[nn.Module, dict[str, nn.Parameter]] = {model: {}, **{m: {} for m in blocks}}
+    for p, known in names.items():
+        places = {next((m for prefix, m in inside.items() if n.startswith(prefix)), model) for n in known}
+        own[places.pop() if len(places) == 1 else model][known[0]] = p
+    return {m: parameters for m, parameters in own.items() if parameters or m is model}
+
+
+def mistakes(model: nn.Module, blocks: Sequence[nn.Module]) -> Iterator[str]:
+    """What keeps a module from being trained as blocks."""
+    names = {m: n for n, m in model.named_modules() if m is not model}
+    for block in blocks:
+        kind = f"blocks: the {type(block).__name__}"
+        if block not in names:
+            yield f"{kind} is not a submodule of the model; give modules that are inside it."
+        elif around := next((m for m in blocks if m is not block and block in list(m.modules())), None):
+            yield f"{kind} {names[block]} is inside the block {names.get(around)}; give one of the two."
+    parameters = dict(model.named_parameters())
+    devices = sorted({str(p.device) for p in parameters.values()})
+    if len(devices) > 1 or "meta" in devices:
+        yield f"model: its parameters lie on {', '.join(devices)}; move them to this rank's device with model.to(...)."
+    for name, p in parameters.items():
+        if not p.is_floating_point():
+            yield f"model: {name} is {p.dtype}; make it a buffer, since parameters are floating-point numbers."
+    if not any(p.requires_grad for p in parameters.values()):
+        yield "model: no parameter requires a gradient; leave requires_grad on for those to be trained."

@@ -1,0 +1,322 @@
+"""ZeRO for any nn.Module: its blocks become units, and hooks do what the program does for our own decoder.
+
+    forward of a block   its weights are gathered, those of the next one begin to travel; afterwards they are released
+    what autograd saves  a tensor that lies in a unit's weights becomes a `Handle`, which is looked up again in backward
+    backward of a block  begins with the gradient of an output: its weights are gathered, those of the block before
+                         begin to travel. Gradients of parameters go into the unit's sum. Ends when the gradients of its
+                         inputs are complete: the weights are released, the sum begins to travel
+    step                 norm, gate and update over slices, as in any run (optimizer.py)
+
+What belongs to no block, or to several (a tied embedding), is the root: whole from the forward pass to the end of
+backward. Weights and gradients travel in the order in which blocks are called, so every rank must call them in the same
+order. When autograd recomputes a block (torch.utils.checkpoint, either kind, around a block or within it), hooks run
+once more, in backward.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
+
+from megazero.base import UserError, say
+from megazero.comm import Wires
+from megazero.engine.blocks import Block, Homes, Sums, belongings, longest_list, mistakes
+from megazero.plan import LossScale, Zero
+from megazero.settings import Optimizer as Settings
+from megazero.units import TORCH_DTYPE, Buffers, Optimizer, Sharing, Unit, Verdict, Weight
+
+Tensor = torch.Tensor
+CONSTANT = LossScale(value=1.0, minimum=1.0, window=1, hysteresis=1, constant=True)
+NOT_OURS = "loss.backward(): the engine must know of it; write engine.backward(loss)."
+
+
+class Handle(NamedTuple):
+    """What autograd keeps instead of a tensor that lies in a unit's weights.
+    `generation` is the step whose weights it means."""
+
+    block: Block
+    unit: Unit
+    dtype: torch.dtype
+    offset: int
+    size: torch.Size
+    stride: tuple[int, ...]
+    generation: int
+
+
+class Kept(NamedTuple):
+    """Any other tensor that autograd saves. Under hooks torch does not see whether it was changed since:
+    we do, by its version."""
+
+    tensor: Tensor
+    version: int
+
+
+class _Mark(torch.autograd.Function):
+    """Hands its tensors on; in backward, once all that read them is done, calls `leave`."""
+
+    @staticmethod
+    def forward(ctx: Any, leave: Callable[[], None], *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.leave = leave
+        ctx.set_materialize_grads(False)
+        return tensors
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        ctx.leave()
+        return None, *gradients
+
+
+class Engine:
+    """Trains a module on this rank: `engine(...)`, `engine.backward(loss)` and `engine.step()` for each micro-batch.
+
+    model           any module whose parameters lie on one device. Rank 0's are taken; buffers stay each rank's own
+    wires           a mesh of data-parallel ranks: `shard` and `replicate` say who shares what `zero.level` shares
+    accumulation    micro-batches of a step on each rank; `step` acts after the last one
+    blocks          submodules that are gathered and released one by one;
+                    default: the children of the longest nn.ModuleList
+    lr              learning rate of the next step; settings.lr to begin with
+    """
+
+    def __init__(self, model: nn.Module, wires: Wires, settings: Settings, zero: Zero, dtype: str = "fp32",
+                 accumulation: int = 1, scale: LossScale = CONSTANT, blocks: Sequence[nn.Module] | None = None) -> None:
+        modules = list(dict.fromkeys(longest_list(model) if blocks is None else blocks))
+        if errors := [*mistakes(model, modules), *_mistakes(wires, settings, dtype, accumulation)]:
+            raise UserError(*errors)
+        assert settings.lr is not None
+        self.module, self.wires, self.zero, self.scale, self.lr = model, wires, zero, scale, settings.lr
+        self.homes: Homes = {}
+        sharing = Sharing(zero.level, wires["shard"], wires["replicate"], buffers=Buffers(poison=wires.late))
+        names = {m: n for n, m in model.named_modules()}
+        made = {m: Block(names[m] or "root", own, TORCH_DTYPE[dtype], sharing, self.homes)
+                for m, own in belongings(model, modules).items()}
+        self.root, *self.blocks = made.values()
+        for block in made.values():
+            block.fill(wires.rank == 0)
+        self.optimizer = Optimizer([b.trained for b in made.values() if b.trained], settings)
+        self.sums = Sums(zero, wires["replicate"], accumulation)
+        self.total = torch.zeros((), dtype=torch.float64, device=self.optimizer.lr.device)     # of this step's losses
+        self.steps = 0
+        self.verdict: Verdict | None = None                     # of the last step, until the host has read it
+        self.graph = self.in_backward = False                   # graph: will backward follow this forward pass?
+        self.saving: saved_tensors_hooks | None = None          # while the module's forward pass runs
+        self.order: list[Block] = []                            # calls of the last forward pass:
+                                                                # which weights to gather ahead
+        self.calls: list[Block] = []                            # calls of this one
+        self.left: list[Block] = []                             # calls whose backward pass is not over
+        self._register(made)
+
+    def __call__(self, *inputs: Any, **named: Any) -> Any:
+        """The module's own forward pass. Calling the module itself is the same."""
+        self._check()
+        return self.module(*inputs, **named)
+
+    def backward(self, loss: Tensor) -> None:
+        """Adds the gradients of one micro-batch. `loss` is a mean over this rank's micro-batch; the step's loss and
+        gradient are means over micro-batches and ranks."""
+        if self.sums.micro == self.sums.accumulation:
+            raise UserError(f"backward: this step has had its {self.sums.accumulation} micro-batches; "
+                            "call step(), or raise accumulation.")
+        self._check()
+        self._settle()
+        self.total += loss.detach()
+        self.in_backward = True
+        (loss.to(self.optimizer.wide) * (self.scale.value / self.losses)).backward()  # type: ignore[no-untyped-call]
+        self.in_backward = False
+        # those whose inputs, or which themselves, had no part in it too
+        for block in (*reversed(self.blocks), self.root):
+            self._close(block)
+            self._release(block, backward=True)
+        self.left.clear()
+        self.sums.next()
+
+    def step(self) -> Verdict | None:
+        """After the last micro-batch: updates the weights, or changes nothing if a loss or a gradient was not finite
+        anywhere. Before that: None."""
+        if self.sums.micro < self.sums.accumulation:
+            return None
+        if thawed := [p for b in (self.root, *self.blocks) for p, w, _ in b.views
+                      if p.requires_grad and not w.unit.trained]:
+            raise UserError(f"model: {len(thawed)} parameters were frozen when the engine was made and are not now; "
+                            "unfreeze them before.")
+        self.sums.finish()
+        self.wires.line.doing = f"the gate of step {self.steps + 1}"
+        count, scale = (torch.full((), value, dtype=torch.float64, device=self.total.device)
+                        for value in (float(self.sums.accumulation), self.scale.value))
+        self.verdict = self.optimizer.judge(self.total, count, self.losses, scale, self.wires["world"])
+        self.optimizer.step(self.verdict, torch.tensor(self.lr, dtype=self.optimizer.wide))
+        self.total = torch.zeros_like(self.total)
+        self.steps += 1
+        return self.verdict
+
+    def _check(self) -> None:
+        if self.in_backward:
+            raise UserError("engine: its last backward pass failed, and part of the gradients of this step is lost; "
+                            "make a new engine.")
+
+    @property
+    def losses(self) -> int:
+        """Losses of a step, of all ranks."""
+        return self.sums.accumulation * self.wires.mesh.dp
+
+    def _settle(self) -> None:
+        """Reads the last step's verdict, when the next step is well under way:
+        tells of a skipped one, moves the loss scale."""
+        if self.verdict is None:
+            return
+        finite = not bool(self.verdict.found_inf)
+        self.scale, self.verdict = self.scale.after(finite), None
+        if not finite and self.wires.rank == 0:
+            say(f"step {self.steps:,} skipped: its loss or a gradient is not finite; nothing was changed, "
+                f"loss scale {self.scale.value:g}")
+
+    # ---- weights
+
+    def _enter(self, block: Block) -> None:
+        """The block is about to run, forward or backward: its weights are needed, the next block's soon."""
+        ahead = self._ahead(block) if self.zero.prefetch else None
+        self.wires.line.doing = f"{'backward' if self.in_backward else 'forward'} of {block.name}"
+        block.gather()
+        if ahead:
+            ahead.gather()
+        block.arrive()
+
+    def _ahead(self, block: Block) -> Block | None:
+        """The block that follows, if all goes as in the last forward pass;
+        in backward, the one that was called before."""
+        if self.in_backward:
+            i = self._last_call(block)
+            return self.left[i - 1] if i > 0 else None
+        n = len(self.calls)
+        as_before = self.order[:n][-1:] == self.calls[-1:]
+        return self.order[n] if n < len(self.order) and as_before else None
+
+    def _last_call(self, block: Block) -> int:
+        """Where the block stands in `left`, or -1."""
+        return next((i for i in reversed(range(len(self.left))) if self.left[i] is block), -1)
+
+    def _release(self, block: Block, backward: bool) -> None:
+        """After a pass in which weights are not kept for the next. Passes of a step are counted as in a program."""
+        number = 2 * self.sums.micro + backward
+        if not self.graph or (number + 1) % self.zero.keep == 0 or number + 1 == 2 * self.sums.accumulation:
+            block.release()
+
+    def _pack(self, x: Tensor) -> Handle | Kept:
+        """What autograd keeps of a tensor."""
+        home = self.homes.get(x.untyped_storage().data_ptr()) if x.layout == torch.strided else None
+        if home is None:
+            return Kept(x.detach(), x._version)                 # x itself could own the graph that owns it
+        return Handle(*home, x.dtype, int(x.storage_offset()), x.shape, x.stride(), self.steps)
+
+    def _unpack(self, kept: Handle | Kept) -> Tensor:
+        """The tensor again, in backward."""
+        if isinstance(kept, Kept):
+            if kept.tensor._version != kept.version:
+                raise RuntimeError(f"a tensor of shape {tuple(kept.tensor.shape)} that backward needs "
+                                   "was changed in place since")
+            return kept.tensor
+        if kept.generation != self.steps:
+            raise UserError(f"backward: reads weights of {kept.block.name} as of step {kept.generation}, but step "
+                            f"{self.steps} has changed them; run the forward pass again after step().")
+        if not self.in_backward:
+            raise UserError(NOT_OURS)
+        self._enter(kept.block)
+        assert kept.unit.weights is not None
+        storage = kept.unit.weights.untyped_storage()
+        return torch.empty(0, dtype=kept.dtype, device=storage.device).set_(  # type: ignore[call-overload]
+            storage, kept.offset, kept.size, kept.stride)
+
+    # ---- hooks
+
+    def _register(self, made: Mapping[nn.Module, Block]) -> None:
+        self.module.register_forward_pre_hook(self._begin)
+        self.module.register_forward_hook(self._end, always_call=True)
+        for module, block in made.items():
+            if module is not self.module:
+                module.register_forward_pre_hook(partial(self._before, block), with_kwargs=True)
+                module.register_forward_hook(partial(self._after, block))
+            for p, weight, _ in block.views:
+                p.grad = None
+                if p.requires_grad:
+                    p.register_post_accumulate_grad_hook(partial(self._take, weight))
+
+    def _begin(self, module: nn.Module, inputs: Any) -> None:
+        """The model's forward pass begins. In backward, here and below, it is recomputed:
+        its backward pass is prepared already."""
+        if self.in_backward:
+            return
+        self.graph, self.order, self.calls = torch.is_grad_enabled(), self.calls, []
+        self._enter(self.root)
+        self.saving = saved_tensors_hooks(self._pack, self._unpack)
+        self.saving.__enter__()
+
+    def _end(self, module: nn.Module, inputs: Any, outputs: Any) -> None:
+        if self.saving is None:
+            return
+        self.saving.__exit__()
+        self.saving = None
+        for block in self.blocks if self.graph else (*self.blocks, self.root):  # what was gathered ahead and not called
+            self._release(block, backward=False)
+
+    def _before(self, block: Block, module: nn.Module, inputs: Any, named: Any) -> Any:
+        """A block's forward pass begins. Its inputs are marked, so that the end of its backward pass is known."""
+        if not self.in_backward:
+            if self.saving is None:
+                raise UserError(f"{block.name}: was called outside of the model's own forward pass; call engine(...).")
+            self.calls.append(block)
+            self.left += [block] * self.graph
+        self._enter(block)
+        leaves, spec = tree_flatten((inputs, named))
+        given = {id(x): x for x in leaves if isinstance(x, Tensor) and x.requires_grad}
+        if not given or not torch.is_grad_enabled():
+            return None
+        marked = dict(zip(given, _Mark.apply(partial(self._leave, block), *given.values()), strict=True))
+        return tree_unflatten([marked.get(id(x), x) for x in leaves], spec)
+
+    def _after(self, block: Block, module: nn.Module, inputs: Any, outputs: Any) -> None:
+        """Its forward pass is over. The first gradient of an output begins its backward pass."""
+        if self.in_backward:
+            return
+        for x in tree_leaves(outputs):
+            if isinstance(x, Tensor) and x.requires_grad:
+                x.register_hook(lambda _: self._enter(block))
+        self._release(block, backward=False)
+
+    def _leave(self, block: Block) -> None:
+        """The backward pass of one call of a block is over."""
+        i = self._last_call(block)
+        # else of a forward pass before another's backward: the end will close it
+        if i >= 0:
+            self.left.pop(i)
+            if block not in self.left:
+                self._close(block)
+        self._release(block, backward=True)
+
+    def _close(self, block: Block) -> None:
+        if block.trained:
+            self.wires.line.doing = f"the sum of gradients of {block.name}"
+            self.sums.close(block.trained)
+
+    def _take(self, weight: Weight, p: Tensor) -> None:
+        """A parameter's gradient is there."""
+        assert p.grad is not None
+        if not self.in_backward:
+            raise UserError(NOT_OURS)
+        self.sums.add(weight, p.grad)
+        p.grad = None
+
+
+def _mistakes(wires: Wires, settings: Settings, dtype: str, accumulation: int) -> Iterator[str]:
+    mesh = wires.mesh
+    if mesh.tp * mesh.pp > 1:
+        yield (f"mesh: tp {mesh.tp}, pp {mesh.pp}: a module is shared among data-parallel ranks alone; "
+               f"write Mesh(1, {mesh.world}, 1).")
+    if dtype not in TORCH_DTYPE:
+        yield f"dtype {dtype}: is not known; write one of {', '.join(TORCH_DTYPE)}."
+    if accumulation < 1:
+        yield f"accumulation {accumulation}: must be at least 1."
+    if settings.lr is None:
+        yield "lr: is missing; give the highest learning rate."

@@ -1,0 +1,205 @@
+"""Checkpoints to Hugging Face folders and back, tensor by tensor: no more than one tensor of theirs is in memory.
+
+    export_folder    DIR/step-N  -> HF_DIR/{config.json, generation_config.json, model*.safetensors, tokenizer files}
+    import_folder    HF_DIR      -> DIR/step-00000000, DIR/tokenizer
+
+What is a tensor of theirs in terms of ours is data (families.py); here it is applied, both ways. A folder appears under
+its name when it is complete.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megazero.base import DTYPES, UserError, draft_of
+from megazero.data import Tokenizer
+from megazero.hf.files import INDEX, Source, read_json, shards, write_json
+from megazero.hf.tokenizer import export_tokenizer, import_tokenizer
+from megazero.plan import (
+    Architecture,
+    Family,
+    Progress,
+    Row,
+    architecture_of,
+    family_of,
+    flags,
+    from_config,
+    loss_scale,
+    obstacles,
+    rows,
+    shapes,
+    to_config,
+    zeros,
+)
+from megazero.settings import Config
+from megazero.state import Planned, Reader, Slice, planned, stream, write_alone
+from megazero.units import TORCH_DTYPE
+
+Tensor = torch.Tensor
+Told = Callable[[int, int], None]       # (bytes written so far, bytes in all)
+SHARD = 5 * 10**9                       # bytes of one file of an export
+
+
+# ---- ours -> theirs
+
+def export_folder(reader: Reader, output: Path, dtype: str | None = None, shard: int = SHARD,
+                  told: Told = lambda *_: None) -> Family:
+    """Writes a Hugging Face folder of the checkpoint's weights, in `dtype` (None: as they are stored)."""
+    a = architecture_of(reader.index["architecture"])
+    family, ours = family_of(a), shapes(a)
+    missing = [n for n in ours if reader.shapes.get(("weight", n)) != ours[n]]
+    if missing:
+        raise UserError(f"{reader.folder}: has no weight/{missing[0]} of shape {list(ours[missing[0]])}, "
+                        "which its architecture asks for.")
+    name = dtype or stored_dtype(reader)
+    table = {row.theirs: row for row in rows(a, family)}
+    plan = [Planned(row.theirs, _their_shape(row, ours), TORCH_DTYPE[name]) for row in table.values()]
+    total, done = sum(p.nbytes for p in plan), 0
+
+    def make(theirs: str) -> Tensor:
+        nonlocal done
+        tensor = _cast(theirs, _theirs(table[theirs], ours, reader), TORCH_DTYPE[name])
+        done += tensor.nbytes
+        told(done, total)
+        return tensor
+
+    with draft_of(output) as draft:
+        files = shards(plan, shard)
+        for file, part in files.items():
+            stream(draft / file, part, make, lambda _: {"format": "pt"})
+        if len(files) > 1:
+            where = {p.name: file for file, part in files.items() for p in part}
+            write_json(draft / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
+        tokenizer = export_tokenizer(reader, draft, a.seq_length)
+        _write_configs(draft, to_config(a, family), reader, tokenizer, DTYPES[name].torch)
+    return family
+
+
+def stored_dtype(reader: Reader) -> str:
+    """fp64 for a run in fp64, else fp32: masters are what a checkpoint holds."""
+    some = next(k for k in reader.shapes if k[0] == "weight")
+    return {dtype: name for name, dtype in TORCH_DTYPE.items()}[reader.dtype(*some)]
+
+
+def _their_shape(row: Row, ours: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
+    parts = [ours.get(n) or zeros(n, ours) or () for n in row.ours]
+    stacked = (sum(p[0] for p in parts), *parts[0][1:])
+    return stacked[::-1] if row.transpose else stacked
+
+
+def _theirs(row: Row, ours: Mapping[str, tuple[int, ...]], reader: Reader) -> Tensor:
+    """Ours stacked along dimension 0, then transposed if the row says so. An import reads rows of that."""
+    parts = [reader.read("weight", n) if n in ours else torch.zeros(zeros(n, ours) or ()) for n in row.ours]
+    stacked = torch.cat(parts) if len(parts) > 1 else parts[0]
+    return stacked.T if row.transpose else stacked
+
+
+def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    out = tensor.to(dtype)
+    if dtype == torch.float16 and not out.isfinite().all() and tensor.isfinite().all():
+        raise UserError(f"--dtype fp16: {name} holds {tensor.abs().max().item():g}, more than fp16 can hold; "
+                        "write bf16 or fp32.")
+    return out
+
+
+def _write_configs(folder: Path, config: dict[str, Any], reader: Reader, tokenizer: Tokenizer | None,
+                   dtype: str) -> None:
+    """config.json and generation_config.json. An import keeps its special ids; a run of ours starts documents with the
+    id that ended the one before, unless its tokenizer begins every text."""
+    eod, bos = (tokenizer.eod, tokenizer.bos) if tokenizer else (None, None)
+    ids = reader.index.get("special_ids") or {
+        "bos_token_id": eod if bos is None else bos, "eos_token_id": eod, "pad_token_id": None}
+    write_json(folder / "config.json", {**config, **ids, "dtype": dtype, "torch_dtype": dtype, "use_cache": True})
+    write_json(folder / "generation_config.json",
+               {"_from_model_config": True, **{k: v for k, v in ids.items() if v is not None}})
+
+
+# ---- theirs -> ours
+
+@dataclass(frozen=True)
+class Part:
+    """Where one of our weights lies in theirs: rows [low, high) of a row's (transposed) tensor."""
+
+    row: Row
+    low: int
+    high: int
+
+
+def import_folder(folder: Path, output: Path, told: Told = lambda *_: None) -> tuple[Architecture, Tokenizer | None]:
+    """Writes a checkpoint at step 0 of a Hugging Face folder's weights, as they are, in fp32 (fp64 if they are)."""
+    if not folder.is_dir():
+        raise UserError(f"--input {folder}: there is no such folder.")
+    config = read_json(folder / "config.json")
+    if not isinstance(config, dict) or not isinstance(config.get("model_type", ""), str):
+        raise UserError(f"{folder / 'config.json'}: is not a model's configuration, an object with a model_type; "
+                        "fetch it again.")
+    a, family = from_config(config)
+    reasons = obstacles(a, family)
+    if reasons:
+        raise UserError(f"{folder / 'config.json'}: is a model that this decoder cannot be: {'; '.join(reasons)}.")
+    source, ours = Source(folder, family.base, family.buffers), shapes(a)
+    parts = _match(a, family, source, ours)
+    dtype = torch.float64 if torch.float64 in source.dtypes.values() else torch.float32
+    slices = [planned("weight", n, shape, dtype) for n, shape in ours.items()]
+    total, done = sum(s.tensor.nbytes for s in slices), 0
+
+    def make(slice_: Slice) -> Tensor:
+        nonlocal done
+        p = parts[slice_.name]
+        tensor = source.read(p.row.theirs, p.low, p.high, p.row.transpose).to(dtype)
+        done += tensor.nbytes
+        told(done, total)
+        return tensor
+
+    with draft_of(output) as draft:
+        tokenizer = import_tokenizer(folder, draft)
+        write_alone(draft, slices, _index(a, config, tokenizer), make)
+    return a, tokenizer
+
+
+def _match(a: Architecture, family: Family, source: Source, ours: Mapping[str, tuple[int, ...]]) -> dict[str, Part]:
+    """Our weight -> where it lies in theirs.
+    Raises UserError unless the two sides match, name by name and shape by shape."""
+    parts, errors, seen = {}, [], set()
+    for row in rows(a, family):
+        name, shape = source.name(row.theirs), _their_shape(row, ours)
+        seen.add(name)
+        if name is None:
+            errors.append(f"--input {source.folder}: has no {row.theirs}, which its config.json asks for.")
+        elif source.shapes[name] != shape:
+            errors.append(f"--input {source.folder}: {name} has shape {list(source.shapes[name])}, "
+                          f"its config.json asks for {list(shape)}.")
+        else:
+            at = 0
+            for n in row.ours:
+                rows_of = (ours.get(n) or zeros(n, ours) or (0,))[0]
+                part = Part(row, at, at + rows_of)
+                at = part.high
+                if n in ours:
+                    parts[n] = part
+                elif source.read(row.theirs, part.low, part.high, row.transpose).count_nonzero():
+                    errors.append(f"--input {source.folder}: {name} is not zero, and this decoder has no such bias.")
+    errors += [f"--input {source.folder}: holds {n}, which its config.json does not mention." for n in source.files
+               if n not in seen and not (n == "lm_head.weight" and a.tied and _is_embedding(n, a, family, source))]
+    if errors:
+        raise UserError(*errors[:5], *([f"--input {source.folder}: and {len(errors) - 5} more like these."]
+                                       if len(errors) > 5 else []))
+    return parts
+
+
+def _is_embedding(name: str, a: Architecture, family: Family, source: Source) -> bool:
+    """Is this the tied matrix again? Some files hold it under both names."""
+    row = next(r for r in rows(a, family) if r.ours == ("embedding.weight",))
+    return torch.equal(source.read(name, 0, a.vocab_size), source.read(row.theirs, 0, a.vocab_size))
+
+
+def _index(a: Architecture, config: Mapping[str, Any], tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """What the index says, as that of a run of ours before its first step,
+    and the special ids that only Hugging Face knows."""
+    return {"step": 0, "progress": asdict(Progress(loss_scale(Config()))), "config": flags(a), "optimizer": None,
+            "architecture": asdict(a), "tokenizer": tokenizer.identity() if tokenizer else None,
+            "layout": {"tp": 1, "pp": 1, "dp": 1, "zero_stage": 0},
+            "special_ids": {f"{k}_token_id": config.get(f"{k}_token_id") for k in ("bos", "eos", "pad")}}

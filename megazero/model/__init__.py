@@ -1,0 +1,7 @@
+"""The decoder: what it computes."""
+
+from megazero.model.decoder import Batch, Decoder
+
+__all__ = [
+    "Batch", "Decoder",
+]

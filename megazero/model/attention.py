@@ -1,0 +1,89 @@
+"""Attention and rotary positions. [b, s, n, d]: samples, tokens, heads of this rank, channels of a head."""
+
+import torch
+import torch.nn.functional as F
+
+from megazero.comm import Group
+from megazero.plan import Rotary
+from megazero.units import keep_mask
+
+Tensor = torch.Tensor
+
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, positions: Tensor | None, documents: Tensor | None, group: Group,
+    keep: Tensor | None = None
+) -> Tensor:
+    """Causal softmax(q kT / sqrt(d)) v: q [b, s, n, d], k and v [b, s, n_kv, d] -> [b, s, n, d].
+
+    positions   [b, s] place of each token in its sequence; None: in order
+    documents   [b, s] number of each token's document: tokens see their own document alone;
+                None: everything before them
+    group       ranks that share the sequence (one: the whole sequence is here)
+    keep        [b, n, s, s] scale of each attention weight for dropout; None: no dropout
+    """
+    assert group.size == 1, "a sequence cut over ranks needs context parallelism"
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    plain = positions is None and documents is None
+    flash = plain and (not q.is_cuda or q.dtype in (torch.bfloat16, torch.float16))
+    # of CUDA's kernels that make no [s, s] flash alone knows groups
+    if keep is not None or not flash:
+        k, v = _repeat(k, q.shape[1]), _repeat(v, q.shape[1])
+    grouped = q.shape[1] != k.shape[1]
+    if keep is not None:
+        out = _explicit(q, k, v, _visible(q, positions, documents), keep)
+    elif plain:
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+    else:
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=_visible(q, positions, documents))
+    return out.transpose(1, 2)
+
+
+def _visible(q: Tensor, positions: Tensor | None, documents: Tensor | None) -> Tensor:
+    """bool [b or 1, 1, s, s]: may the query of the row see the key of the column?"""
+    at = torch.arange(q.shape[2], device=q.device)[None] if positions is None else positions
+    see = at[:, None, :, None] >= at[:, None, None, :]
+    return see if documents is None else see & (documents[:, None, :, None] == documents[:, None, None, :])
+
+
+def _explicit(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, keep: Tensor) -> Tensor:
+    """The formula itself, for dropout whose mask is ours."""
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)    # in this order fp16 does not overflow
+    return (torch.softmax(scores.masked_fill(~visible, -torch.inf), -1) * keep) @ v
+
+
+def _repeat(x: Tensor, heads: int) -> Tensor:
+    return x if heads == x.shape[1] else x.repeat_interleave(heads // x.shape[1], 1)
+
+
+def attention_keep(stream: int, samples: Tensor, heads: range, all_heads: int, s: int, p: float,
+                   dtype: torch.dtype) -> Tensor:
+    """Dropout of attention weights, [b, heads, s, s]: 0 or 1 / (1 - p), the same for a head on whichever rank it is."""
+    head = torch.arange(heads.start, heads.stop, device=samples.device)
+    rows = ((samples[:, None] * all_heads + head)[:, :, None] * s + torch.arange(s, device=samples.device)).flatten()
+    return (keep_mask(stream, rows, s, p).to(dtype) / (1 - p)).view(len(samples), len(heads), s, s)
+
+
+def rotary_table(rotary: Rotary, length: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """cos and sin of positions 0 .. length - 1, each [length, channels / 2]; angles in fp32, or fp64 for fp64."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    frequency = rotary.base ** -(torch.arange(0, rotary.channels, 2, dtype=wide, device=device) / rotary.channels)
+    if rotary.scaling:
+        frequency = _stretched(frequency, *rotary.scaling)
+    angle = torch.arange(length, dtype=wide, device=device)[:, None] * frequency
+    return angle.cos().to(dtype), angle.sin().to(dtype)
+
+
+def _stretched(frequency: Tensor, factor: float, low: float, high: float, original: int) -> Tensor:
+    """Llama 3.1's scaling: long wavelengths are stretched by `factor`, short ones kept, those between blended."""
+    turns = original * frequency / (2 * torch.pi)               # how often a channel turns within the original length
+    blend = ((turns - low) / (high - low)).clamp(0, 1)
+    return frequency * (blend + (1 - blend) / factor)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotates channel j of the first half with channel j of the second:
+    x [b, s, n, d], cos and sin [b or 1, s, 1, r / 2], r <= d."""
+    half = cos.shape[-1]
+    a, b, rest = x[..., :half], x[..., half:2 * half], x[..., 2 * half:]
+    return torch.cat((a * cos - b * sin, b * cos + a * sin, rest), -1)

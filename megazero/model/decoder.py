@@ -1,0 +1,203 @@
+"""The decoder: an embedding part, blocks, and a head part, each a function of (input, batch) over units.
+
+    b samples   s tokens of a sample   t = b s, padded to a multiple of tp   h hidden
+    n heads and o channels of this tensor-parallel rank
+
+Activations between parts are [t / tp, h]. Which units a part reads is said by architecture.parts.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+
+from megazero.comm import Alone, Group
+from megazero.model.attention import attention, attention_keep, rotary_table, rotate
+from megazero.model.ops import column, cross_entropy, embedding, layer_norm, positions, rms_norm, row
+from megazero.plan import LOGITS, Architecture
+from megazero.units import Unit, Weight, keep_mask, key
+
+Tensor = torch.Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch. `step` is None outside training: then nothing is dropped."""
+
+    tokens: Tensor                      # [b, s] int64
+    targets: Tensor                     # [b, s] int64
+    mask: Tensor                        # [b, s] weight of each target's loss, float
+    samples: Tensor                     # [b] int64, numbers of the samples in the run
+    step: int | None = None
+    positions: Tensor | None = None     # [b, s] for embeddings and rotations, not for what sees what; None: 0 .. s - 1
+    documents: Tensor | None = None     # [b, s]; None: the whole sample is one document
+
+
+class Decoder:
+    """The parts of an architecture over its units, or those of one rank's stages.
+    Holds no tensors of its own but the rotary table."""
+
+    def __init__(self, a: Architecture, units: Mapping[str, Unit], group: Group, seed: int, recompute: str,
+                 device: torch.device, own: Sequence[int] | None = None) -> None:
+        """`own`: the numbers of the parts to be built here, whose units these are; default all."""
+        self.a, self.units, self.group, self.seed, self.recompute = a, units, group, seed, recompute
+        self.dtype = next(iter(units.values())).weight_slice.dtype
+        self.rotary = rotary_table(a.rotary, a.seq_length, self.dtype, device) if a.rotary else None
+        own = range(a.layers + 2) if own is None else own
+        self.parts = {i: Block(self, i - 1) if i else Embedding(self) for i in own if i <= a.layers}
+        self.head = Head(self) if a.layers + 1 in own else None
+
+    def weight(self, name: str) -> Weight:
+        """The handle of an operand, by name."""
+        return next(u.weight(name) for u in self.units.values() if name in u)
+
+    def maybe(self, name: str) -> Weight | None:
+        return self.weight(name) if any(name in u for u in self.units.values()) else None
+
+    def norm(self, name: str) -> Callable[[Tensor], Tensor]:
+        """The norm of that name as a function."""
+        weight, bias = self.weight(f"{name}.weight"), self.maybe(f"{name}.bias")
+        if self.a.norm == "RMSNorm":
+            return partial(rms_norm, weight=weight, epsilon=self.a.epsilon)
+        return partial(layer_norm, weight=weight, bias=bias, epsilon=self.a.epsilon)
+
+    def padded(self, x: Tensor) -> Tensor:
+        """[b s, ...] -> [t, ...]: zeros up to a multiple of tp.
+        Padded tokens have no loss, and no other token sees them."""
+        missing = -len(x) % self.group.size
+        return torch.cat((x, x.new_zeros(missing, *x.shape[1:]))) if missing else x
+
+    def mine(self, per_token: Tensor) -> Tensor:
+        """[b, s] -> [t / tp]: this rank's share of the tokens."""
+        return self.padded(per_token.flatten()).chunk(self.group.size)[self.group.rank]
+
+    def dropped(self, x: Tensor, batch: Batch, site: str) -> Tensor:
+        """Hidden dropout of x [t / tp, h], a pure function of (seed, step, site, sample, token, channel)."""
+        p = self.a.hidden_dropout
+        if p == 0 or batch.step is None:
+            return x
+        s = batch.tokens.shape[1]
+        rows = self.mine(batch.samples[:, None] * s + torch.arange(s, device=x.device))
+        return x * (keep_mask(key(self.seed, batch.step, site), rows, x.shape[1], p).to(x.dtype) / (1 - p))
+
+
+class Embedding:
+    """Tokens -> [t / tp, h]. Its input is only a leaf for autograd to start from."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self.d = decoder
+        self.words, self.places = decoder.weight("embedding.weight"), decoder.maybe("positions.weight")
+
+    def __call__(self, leaf: Tensor, batch: Batch) -> Tensor:
+        x = embedding(self.d.padded(batch.tokens.flatten()), self.words, self.d.group, leaf)
+        if self.places:
+            s = torch.arange(batch.tokens.shape[1], device=x.device).expand_as(batch.tokens)
+            x = positions(x, self.d.mine(s if batch.positions is None else batch.positions), self.places)
+        return self.d.dropped(x, batch, "embedding")
+
+
+class Block:
+    """x + attention(norm(x)), then x + mlp(norm(x)): pre-norm (Radford et al. 2019)."""
+
+    def __init__(self, decoder: Decoder, layer: int) -> None:
+        self.d, self.name = decoder, f"layers.{layer}"
+        at, mlp = f"{self.name}.attention", f"{self.name}.mlp"
+        w, maybe = decoder.weight, decoder.maybe
+        self.norm, self.mlp_norm = decoder.norm(f"{at}.norm"), decoder.norm(f"{mlp}.norm")
+        self.qk_norm = (decoder.norm(f"{at}.q_norm"), decoder.norm(f"{at}.k_norm")) if decoder.a.qk_norm else None
+        self.qkv, self.qkv_bias = w(f"{at}.qkv.weight"), maybe(f"{at}.qkv.bias")
+        self.o, self.o_bias = w(f"{at}.o.weight"), maybe(f"{at}.o.bias")
+        self.up, self.up_bias = w(f"{mlp}.up.weight"), maybe(f"{mlp}.up.bias")
+        self.down, self.down_bias = w(f"{mlp}.down.weight"), maybe(f"{mlp}.down.bias")
+        self.heads = self.qkv.operand.pieces[0].shard.box                                # rows of q on this rank
+
+    def __call__(self, x: Tensor, batch: Batch) -> Tensor:
+        x = x + self.d.dropped(self.attention(x, batch), batch, f"{self.name}.attention")
+        return x + self.d.dropped(self.mlp(x), batch, f"{self.name}.mlp")
+
+    def attention(self, x: Tensor, batch: Batch) -> Tensor:
+        a, (b, s) = self.d.a, batch.tokens.shape
+        # [b, s, n + 2 n_kv, d]
+        qkv = self.column(x, self.norm, self.qkv, self.qkv_bias)[:b * s].view(b, s, -1, a.head_dim)
+        q, k, v = qkv.split([p.shard.box.size[0] // a.head_dim for p in self.qkv.operand.pieces], dim=2)
+        if self.qk_norm:
+            q, k = self.qk_norm[0](q), self.qk_norm[1](k)
+        if self.d.rotary:
+            cos, sin = (t[None, :s] if batch.positions is None else t[batch.positions] for t in self.d.rotary)
+            q, k = rotate(q, cos[:, :, None], sin[:, :, None]), rotate(k, cos[:, :, None], sin[:, :, None])
+        y = attention(q, k, v, None, batch.documents, Alone(), self.attention_dropout(q, batch))
+        return row(self.d.padded(y.reshape(b * s, -1)), self.o, self.o_bias, self.d.group)
+
+    def attention_dropout(self, q: Tensor, batch: Batch) -> Tensor | None:
+        a = self.d.a
+        if a.attention_dropout == 0 or batch.step is None:
+            return None
+        first = self.heads.offset[0] // a.head_dim
+        stream = key(self.d.seed, batch.step, self.name, "weights")
+        return attention_keep(stream, batch.samples, range(first, first + q.shape[2]), a.heads, q.shape[1],
+                              a.attention_dropout, q.dtype)
+
+    def mlp(self, x: Tensor) -> Tensor:
+        inner = self.column(x, self.mlp_norm, self.up, self.up_bias)
+        activation = ACTIVATIONS[self.d.a.activation]
+        if self.d.recompute == "selective":
+            return row(inner, self.down, self.down_bias, self.d.group, before=activation)
+        return row(activation(inner), self.down, self.down_bias, self.d.group)
+
+    def column(self, x: Tensor, norm: Callable[[Tensor], Tensor], weight: Weight, bias: Weight | None) -> Tensor:
+        """norm, then a column operation; with selective recompute the norm's result is not kept."""
+        if self.d.recompute == "selective":
+            return column(x, weight, bias, self.d.group, before=norm)
+        return column(norm(x), weight, bias, self.d.group)
+
+
+class Head:
+    """Final norm, output matrix (the embedding's when tied), loss."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        self.d = decoder
+        self.norm = decoder.norm("head.norm")
+        self.output = decoder.weight("embedding.weight" if decoder.a.tied else "head.output.weight")
+
+    def __call__(self, x: Tensor, batch: Batch) -> Tensor:
+        """Sum of the masked losses, a scalar; no gradients."""
+        with torch.no_grad():
+            return self._loss(self.norm(x), batch, None)[0]
+
+    def forward_backward(self, x: Tensor, batch: Batch, scale: Tensor) -> tuple[Tensor, Tensor]:
+        """(sum of the masked losses, gradient of scale x that sum for x [t / tp, h]):
+        one pass, logits are computed once."""
+        x = x.detach().requires_grad_()
+        with torch.enable_grad():
+            normal = self.norm(x)
+        with torch.no_grad():
+            total, dx = self._loss(normal, batch, scale)
+        assert dx is not None
+        return total, torch.autograd.grad(normal, x, self.d.group.reduce_scatter(dx).wait())[0]
+
+    def logits(self, x: Tensor) -> Tensor:
+        """[t, h] -> [t, vocabulary], for generation on one rank."""
+        with torch.no_grad():
+            return (self.norm(x) @ self.output.value.T)[:, :self.output.rows.size[0]]
+
+    def _loss(self, normal: Tensor, batch: Batch, scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        chunk = max(LOGITS // len(self.output.value), 1)
+        targets, mask = self.d.padded(batch.targets.flatten()), self.d.padded(batch.mask.flatten())
+        return cross_entropy(self.d.group.all_gather(normal.detach()).wait(), targets, mask, self.output, self.d.group,
+                             chunk, scale)
+
+
+def swiglu(x: Tensor) -> Tensor:
+    """silu(gate) x up, for [t, 2 o] of gate and up side by side (Shazeer 2020)."""
+    gate, up = x.chunk(2, -1)
+    return F.silu(gate) * up
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "relu2": lambda x: F.relu(x).square(),
+    "swiglu": swiglu,
+}

@@ -1,0 +1,243 @@
+"""The operations that read weights. Each is right by itself for any number of tensor-parallel ranks.
+
+Activations between operations are [tokens / tp, hidden]: every rank of a tensor-parallel group holds its share of the
+tokens. A column operation gathers the tokens, a row operation scatters their sums, and each is the other's backward
+(sequence parallelism, Korthikanti et al. 2022, section 4). With one rank both hand their input on.
+
+    t  tokens of the micro-batch     t/tp  this rank's share     i, o  input and output channels of this rank
+
+What autograd saves are activations and handles, never weights. In backward the gradient for the input comes first, so
+that it can travel while the weight's gradient is computed.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from megazero.comm import Group
+from megazero.units import Weight
+
+Tensor = torch.Tensor
+Pointwise = Callable[[Tensor], Tensor]
+
+
+def column(x: Tensor, weight: Weight, bias: Weight | None, group: Group, before: Pointwise | None = None) -> Tensor:
+    """[t/tp, i] -> [t, o]: gathers the tokens, multiplies by this rank's rows of the weight.
+
+    `before` is a pointwise function of x that is computed again in backward instead of kept (selective recompute).
+    """
+    return Column.apply(x, weight, bias, group, before)
+
+
+class Column(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Weight, bias: Weight | None, group: Group,
+                before: Pointwise | None) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.weight, ctx.bias, ctx.group, ctx.before = weight, bias, group, before
+        full = group.all_gather(before(x) if before else x).wait()
+        return F.linear(full, weight.value, bias.value if bias else None)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        (x,) = ctx.saved_tensors
+        x, again = recomputed(x, ctx.before)
+        full = ctx.group.all_gather(again.detach())           # gathered anew rather than kept, under the product for dx
+        dx = ctx.group.reduce_scatter(dy @ ctx.weight.value)  # travels under the product for the weight
+        ctx.weight.add_product(dy, full.wait())
+        if ctx.bias:
+            ctx.bias.add_sum(dy)
+        return through(x, again, dx.wait()), None, None, None, None
+
+
+def row(x: Tensor, weight: Weight, bias: Weight | None, group: Group, before: Pointwise | None = None) -> Tensor:
+    """[t, i] -> [t/tp, o]: multiplies by this rank's columns of the weight, sums over ranks,
+    keeps this rank's tokens."""
+    return Row.apply(x, weight, bias, group, before)
+
+
+class Row(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Weight, bias: Weight | None, group: Group,
+                before: Pointwise | None) -> Tensor:
+        ctx.save_for_backward(x)
+        ctx.weight, ctx.bias, ctx.group, ctx.before = weight, bias, group, before
+        inner = before(x) if before else x
+        if group.size == 1:
+            return F.linear(inner, weight.value, bias.value if bias else None)      # the bias fused into the product
+        y = group.reduce_scatter(inner @ weight.value.T).wait()
+        return y.add_(bias.value) if bias else y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        (x,) = ctx.saved_tensors
+        gather = ctx.group.all_gather(dy)
+        x, again = recomputed(x, ctx.before)
+        if ctx.bias:
+            ctx.bias.add_sum(dy)                                # of this rank's tokens: partial over tp
+        full = gather.wait()
+        dx = full @ ctx.weight.value
+        ctx.weight.add_product(full, again.detach())
+        return through(x, again, dx), None, None, None, None
+
+
+def recomputed(x: Tensor, before: Pointwise | None) -> tuple[Tensor, Tensor]:
+    """(x as a leaf, before(x) with its graph), or x twice."""
+    if before is None:
+        return x, x
+    with torch.enable_grad():
+        leaf = x.detach().requires_grad_()
+        return leaf, before(leaf)
+
+
+def through(leaf: Tensor, again: Tensor, grad: Tensor) -> Tensor:
+    """The gradient for x from the gradient for before(x)."""
+    return grad if again is leaf else torch.autograd.grad(again, leaf, grad)[0]
+
+
+def layer_norm(x: Tensor, weight: Weight, bias: Weight | None, epsilon: float) -> Tensor:
+    """LayerNorm over the last dimension (Ba et al. 2016); statistics in fp32 or wider."""
+    return LayerNorm.apply(x, weight, bias, epsilon)
+
+
+class LayerNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Weight, bias: Weight | None, epsilon: float) -> Tensor:
+        y, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], weight.value, bias.value if bias else None, epsilon)
+        ctx.save_for_backward(x, mean, rstd)
+        ctx.weight, ctx.bias = weight, bias
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, mean, rstd = ctx.saved_tensors
+        b = ctx.bias.value if ctx.bias else None
+        dx, dw, db = torch.ops.aten.native_layer_norm_backward(dy, x, x.shape[-1:], mean, rstd, ctx.weight.value, b,
+                                                               [True, True, ctx.bias is not None])
+        ctx.weight.add(dw)
+        if ctx.bias:
+            ctx.bias.add(db)
+        return dx, None, None, None
+
+
+def rms_norm(x: Tensor, weight: Weight, epsilon: float) -> Tensor:
+    """RMSNorm over the last dimension (Zhang and Sennrich 2019); statistics in fp32 or wider."""
+    return RMSNorm.apply(x, weight, epsilon)
+
+
+class RMSNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Weight, epsilon: float) -> Tensor:
+        wide = x.to(statistics(x.dtype))
+        rstd = wide.square().mean(-1, keepdim=True).add_(epsilon).rsqrt_()
+        ctx.save_for_backward(x, rstd)
+        ctx.weight = weight
+        return (wide * rstd).to(x.dtype) * weight.value
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, rstd = ctx.saved_tensors
+        normal = x.to(rstd.dtype) * rstd
+        wide = dy.to(rstd.dtype)
+        ctx.weight.add((wide * normal).flatten(0, -2).sum(0))
+        scaled = wide * ctx.weight.value
+        dx = scaled.sub_(normal.mul_((scaled * normal).mean(-1, keepdim=True))).mul_(rstd)
+        return dx.to(x.dtype), None, None
+
+
+def statistics(dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which sums over channels are taken."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def embedding(tokens: Tensor, weight: Weight, group: Group, leaf: Tensor) -> Tensor:
+    """Tokens [t] -> [t/tp, h]: each rank looks up the rows it holds, the sum over ranks is scattered along tokens.
+
+    `leaf` is any tensor that requires a gradient: autograd calls backward only of functions of such a one.
+    """
+    return Embedding.apply(leaf, tokens, weight, group)
+
+
+class Embedding(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, leaf: Tensor, tokens: Tensor, weight: Weight, group: Group) -> Tensor:
+        index, here = local_rows(tokens, weight)
+        ctx.save_for_backward(index, here)
+        ctx.weight, ctx.group = weight, group
+        rows = F.embedding(index, weight.value)
+        return group.reduce_scatter(rows if here is None else rows * here[:, None]).wait()
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        index, here = ctx.saved_tensors
+        full = ctx.group.all_gather(dy).wait()
+        ctx.weight.add_rows(index, full if here is None else full * here[:, None])
+        return None, None, None, None
+
+
+def positions(x: Tensor, at: Tensor, weight: Weight) -> Tensor:
+    """x [t/tp, h] + learned rows at positions [t/tp]."""
+    return Positions.apply(x, at, weight)
+
+
+class Positions(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, at: Tensor, weight: Weight) -> Tensor:
+        ctx.save_for_backward(at)
+        ctx.weight = weight
+        return x + F.embedding(at, weight.value)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        ctx.weight.add_rows(ctx.saved_tensors[0], dy)
+        return dy, None, None
+
+
+def local_rows(tokens: Tensor, weight: Weight) -> tuple[Tensor, Tensor | None]:
+    """Tokens as rows of this rank's part of the vocabulary, and which of them it holds (None: all)."""
+    box = weight.rows
+    low, count = box.offset[0], box.size[0]
+    if low == 0 and count == weight.operand.pieces[0].shard.parameter.shape[0]:
+        return tokens, None
+    index = tokens - low
+    here = (index >= 0) & (index < count)
+    return index % max(count, 1), here                        # tokens of other ranks: any row, but not all the same one
+
+
+def cross_entropy(
+    x: Tensor, targets: Tensor, mask: Tensor, weight: Weight, group: Group, chunk: int, scale: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Head and loss in chunks of tokens, so that full logits never exist.
+
+    x [t, h] (gathered), targets and mask [t] -> (sum of the masked losses, float32 or wider; gradient for x [t, h]).
+    `scale` is what the sum of losses is multiplied by before backward (None: no gradients wanted). Forward and backward
+    of a chunk happen together, so logits are computed once; the gradient for x is this rank's part of the vocabulary's.
+    """
+    wide, rows = statistics(x.dtype), weight.rows.size[0]
+    total = torch.zeros((), dtype=wide, device=x.device)
+    dx = torch.empty_like(x) if scale is not None else None
+    logits = torch.empty(min(chunk, len(x)), len(weight.value), dtype=x.dtype, device=x.device)
+    index, here = local_rows(targets, weight)
+    for low in range(0, len(x), chunk):
+        part = slice(low, min(low + chunk, len(x)))
+        z = torch.mm(x[part], weight.value.T, out=logits[:part.stop - low])         # [c, rows], refilled for each chunk
+        z[:, rows:] = -torch.inf                                                    # padding is never predicted
+        z = z if z.dtype == wide else z.to(wide)
+        top = group.all_reduce(z.amax(-1), "max").wait()
+        hit = z.gather(-1, index[part, None])[:, 0]
+        hit = hit if here is None else torch.where(here[part], hit, 0)
+        e = z.sub_(top[:, None]).exp_()
+        norm = e.sum(-1)
+        both = group.all_reduce(torch.stack((
+            norm, torch.where(here[part], hit - top, 0) if here is not None else hit - top))).wait()
+        total += ((both[0].log() - both[1]) * mask[part]).sum()
+        if scale is not None and dx is not None:
+            factor = mask[part] * scale
+            p = e.mul_((factor / both[0])[:, None])                                 # softmax x factor
+            p[torch.arange(len(p), device=p.device), index[part]] -= factor if here is None else factor * here[part]
+            dz = p.to(x.dtype)
+            torch.mm(dz, weight.value, out=dx[part])
+            weight.add_product(dz, x[part])
+    return total, dx

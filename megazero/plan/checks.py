@@ -1,0 +1,322 @@
+"""Every reason why a configuration cannot run on a number of ranks: a condition, and a sentence with flag, value,
+what to write. Pure.
+"""
+
+import re
+from collections.abc import Iterator
+
+from megazero.pipeline import SCHEDULES, from_layout
+from megazero.plan.architecture import ffn_size
+from megazero.settings import Config
+
+
+def checks(config: Config, world: int) -> list[str]:
+    """A sentence for every way in which the configuration cannot run on `world` ranks."""
+    parts = (_sizes, _model, _layout, _batches, _schedule, _precision, _data, _order, _files, _unused)
+    found = [sentence for part in parts for wrong, sentence in part(config, world) if wrong]
+    return list(dict.fromkeys(found))
+
+
+Check = tuple[object, str]          # (is it wrong?, what to say then)
+
+
+def _sizes(c: Config, world: int) -> Iterator[Check]:
+    m, t, o, k = c.model, c.training, c.optimizer, c.checkpoint
+    for flag, size, what in (("--num-layers", m.num_layers, "transformer blocks"),
+                             ("--hidden-size", m.hidden_size, "channels"),
+                             ("--num-attention-heads", m.num_attention_heads, "heads"),
+                             ("--seq-length", m.seq_length, "tokens")):
+        yield size is None, f"{flag} is missing: give the number of {what}, or choose a --model preset."
+    for flag, count in {
+        "--num-layers": m.num_layers, "--hidden-size": m.hidden_size,
+        "--ffn-hidden-size": m.ffn_hidden_size, "--num-attention-heads": m.num_attention_heads,
+        "--num-query-groups": m.num_query_groups, "--kv-channels": m.kv_channels,
+        "--seq-length": m.seq_length, "--max-position-embeddings": m.max_position_embeddings,
+        "--make-vocab-size-divisible-by": m.make_vocab_size_divisible_by, "--vocab-size": c.data.vocab_size,
+        "--micro-batch-size": t.micro_batch_size, "--global-batch-size": t.global_batch_size,
+        "--train-samples": t.train_samples, "--eval-interval": t.eval_interval, "--exit-interval": t.exit_interval,
+        "--exit-duration-in-mins": t.exit_duration_in_mins, "--max-skipped-steps": t.max_skipped_steps,
+        "--lr-decay-iters": o.lr_decay_iters, "--lr-decay-samples": o.lr_decay_samples,
+        "--lr-wsd-decay-iters": o.lr_wsd_decay_iters, "--save-interval": k.save_interval,
+        "--keep-last": k.keep_last, "--log-interval": c.logging.log_interval,
+        "--distributed-timeout-minutes": c.parallel.distributed_timeout_minutes,
+        "--loss-scale-window": c.precision.loss_scale_window, "--hysteresis": c.precision.hysteresis,
+        "--initial-loss-scale": c.precision.initial_loss_scale, "--min-loss-scale": c.precision.min_loss_scale,
+        "--loss-scale": c.precision.loss_scale, "--rotary-base": m.rotary_base,
+        "--rope-scaling-factor": m.rope_scaling_factor, "--norm-epsilon": m.norm_epsilon, "--adam-eps": o.adam_eps,
+        "--rope-low-freq-factor": m.rope_low_freq_factor, "--rope-original-length": m.rope_original_length,
+    }.items():
+        yield count is not None and not count > 0, f"{flag} {count}: must be greater than 0."
+    for flag, amount in {"--train-iters": t.train_iters, "--eval-iters": t.eval_iters, "--seed": t.seed, "--lr": o.lr,
+                         "--min-lr": o.min_lr, "--lr-warmup-iters": o.lr_warmup_iters,
+                         "--lr-warmup-samples": o.lr_warmup_samples, "--lr-warmup-init": o.lr_warmup_init,
+                         "--weight-decay": o.weight_decay, "--clip-grad": o.clip_grad,
+                         "--init-method-std": m.init_method_std}.items():
+        yield amount is not None and not amount >= 0, f"{flag} {amount}: must be 0 or greater."
+    for flag, part in {"--attention-dropout": m.attention_dropout, "--hidden-dropout": m.hidden_dropout,
+                       "--adam-beta1": o.adam_beta1, "--adam-beta2": o.adam_beta2,
+                       "--sgd-momentum": o.sgd_momentum}.items():
+        yield not 0 <= part < 1, f"{flag} {part:g}: must be at least 0 and less than 1."
+    yield not 0 < m.rotary_percent <= 1, f"--rotary-percent {m.rotary_percent:g}: must be above 0 and at most 1."
+    fraction = o.lr_warmup_fraction
+    yield fraction is not None and not 0 <= fraction <= 1, f"--lr-warmup-fraction {fraction}: must be between 0 and 1."
+
+
+def _model(c: Config, world: int) -> Iterator[Check]:
+    m = c.model
+    hidden, heads, groups = m.hidden_size or 0, m.num_attention_heads or 0, m.num_query_groups or 0
+    if hidden > 0 and heads > 0:
+        low = hidden // heads * heads
+        yield (not m.kv_channels and hidden % heads,
+               f"--hidden-size {hidden}: cannot be shared by --num-attention-heads {heads}; write {low or heads} or "
+               f"{low + heads}, or give --kv-channels.")
+        near = [g for g in range(1, heads + 1) if heads % g == 0]
+        yield (groups > 0 and heads % groups,
+               f"--num-query-groups {groups}: must divide --num-attention-heads {heads}; "
+               f"write one of {', '.join(map(str, near))}.")
+        head_dim = m.kv_channels or hidden // heads
+        yield (m.position_embedding_type == "rope" and head_dim % 2,
+               f"--position-embedding-type rope: needs an even head width, not {head_dim}; give an even --kv-channels.")
+        yield (m.position_embedding_type == "rope" and m.rotary_percent > 0 and round(head_dim * m.rotary_percent) < 2,
+               f"--rotary-percent {m.rotary_percent:g}: leaves no channel of a head of {head_dim} to rotate; "
+               f"write at least {2 / max(head_dim, 2):g}.")
+    longest = m.max_position_embeddings
+    yield (longest and m.seq_length and longest < m.seq_length and m.position_embedding_type == "learned_absolute",
+           f"--max-position-embeddings {longest}: is less than --seq-length {m.seq_length}; "
+           f"write at least {m.seq_length}.")
+    yield (longest and m.position_embedding_type != "learned_absolute",
+           f"--max-position-embeddings {longest}: has no effect with --position-embedding-type "
+           f"{m.position_embedding_type}; leave it out.")
+    yield m.swiglu and m.squared_relu, "--squared-relu: cannot be combined with --swiglu; choose one."
+    yield (m.openai_gelu and (m.swiglu or m.squared_relu),
+           "--openai-gelu: cannot be combined with --swiglu or --squared-relu; choose one.")
+    yield (m.add_qkv_bias and not m.disable_bias_linear,
+           "--add-qkv-bias: all linear layers have biases already; leave it out, or add --disable-bias-linear.")
+    yield (m.use_rope_scaling and m.position_embedding_type != "rope",
+           f"--use-rope-scaling: has no effect with --position-embedding-type {m.position_embedding_type}; write rope, "
+           "or leave it out.")
+    yield (m.rope_high_freq_factor <= m.rope_low_freq_factor,
+           f"--rope-high-freq-factor {m.rope_high_freq_factor:g}: must be greater than "
+           f"--rope-low-freq-factor {m.rope_low_freq_factor:g}.")
+
+
+def _layout(c: Config, world: int) -> Iterator[Check]:
+    p = c.parallel
+    tp, pp, dp = p.tensor_model_parallel_size, p.pipeline_model_parallel_size, p.data_parallel_size
+    for flag, size in (("--tp", tp), ("--pp", pp), ("--dp", dp)):
+        yield size is not None and size < 1, f"{flag} {size}: must be at least 1."
+    yield not 0 <= p.zero_stage <= 3, f"--zero-stage {p.zero_stage}: must be 0, 1, 2 or 3."
+    if tp < 1 or pp < 1:
+        return
+    need = tp * pp * (dp or 1)
+    yield (world % (tp * pp) if dp is None else world != need,
+           f"--tp {tp} x --pp {pp}" + (f" x --dp {dp}" if dp else "")
+           + f": {need} ranks are needed{'' if dp else ', or a multiple'}, but {world} run{'s' if world == 1 else ''}; "
+           f"start with torchrun --nproc_per_node {need}, or change the sizes.")
+    yield from _stages(c)
+    for flag, size in (("--num-attention-heads", c.model.num_attention_heads or 0),
+                       ("--ffn-hidden-size", ffn_size(c.model) or 0)):
+        works = [str(n) for n in range(1, min(size, 64) + 1) if size % n == 0]
+        yield size > 0 and size % tp, f"--tp {tp}: does not divide {flag} {size}; write one of {', '.join(works)}."
+    kv = c.model.num_query_groups or 0
+    yield (kv > 0 and kv % tp and tp % kv,
+           f"--tp {tp}: neither divides --num-query-groups {kv} nor is a multiple of it; change one of them.")
+    dp, k = world // (tp * pp), p.zero_shard_size
+    yield (k is not None and p.zero_stage and (k < 1 or dp % k),
+           f"--zero-shard-size {k}: must divide the data-parallel size {dp}; write one of "
+           f"{', '.join(str(n) for n in range(1, dp + 1) if dp % n == 0)}.")
+    for flag, count in (("--reduce-every", p.reduce_every), ("--keep-weights", p.keep_weights)):
+        yield count < 1, f"{flag} {count}: must be at least 1."
+    yield p.bucket_size < 0, f"--bucket-size {p.bucket_size}: must be 0 or more."
+
+
+def _stages(c: Config) -> Iterator[Check]:
+    p, layers = c.parallel, c.model.num_layers or 0
+    pp, virtual, looped = (p.pipeline_model_parallel_size, p.num_virtual_stages_per_pipeline_rank,
+                           SCHEDULES[p.pipeline_schedule].looped)
+    yield virtual < 1, f"--num-virtual-stages-per-pipeline-rank {virtual}: must be at least 1."
+    yield (virtual > 1 and not looped,
+           f"--num-virtual-stages-per-pipeline-rank {virtual}: needs --pipeline-schedule interleaved or breadth-first, "
+           f"not {p.pipeline_schedule}.")
+    stages, text = pp * virtual, p.pipeline_layout
+    ends = {"--decoder-first-pipeline-num-layers": p.decoder_first_pipeline_num_layers,
+            "--decoder-last-pipeline-num-layers": p.decoder_last_pipeline_num_layers}
+    given = {flag: n for flag, n in ends.items() if n is not None}
+    if virtual < 1 or layers < 1:
+        return
+    for flag, n in given.items():
+        yield text, f"{flag} {n}: cannot be combined with --pipeline-layout; keep one."
+        yield n < 0 or stages == 1, f"{flag} {n}: must be 0 or more, and needs several stages (--pp)."
+    if text:
+        yield from _layout_text(text, stages, layers)
+    else:
+        rest, free = layers - sum(given.values()), stages - len(given)
+        yield (rest < free or (free == 0 and rest),
+               f"--num-layers {layers}: {rest} layers are left for {free} stages of --pp {pp}"
+               + (f" x {virtual} virtual stages" if virtual > 1 else "")
+               + (f" after {' and '.join(given)}" if given else "")
+               + "; each needs at least one and none may be left over.")
+
+
+def _layout_text(text: str, stages: int, layers: int) -> Iterator[Check]:
+    try:
+        counts = from_layout(text)
+    except ValueError as error:
+        yield True, f"--pipeline-layout {text}: {error}; write something like Et*3|t*4|t*3L."
+        return
+    yield (len(counts) != stages,
+           f"--pipeline-layout {text}: has {len(counts)} stages, --pp and virtual stages make {stages}.")
+    yield sum(counts) != layers, f"--pipeline-layout {text}: has {sum(counts)} layers, --num-layers is {layers}."
+
+
+def _batches(c: Config, world: int) -> Iterator[Check]:
+    t, p = c.training, c.parallel
+    yield (t.train_iters is None) == (t.train_samples is None), (
+        "--train-iters is missing: give the length of the run in steps, or --train-samples." if t.train_iters is None
+        else f"--train-samples {t.train_samples}: cannot be combined with --train-iters {t.train_iters}; keep one.")
+    dp = max(world // max(p.tensor_model_parallel_size * p.pipeline_model_parallel_size, 1), 1)
+    batch, slice_ = t.global_batch_size, t.micro_batch_size * dp
+    if batch and slice_ > 0:
+        low = batch // slice_ * slice_
+        yield (batch % slice_,
+               f"--global-batch-size {batch}: must be a multiple of --micro-batch-size {t.micro_batch_size} x "
+               f"data-parallel {dp}; write {f'{low} or ' if low else ''}{low + slice_}.")
+    total = batch or slice_
+    for flag, count in (("--train-samples", t.train_samples), ("--lr-decay-samples", c.optimizer.lr_decay_samples)):
+        short = count is not None and 0 < count < total
+        yield short, f"{flag} {count}: is less than one global batch ({total}); write at least {total}."
+
+
+def _schedule(c: Config, world: int) -> Iterator[Check]:
+    o, t = c.optimizer, c.training
+    yield o.lr is None, "--lr is missing: give the highest learning rate, such as 3e-4."
+    yield o.lr is not None and o.min_lr > o.lr, f"--min-lr {o.min_lr:g}: is above --lr {o.lr}; write at most {o.lr}."
+    yield (o.lr is not None and o.lr_warmup_init > o.lr,
+           f"--lr-warmup-init {o.lr_warmup_init:g}: is above --lr {o.lr}; write at most {o.lr}.")
+    yield (o.lr_decay_iters is not None and o.lr_decay_samples is not None,
+           f"--lr-decay-samples {o.lr_decay_samples}: cannot be combined with --lr-decay-iters {o.lr_decay_iters}; "
+           "keep one.")
+    said = {"--lr-warmup-iters": o.lr_warmup_iters, "--lr-warmup-samples": o.lr_warmup_samples,
+            "--lr-warmup-fraction": o.lr_warmup_fraction}
+    given = [f"{flag} {value}" for flag, value in said.items() if value is not None]
+    yield len(given) > 1, f"{', '.join(given[1:])}: cannot be combined with {given[0] if given else ''}; keep one."
+    dp = max(world // max(c.parallel.tensor_model_parallel_size * c.parallel.pipeline_model_parallel_size, 1), 1)
+    batch = max(t.global_batch_size or t.micro_batch_size * dp, 1)
+    run = t.train_iters if t.train_iters is not None else (t.train_samples or 0) // batch
+    length = o.lr_decay_iters or (o.lr_decay_samples // batch if o.lr_decay_samples else run)
+    for flag, count, size in (("--lr-warmup-iters", o.lr_warmup_iters, 1),
+                              ("--lr-warmup-samples", o.lr_warmup_samples, batch)):
+        yield (length and count and count > length * size and o.lr_decay_style != "constant",
+               f"{flag} {count}: is longer than the whole curve of {length} steps; write less than {length * size}.")
+    wsd = o.lr_decay_style == "WSD"
+    yield (wsd and o.lr_wsd_decay_iters is None,
+           "--lr-wsd-decay-iters is missing: --lr-decay-style WSD needs the length of its final part.")
+    yield (not wsd and o.lr_wsd_decay_iters is not None,
+           f"--lr-wsd-decay-iters {o.lr_wsd_decay_iters}: has no effect with --lr-decay-style {o.lr_decay_style}; "
+           "write WSD, or leave it out.")
+    yield (wsd and length and o.lr_wsd_decay_iters and o.lr_wsd_decay_iters > length,
+           f"--lr-wsd-decay-iters {o.lr_wsd_decay_iters}: is longer than the whole curve of {length} steps; "
+           f"write at most {length}.")
+
+
+def _unused(c: Config, world: int) -> Iterator[Check]:
+    """Values that nothing would read. A value equal to the default is not told from one that was not given."""
+    m, o, p, d, plain = c.model, c.optimizer, c.precision, c.data, Config()
+    rows = [
+        (m.position_embedding_type == "rope", "--position-embedding-type rope", m, plain.model,
+         ("rotary_base", "rotary_percent")),
+        (m.use_rope_scaling, "--use-rope-scaling", m, plain.model,
+         ("rope_scaling_factor", "rope_low_freq_factor", "rope_high_freq_factor", "rope_original_length")),
+        (o.optimizer == "adam", "--optimizer adam", o, plain.optimizer, ("adam_beta1", "adam_beta2", "adam_eps")),
+        (o.optimizer == "sgd", "--optimizer sgd", o, plain.optimizer, ("sgd_momentum",)),
+        (c.dtype == "fp16" and p.loss_scale is None, "--fp16 and a dynamic loss scale", p, plain.precision,
+         ("initial_loss_scale", "min_loss_scale", "loss_scale_window", "hysteresis")),
+        (d.data_path or d.data_args_path or not (d.train_data_path or d.data_schedule or d.mock_data),
+         "--data-path", d, plain.data, ("split",)),
+        (d.fim_rate > 0, "--fim-rate", d, plain.data,
+         ("fim_spm_rate", "fim_prefix_token", "fim_middle_token", "fim_suffix_token")),
+        (c.parallel.zero_stage >= 1, "--zero-stage 1, 2 or 3", c.parallel, plain.parallel,
+         ("zero_shard_size", "overlap_param_gather")),
+        (c.parallel.zero_stage >= 2, "--zero-stage 2 or 3", c.parallel, plain.parallel, ("reduce_every",)),
+        (c.parallel.zero_stage == 3, "--zero-stage 3", c.parallel, plain.parallel, ("keep_weights",)),
+        (d.tokenizer_type is not None, "--tokenizer-type", d, plain.data,
+         ("tokenizer_model", "vocab_file", "merge_file")),
+    ]
+    for applies, with_, given, default, names in rows:
+        for name in names:
+            value = getattr(given, name)
+            yield (not applies and value != getattr(default, name),
+                   f"--{name.replace('_', '-')} {value}: has no effect without {with_}.")
+
+
+def _precision(c: Config, world: int) -> Iterator[Check]:
+    p = c.precision
+    yield p.bf16 and p.fp16, "--fp16: cannot be combined with --bf16; choose one."
+    for short in ("bf16", "fp16"):
+        yield (getattr(p, short) and p.dtype not in ("fp32", short),
+               f"--{short}: cannot be combined with --dtype {p.dtype}; keep one.")
+    yield (p.loss_scale is not None and c.dtype != "fp16",
+           f"--loss-scale {p.loss_scale}: has no effect with {c.dtype}; leave it out, or write --fp16.")
+    yield (p.min_loss_scale > p.initial_loss_scale,
+           f"--min-loss-scale {p.min_loss_scale:g}: is above --initial-loss-scale {p.initial_loss_scale:g}; "
+           "write at most that.")
+
+
+def _data(c: Config, world: int) -> Iterator[Check]:
+    d, t = c.data, c.training
+    said = {"--data-path": d.data_path, "--data-args-path": d.data_args_path, "--train-data-path": d.train_data_path,
+            "--data-schedule": d.data_schedule}
+    sources = ["--mock-data"] if d.mock_data else [flag for flag, given in said.items() if given]
+    apart = d.train_data_path or d.data_schedule
+    yield not sources, "--data-path is missing: give the prefix of a preprocessed dataset, or --mock-data."
+    yield len(sources) > 1, f"{' and '.join(sources)}: choose one."
+    yield (d.valid_data_path and not apart,
+           f"--valid-data-path {' '.join(d.valid_data_path)}: needs --train-data-path or --data-schedule; "
+           "with --data-path the --split decides.")
+    yield (apart and not d.valid_data_path and (t.eval_iters or t.full_validation),
+           "--valid-data-path is missing: give the data to evaluate on, or --eval-iters 0.")
+    yield (d.test_data_path and not t.eval_iters,
+           f"--test-data-path {' '.join(d.test_data_path)}: is never read with --eval-iters 0.")
+    numbers = re.split(r"[,/\s]+", d.split.strip())
+    good = all(re.fullmatch(r"\d+(\.\d*)?|\.\d+", n) for n in numbers) and len(numbers) <= 3 and float(numbers[0]) > 0
+    yield not good, f"--split {d.split!r}: must be one to three numbers, the first above 0, such as 969,30,1."
+    yield (d.tokenizer_type is None and d.vocab_size is None,
+           "--tokenizer-type is missing: name the tokenizer the data was made with, or give --vocab-size alone.")
+    needs = {"GPT2BPETokenizer": ("vocab_file", "merge_file"), "NullTokenizer": ("vocab_size",), "ByteTokenizer": ()}
+    for name in needs.get(d.tokenizer_type, ("tokenizer_model",)) if d.tokenizer_type else ():
+        yield (getattr(d, name) is None,
+               f"--{name.replace('_', '-')} is missing: --tokenizer-type {d.tokenizer_type} needs it.")
+
+
+def _order(c: Config, world: int) -> Iterator[Check]:
+    """How samples are made of the data."""
+    d = c.data
+    for flag, rate in (("--fim-rate", d.fim_rate), ("--fim-spm-rate", d.fim_spm_rate)):
+        yield not 0 <= rate <= 1, f"{flag} {rate:g}: must be between 0 and 1."
+    for flag, given in (("--eod-mask-loss", d.eod_mask_loss), ("--reset-position-ids", d.reset_position_ids),
+                        ("--reset-attention-mask", d.reset_attention_mask), (f"--fim-rate {d.fim_rate:g}", d.fim_rate)):
+        yield given and d.tokenizer_type is None, f"{flag}: needs --tokenizer-type, to know the end-of-document token."
+    yield (d.fim_rate and d.mock_data,
+           f"--fim-rate {d.fim_rate:g}: needs text, which --mock-data has none of; leave one of them out.")
+    yield (d.reset_position_ids and c.model.position_embedding_type == "none",
+           "--reset-position-ids: has no effect with --position-embedding-type none; leave it out.")
+    megatron = d.sample_order == "megatron"
+    yield (megatron and not d.shuffle,
+           "--no-shuffle: cannot be combined with --sample-order megatron, which shuffles; choose one.")
+    yield (megatron and d.data_schedule,
+           f"--data-schedule {d.data_schedule}: cannot be combined with --sample-order megatron, whose samples depend "
+           "on the whole run; choose one.")
+    yield megatron and d.mock_data, "--sample-order megatron: has no effect with --mock-data; leave it out."
+
+
+def _files(c: Config, world: int) -> Iterator[Check]:
+    k, t = c.checkpoint, c.training
+    for flag, given in (("--save-interval", k.save_interval), ("--keep-last", k.keep_last),
+                        ("--async-save", k.async_save)):
+        yield (given and k.save is None,
+               f"{flag}{'' if given is True else f' {given}'}: has no effect without --save; add the folder.")
+    yield (k.ckpt_step is not None and k.load is None,
+           f"--ckpt-step {k.ckpt_step}: has no effect without --load; add the folder.")
+    yield k.finetune and k.load is None, "--finetune: has no effect without --load; add the folder of the weights."
+    yield (t.full_validation and t.eval_iters == 0,
+           "--full-validation: cannot be combined with --eval-iters 0, which turns evaluation off.")

@@ -1,0 +1,161 @@
+"""What a run tells: one dict per step to metrics.jsonl (exact floats) and TensorBoard,
+and one line per interval to the screen."""
+
+import itertools
+import json
+import resource
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megazero.base import UserError, clock, gib, say
+from megazero.plan import Plan, flops_per_token
+
+MFU = "MFU counts 6 N + 6 L h S FLOPs per token (causal attention, recompute not counted)"
+
+# Dense peaks in FLOP/s as the makers state them, without sparsity; what is not listed is measured.
+# Longer names come first.
+PEAKS = {
+    ("H100 PCIe", "bf16"): 756e12, ("H100 PCIe", "fp16"): 756e12, ("H100 PCIe", "fp32"): 51e12,
+    ("H100 NVL", "bf16"): 835e12, ("H100 NVL", "fp16"): 835e12, ("H100 NVL", "fp32"): 60e12,
+    ("H200", "bf16"): 989e12, ("H200", "fp16"): 989e12, ("H100", "bf16"): 989e12, ("H100", "fp16"): 989e12,
+    ("A100", "bf16"): 312e12, ("A100", "fp16"): 312e12, ("A100", "fp32"): 19.5e12,
+    ("H100", "fp32"): 67e12, ("H200", "fp32"): 67e12,
+}
+
+
+def peak_flops(device: torch.device, dtype_name: str, dtype: torch.dtype) -> tuple[float, str]:
+    """(peak FLOP/s of the device in that dtype, where the number is from)."""
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device)
+        for (part, kind), peak in PEAKS.items():
+            if part in name and kind == dtype_name:
+                return peak, f"stated for {name}, {dtype_name} without sparsity"
+    return measured_peak(device, dtype), "best of a few large matrix products, measured now"
+
+
+def measured_peak(device: torch.device, dtype: torch.dtype, seconds: float = 0.5) -> float:
+    """FLOP/s of the best square matrix product within about `seconds`, from small ones up."""
+    best, end = 0.0, time.perf_counter() + seconds
+    for n in itertools.chain((128, 256, 512, 1024), itertools.repeat(1536)):
+        a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+        for _ in range(3):
+            start = time.perf_counter()
+            a @ b
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            now = time.perf_counter()
+            best = max(best, 2 * n**3 / (now - start))
+            if now > end:
+                return best
+    raise AssertionError("the sizes never end")
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Highest use so far: of the allocator on CUDA, resident memory of the process on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    status = Path("/proc/self/status")                          # ru_maxrss would also count the process that started us
+    if status.exists():
+        return next(int(line.split()[1]) * 1024 for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+class Metrics:
+    """The sinks, of rank 0.
+    What an earlier run logged beyond step `resumed`, from where this one goes on, is forgotten."""
+
+    def __init__(self, plan: Plan, peak: float, device: torch.device, resumed: int, rank: int = 0) -> None:
+        self.plan, self.peak, self.device = plan, peak, device
+        self.per_token = flops_per_token(plan.architecture)
+        self.window: list[Mapping[str, Any]] = []
+        self.file: Any = None
+        self.board: Any = None
+        self.tells = rank == 0
+        folder = plan.config.logging.log_dir
+        if folder is not None and self.tells:
+            from torch.utils.tensorboard import SummaryWriter
+            try:
+                Path(folder).mkdir(parents=True, exist_ok=True)
+                self.file = continued(Path(folder) / "metrics.jsonl", resumed)
+                self.board = SummaryWriter(str(Path(folder) / "tensorboard"), purge_step=resumed + 1)
+            except OSError as error:
+                raise UserError(f"--log-dir {folder}: cannot be written ({error.strerror}); "
+                                "name a folder that can.") from None
+
+    def step(self, figures: dict[str, Any]) -> dict[str, Any]:
+        """Logs one step; adds what follows from its time. Returns the whole record."""
+        rate = figures["tokens"] / figures["seconds"]
+        flops = rate * self.per_token / self.plan.world
+        record = figures | {"tokens_per_second": rate, "tflops_per_device": flops / 1e12, "mfu": flops / self.peak,
+                            "memory_bytes": memory_bytes(self.device)}
+        self._write(record, record["step"])
+        self.window.append(record)
+        if record["step"] % self.plan.config.logging.log_interval == 0 or record["step"] == self.plan.train_iters:
+            if self.tells:
+                say(self._line())
+            self.window.clear()
+        return record
+
+    def evaluation(self, step: int, split: str, loss: float) -> None:
+        self._write({"step": step, "split": split, "loss": loss}, step, prefix=f"{split}/")
+        if self.tells:
+            say(f"step {step:,} | {split} loss {loss:.4f}")
+
+    def _write(self, record: Mapping[str, Any], step: int, prefix: str = "train/") -> None:
+        if self.file is not None and self.board is not None:
+            try:
+                self.file.write(json.dumps(record) + "\n")
+                self.file.flush()
+            except OSError as error:                            # a full disk must not end the run
+                say(f"warning: {self.file.name} cannot be written ({error.strerror}); nothing more is logged there")
+                self.file = None
+                return
+            for name, value in record.items():
+                if name not in ("step", "split"):
+                    self.board.add_scalar(prefix + name, float(value), step)
+
+    def _line(self) -> str:
+        """The means of an interval, as people read them."""
+        records, last, iters = self.window, self.window[-1], self.plan.train_iters
+        good = [r["loss"] for r in records if not r["skipped"]]
+        seconds = sum(r["seconds"] for r in records) / len(records)
+        rate = sum(r["tokens"] for r in records) / sum(r["seconds"] for r in records)
+        flops = rate * self.per_token / self.plan.world
+        scale = f" | scale {last['loss_scale']:g}" if last["loss_scale"] != 1 else ""
+        loss = sum(good) / len(good) if good else float("nan")
+        return (f"step {last['step']:,}/{iters:,} | loss {loss:.4f} | norm {last['grad_norm']:.3f} | "
+                f"lr {last['lr']:.3e}{scale} | {rate:,.0f} tok/s | {flops / 1e12:.4g} TFLOP/s | "
+                f"MFU {flops / self.peak:.1%} causal | {gib(last['memory_bytes'])} | "
+                f"{clock(seconds * (iters - last['step']))} left")
+
+    def close(self) -> None:
+        for sink in (self.file, self.board):
+            if sink is not None:
+                sink.close()
+
+
+def continued(path: Path, resumed: int) -> Any:
+    """The file opened for appending after the lines up to step `resumed`;
+    a run that starts afresh keeps an older file aside."""
+    if path.exists() and resumed == 0:
+        path.rename(next(p for n in range(1, 100_000) if not (p := path.with_name(f"metrics-{n}.jsonl")).exists()))
+    elif path.exists():
+        kept = [line for line in path.read_text(encoding="utf-8", errors="replace").splitlines()
+                if step_of(line) <= resumed]
+        draft = path.with_suffix(".draft")
+        draft.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        draft.replace(path)
+    return path.open("a", encoding="utf-8")
+
+
+def step_of(line: str) -> float:
+    """The step of a line of metrics.jsonl; infinity for one that was torn when its run was killed."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return float("inf")

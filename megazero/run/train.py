@@ -1,0 +1,254 @@
+"""The program: everything that can be wrong is looked for first, then the run is built, started and trained."""
+
+import json
+import os
+import platform
+import signal
+import sys
+import traceback
+import zlib
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+import torch
+
+from megazero.base import UserError, gib, say
+from megazero.comm import Stuck, connect, environment, first_to_say
+from megazero.data import Tokenizer, configured_tokenizer, samples
+from megazero.plan import Plan, checks, describe, memory, plan
+from megazero.run.metrics import MFU, Metrics, peak_flops
+from megazero.run.run import Run, unfit
+from megazero.settings import Config, flatten
+from megazero.state import Reader, complete, set_aside
+from megazero.units import TORCH_DTYPE
+
+
+def launch(config: Callable[[], Config]) -> NoReturn:
+    """Runs the program on this rank. A mistake or a failure is told once, by the rank that met it first;
+    exit codes 2 and 1."""
+    rank = environment()[0]
+    try:
+        main(config())
+    except UserError as error:
+        first_to_say("failure")                                 # peers that lose this rank have nothing to add
+        for sentence in error.sentences:
+            if first_to_say(sentence):
+                print(f"error: {sentence}", file=sys.stderr, flush=True)
+        leave(2)
+    except Stuck as error:
+        if first_to_say("failure"):
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        leave(1)
+    except KeyboardInterrupt:
+        if first_to_say("failure"):
+            print("interrupted: what came after the last checkpoint is lost; "
+                  "--exit-signal-handler saves before it stops", file=sys.stderr, flush=True)
+        leave(130)
+    except Exception:
+        if first_to_say("failure"):
+            print(f"rank {rank} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+        leave(1)
+    sys.exit(0)
+
+
+def main(config: Config) -> None:
+    """The whole program: everything that can be wrong is found before anything is written."""
+    rank, here = environment()
+    world = asked(config) if config.check and here == 1 else here
+    errors = checks(config, world)
+    if errors:
+        raise UserError(*errors)
+    device = choose_device(config)
+    tokenizer = configured_tokenizer(config)
+    resolved = plan(config, world, max(tokenizer.vocab_size if tokenizer else 0, config.data.vocab_size or 0))
+    if rank == 0:
+        say(describe(resolved))
+    look_ahead(resolved, tokenizer)
+    if world == here:
+        room(resolved, rank, device)
+    if config.check:
+        return
+    wires = connect(resolved.mesh, rank, "nccl" if device.type == "cuda" else "gloo",
+                    60 * config.parallel.distributed_timeout_minutes)
+    run = Run(resolved, tokenizer, device, wires)
+    start(run)
+    with signals(run):
+        run.train()
+    wires.close()
+
+
+def asked(config: Config) -> int:
+    """Ranks that the sizes in a configuration ask for: --check on one machine looks at the plan of a cluster."""
+    p = config.parallel
+    return max(p.tensor_model_parallel_size * p.pipeline_model_parallel_size * (p.data_parallel_size or 1), 1)
+
+
+def look_ahead(plan: Plan, tokenizer: Tokenizer | None) -> None:
+    """Everything that can go wrong later and can be known now: data, checkpoint, folders.
+    Raises UserError; writes nothing."""
+    config, k = plan.config, plan.config.checkpoint
+    samples(plan, "train", tokenizer)
+    if config.training.eval_iters and plan.train_iters:
+        samples(plan, "valid", tokenizer)
+    if config.data.test_data_path:
+        samples(plan, "test", tokenizer)
+    reader = find_checkpoint(config, lambda _: None)
+    step = 0 if reader is None or k.finetune else int(reader.index["step"])
+    if reader is not None:
+        errors = unfit(reader, plan)
+        if errors:
+            raise UserError(*errors)
+    later = [s for s, _ in complete(Path(k.save)) if s > step] if k.save else []
+    if later and not set_back(config):
+        raise UserError(f"--save {k.save}: holds a checkpoint of step {later[-1]}, beyond step {step} where this run "
+                        f"begins; go on from it with --load {k.save}{' and without --finetune' if k.finetune else ''}, "
+                        "or name a new folder.")
+    for flag, folder in (("--save", k.save), ("--log-dir", config.logging.log_dir)):
+        if folder is not None and not writable(Path(folder)):
+            raise UserError(f"{flag} {folder}: is not a folder that can be written to; name another.")
+
+
+def room(plan: Plan, rank: int, device: torch.device) -> None:
+    """Raises UserError if what must be held by the ranks that share this rank's memory is more than there is."""
+    first, count = rank - int(os.environ.get("LOCAL_RANK") or 0), int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
+    ranks = range(first, first + count) if device.type == "cpu" else (rank,)
+    exact = sum(n for r in ranks for what, n in memory(plan, r).items() if what not in ("activations", "logits"))
+    there = memory_of(device)
+    if exact > there:
+        more = "more machines" if device.type == "cpu" else "share it among more ranks with --tp, --pp or --zero-stage"
+        raise UserError(f"--hidden-size {plan.architecture.hidden}, --num-layers {plan.architecture.layers}: weights, "
+                        f"gradients and optimizer take {gib(exact)} for {len(ranks)} "
+                        f"rank{'s' if len(ranks) > 1 else ''}, this {device.type} has {gib(there)}; choose a smaller "
+                        f"model, or {more}.")
+
+
+def start(run: Run) -> None:
+    """Weights and position, from a checkpoint or afresh; tells what was found."""
+    config, device = run.config, run.device
+    run.say(f"data        {run.train_samples.describe()}")
+    for what, evaluated in (("validation", run.valid_samples), ("test", run.test_samples)):
+        if evaluated is not None:
+            run.say(f"{what:<12}{evaluated.describe()}")
+    reader = find_checkpoint(config, run.say)
+    if reader is None:
+        run.initialise()
+    else:
+        run.load(reader)
+        run.say(f"loaded      {reader.folder}{': weights alone' if config.checkpoint.finetune else ''}")
+        # also where it follows
+        before = reader.index["config"] | {"global_batch_size": reader.index["layout"].get("global_batch_size")}
+        for line in changed(before, flatten(config) | {"global_batch_size": run.plan.global_batch}):
+            run.say(f"changed     {line}")
+    same_start(run, -1 if reader is None else int(reader.index["step"]))
+    if set_back(config) and run.writer is not None and run.wires.rank == 0:
+        for path in set_aside(run.writer.folder, run.progress.step):
+            run.say(f"set aside   {path}: later than step {run.progress.step}")
+    peak, source = peak_flops(device, config.dtype, TORCH_DTYPE[config.dtype])
+    name = (torch.cuda.get_device_name(device) if device.type == "cuda"
+            else f"{torch.get_num_threads()} threads of {platform.machine()}")
+    run.say(f"device      {name}, torch {torch.__version__}; peak {peak / 1e12:.4g} TFLOP/s: {source}")
+    run.say(f"            {MFU}")
+    run.metrics = Metrics(run.plan, peak, device, run.progress.step, run.wires.rank)
+
+
+def writable(folder: Path) -> bool:
+    """Can a file be made in this folder, or can the folder be made?"""
+    while not folder.exists():
+        folder = folder.parent
+    return folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
+
+
+def memory_of(device: torch.device) -> int:
+    """Bytes of memory of a CUDA device, or of this machine."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def leave(code: int) -> NoReturn:
+    """Ends the process; with peers at once, since cleaning up would wait for them."""
+    sys.stdout.flush()
+    if environment()[1] > 1:
+        os._exit(code)
+    sys.exit(code)
+
+
+class signals:
+    """While it lasts, SIGTERM and SIGINT end the run at the end of its step (--exit-signal-handler).
+    A second one ends it at once."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> None:
+        if self.run.config.training.exit_signal_handler:
+            self.before = {s: signal.signal(s, self._handle) for s in (signal.SIGTERM, signal.SIGINT)}
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self.run.signalled = f"signal {signal.Signals(number).name}"
+        self.__exit__()
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+
+def same_start(run: Run, step: int) -> None:
+    """Raises UserError unless all ranks found the same checkpoint (-1: none) and the same configuration."""
+    words = zlib.crc32(json.dumps(flatten(run.config), sort_keys=True).encode())
+    told = torch.tensor([step, -step, words, -words], dtype=torch.float64, device=run.device)
+    high, low, one, other = run.wires["world"].all_reduce(told, "max").wait().tolist()
+    if high != -low:
+        first = "none" if low == 1 else f"step {-low:g}"
+        raise UserError(f"--load {run.config.checkpoint.load}: ranks do not see the same checkpoint, but {first} to "
+                        f"step {high:g}; it must lie on a file system that all of them share.")
+    if one != -other:
+        raise UserError("--config: ranks were started with different flags or files; "
+                        "start all of them with the same command.")
+
+
+def choose_device(config: Config) -> torch.device:
+    wanted, there = config.parallel.device, torch.cuda.is_available()
+    if wanted == "cuda" and not there:
+        raise UserError("--device cuda: this machine has no CUDA device that torch can use; "
+                        "write --device cpu, or auto.")
+    if not there or wanted == "cpu":
+        return torch.device("cpu")
+    local, count = int(os.environ.get("LOCAL_RANK") or 0), torch.cuda.device_count()
+    if local >= count:
+        raise UserError(f"--nproc_per_node: NCCL needs a CUDA device for each rank and this machine has {count}; "
+                        f"start {count} here, or write --device cpu.")
+    torch.cuda.set_device(local)
+    return torch.device("cuda", local)
+
+
+def in_place(config: Config) -> bool:
+    """Does the run load from where it saves?"""
+    k = config.checkpoint
+    return k.load is not None and k.save is not None and Path(k.load).resolve() == Path(k.save).resolve()
+
+
+def set_back(config: Config) -> bool:
+    """Was the run told to go on, where it is, from a checkpoint that need not be the newest?"""
+    return in_place(config) and config.checkpoint.ckpt_step is not None and not config.checkpoint.finetune
+
+
+def find_checkpoint(config: Config, say: Callable[[str], None]) -> Reader | None:
+    """The checkpoint to load, if any. A run that loads from where it saves starts afresh the first time."""
+    k = config.checkpoint
+    if k.load is None:
+        return None
+    if in_place(config) and k.ckpt_step is None and not complete(Path(k.load)):
+        say(f"starting    afresh: --load {k.load} holds no complete checkpoint yet")
+        return None
+    return Reader(k.load, k.ckpt_step)
+
+
+def changed(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What the configuration says otherwise than the one that was saved: nothing fails silently."""
+    own = {"load", "save", "config", "check", "exit_interval", "log_interval", "log_dir", "save_interval", "ckpt_step"}
+    return [f"--{k.replace('_', '-')} was {saved.get(k)}, is {v}"
+            for k, v in now.items() if k not in own and k in saved and saved[k] != v]

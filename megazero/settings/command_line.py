@@ -1,0 +1,354 @@
+"""Frozen dataclasses as command lines and as files: the same fields, the same words, the same errors.
+
+A field becomes `--its-name`; a field that is a dataclass becomes a group of the help whose fields are flags of their
+own (names are flat and unique). A file (TOML, YAML or JSON) holds the same keys, flat or in tables; flags override
+the file.
+
+    bool field, default False      --flag, and --no-flag to override a file
+    bool field, default True       --no-flag
+    tuple field                    --flag A B C
+    X | None                       as X; None means "not said"
+    option(..., word=True)         also without its flag, as one of the first words
+"""
+
+import argparse
+import difflib
+import itertools
+import json
+import re
+import sys
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+from megazero.base import UserError
+
+T = TypeVar("T")
+
+
+def option(
+    default: Any = MISSING, help: str = "", *, choices: Sequence[str] | None = None, alias: Sequence[str] = (),
+    unit: str = "", word: bool = False,
+) -> Any:
+    """A dataclass field with what the command line needs to know of it. Without a default it must be given."""
+    metadata = {"help": help, "choices": tuple(choices) if choices else None, "alias": tuple(alias), "unit": unit,
+                "word": word}
+    return field(metadata=metadata) if default is MISSING else field(default=default, metadata=metadata)
+
+
+@dataclass(frozen=True)
+class Option:
+    """One leaf field of a settings dataclass, as the command line sees it."""
+
+    name: str
+    kind: type
+    many: bool
+    field: Field[Any]
+
+    @property
+    def flag(self) -> str:
+        return "--" + self.name.replace("_", "-")
+
+
+def leaves(cls: type) -> dict[str, list[Option]]:
+    """The options of a settings dataclass by group title; the class's own fields come first."""
+    hints, own, groups = typing.get_type_hints(cls), [], {}
+    for f in fields(cls):
+        if is_dataclass(hints[f.name]):
+            title = (hints[f.name].__doc__ or f.name).strip().splitlines()[0].rstrip(".")
+            groups[title] = [o for part in leaves(hints[f.name]).values() for o in part]
+        else:
+            kind, many = _kind(hints[f.name])
+            own.append(Option(f.name, kind, many, f))
+    return ({"general": own} if own else {}) | groups
+
+
+def parse(
+    cls: type[T], argv: Sequence[str] | None = None, *, prog: str | None = None,
+    presets: Mapping[str, Mapping[str, Any]] | None = None, elsewhere: Mapping[str, str] | None = None,
+) -> T:
+    """The settings that `argv` (default: the process's) asks for.
+
+    Later wins: defaults, then the row of `presets` named by `--model`, then the file named by `--config`, then flags.
+    `elsewhere` says of words that are no flags here what to write instead.
+    Raises UserError with one sentence per mistake.
+    """
+    elsewhere = elsewhere or {}
+    options = {o.name: o for group in leaves(cls).values() for o in group}
+    given, errors = _read_flags(cls, options, _flagged(options, sys.argv[1:] if argv is None else argv),
+                                prog, elsewhere)
+    from_file: dict[str, Any] = {}
+    if "config" in given:
+        try:
+            from_file = read_file(Path(given["config"]), options, elsewhere)
+        except UserError as error:
+            errors += error.sentences
+    model = given.get("model", from_file.get("model"))
+    preset: Mapping[str, Any] = {}
+    if presets is not None and model is not None:
+        if model in presets:
+            preset = presets[model]
+        else:
+            errors.append(f"--model {model}: no such preset{nearest(model, presets)}; there are {', '.join(presets)}.")
+    values = {**preset, **from_file, **given}
+    missing = [o.flag for o in options.values() if o.name not in values and o.field.default is MISSING]
+    errors += [f"{flag} is missing: {_help_of(options, flag)}" for flag in missing]
+    if errors:
+        raise UserError(*errors)
+    return build(cls, values)
+
+
+def build(cls: type[T], values: Mapping[str, Any]) -> T:
+    """The dataclass from flat values; what is not named keeps its default."""
+    hints = typing.get_type_hints(cls)
+    chosen = {f.name: build(hints[f.name], values) if is_dataclass(hints[f.name]) else values[f.name]
+              for f in fields(cls)  # type: ignore[arg-type]
+              if is_dataclass(hints[f.name]) or f.name in values}
+    return cls(**chosen)
+
+
+def flatten(settings: Any) -> dict[str, Any]:
+    """The flat values of a settings dataclass: what `build` takes, tuples as lists, ready for JSON."""
+    out: dict[str, Any] = {}
+    for f in fields(settings):
+        value = getattr(settings, f.name)
+        out |= flatten(value) if is_dataclass(value) else {f.name: list(value) if isinstance(value, tuple) else value}
+    return out
+
+
+def read_file(path: Path, options: Mapping[str, Option], elsewhere: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """The values a TOML, YAML or JSON file gives, flat, checked against the options. Raises UserError."""
+    try:
+        data = _load(path)
+    except OSError as error:
+        raise UserError(
+            f"--config {path}: cannot be read ({error.strerror}); name a .toml, .yaml or .json file.") from None
+    except ValueError as error:
+        raise UserError(
+            f"--config {path}: is not valid {path.suffix[1:].upper()} ({' '.join(str(error).split())}).") from None
+    if not isinstance(data, dict):
+        raise UserError(f"--config {path}: holds a {type(data).__name__}, not keys and values.")
+    names = {alias.replace("-", "_"): o.name
+             for o in options.values() for alias in (o.name, *o.field.metadata.get("alias", ()))}
+    values: dict[str, Any] = {}
+    errors: list[str] = []
+    for key, value in _flat_items(data):
+        name = names.get(key.replace("-", "_"))
+        if name is None:
+            hint = (elsewhere or {}).get(key.replace("_", "-"))
+            errors.append(f"--config {path}: {key} {hint}." if hint else
+                          f"--config {path}: no such key {key!r}{nearest(key.replace('-', '_'), names)}.")
+        elif name in values:
+            errors.append(f"--config {path}: {key!r} is given twice; keep one.")
+        elif name == "config":
+            errors.append(f"--config {path}: a file cannot name another with {key!r}; put its keys here.")
+        elif value is None:
+            continue                                            # YAML's null and JSON's: not said
+        else:
+            try:
+                values[name] = _typed(options[name], value)
+            except ValueError as error:
+                errors.append(f"--config {path}: {key} = {value!r}: {error}.")
+    if errors:
+        raise UserError(*errors)
+    return values
+
+
+def nearest(word: str, words: typing.Iterable[str]) -> str:
+    """' (did you mean X?)' for the word nearest to a mistyped one, or nothing."""
+    words = list(words)
+    within = sorted((w for w in words if len(word.strip("-")) > 3 and w.endswith(word.strip("-"))), key=len)
+    close = (difflib.get_close_matches(word, words, n=1, cutoff=0.8) or within
+             or difflib.get_close_matches(word, words, n=1, cutoff=0.6))
+    return f" (did you mean {close[0]}?)" if close else ""
+
+
+def commands(prog: str, doc: str, table: Mapping[str, tuple[type[Any], Callable[[Any], None]]]) -> None:
+    """A tool of several commands: the first word chooses (settings, what to do with them). Raises UserError."""
+    word, argv = (sys.argv[1], sys.argv[2:]) if len(sys.argv) > 1 else ("", [])
+    if word in ("-h", "--help"):
+        print(doc)
+    elif word in table:
+        settings, do = table[word]
+        do(parse(settings, argv, prog=f"{prog} {word}"))
+    else:
+        raise UserError(f"{prog} {word}".rstrip() + f": write {' or '.join(table)}{nearest(word, table)}.")
+
+
+def run(main: Callable[[], None]) -> NoReturn:
+    """Runs a program's main: a user's mistakes are printed once each, without a traceback, and exit with code 2."""
+    try:
+        main()
+    except UserError as error:
+        for sentence in error.sentences:
+            print(f"error: {sentence}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:                       # `... | head` closed our output: not worth a traceback
+        sys.stderr.close()
+        sys.exit(1)
+    sys.exit(0)
+
+
+def _kind(hint: Any) -> tuple[type, bool]:
+    """(element type, is a tuple) of a field's annotation."""
+    if typing.get_origin(hint) in (typing.Union, types.UnionType):
+        (hint,) = [a for a in typing.get_args(hint) if a is not type(None)]
+    if typing.get_origin(hint) is tuple:
+        return typing.get_args(hint)[0], True
+    return hint, False
+
+
+def _flagged(options: Mapping[str, Option], argv: Sequence[str]) -> list[str]:
+    """The first words with the flags they are short for."""
+    first = list(itertools.takewhile(lambda word: not word.startswith("-"), argv))
+    named = list(zip([o.flag for o in options.values() if o.field.metadata.get("word")], first, strict=False))
+    return [*(part for pair in named for part in pair), *argv[len(named):]]
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse that raises its complaint instead of printing its usage."""
+
+    def error(self, message: str) -> NoReturn:
+        flag = re.match(r"argument (\S+?)(?:/\S+)*: (.*)", message)
+        raise UserError(f"{flag[1]}: {flag[2]}." if flag else message[0].upper() + message[1:] + ".")
+
+
+class _Help(argparse.HelpFormatter):
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=40, width=120)
+
+
+def _read_flags(
+    cls: type, options: Mapping[str, Option], argv: list[str], prog: str | None, elsewhere: Mapping[str, str]
+) -> tuple[dict[str, Any], list[str]]:
+    parser = _Parser(prog=prog, usage="%(prog)s [flags]", description=(cls.__doc__ or "").strip(),
+                     formatter_class=_Help, allow_abbrev=False, argument_default=argparse.SUPPRESS, add_help=False)
+    for title, members in leaves(cls).items():
+        group = parser.add_argument_group(title)
+        if len(parser._action_groups) == 3:                     # argparse's own two groups, and our first
+            group.add_argument("-h", "--help", action="help", help="show this and exit")
+        for o in members:
+            _add(group, o)
+    given, unknown = parser.parse_known_args(argv)
+    flags = [s for a in parser._actions for s in a.option_strings]
+    errors = [_unknown(word.split("=")[0], flags, elsewhere)
+              for word in unknown if word.startswith("--") or not _after_unknown(word, unknown)]
+    values: dict[str, Any] = {}
+    for name, value in vars(given).items():
+        try:
+            values[name] = _typed(options[name], value)
+        except ValueError as error:
+            shown = " ".join(map(str, value)) if isinstance(value, list) else value
+            errors.append(f"{options[name].flag} {shown}: {error}.")
+    return values, errors
+
+
+def _unknown(word: str, flags: list[str], elsewhere: Mapping[str, str]) -> str:
+    """What to say of a word that no flag takes."""
+    if word[2:] in elsewhere and word.startswith("--"):
+        return f"{word} {elsewhere[word[2:]]}."
+    return (f"{word}: no such flag{nearest(word, flags)}." if word.startswith("-")
+            else f"{word}: belongs to no flag; see --help.")
+
+
+def _after_unknown(word: str, unknown: list[str]) -> bool:
+    """Is this word the value of an unknown flag, which has its sentence already?"""
+    at = unknown.index(word)
+    return any(w.startswith("--") for w in unknown[:at])
+
+
+def _add(group: Any, o: Option) -> None:
+    flags = [o.flag, *("--" + a for a in o.field.metadata.get("alias", ()))]
+    meta = o.field.metadata
+    if o.kind is bool:
+        group.add_argument(*flags, dest=o.name, action=argparse.BooleanOptionalAction, help=_help(o))
+        return
+    shape = {"nargs": "+"} if o.many else {}
+    metavar = ("{" + ",".join(meta["choices"]) + "}" if meta.get("choices")
+               else (meta.get("unit") or o.kind.__name__).upper())
+    group.add_argument(*flags, dest=o.name, metavar=metavar, help=_help(o), **shape)
+
+
+def _help(o: Option) -> str:
+    text = (o.field.metadata.get("help", "").replace("%", "%%")
+            + ("; its flag may be left out" if o.field.metadata.get("word") else ""))
+    default = o.field.default
+    if default is MISSING:
+        return f"{text} (required)"
+    if default is None or default == () or (o.kind is bool and default is False):
+        return text
+    return f"{text} (default: {' '.join(map(str, default)) if isinstance(default, tuple) else default})"
+
+
+def _help_of(options: Mapping[str, Option], flag: str) -> str:
+    text = options[flag[2:].replace("-", "_")].field.metadata.get("help", "")
+    return text.rstrip(".") + "."
+
+
+def _typed(o: Option, value: Any) -> Any:
+    """The value as the field's type. Raises ValueError saying what was expected."""
+    if o.many:
+        return tuple(_one(o, v) for v in (value if isinstance(value, (list, tuple)) else [value]))
+    return _one(o, value)
+
+
+def _one(o: Option, value: Any) -> Any:
+    choices = o.field.metadata.get("choices")
+    if choices and value not in choices:
+        raise ValueError(f"must be one of {', '.join(choices)}{nearest(str(value), choices)}")
+    if o.kind is bool:
+        if isinstance(value, bool):
+            return value
+        raise ValueError("must be true or false")
+    if isinstance(value, bool):
+        raise ValueError(f"must be {_article(o.kind)}, not true or false")
+    if not isinstance(value, (str, int, float)):
+        raise ValueError(f"must be {_article(o.kind)}, not a {type(value).__name__}")
+    try:
+        if o.kind is int:
+            return _integer(value)
+        return o.kind(value)
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError(f"must be {_article(o.kind)}") from None
+
+
+def _integer(value: Any) -> int:
+    """An int, also from 1e6 or 1_000_000; never from 1.5."""
+    number = float(value) if isinstance(value, float) or "e" in str(value).lower() else int(value)
+    if number != int(number):
+        raise ValueError
+    return int(number)
+
+
+def _article(kind: type) -> str:
+    return {int: "a whole number", float: "a number", str: "a word"}.get(kind, kind.__name__)
+
+
+def _flat_items(data: Mapping[str, Any]) -> typing.Iterator[tuple[str, Any]]:
+    for key, value in data.items():
+        if isinstance(value, dict):
+            yield from _flat_items(value)
+        else:
+            yield str(key), value
+
+
+def _load(path: Path) -> Any:
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".json":
+        return json.loads(text)
+    if path.suffix in (".yaml", ".yml"):
+        import yaml
+        try:
+            return yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ValueError(str(error)) from None
+    if path.suffix == ".toml":
+        try:
+            import tomllib
+        except ModuleNotFoundError:               # Python 3.10
+            import tomli as tomllib  # type: ignore[no-redef]
+        return tomllib.loads(text)
+    raise ValueError("its name must end in .toml, .yaml or .json")

@@ -1,0 +1,295 @@
+"""What the user says: frozen dataclasses that are the command line, the configuration file, the help and the record
+in a checkpoint.
+
+The words are Megatron-LM's. What follows from them (sizes, counts, memory) is in plan.py; nothing here is derived
+or read.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+from megazero.base import DTYPES
+from megazero.pipeline import SCHEDULES
+from megazero.settings.command_line import option, parse
+
+DECAY_STYLES = ("constant", "linear", "cosine", "inverse-square-root", "WSD")
+WSD_STYLES = ("linear", "cosine", "exponential", "minus_sqrt")
+TOKENIZERS = ("SentencePieceTokenizer", "Llama2Tokenizer", "GPT2BPETokenizer", "HuggingFaceTokenizer",
+              "TiktokenTokenizer", "ByteTokenizer", "CharTokenizer", "NullTokenizer")
+
+
+@dataclass(frozen=True)
+class Parallel:
+    """Parallelism."""
+
+    tensor_model_parallel_size: int = option(1, "ranks that share each layer", alias=["tp"], unit="ranks")
+    pipeline_model_parallel_size: int = option(1, "stages the layers are split into", alias=["pp"], unit="ranks")
+    data_parallel_size: int | None = option(None, "copies of the model; default: what is left of the ranks",
+                                            alias=["dp"], unit="ranks")
+    zero_stage: int = option(0, "what data-parallel ranks share: 1 optimizer state, 2 gradients too, 3 weights too",
+                             unit="0-3")
+    zero_shard_size: int | None = option(None, "data-parallel ranks that share one copy of the ZeRO state, which the "
+                                         "others repeat; default all", unit="ranks")
+    reduce_every: int = option(1, "micro-batches whose gradients are summed before they travel, with --zero-stage "
+                               "2 or 3", unit="micro-batches")
+    keep_weights: int = option(1, "forward and backward passes for which weights stay once gathered, with "
+                               "--zero-stage 3", unit="passes")
+    bucket_size: int = option(0, "parameters up to which neighbouring blocks travel as one; 0 is block by block",
+                              unit="parameters")
+    overlap_grad_reduce: bool = option(True, "gradients travel while the backward pass goes on")
+    overlap_param_gather: bool = option(True, "weights travel while the passes before them go on")
+    pipeline_schedule: str = option("1f1b", "order of the forward and backward passes of the micro-batches",
+                                    choices=tuple(SCHEDULES))
+    num_virtual_stages_per_pipeline_rank: int = option(1, "stages on each rank, with --pipeline-schedule interleaved "
+                                                       "or breadth-first", unit="stages")
+    decoder_first_pipeline_num_layers: int | None = option(None, "layers of the first stage; the others share the rest",
+                                                           unit="layers")
+    decoder_last_pipeline_num_layers: int | None = option(None, "layers of the last stage; the others share the rest",
+                                                          unit="layers")
+    pipeline_layout: str | None = option(None, "what each stage has: E embedding, t layer, L loss, | between stages, "
+                                         "as in Ett|(ttt|)*2ttL", unit="layout")
+    distributed_timeout_minutes: float = option(10.0, "how long a rank waits for another before it gives up",
+                                                unit="minutes")
+    device: str = option("auto", "where to compute; auto takes CUDA where there is one",
+                         choices=("auto", "cpu", "cuda"))
+
+
+@dataclass(frozen=True)
+class Model:
+    """Model."""
+
+    model: str | None = option(None, "a preset: sizes and fields below, each of which a flag can override",
+                               unit="preset")
+    num_layers: int | None = option(None, "transformer blocks", unit="layers")
+    hidden_size: int | None = option(None, "width of the residual stream", unit="channels")
+    ffn_hidden_size: int | None = option(None, "width inside the MLP; default 4 x hidden, or 8/3 x hidden to a "
+                                         "multiple of 64 with --swiglu", unit="channels")
+    num_attention_heads: int | None = option(None, "query heads", unit="heads")
+    num_query_groups: int | None = option(None, "key and value heads; default: as many as query heads", unit="heads")
+    kv_channels: int | None = option(None, "width of a head; default hidden / heads", unit="channels")
+    seq_length: int | None = option(None, "tokens of a sample", unit="tokens")
+    max_position_embeddings: int | None = option(None, "longest sequence with learned positions; default --seq-length",
+                                                 unit="tokens")
+    position_embedding_type: str = option("learned_absolute", "how positions enter",
+                                          choices=("learned_absolute", "rope", "none"))
+    rotary_base: float = option(10000.0, "base of the rotary frequencies")
+    rotary_percent: float = option(1.0, "part of a head that is rotated", unit="fraction")
+    use_rope_scaling: bool = option(False, "stretch the rotary frequencies as Llama 3.1 does")
+    rope_scaling_factor: float = option(8.0, "how far low frequencies are stretched, with --use-rope-scaling")
+    rope_low_freq_factor: float = option(1.0, "wavelengths above original length / this are stretched fully")
+    rope_high_freq_factor: float = option(4.0, "wavelengths below original length / this stay as they are")
+    rope_original_length: int = option(8192, "sequence length before the stretch", unit="tokens")
+    normalization: str = option("LayerNorm", "the norm before attention, MLP and head",
+                                choices=("LayerNorm", "RMSNorm"))
+    norm_epsilon: float = option(1e-5, "added to the variance in norms")
+    swiglu: bool = option(False, "gated MLP: silu(gate) x up")
+    squared_relu: bool = option(False, "relu(x)^2 in the MLP instead of GELU")
+    openai_gelu: bool = option(False, "GELU by the tanh formula of GPT-2 instead of the exact one")
+    disable_bias_linear: bool = option(False, "no biases in linear layers and norms")
+    add_qkv_bias: bool = option(False, "biases on q, k, v alone, with --disable-bias-linear")
+    qk_layernorm: bool = option(False, "norm over each head of q and k")
+    untie_embeddings_and_output_weights: bool = option(False, "an output matrix of its own instead of the embedding's")
+    make_vocab_size_divisible_by: int = option(128, "rows the stored vocabulary is padded to per tensor-parallel rank; "
+                                               "padding is never predicted", unit="rows")
+    init_method_std: float = option(0.02, "standard deviation of the initial weights")
+    attention_dropout: float = option(0.0, "probability on attention weights", unit="fraction")
+    hidden_dropout: float = option(0.0, "probability on embeddings and block outputs", unit="fraction")
+
+
+@dataclass(frozen=True)
+class Training:
+    """Training."""
+
+    micro_batch_size: int = option(1, "samples in one forward pass", unit="samples")
+    global_batch_size: int | None = option(None, "samples in one step; default micro-batch size x data-parallel size",
+                                           unit="samples")
+    train_iters: int | None = option(None, "length of the run (this or --train-samples)", unit="steps")
+    train_samples: int | None = option(None, "length of the run", unit="samples")
+    eval_interval: int = option(1000, "steps between evaluations", unit="steps")
+    eval_iters: int = option(100, "global batches of one evaluation; 0 turns it off", unit="batches")
+    full_validation: bool = option(False, "evaluate over the whole validation set, each sample once, in order")
+    exit_interval: int | None = option(None, "save and stop when the step is a multiple of this", unit="steps")
+    exit_duration_in_mins: float | None = option(None, "save and stop after this long", unit="minutes")
+    exit_signal_handler: bool = option(False, "save and stop at SIGTERM or SIGINT, on all ranks after the same step")
+    seed: int = option(1234, "of weights, sample order and dropout")
+    recompute_granularity: str = option("none", "activations computed again in backward: selective (norms and MLP "
+                                        "activations) or full (whole blocks)", choices=("none", "selective", "full"))
+    max_skipped_steps: int = option(20, "non-finite steps in a row after which the run ends", unit="steps")
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """Optimizer and learning rate."""
+
+    optimizer: str = option("adam", "adam has decoupled decay (AdamW); sgd has momentum", choices=("adam", "sgd"))
+    lr: float | None = option(None, "highest learning rate")
+    min_lr: float = option(0.0, "lowest learning rate after decay")
+    lr_decay_style: str = option("linear", "curve from --lr to --min-lr", choices=DECAY_STYLES)
+    lr_decay_iters: int | None = option(None, "length of the curve, warm-up included; default: the run", unit="steps")
+    lr_decay_samples: int | None = option(None, "the same in samples", unit="samples")
+    lr_warmup_iters: int | None = option(None, "steps of linear rise from --lr-warmup-init", unit="steps")
+    lr_warmup_samples: int | None = option(None, "the same in samples", unit="samples")
+    lr_warmup_fraction: float | None = option(None, "the same as a part of the curve", unit="fraction")
+    lr_warmup_init: float = option(0.0, "learning rate before the first step")
+    lr_wsd_decay_style: str = option("exponential", "curve of the final part of WSD", choices=WSD_STYLES)
+    lr_wsd_decay_iters: int | None = option(None, "length of the final part of WSD", unit="steps")
+    weight_decay: float = option(0.01, "on matrices; norms and biases have none")
+    adam_beta1: float = option(0.9, "decay of the mean of gradients")
+    adam_beta2: float = option(0.999, "decay of the mean of squared gradients")
+    adam_eps: float = option(1e-8, "added to the root of the second moment")
+    sgd_momentum: float = option(0.9, "of sgd")
+    clip_grad: float = option(1.0, "largest global gradient norm; 0 turns clipping off")
+
+
+@dataclass(frozen=True)
+class Precision:
+    """Precision."""
+
+    dtype: str = option("fp32", "of weights and matmuls; masters, moments and gradients are fp32 (fp64 with fp64)",
+                        choices=tuple(DTYPES))
+    bf16: bool = option(False, "short for --dtype bf16")
+    fp16: bool = option(False, "short for --dtype fp16")
+    loss_scale: float | None = option(None, "constant loss scale for fp16 instead of a dynamic one")
+    initial_loss_scale: float = option(2.0**16, "dynamic loss scale at the start (fp16)")
+    min_loss_scale: float = option(1.0, "lowest dynamic loss scale")
+    loss_scale_window: int = option(1000, "good steps after which the loss scale doubles", unit="steps")
+    hysteresis: int = option(2, "bad steps before the loss scale halves", unit="steps")
+
+
+@dataclass(frozen=True)
+class Data:
+    """Data and tokenizer."""
+
+    data_path: tuple[str, ...] = option((), "dataset prefix, or weight prefix pairs, cut by --split", unit="path")
+    data_args_path: str | None = option(None, "a file that holds the words of --data-path", unit="file")
+    train_data_path: tuple[str, ...] = option((), "the same for training alone", unit="path")
+    valid_data_path: tuple[str, ...] = option((), "the same for evaluation alone", unit="path")
+    test_data_path: tuple[str, ...] = option((), "the same for one more evaluation, at the end of the run", unit="path")
+    data_schedule: str | None = option(None, "training data that changes: lines of `STEP WEIGHT PREFIX ...`, the blend "
+                                       "from that step on", unit="file")
+    split: str = option("969,30,1", "parts of --data-path for training, validation and test")
+    mock_data: bool = option(False, "made-up tokens in place of what is named: to measure, or to try a layout; with "
+                             "--vocab-size no tokenizer is read")
+    shuffle: bool = option(True, "--no-shuffle serves the samples in file order")
+    sample_order: str = option("keyed", "keyed: a sample depends on its number and the seed alone; megatron: the order "
+                               "of Megatron-LM", choices=("keyed", "megatron"))
+    eod_mask_loss: bool = option(False, "no loss where the input is the end-of-document token")
+    reset_position_ids: bool = option(False, "positions start again after each end of document")
+    reset_attention_mask: bool = option(False, "documents of a sample do not see each other")
+    fim_rate: float = option(0.0, "part of the training documents that get a gap to fill in", unit="fraction")
+    fim_spm_rate: float = option(0.5, "part of those whose suffix comes first", unit="fraction")
+    fim_prefix_token: str = option("<fim_prefix>", "special token before the prefix", unit="token")
+    fim_middle_token: str = option("<fim_middle>", "special token before the middle", unit="token")
+    fim_suffix_token: str = option("<fim_suffix>", "special token before the suffix", unit="token")
+    tokenizer_type: str | None = option(None, "how text becomes tokens", choices=TOKENIZERS)
+    tokenizer_model: str | None = option(None, "its file: .model, .tiktoken, tokenizer.json or its folder, or a JSON "
+                                         "of characters", unit="path")
+    vocab_file: str | None = option(None, "vocab.json of GPT2BPETokenizer", unit="path")
+    merge_file: str | None = option(None, "merges.txt of GPT2BPETokenizer", unit="path")
+    vocab_size: int | None = option(None, "vocabulary of the model, where no tokenizer is given or the tokenizer's "
+                                    "is smaller", unit="tokens")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Checkpoints."""
+
+    save: str | None = option(None, "folder to save to", unit="dir")
+    load: str | None = option(None, "folder to load from; if it is --save's and still empty, the run starts afresh",
+                              unit="dir")
+    save_interval: int | None = option(None, "steps between checkpoints; one is always saved at the end", unit="steps")
+    keep_last: int | None = option(None, "checkpoints to keep; default: all", unit="checkpoints")
+    ckpt_step: int | None = option(None, "step to load; default: the newest", unit="step")
+    finetune: bool = option(False, "load the weights alone: step, data and optimizer start afresh")
+    async_save: bool = option(False, "copy, then write in the background while training goes on")
+
+
+@dataclass(frozen=True)
+class Logging:
+    """Logging."""
+
+    log_interval: int = option(10, "steps between lines on the screen", unit="steps")
+    log_dir: str | None = option(None, "folder for metrics.jsonl and TensorBoard", unit="dir")
+
+
+@dataclass(frozen=True)
+class Config:
+    """Trains a GPT-style language model. The same command runs on a CPU, on one GPU, and under torchrun on many."""
+
+    config: str | None = option(None, "file with these keys (.toml, .yaml, .json); flags override it", unit="file")
+    check: bool = option(False, "check everything, print the plan, train nothing; without torchrun for as many ranks "
+                         "as --tp x --pp x --dp ask for")
+    parallel: Parallel = Parallel()
+    model: Model = Model()
+    training: Training = Training()
+    optimizer: Optimizer = Optimizer()
+    precision: Precision = Precision()
+    data: Data = Data()
+    checkpoint: Checkpoint = Checkpoint()
+    logging: Logging = Logging()
+
+    @property
+    def dtype(self) -> str:
+        return "bf16" if self.precision.bf16 else "fp16" if self.precision.fp16 else self.precision.dtype
+
+
+_GPT2 = {"position_embedding_type": "learned_absolute", "openai_gelu": True, "seq_length": 1024}
+_GPT3 = _GPT2 | {"seq_length": 2048}
+_LLAMA = {"position_embedding_type": "rope", "normalization": "RMSNorm", "swiglu": True, "disable_bias_linear": True,
+          "untie_embeddings_and_output_weights": True}
+
+
+def _row(base: dict[str, Any], layers: int, hidden: int, heads: int, **more: Any) -> dict[str, Any]:
+    return base | {"num_layers": layers, "hidden_size": hidden, "num_attention_heads": heads} | more
+
+
+# Sizes as published: GPT-2 (Radford 2019), GPT-3 (Brown 2020, table 2.1), Llama (Touvron 2023), Llama 3.x (Dubey 2024).
+PRESETS: dict[str, dict[str, Any]] = {
+    "gpt2-124m": _row(_GPT2, 12, 768, 12),
+    "gpt2-medium": _row(_GPT2, 24, 1024, 16),
+    "gpt2-large": _row(_GPT2, 36, 1280, 20),
+    "gpt2-xl": _row(_GPT2, 48, 1600, 25),
+    "gpt3-1.3b": _row(_GPT3, 24, 2048, 16),
+    "gpt3-6.7b": _row(_GPT3, 32, 4096, 32),
+    "gpt3-13b": _row(_GPT3, 40, 5120, 40),
+    "gpt3-175b": _row(_GPT3, 96, 12288, 96),
+    "llama-1b": _row(_LLAMA, 16, 2048, 32, num_query_groups=8, ffn_hidden_size=8192, seq_length=4096,
+                     rotary_base=500000.0, untie_embeddings_and_output_weights=False),
+    "llama-7b": _row(_LLAMA, 32, 4096, 32, ffn_hidden_size=11008, seq_length=4096),
+    "llama-8b": _row(_LLAMA, 32, 4096, 32, num_query_groups=8, ffn_hidden_size=14336, seq_length=8192,
+                     rotary_base=500000.0),
+    "llama-13b": _row(_LLAMA, 40, 5120, 40, ffn_hidden_size=13824, seq_length=4096),
+    "llama-70b": _row(_LLAMA, 80, 8192, 64, num_query_groups=8, ffn_hidden_size=28672, seq_length=4096),
+}
+
+# Megatron's words for what has no switch here, each with what to do instead of an unhelpful "no such flag".
+ALWAYS_ON = "is always on; leave it out"
+MEGATRON_WORDS = {
+    "sequence-parallel": f"{ALWAYS_ON} (it is what --tp means here)",
+    "use-flash-attn": ALWAYS_ON,
+    "use-mcore-models": ALWAYS_ON,
+    "transformer-impl": "is not needed; leave it out",
+    "use-distributed-optimizer": "is --zero-stage 1 here",
+    "data-parallel-sharding-strategy": "is --zero-stage here",
+    "ddp-bucket-size": "is --bucket-size here",
+    "num-layers-per-virtual-pipeline-stage": "is said by --num-virtual-stages-per-pipeline-rank",
+    "pipeline-model-parallel-layout": "is --pipeline-layout here",
+    "group-query-attention": "is said by --num-query-groups alone",
+    "use-rotary-position-embeddings": "is --position-embedding-type rope here",
+    "recompute-activations": "is --recompute-granularity selective here",
+    "accumulate-allreduce-grads-in-fp32": ALWAYS_ON,
+    "data-cache-path": "is not needed: there are no index files; leave it out",
+    "num-workers": "is not needed: a thread reads a step ahead; leave it out",
+    "num-dataset-builder-threads": "is not needed: nothing is built; leave it out",
+    "no-mmap-bin-files": "is not needed: files behind a URL are read piece by piece, others are mapped; leave it out",
+    "no-create-attention-mask-in-dataloader": ALWAYS_ON,
+    "fim-data": "is said by --fim-rate alone",
+    "ckpt-format": "is not needed: there is one format; leave it out",
+    "tensorboard-dir": "is --log-dir here",
+    "save-retain-interval": "is --keep-last here",
+}
+
+
+def from_command_line(argv: list[str] | None = None) -> Config:
+    """The configuration that a command line (default: the process's) asks for. Raises UserError."""
+    return parse(Config, argv, prog="pretrain_gpt.py", presets=PRESETS, elsewhere=MEGATRON_WORDS)

@@ -1,0 +1,169 @@
+"""Where two runs differ: two logs line by line, or two checkpoints tensor by tensor, whatever layouts they are of."""
+
+import json
+import math
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megazero.base import UserError
+from megazero.state.checkpoint import Reader
+from megazero.state.merge import in_order
+
+Tensor = torch.Tensor
+# of a log: no two runs agree on them
+TIMES = {"seconds", "tokens_per_second", "tflops_per_device", "mfu", "memory_bytes"}
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A place, what stands there on both sides, and how far apart that is: relative to the larger value or the tensor's
+    largest element; infinity where there is nothing to measure."""
+
+    where: str
+    a: Any
+    b: Any
+    far: float = math.inf
+    more: str = ""
+
+    def __str__(self) -> str:
+        far = f", {self.far:.3g} of the larger" if self.far < math.inf else ""
+        return f"{self.where}: {shown(self.a)} against {shown(self.b)}{far}{self.more}"
+
+
+def shown(value: Any) -> str:
+    """A value as text, every digit of a number."""
+    return "nothing" if value is None else value if isinstance(value, str) else repr(value)
+
+
+def plain(where: str, a: Any, b: Any, tolerance: float) -> Iterator[Difference]:
+    """What differs in two values of JSON."""
+    if isinstance(a, dict) and isinstance(b, dict):
+        for key in dict.fromkeys((*a, *b)):
+            yield from plain(f"{where} {key}".strip(), a.get(key), b.get(key), tolerance)
+    elif isinstance(a, float | int) and isinstance(b, float | int) and not isinstance(a, bool):
+        far = 0.0 if a == b or (a != a and b != b) else abs(a - b) / max(abs(a), abs(b))
+        if not far <= tolerance:
+            yield Difference(where, a, b, far if far == far else math.inf)
+    elif a != b:
+        yield Difference(where, a, b)
+
+
+def there(side: object) -> str:
+    return "not there" if side is None else "there"
+
+
+# ---- logs
+
+def log_lines(path: Path) -> dict[tuple[int, str], dict[str, Any]]:
+    """(step, split or train) -> what a metrics.jsonl says of it, times and memory left out. A last line torn by a kill
+    is forgotten. Raises UserError."""
+    found: dict[tuple[int, str], dict[str, Any]] = {}
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); give the metrics.jsonl of a run.") from None
+    for number, line in enumerate(lines, 1):
+        try:
+            record = json.loads(line)
+            found[record["step"], record.get("split", "train")] = {k: v for k, v in record.items() if k not in TIMES}
+        except (ValueError, KeyError, TypeError, AttributeError):
+            if number < len(lines):
+                raise UserError(f"{path}: line {number} is damaged; "
+                                "each should be one step or one evaluation.") from None
+    if not found:
+        raise UserError(f"{path}: holds no step; give the metrics.jsonl of a run.")
+    return found
+
+
+def logs(a: Path, b: Path, tolerance: float = 0.0) -> Iterator[Difference]:
+    """Where two logs differ, in the order of the first."""
+    one, two = log_lines(a), log_lines(b)
+    for step, split in sorted({*one, *two}):
+        where, left, right = f"step {step} {split}", one.get((step, split)), two.get((step, split))
+        if left is None or right is None:
+            yield Difference(where, there(left), there(right))
+        else:
+            yield from plain(where, left, right, tolerance)
+
+
+# ---- checkpoints
+
+def checkpoints(a: Reader, b: Reader, tolerance: float = 0.0) -> Iterator[Difference]:
+    """Where two checkpoints differ: step and position, model, then tensor by tensor, with one tensor of each in memory.
+    Where one of them holds weights alone, as a merged one does, the other's optimizer does not count."""
+    weights_alone = {"weight"} in (a.kinds, b.kinds)
+    for key in ("step", "progress", "architecture", *(() if weights_alone else ("optimizer",))):
+        yield from plain(key, a.index[key], b.index[key], 0.0)
+    for which in sorted((k for k in {*a.shapes, *b.shapes} if k[0] == "weight" or not weights_alone), key=in_order):
+        where, left, right = "/".join(which), a.shapes.get(which), b.shapes.get(which)
+        if left is None or right is None:
+            yield Difference(where, there(left), there(right))
+        elif left != right:
+            yield Difference(where, f"shape {list(left)}", f"shape {list(right)}")
+        else:
+            yield from tensors(where, a.read(*which), b.read(*which), tolerance)
+
+
+def tensors(where: str, a: Tensor, b: Tensor, tolerance: float) -> Iterator[Difference]:
+    """At most one difference: the first element that differs, how many do, and the largest distance."""
+    if torch.equal(a, b):
+        return
+    apart = torch.sub(a, b.double()).abs_()
+    apart[(a == b) | (a.isnan() & b.isnan())] = 0               # of two infinities too
+    apart[apart.isnan()] = math.inf
+    largest = max(float(t.abs().nan_to_num(0, 0, 0).max()) for t in (a, b))
+    wrong = apart > tolerance * largest
+    count = int(wrong.count_nonzero())
+    if count:
+        first = [int(i) for i in torch.unravel_index(wrong.flatten().byte().argmax(), wrong.shape)]
+        far = float(apart.max()) / largest if largest else math.inf
+        yield Difference(f"{where} {first}", a[tuple(first)].item(), b[tuple(first)].item(), far,
+                         f" at most, {count:,} of {a.numel():,} elements")
+
+
+# ---- either
+
+def check(tolerance: float) -> None:
+    """Raises UserError."""
+    if not tolerance >= 0:
+        raise UserError(f"--tolerance {tolerance:g}: must be 0 or greater.")
+
+
+def runs(a: Path, b: Path, tolerance: float = 0.0) -> Iterator[Difference]:
+    """Two logs (files, or folders that hold a metrics.jsonl) or two checkpoints. Raises UserError."""
+    one, two = log_of(a), log_of(b)
+    if (one is None) != (two is None):
+        raise UserError(f"{a} and {b}: one is a log, the other is not; give two logs or two checkpoints.")
+    if one is not None and two is not None:
+        return logs(one, two, tolerance)
+    return checkpoints(Reader(a, flag="--a"), Reader(b, flag="--b"), tolerance)
+
+
+def log_of(path: Path) -> Path | None:
+    """The log that a path means; None where it means checkpoints."""
+    inside = path / "metrics.jsonl"
+    return inside if inside.is_file() else path if path.is_file() else None
+
+
+def report(found: Iterable[Difference], equal: str) -> None:
+    """Prints the differences and ends the process with 1, or that there are none."""
+    lines = summary(found)
+    print("\n".join(lines or [equal]))
+    if lines:
+        sys.exit(1)
+
+
+def summary(found: Iterable[Difference], most: int = 5) -> list[str]:
+    """Lines that name the first difference and the largest ones."""
+    every = list(found)
+    if not every:
+        return []
+    largest = sorted(every[1:], key=lambda d: -d.far)[:most]
+    return [f"first difference   {every[0]}",
+            *(f"{'then, the largest' if i == 0 else '':<18} {d}" for i, d in enumerate(largest)),
+            f"{len(every):,} difference{'s' if len(every) > 1 else ''}"]

@@ -1,0 +1,185 @@
+"""How a checkpoint is written: each rank its file, then one of them the index; beside training if asked."""
+
+import json
+import shutil
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megazero.base import UserError, sync
+from megazero.comm import Alone, Group
+from megazero.plan import Box
+from megazero.state.checkpoint import FORMAT, INDEX, VERSION, Slice, complete, facts, text_checksum
+from megazero.state.tensor_files import Planned, Sums, header_of, stream
+
+Tensor = torch.Tensor
+
+
+class Writer:
+    """Saves to a folder. With `background`, `save` returns when the slices are copied and a thread writes them."""
+
+    def __init__(self, folder: Path, keep_last: int | None, background: bool, rank: int = 0,
+                 group: Group | None = None) -> None:
+        """`group` are the ranks that save together (default: this one alone); nothing else may use it meanwhile.
+
+        Makes the folder, so that one that cannot be written is told before the first step and not at the first save.
+        """
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"--save {folder}: cannot be made ({error.strerror}); "
+                            "name a folder that can be written to.") from None
+        self.folder, self.keep_last, self.background, self.rank, self.group = (
+            folder, keep_last, background, rank, group or Alone())
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def save(self, slices: Iterable[Slice], header: Mapping[str, Any]) -> Path:
+        """Saves step header["step"].
+        Raises UserError when the folder cannot be written; the previous checkpoint stays."""
+        self.wait()
+        target = _fresh_folder(self.folder, header["step"])
+        if not self.background:
+            self._commit(target, list(slices), header)
+            return target
+        copies = [Slice(s.kind, s.name, s.full, s.box, s.tensor.detach().to("cpu", copy=True)) for s in slices]
+        self._thread = threading.Thread(target=self._write, args=(target, copies, header), name="checkpoint-writer")
+        self._thread.start()
+        return target
+
+    def _commit(self, target: Path, slices: list[Slice], header: Mapping[str, Any]) -> None:
+        write(target, slices, header, self.rank, self.group)
+        if self.rank == 0:
+            try:
+                prune(self.folder, self.keep_last, target)
+            except OSError as error:
+                raise UserError(f"--save {self.folder}: a checkpoint that is not to be kept cannot be removed "
+                                f"({error.strerror}); {target} is complete.") from error
+
+    def _write(self, target: Path, slices: list[Slice], header: Mapping[str, Any]) -> None:
+        try:
+            self._commit(target, slices, header)
+        except BaseException as error:                          # told at the next wait(), on the main thread
+            self._error = error
+
+    def look(self) -> None:
+        """Raises what the background writer has met so far; does not wait for it."""
+        if self._error is not None:
+            self.wait()
+
+    def wait(self) -> None:
+        """Returns when nothing is being written. Raises what the background writer met."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
+
+
+def planned(kind: str, name: str, full: tuple[int, ...], dtype: torch.dtype) -> Slice:
+    """A whole logical tensor that is not here yet: its slice holds no data (torch's meta device)."""
+    return Slice(kind, name, full, Box((0,) * len(full), full), torch.empty(full, dtype=dtype, device="meta"))
+
+
+def on_host(slice_: Slice) -> Tensor:
+    return slice_.tensor.detach().to("cpu")
+
+
+def write(folder: Path, slices: Sequence[Slice], header: Mapping[str, Any], rank: int = 0,
+          group: Group | None = None) -> None:
+    """This rank's part of a checkpoint: file, fsync; when all ranks have done that, rank 0 writes the index."""
+    group = group or Alone()
+    names = [f"rank-{r:05d}.safetensors" for r in range(group.size)]
+    try:
+        if rank == 0:
+            shutil.rmtree(folder, ignore_errors=True)           # what a save that was cut short left here
+        group.all_reduce(torch.zeros(1)).wait()                 # all have chosen this folder before any writes into it
+        folder.mkdir(parents=True, exist_ok=True)
+        write_file(folder / names[rank], slices, header["step"])
+        group.all_reduce(torch.zeros(1)).wait()
+        if rank == 0:
+            write_index(folder, header, names)
+        group.all_reduce(torch.zeros(1)).wait()
+    except OSError as error:
+        with suppress(OSError):
+            if not (folder / INDEX).exists():
+                (folder / names[rank]).unlink(missing_ok=True)  # a full disk has better use for it
+        raise UserError(f"--save {folder}: cannot be written ({error.strerror}); "
+                        "the checkpoints before it are untouched.") from error
+
+
+def write_alone(folder: Path, slices: Sequence[Slice], header: Mapping[str, Any],
+                load: Callable[[Slice], Tensor]) -> Path:
+    """A checkpoint in one file, each tensor loaded when its turn comes; its folder. Raises OSError."""
+    target = _fresh_folder(folder, header["step"])
+    shutil.rmtree(target, ignore_errors=True)                   # what was cut short left here
+    target.mkdir(parents=True)
+    write_file(target / "rank-00000.safetensors", slices, header["step"], load)
+    write_index(target, header, ["rank-00000.safetensors"])
+    return target
+
+
+def write_file(path: Path, slices: Sequence[Slice], step: int, load: Callable[[Slice], Tensor] = on_host) -> None:
+    """One file, on the disk when this returns;
+    of its tensors one at a time is in memory besides those that are here already."""
+    own = {s.key: s for s in slices}
+
+    def metadata(sums: Sums) -> dict[str, str]:
+        boxes = {key: {"kind": s.kind, "name": s.name, "full": s.full, "offset": s.box.offset, "size": s.box.size,
+                       "crc32": sums[key]} for key, s in own.items()}
+        return {"format": FORMAT, "step": str(step), "boxes": json.dumps(boxes, separators=(",", ":"))}
+
+    stream(path, [Planned(key, s.box.size, s.tensor.dtype) for key, s in own.items()],
+           lambda key: load(own[key]), metadata)
+
+
+def write_index(folder: Path, header: Mapping[str, Any], names: Sequence[str]) -> None:
+    """The commit: after the rename the checkpoint exists, before it does not."""
+    files = {name: facts(folder / name, header_of(folder / name)) for name in names}
+    index = {"format": FORMAT, "version": VERSION, **header, "files": files}
+    draft = folder / (INDEX + ".draft")
+    draft.write_text(json.dumps({**index, "crc32": text_checksum(index)}, indent=1), encoding="utf-8")
+    sync(draft)
+    draft.rename(folder / INDEX)
+    sync(folder)
+    sync(folder.parent)
+
+
+def _fresh_folder(folder: Path, step: int) -> Path:
+    """Where to save a step: a folder that holds no complete checkpoint,
+    and comes after those of the same step that do."""
+    name = f"step-{step:08d}"
+    there = [int(path.suffix[1:] or 0) for s, path in complete(folder) if s == step]
+    return folder / (f"{name}.{max(there) + 1}" if there else name)
+
+
+def set_aside(folder: Path, step: int) -> list[Path]:
+    """Moves the checkpoints after a step to a folder of their own, out of the way of a run that goes on from it.
+    Returns where they are now. Raises UserError."""
+    later = [path for s, path in complete(folder) if s > step]
+    names = [f"after-{step:08d}", *(f"after-{step:08d}.{n}" for n in range(1, 10_000))]
+    aside = next(folder / name for name in names if not (folder / name).exists())
+    try:
+        if later:
+            aside.mkdir()
+        return [path.rename(aside / path.name) for path in later]
+    except OSError as error:
+        raise UserError(f"--save {folder}: later checkpoints cannot be moved to {aside.name} ({error.strerror}); "
+                        "name a new folder.") from None
+
+
+def prune(folder: Path, keep_last: int | None, just_saved: Path | None = None) -> None:
+    """Removes all but the newest `keep_last` checkpoints, and older saves of a step saved again;
+    never `just_saved`. Index first."""
+    found = complete(folder)
+    newest = dict(found)
+    kept = sorted(newest)[-keep_last:] if keep_last else sorted(newest)
+    for step, path in found:
+        if path != just_saved and (step not in kept or path != newest[step]):
+            (path / INDEX).unlink()
+            shutil.rmtree(path, ignore_errors=True)

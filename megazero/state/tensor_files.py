@@ -1,0 +1,119 @@
+"""Files that are whole or not there: safetensors written and read tensor by tensor,
+folders that take their name when they are complete.
+
+The format is that of the safetensors library, which reads all of it. By hand it can be written without being held in
+memory, and read without a memory map, which would end the process when a file is cut short under it. Checksums are of
+runs of whole rows, about 1 MiB each, so that a part of a tensor can be read and checked without the rest.
+"""
+
+import json
+import struct
+import zlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from math import ceil, prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from megazero.base import DTYPES, sync
+
+Tensor = torch.Tensor
+Sums = Mapping[str, list[int]]          # tensor -> the checksums of its runs of rows
+CODES: dict[torch.dtype, str] = {getattr(torch, d.torch): d.code for d in DTYPES.values()}
+OF_CODE = {code: dtype for dtype, code in CODES.items()}
+RUN = 2**20                             # bytes that share a checksum, unless one row is longer
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A tensor that is known before it exists, of at least one dimension."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * self.dtype.itemsize
+
+    @property
+    def run(self) -> int:
+        """Rows that share a checksum."""
+        return max(RUN // max(prod(self.shape[1:]) * self.dtype.itemsize, 1), 1)
+
+
+@dataclass(frozen=True)
+class Stored(Planned):
+    """A tensor at its place in a file."""
+
+    path: Path
+    start: int
+
+    def rows(self, low: int, high: int) -> Tensor:
+        """Rows [low, high), [high - low, ...]; nothing else is read. Raises OSError."""
+        row = prod(self.shape[1:]) * self.dtype.itemsize
+        data = np.fromfile(self.path, np.uint8, (high - low) * row, offset=self.start + low * row)
+        if len(data) != (high - low) * row:
+            raise OSError(0, "ends before its last tensor")
+        return torch.from_numpy(data).view(self.dtype).view(high - low, *self.shape[1:])
+
+
+def checksums(tensor: Tensor) -> list[int]:
+    """CRC-32 of each run of rows, in order; the last may be shorter."""
+    data, rows = raw(tensor), Planned("", tuple(tensor.shape), tensor.dtype).run
+    step = rows * (len(data) // max(len(tensor), 1))
+    return [zlib.crc32(data[at:at + step]) for at in range(0, len(data), step or 1)]
+
+
+def raw(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor on the host."""
+    return tensor.detach().contiguous().view(-1).view(torch.uint8).numpy().data if tensor.numel() else memoryview(b"")
+
+
+def stream(path: Path, plan: Sequence[Planned], make: Callable[[str], Tensor],
+           metadata: Callable[[Sums], dict[str, str]]) -> None:
+    """Writes a safetensors file, each tensor made when its turn comes; returns when it is on the disk.
+    `metadata` is told the checksums.
+
+    Those are known last but stand in the header, which comes first: room is kept for the longest, spaces fill the rest.
+    """
+    sums = {p.name: [2**32 - 1] * ceil(p.shape[0] / p.run) for p in plan}
+    room = (len(_header(plan, metadata(sums))) + 7) // 8 * 8
+    with path.open("wb") as file:
+        file.seek(8 + room)
+        for p in plan:
+            tensor = make(p.name)
+            assert (tuple(tensor.shape), tensor.dtype) == (p.shape, p.dtype), f"{p}: made {tensor.shape} {tensor.dtype}"
+            sums[p.name] = checksums(tensor)
+            file.write(raw(tensor))
+            del tensor                                          # before the next is made
+        file.seek(0)
+        file.write(struct.pack("<Q", room) + _header(plan, metadata(sums)).ljust(room))
+    sync(path)
+
+
+def _header(plan: Sequence[Planned], metadata: dict[str, str]) -> bytes:
+    header: dict[str, Any] = {"__metadata__": metadata}
+    at = 0
+    for p in plan:
+        header[p.name] = {"dtype": CODES[p.dtype], "shape": p.shape, "data_offsets": (at, at + p.nbytes)}
+        at += p.nbytes
+    return json.dumps(header, separators=(",", ":")).encode()
+
+
+def header_of(path: Path) -> bytes:
+    """The header of a safetensors file with the eight bytes before it, which say how long it is."""
+    with path.open("rb") as file:
+        head = file.read(8)
+        return head + file.read(min(int.from_bytes(head, "little"), path.stat().st_size))
+
+
+def contents(path: Path, header: bytes) -> tuple[dict[str, Stored], dict[str, str]]:
+    """The tensors that a good header lists, and its metadata."""
+    listed = json.loads(header[8:])
+    metadata = listed.pop("__metadata__", {})
+    return {key: Stored(key, tuple(t["shape"]), OF_CODE[t["dtype"]], path, len(header) + t["data_offsets"][0])
+            for key, t in listed.items()}, metadata

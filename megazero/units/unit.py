@@ -1,0 +1,275 @@
+"""A unit's tensors: weights, gradients and masters, each one flat buffer that the weights' names are views of.
+
+Nothing here is an nn.Parameter and autograd never sees a weight: an operation holds a `Weight`, a handle that says
+which part of which unit it means, looks it up when it needs it, and hands its gradient over when it has it (ops.py).
+So a gradient is written once, into the place where the optimizer and the wire read it,
+and no pass clears buffers before a step.
+
+Data-parallel ranks cut each flat buffer into equal slices (layout.cuts). The ZeRO level says of which tensors a rank
+keeps only its slice; whole buffers of the others are borrowed for as long as the program (program.py) needs them.
+"""
+
+from collections.abc import Hashable
+from dataclasses import dataclass, field
+
+import torch
+
+from megazero.base import DTYPES
+from megazero.comm import Alone, Group, Work
+from megazero.plan import Box, Flat, Operand, Piece, cuts
+from megazero.units.random import fill_normal, key
+
+TORCH_DTYPE: dict[str, torch.dtype] = {name: getattr(torch, d.torch) for name, d in DTYPES.items()}
+Tensor = torch.Tensor
+
+
+class Buffers:
+    """Whole buffers that units borrow, each kind for units laid out alike. Made when first needed, and kept:
+    a step in the steady state allocates nothing. `poison` fills what is given back with NaN,
+    so that a late reader shows (tests)."""
+
+    def __init__(self, poison: bool = False) -> None:
+        self.poison = poison
+        self.free: dict[Hashable, list[Tensor]] = {}
+        self.bytes = 0                                          # of all that were made
+
+    def take(self, kind: Hashable, size: int, like: Tensor) -> Tensor:
+        free = self.free.setdefault(kind, [])
+        if free:
+            return free.pop()
+        made = like.new_zeros(size)                             # zeros: nothing ever writes between the operands
+        self.bytes += made.nbytes
+        return made
+
+    def give(self, kind: Hashable, buffer: Tensor, flat: Flat) -> None:
+        for o in flat.operands if self.poison else ():
+            buffer[o.start:o.stop].fill_(torch.nan)
+        self.free[kind].append(buffer)
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """How data-parallel ranks share a unit: the ranks of `shard` hold its slices, those of `replicate` the same slice
+    once more, and so do the `holders` of a tied unit, at the two ends of a pipeline.
+
+    level    1: optimizer state and masters are slices, 2: gradients too, 3: weights too.
+             With a shard group of one, a slice is the whole
+    """
+
+    level: int = 0
+    shard: Group = field(default_factory=Alone)
+    replicate: Group = field(default_factory=Alone)
+    holders: Group = field(default_factory=Alone)
+    buffers: Buffers = field(default_factory=Buffers)
+
+
+class Unit:
+    """The flat buffers of one unit on one rank.
+
+    weights         [size], compute dtype: what forward and backward read; None while only the slice is here (level 3)
+    grads           [size], the master's dtype: the sum that grows now; None while there is none (from level 2)
+    weight_slice    [high - low], compute dtype: this rank's slice of the weights, a view of them below level 3
+    grad_slice      [high - low]: this rank's slice of the step's gradient, a view of `grads` below level 2
+    master          [high - low], fp32 (fp64 with fp64 weights): what the optimizer changes;
+                    weight_slice itself if the dtypes agree
+
+    One that is not trained has no room for gradients, and its master is weight_slice.
+    """
+
+    def __init__(self, flat: Flat, dtype: torch.dtype, device: torch.device, sharing: Sharing | None = None,
+                 trained: bool = True) -> None:
+        self.flat, self.sharing, self.trained = flat, sharing or Sharing(), trained
+        level, shard, ranks = (self.sharing.level, self.sharing.shard,
+                               self.sharing.shard.size * self.sharing.replicate.size)
+        wide = torch.float64 if dtype == torch.float64 else torch.float32
+        self.size = cuts(flat.size, ranks)[-1]                  # so that every sum over ranks can be shared evenly
+        self.low, self.high = (self.size // shard.size * (shard.rank + i) for i in (0, 1))
+        self.weights = torch.zeros(self.size, dtype=dtype, device=device) if level < 3 else None
+        self.grads = (torch.zeros(self.size if trained else 0, dtype=wide, device=device)
+                      if level < 2 or not trained else None)
+        self.weight_slice = self._slice(self.weights, dtype, device)
+        self.grad_slice = self._slice(self.grads, wide, device)
+        self.master = self.weight_slice if dtype == wide or not trained else self._slice(None, wide, device)
+        self._operands = {o.name: o for o in flat.operands}
+        self._fresh: set[str] = set(self._operands)             # operands without a gradient yet in this sum
+        self._stale = True                                      # the whole weights are older than the slices
+        self._gathering: Work | None = None
+
+    def _slice(self, whole: Tensor | None, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return (torch.zeros(self.high - self.low, dtype=dtype, device=device) if whole is None
+                else whole[self.low:self.high])
+
+    def __contains__(self, operand: str) -> bool:
+        return operand in self._operands
+
+    @property
+    def owner(self) -> bool:
+        """Is this the rank whose copy of the slice counts in norms and is saved?"""
+        return self.sharing.replicate.rank == self.sharing.holders.rank == 0
+
+    def weight(self, operand: str) -> "Weight":
+        return Weight(self, self._operands[operand])
+
+    # ---- weights: slices are published, then gathered, and released where they do not stay
+
+    def initialise(self, seed: int) -> None:
+        """Draws this rank's masters from (seed, name, element index), then publishes them."""
+        for piece in self.flat.pieces:
+            p = piece.shard.parameter
+            for start, box in piece.boxes(self.low, self.high):
+                out = self.master[start - self.low:start - self.low + box.numel]
+                if p.std == 0:
+                    out.fill_(p.mean)
+                else:
+                    here = out.view(box.size)
+                    drawn = torch.empty_like(here, device="cpu") if out.is_cuda else here
+                    fill_normal(drawn, key(seed, p.name), p.shape, box, p.mean, p.std)
+                    if drawn is not here:
+                        here.copy_(drawn)
+        self.publish()
+
+    def publish(self) -> None:
+        """Masters -> this rank's slice of the weights, after they changed.
+        Other ranks see them with the next gather."""
+        if self.weight_slice is not self.master:
+            self.weight_slice.copy_(self.master)
+        self._stale = True
+        if self.sharing.buffers.poison and self.weights is not None:
+            self.weights[:self.low].fill_(torch.nan)
+            self.weights[self.high:].fill_(torch.nan)
+
+    def gather(self) -> None:
+        """The whole weights begin to arrive; `arrive` waits for them. Nothing travels when they are here."""
+        if self.weights is None:
+            self.weights = self.sharing.buffers.take((self.flat.kind, "weights"), self.size, self.weight_slice)
+        if self._stale:
+            self._gathering, self._stale = self.sharing.shard.all_gather(self.weight_slice, self.weights), False
+
+    def arrive(self) -> None:
+        if self._gathering is not None:
+            self._gathering.wait()
+            self._gathering = None
+
+    def release(self) -> None:
+        """Level 3: whoever needs the whole weights again must gather them."""
+        assert self.weights is not None and self.sharing.level == 3, f"{self.flat.name} has nothing to release"
+        self.arrive()
+        self.sharing.buffers.give((self.flat.kind, "weights"), self.weights, self.flat)
+        self.weights, self._stale = None, True
+
+    # ---- gradients: a sum is opened, grows, is closed, and is reduced to this rank's slice
+
+    def open(self) -> None:
+        """A new sum of gradients: the first one to arrive overwrites what was there, later ones add."""
+        if self.grads is None:
+            self.grads = self.sharing.buffers.take((self.flat.kind, "grads"), self.size, self.grad_slice)
+        self._fresh = set(self._operands)
+
+    def close(self) -> Tensor:
+        """The sum is complete: what nothing was handed to is zero.
+        Returns a number that is finite if all of them are."""
+        assert self.grads is not None
+        for name in self._fresh:
+            o = self._operands[name]
+            self.grads[o.start:o.stop].zero_()
+        self._fresh = set()
+        return self.grads.sum()
+
+    def reduce(self) -> Work:
+        """This rank's slice of the sum over the ranks that share this unit begins to arrive."""
+        assert self.grads is not None
+        into = self.grad_slice if self.sharing.level < 2 else self.grads[self.low:self.high]
+        return self.sharing.shard.reduce_scatter(self.grads, into)
+
+    def land(self, arrived: Tensor, first: bool) -> None:
+        """Adds a slice that arrived to those of this step before it; from level 2 the whole buffer goes back."""
+        if self.sharing.level < 2:
+            return
+        if first:
+            self.grad_slice.copy_(arrived)
+        else:
+            self.grad_slice.add_(arrived)
+        assert self.grads is not None
+        self.sharing.buffers.give((self.flat.kind, "grads"), self.grads, self.flat)
+        self.grads = None
+
+    def partial(self, cut: bool) -> list[Tensor]:
+        """What of the gradient's slice is partial, of shards that are cut or not:
+        tensor-parallel ranks must add theirs."""
+        return [self.grad_slice[a:b] for p, a, b in self.pieces() if p.shard.partial and p.shard.cut == cut]
+
+    def pieces(self) -> list[tuple[Piece, int, int]]:
+        """(piece, from, to) of every piece of which this rank's slice holds something,
+        counted from the slice's begin."""
+        ranges = ((p, max(p.start, self.low), min(p.stop, self.high)) for p in self.flat.pieces)
+        return [(p, a - self.low, b - self.low) for p, a, b in ranges if a < b]
+
+    def is_first(self, operand: Operand) -> bool:
+        """Is this operand's gradient still unwritten in this sum?
+        Asked once per gradient: it is written from now on."""
+        first = operand.name in self._fresh
+        self._fresh.discard(operand.name)
+        return first
+
+
+@dataclass(frozen=True)
+class Weight:
+    """A handle: one operand of one unit. Cheap to hold across forward and backward; holds no tensor."""
+
+    unit: Unit
+    operand: Operand
+
+    @property
+    def value(self) -> Tensor:
+        """The weight itself, a view of the unit's buffer. Look it up anew in backward; never save it."""
+        o, weights = self.operand, self.unit.weights
+        assert weights is not None, f"{o.name} is read while {self.unit.flat.name} is released"
+        return weights[o.start:o.stop].view(o.shape)
+
+    @property
+    def grad(self) -> Tensor:
+        o, grads = self.operand, self.unit.grads
+        assert grads is not None, f"{o.name} gets a gradient while {self.unit.flat.name} has no sum open"
+        return grads[o.start:o.stop].view(o.shape)
+
+    @property
+    def rows(self) -> Box:
+        """The box of the logical tensor that is stored here (of an operand of one piece)."""
+        (piece,) = self.operand.pieces
+        return piece.shard.box
+
+    def add_product(self, dy: Tensor, x: Tensor) -> None:
+        """grad += dyT x, for dy [tokens, rows] and x [tokens, columns]; in one pass where the dtypes agree."""
+        # 0 overwrites: what was there, NaN included, does not count
+        keep = 0 if self.unit.is_first(self.operand) else 1
+        grad = self.grad
+        if grad.dtype == dy.dtype:
+            grad.addmm_(dy.T, x, beta=keep)
+        elif dy.is_cuda:
+            torch.addmm(grad, dy.T, x, beta=keep, out_dtype=grad.dtype, out=grad)
+        else:
+            self._merge(dy.T @ x, keep)
+
+    def add(self, grad: Tensor) -> None:
+        """grad += a whole gradient."""
+        self._merge(grad, 0 if self.unit.is_first(self.operand) else 1)
+
+    def add_sum(self, dy: Tensor) -> None:
+        """grad += dy summed over tokens, for dy [tokens, width] and a vector."""
+        self.add(dy.sum(0, dtype=self.grad.dtype))
+
+    def add_rows(self, index: Tensor, rows: Tensor) -> None:
+        """grad[index] += rows, for index [n] and rows [n, columns]; rows that repeat add up, in a fixed order."""
+        grad = self.grad
+        if self.unit.is_first(self.operand):
+            grad.zero_()
+        if grad.is_cuda:
+            grad.index_put_((index,), rows.to(grad.dtype), accumulate=True)     # index_add_ sums in any order on CUDA
+        else:
+            grad.index_add_(0, index, rows.to(grad.dtype))                      # in order, and five times as fast
+
+    def _merge(self, grad: Tensor, keep: int) -> None:
+        if keep:
+            self.grad.add_(grad)
+        else:
+            self.grad.copy_(grad)
