@@ -53,7 +53,7 @@ def test_every_element_has_one_owner(shape: str, tp: int) -> None:
             taken = np.zeros(layout.size, int)
             for operand in layout.operands:
                 assert operand.start % ALIGN == 0
-                assert (operand.stop <= layout.decay_end) == operand.pieces[0].shard.parameter.decay
+                assert [g for g, a, b in layout.ranges if a <= operand.start and operand.stop <= b] == [operand.pieces[0].shard.parameter.group]
                 assert sum(p.shard.box.size[0] for p in operand.pieces) <= operand.shape[0]
                 taken[operand.start:operand.stop] += 1
             assert taken.max() == 1, "operands overlap"

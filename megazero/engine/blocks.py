@@ -91,7 +91,8 @@ class Block:
 
 def _spec(name: str, parameters: Mapping[str, nn.Parameter]) -> UnitSpec:
     """Each parameter one operand; matrices are decayed, vectors are not."""
-    logical = [Parameter(n, tuple(p.shape) or (1,), decay=p.dim() > 1) for n, p in parameters.items()]
+    logical = [Parameter(n, tuple(p.shape) or (1,), group="matrix" if p.dim() > 1 else "vector")
+               for n, p in parameters.items()]
     return UnitSpec(name, tuple(OperandSpec(p.name, (p,)) for p in logical))
 
 

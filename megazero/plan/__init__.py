@@ -33,10 +33,11 @@ from megazero.plan.mesh import Mesh, all_reduce_bytes
 from megazero.plan.plan import Plan, plan
 from megazero.plan.program import Action, Part, Zero, around
 from megazero.plan.progress import LossScale, Progress, learning_rate, loss_scale, position
+from megazero.plan.rules import GROUPS
 
 __all__ = [
-    "Action", "Architecture", "Box", "Family", "Flat", "LOGITS", "LossScale", "Mesh", "Operand", "OperandSpec",
-    "Parameter", "Part", "Piece", "Plan", "Progress", "Rotary", "Row", "Shape", "UnitSpec", "Zero",
+    "Action", "Architecture", "Box", "Family", "Flat", "GROUPS", "LOGITS", "LossScale", "Mesh", "Operand",
+    "OperandSpec", "Parameter", "Part", "Piece", "Plan", "Progress", "Rotary", "Row", "Shape", "UnitSpec", "Zero",
     "all_reduce_bytes", "architecture_of", "around", "checks", "cuts", "describe", "family_of", "flags", "flat",
     "flops_per_token", "from_config", "intersect", "learning_rate", "loss_scale", "memory", "obstacles",
     "parameter_count", "plan", "position", "rows", "shapes", "to_config", "units", "zeros",

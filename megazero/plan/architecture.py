@@ -86,22 +86,15 @@ def ffn_size(m: Model) -> int | None:
 
 def units(a: Architecture) -> tuple[UnitSpec, ...]:
     """Every weight of the decoder, by unit, in the order of the forward pass."""
-    vocabulary = Cut(0, a.vocab_size, ragged=True)
-    positions = UnitSpec("positions", (
-        one(Parameter("positions.weight", (a.learned_positions, a.hidden), a.init_std, partial=True)),
-    ))
+    cut, table = Cut(0, a.vocab_size, ragged=True), (a.vocab_size, a.hidden)
+    embedding, output = (one(Parameter(name, table, a.init_std, cut=cut, group="table"), a.pad_rows)
+                         for name in ("embedding.weight", "head.output.weight"))
+    places = Parameter("positions.weight", (a.learned_positions, a.hidden), a.init_std, partial=True, group="table")
     return (
-        UnitSpec("embedding", (
-            one(Parameter("embedding.weight", (a.vocab_size, a.hidden), a.init_std, cut=vocabulary), a.pad_rows),
-        )),
-        *([positions] if a.learned_positions else []),
+        UnitSpec("embedding", (embedding,)),
+        *([UnitSpec("positions", (one(places),))] if a.learned_positions else []),
         *(block(a, i) for i in range(a.layers)),
-        UnitSpec("head", (
-            *norm("head.norm", a.hidden, a.norm_bias),
-            *([] if a.tied else [
-                one(Parameter("head.output.weight", (a.vocab_size, a.hidden), a.init_std, cut=vocabulary), a.pad_rows),
-            ]),
-        )),
+        UnitSpec("head", (*norm("head.norm", a.hidden, a.norm_bias), *([] if a.tied else [output]))),
     )
 
 
@@ -132,12 +125,12 @@ def block(a: Architecture, i: int) -> UnitSpec:
         one(Parameter(f"{mlp}.down.weight", (a.hidden, a.ffn), small, cut=Cut(1, a.ffn))),
     ]
     if a.qkv_bias:
-        biases = tuple(Parameter(f"{at}.{n}.bias", (rows[n],), cut=heads[n], decay=False) for n in "qkv")
+        biases = tuple(Parameter(f"{at}.{n}.bias", (rows[n],), cut=heads[n], group="vector") for n in "qkv")
         operands.append(OperandSpec(f"{at}.qkv.bias", biases))
     if a.qk_norm:
         operands += [*norm(f"{at}.q_norm", a.head_dim, a.norm_bias), *norm(f"{at}.k_norm", a.head_dim, a.norm_bias)]
     if a.bias:
-        wide = tuple(Parameter(f"{mlp}.{n}.bias", (w,), cut=Cut(0, a.ffn), decay=False) for n, w in widths.items())
+        wide = tuple(Parameter(f"{mlp}.{n}.bias", (w,), cut=Cut(0, a.ffn), group="vector") for n, w in widths.items())
         operands += [OperandSpec(f"{mlp}.up.bias", wide),
                      one(residual_bias(f"{at}.o.bias", a)), one(residual_bias(f"{mlp}.down.bias", a))]
     return UnitSpec(f"layers.{i}", tuple(operands))
@@ -148,12 +141,12 @@ def one(parameter: Parameter, pad_rows: int = 1) -> OperandSpec:
 
 
 def norm(name: str, width: int, bias: bool) -> list[OperandSpec]:
-    weight = one(Parameter(f"{name}.weight", (width,), mean=1.0, decay=False, partial=True))
-    return [weight, one(Parameter(f"{name}.bias", (width,), decay=False, partial=True))] if bias else [weight]
+    weight = one(Parameter(f"{name}.weight", (width,), mean=1.0, group="vector", partial=True))
+    return [weight, one(Parameter(f"{name}.bias", (width,), group="vector", partial=True))] if bias else [weight]
 
 
 def residual_bias(name: str, a: Architecture) -> Parameter:
-    return Parameter(name, (a.hidden,), decay=False, partial=True)
+    return Parameter(name, (a.hidden,), group="vector", partial=True)
 
 
 def parameter_count(a: Architecture) -> int:

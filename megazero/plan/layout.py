@@ -6,7 +6,7 @@ of a unit (a transformer block, an embedding) lie in one `Flat` buffer:
 
     flat    | qkv.weight          |pad| o.weight |pad| ... | norm.weight |pad| qkv.bias |pad|     |
             |  q   |  k   |  v    |   |          |   |     |             |   |          |   |     |
-            ^ 0 decayed operands first                     ^ decay_end                            ^ size
+            ^ 0 matrices, then tables                      ^ vectors                              ^ size
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from math import ceil, prod
 from typing import NamedTuple
+
+from megazero.plan.rules import GROUPS
 
 # elements: 128 bytes at two bytes each, whatever the dtype, so offsets are the same in every dtype
 ALIGN = 64
@@ -92,7 +94,7 @@ class Parameter:
     std: float = 0.0
     mean: float = 0.0
     cut: Cut | None = None
-    decay: bool = True
+    group: str = "matrix"               # of plan.rules.GROUPS: which rule changes it, and is it decayed?
     # each tensor-parallel rank sees part of its gradient: norms, row biases, positions
     partial: bool = False
 
@@ -104,6 +106,11 @@ class OperandSpec:
     name: str
     parameters: tuple[Parameter, ...]
     pad_rows: int = 1
+
+    @property
+    def group(self) -> str:
+        """That of its parameters."""
+        return self.parameters[0].group
 
 
 @dataclass(frozen=True)
@@ -212,11 +219,12 @@ class Operand:
 
 @dataclass(frozen=True)
 class Flat:
-    """One unit's flat buffer on one tensor-parallel rank. Decayed operands come first, up to `decay_end`."""
+    """One unit's flat buffer on one tensor-parallel rank. Operands of one group lie together, in the order of
+    GROUPS; `ranges` (group, start, stop) says where, padding included."""
 
     name: str
     operands: tuple[Operand, ...]
-    decay_end: int
+    ranges: tuple[tuple[str, int, int], ...]
     size: int
 
     @property
@@ -231,13 +239,15 @@ class Flat:
 
 def flat(unit: UnitSpec, rank: int, ranks: int) -> Flat:
     """Lays a unit out for tensor-parallel rank `rank` of `ranks`."""
-    placed, at, decay_end = [], 0, 0
-    for spec in sorted(unit.operands, key=lambda o: not o.parameters[0].decay):          # stable: decayed first
-        operand = _place(spec, at, rank, ranks)
-        placed.append(operand)
-        at = ceil(operand.stop / ALIGN) * ALIGN
-        decay_end = at if spec.parameters[0].decay else decay_end
-    return Flat(unit.name, tuple(placed), decay_end, at)
+    placed, at, ranges = [], 0, list[tuple[str, int, int]]()
+    for group in GROUPS:
+        start = at
+        for spec in unit.operands:
+            if spec.group == group:
+                placed.append(_place(spec, at, rank, ranks))
+                at = ceil(placed[-1].stop / ALIGN) * ALIGN
+        ranges += [(group, start, at)] if at > start else []
+    return Flat(unit.name, tuple(placed), tuple(ranges), at)
 
 
 def _place(spec: OperandSpec, start: int, rank: int, ranks: int) -> Operand:

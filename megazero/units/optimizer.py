@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from megazero.comm import Group
+from megazero.plan import GROUPS
 from megazero.settings import Optimizer as Settings
 from megazero.units.unit import Unit
 
@@ -41,8 +42,7 @@ class Verdict:
 class Optimizer:
     """AdamW (Loshchilov and Hutter 2019) or SGD with momentum, one kernel over all flat buffers.
 
-    `state[unit][moment]` is a flat buffer beside the master it belongs to: the whole or a slice; decay applies up to
-    the unit's `decay_end`.
+    `state[unit][moment]` is a flat buffer beside the master it belongs to: the whole or a slice.
     """
 
     MOMENTS = {"adam": ("exp_avg", "exp_avg_sq"), "sgd": ("momentum_buffer",)}
@@ -76,8 +76,7 @@ class Optimizer:
         """(unit, start, stop, 0 decayed or 1 not) of each slice that a kernel sees."""
         out = []
         for u in self.units:
-            middle = min(max(u.flat.decay_end - u.low, 0), len(u.master))
-            out += [(u, 0, middle, 0), (u, middle, len(u.master), 1)]
+            out += [(u, a, b, 0 if GROUPS[group] else 1) for group, a, b in u.ranges()]
         return [r for r in out if r[1] < r[2]]
 
     def _slices(self, which: int) -> list[Tensor]:

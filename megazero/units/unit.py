@@ -204,6 +204,14 @@ class Unit:
         ranges = ((p, max(p.start, self.low), min(p.stop, self.high)) for p in self.flat.pieces)
         return [(p, a - self.low, b - self.low) for p, a, b in ranges if a < b]
 
+    def ranges(self) -> list[tuple[str, int, int]]:
+        """(group, from, to) of every group of parameters in this rank's slice, counted from its begin, padding with the
+        last."""
+        ends = [*(start for _, start, _ in self.flat.ranges[1:]), self.size]
+        found = ((group, max(start - self.low, 0), min(end - self.low, len(self.master)))
+                 for (group, start, _), end in zip(self.flat.ranges, ends, strict=True))
+        return [(group, a, b) for group, a, b in found if a < b]
+
     def is_first(self, operand: Operand) -> bool:
         """Is this operand's gradient still unwritten in this sum?
         Asked once per gradient: it is written from now on."""

@@ -1,0 +1,20 @@
+"""The rules by which optimizers change weights, as facts; units/rules.py has their kernels. Pure."""
+
+from dataclasses import dataclass
+
+GROUPS = {"matrix": True, "table": True, "vector": False}      # of parameters, as they lie in a flat buffer: decayed?
+
+
+@dataclass(frozen=True)
+class Rule:
+    """`moments`: what is kept beside each master, in torch's words and of the master's dtype. `scope`: what an update
+    must see at once, an `element`, `statistics` of a logical tensor, or a whole `matrix`."""
+
+    moments: tuple[str, ...]
+    scope: str = "element"
+
+
+RULES = {
+    "adam": Rule(moments=("exp_avg", "exp_avg_sq")),
+    "sgd": Rule(moments=("momentum_buffer",)),
+}
