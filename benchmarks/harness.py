@@ -24,7 +24,7 @@ from torch.nn.parallel import DistributedDataParallel
 from megazero.comm import connect, environment
 from megazero.model import Batch
 from megazero.plan import Box, Parameter, Plan, plan
-from megazero.run import Run, memory_bytes
+from megazero.run import Run, Turn, memory_bytes
 from megazero.settings import from_command_line
 from megazero.units import fill_normal, key
 
@@ -58,10 +58,8 @@ def megazero(p: Plan, device: torch.device = CPU) -> Step:
     def step(micros: Sequence[Micro]) -> float:
         made = [Batch(x, y, torch.ones(x.shape, device=device), torch.arange(len(x), device=device), 0)
                 for x, y in micros]
-        valid = torch.stack([b.mask.sum(dtype=torch.float64) for b in made]).sum()
-        total = run.executor.train(run.training, made, one / p.tokens_per_step)
-        verdict = run.optimizer.judge(run.told(total), run.told(valid), p.tokens_per_step, one, run.wires["world"])
-        run.optimizer.step(verdict, lr)
+        verdict = run.executor.train(run.training, Turn(one, p.tokens_per_step, lr, batches=made)).verdict
+        assert verdict is not None
         return float(verdict.loss)
 
     return step

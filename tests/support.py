@@ -15,9 +15,9 @@ import torch
 from megazero.comm.wires import connect
 from megazero.data.indexed import IndexedWriter
 from megazero.model.decoder import Batch
-from megazero.pipeline import schedule as pipeline
 from megazero.plan.mesh import Mesh
 from megazero.plan.plan import Plan, plan
+from megazero.run.executor import Turn
 from megazero.run.run import Run
 from megazero.run.train import main
 from megazero.settings import config
@@ -74,7 +74,7 @@ def batches(run: Run, step: int = 0, seed: int = 7, masked: bool = False) -> lis
     out = []
     for m in range(p.micro_batches):
         t = torch.randint(p.architecture.vocab_size, (p.micro_batch, p.architecture.seq_length + 1), generator=g)
-        mask = torch.ones(p.micro_batch, p.architecture.seq_length, dtype=run.optimizer.wide)
+        mask = torch.ones(p.micro_batch, p.architecture.seq_length, dtype=run.gate.wide)
         if masked:
             mask[:, ::5] = 0
         numbers = torch.arange(p.micro_batch) + m * p.micro_batch
@@ -85,7 +85,9 @@ def batches(run: Run, step: int = 0, seed: int = 7, masked: bool = False) -> lis
 def gradients(run: Run, data: list[Batch]) -> float:
     """One forward and backward of the program; leaves the gradients of the mean loss in the units and returns that loss."""
     count = sum(float(b.mask.sum()) for b in data)
-    return float(run.executor.train(replace(run.plan, micro_batches=len(data)).training(0), data, torch.tensor(1 / count, dtype=run.optimizer.wide, device=run.device))) / count
+    program = [a for a in replace(run.plan, micro_batches=len(data)).training(0) if a.kind not in ("judge", "update", "publish")]
+    turn = Turn(torch.tensor(1 / count, dtype=run.gate.wide, device=run.device), batches=data)
+    return float(run.executor.train(program, turn).told["loss"]) / count
 
 
 def named(run: Run, buffer: str = "master") -> dict[str, torch.Tensor]:
@@ -116,42 +118,3 @@ def program(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 def tool(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], name: str, *words: Any) -> tuple[int, str, str]:
     """The same of tools/`name`."""
     return program(monkeypatch, capsys, f"tools/{name}", *words)
-
-
-def check_program(plan: Plan, rank: int) -> None:
-    """Weights that are read are gathered, gradients that are written have a sum open, every sum is reduced and lands once, every message
-    is made room for, and no more activations are held than the schedule says."""
-    whole, grows, travels, done = set(), set(), set(), []
-    expected, held = set(), set()
-    for action in plan.training(rank):
-        kind, unit, part = action.kind, action.unit, action.part
-        if kind in ("F", "L", "B"):
-            reads = plan.parts[part].backward if kind == "B" else plan.parts[part].forward
-            assert set(reads) <= whole and (kind == "F" or set(plan.parts[part].forward) <= grows), action
-            if kind != "L":
-                (held.add if kind == "F" else held.remove)((part, action.micro))
-            assert len({(m, next(s for s, own in enumerate(plan.stages) if i in own)) for i, m in held}) <= limit(plan, rank)
-        elif kind in ("gather", "release"):
-            assert (unit in whole) == (kind == "release"), action
-            (whole.add if kind == "gather" else whole.discard)(unit)
-        elif kind == "open":
-            assert unit not in grows | travels, action
-            grows.add(unit)
-        elif kind == "reduce":
-            grows.remove(unit)
-            travels.add(unit)
-        elif kind == "land":
-            travels.remove(unit)
-        elif kind == "replicate":
-            done.append(unit)
-        elif kind == "settle":
-            assert unit in done
-        elif kind in ("expect", "recv"):
-            (expected.add if kind == "expect" else expected.remove)(action[1:])
-    assert not grows and not travels and not expected and not held and sorted(done) == sorted(u.name for u in plan.units_of(rank))
-    assert plan.zero.level < 3 or not whole
-
-
-def limit(plan: Plan, rank: int) -> int:
-    """Micro-batches in stages that a rank may hold at one time."""
-    return pipeline.held(plan.config.parallel.pipeline_schedule, plan.pp, plan.micro_batches, plan.virtual)[plan.mesh.place(rank).pp]

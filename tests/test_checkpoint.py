@@ -25,14 +25,14 @@ def saved(tmp_path: Path, words: str = "") -> Path:
 
 def test_what_is_saved_is_what_was_there(tmp_path: Path) -> None:
     run = built(f"{TINY} --bf16")
-    for state in run.optimizer.state.values():
+    for state in run.updater.state.values():
         for moment in state.values():
             moment.normal_()
     for unit in run.units.values():                             # what lies between the parameters is zero, and not saved
         between = torch.ones(unit.flat.size, dtype=torch.bool)
         for piece in unit.flat.pieces:
             between[piece.start:piece.stop] = False
-        for moment in run.optimizer.state[unit.flat.name].values():
+        for moment in run.updater.state[unit.flat.name].values():
             moment[between] = 0
     slices = [s for u in run.units.values() for s in owned(u.flat, u.low, run.buffers(u))]
     path = Writer(tmp_path, None, False).save(slices, run.header())

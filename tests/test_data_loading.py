@@ -208,7 +208,7 @@ def run_of(words: str) -> Run:
 
 
 def losses(run: Run, tokens: torch.Tensor) -> float:
-    return float(run.executor.evaluate(run.evaluation, run.batch(tokens, range(len(tokens)), None)))
+    return float(run.executor.evaluate(run.evaluation, run.batch(tokens, range(len(tokens)), None)).told["loss"])
 
 
 @pytest.mark.parametrize("positions", ["learned_absolute", "rope"])
@@ -246,7 +246,7 @@ def test_each_reset_does_its_own_part() -> None:
     def per_token(run: Run, t: torch.Tensor) -> torch.Tensor:
         batch = run.batch(t, range(1), None)
         return torch.stack([run.executor.evaluate(run.evaluation, Batch(batch.tokens, batch.targets, torch.eye(24)[None, i].double(), batch.samples,
-                                                                        None, batch.positions, batch.documents)) for i in range(24)])
+                                                                        None, batch.positions, batch.documents)).told["loss"] for i in range(24)])
 
     for words, sees in (("", True), ("--reset-position-ids", True), ("--reset-attention-mask", False)):
         run = run_of(f"--position-embedding-type rope {words}")

@@ -17,7 +17,7 @@ from megazero.engine.engine import CONSTANT, Engine
 from megazero.plan.mesh import Mesh
 from megazero.plan.program import Zero
 from megazero.plan.progress import LossScale
-from megazero.settings.config import Optimizer as Settings
+from megazero.settings.config import Optimization as Settings
 
 pytest.importorskip("transformers", reason="the module is transformers' GPT-2, which is not installed")
 Tensor = torch.Tensor

@@ -19,7 +19,7 @@ from megazero.comm.wires import Wires, connect
 from megazero.engine.engine import Engine
 from megazero.plan.mesh import Mesh
 from megazero.plan.program import Zero
-from megazero.settings.config import Optimizer as Settings
+from megazero.settings.config import Optimization as Settings
 from megazero.state import checkpoint
 
 pytest.importorskip("transformers", reason="the module is transformers' GPT-2, which is not installed")
@@ -83,27 +83,29 @@ Slices = list[tuple[str, Any, Tensor]]
 
 def held(e: Engine, buffer: str) -> Slices:
     """What this rank's slices hold of each parameter."""
+    for unit in (u for b in (e.root, *e.blocks) for u in b.units):
+        unit.updated()
     return [(s.name, s.box, s.tensor.clone()) for b in (e.root, *e.blocks) for u in b.units
             for _, s in checkpoint.held(u.flat, u.low, {buffer: getattr(u, buffer)})]
 
 
 def micro_batches(e: Engine, step: int) -> list[Tensor]:
     """This rank's, of a batch that all ranks and micro-batches divide."""
-    n, rank = e.sums.accumulation, e.wires.place.dp
+    n, rank = e.sums.micro_batches, e.wires.place.dp
     return list(data(step).chunk(n * e.wires.mesh.dp)[rank * n:(rank + 1) * n])
 
 
 def play(row: Row) -> tuple[Figures, Slices, Slices]:
     """Five steps on this rank: (loss, norm) of each; gradients of the first that counts and weights after the last."""
     e = engine(row)
-    figures, gradients, judge = [], [], e.optimizer.judge
+    figures, gradients, judge = [], [], e.gate.judge
 
     def looked(*arguments: Any) -> Any:
         if e.steps != row.skip:
             gradients.append(held(e, "grad_slice"))
         return judge(*arguments)
 
-    e.optimizer.judge = looked  # type: ignore[method-assign]
+    e.gate.judge = looked  # type: ignore[method-assign]
     for step in range(STEPS):
         spoiled = [spoil(p) for p in list(e.module.parameters())[-2:-1] if step == row.skip and e.wires.rank == row.dp - 1]
         before = held(e, "master")

@@ -11,10 +11,10 @@ FLOORS: dict[str, tuple[int, str]] = {
     "base": (150, "errors text dtypes disk"),
     "pipeline": (500, "schedule timeline"),
     "settings": (750, "command_line config"),
-    "plan": (2000, "rules layout mesh program architecture checks plan cost families progress"),
+    "plan": (2300, "rules layout mesh action sums program verify architecture checks plan cost families progress"),
     "comm": (1000, "group shared gloo nccl fake late wires"),
-    "units": (600, "random unit optimizer"),
-    "model": (700, "ops attention decoder"),
+    "units": (700, "random unit gate rules actions"),
+    "model": (700, "products ops attention decoder"),
     "data": (3500, "files indexed order tokenizer_base tokenizer_tiktoken tokenizers sidecar megatron_order dataset fim splits verify edit "
                    "sources preprocess"),
     "state": (900, "tensor_files checkpoint saving merge compare"),

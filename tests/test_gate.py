@@ -9,6 +9,7 @@ from support import TINY, built, lines, named, train
 from megazero.base.errors import UserError
 from megazero.plan.progress import LossScale, loss_scale
 from megazero.run.run import Run
+from megazero.units.gate import Ruling
 from megazero.units.unit import Weight
 
 
@@ -58,7 +59,7 @@ def test_every_bit_stays_as_it_was(dtype: str, optimizer: str, monkeypatch: pyte
 
     def state() -> list[torch.Tensor]:
         buffers = [b for u in run.units.values() for b in (u.weights, *run.buffers(u).values())]
-        return [b.clone() for b in (*buffers, *run.optimizer.steps)]
+        return [b.clone() for b in (*buffers, *run.updater.steps)]
 
     for bad in (True, False, True, False):
         before = state()
@@ -129,7 +130,7 @@ def test_the_norm_of_many_elements_is_right_in_fp32() -> None:
     grad.copy_(torch.randn(grad.shape, generator=torch.Generator().manual_seed(0)) * 1e-5)
     grad[:500] *= 100
     one = torch.ones((), dtype=torch.float32)
-    verdict = run.optimizer.judge(one, one, 1, one, run.wires["world"])
+    verdict = run.gate.judge(Ruling(one, told={"loss": one.double(), "tokens": one.double()}))
     assert float(verdict.norm) == pytest.approx(float(grad.double().norm()), rel=1e-6)
 
 
@@ -144,5 +145,5 @@ def test_a_bad_step_leaves_nothing_between_operands(dtype: str, monkeypatch: pyt
     assert run.progress.step == 2 and run.progress.applied == 1
     for unit in run.units.values():
         assert sum(p.stop - p.start for p in unit.flat.pieces) < len(unit.master) or unit.flat.name == "positions"
-        for buffer in (unit.master, unit.grads, *run.optimizer.state[unit.flat.name].values()):
+        for buffer in (unit.master, unit.grads, *run.updater.state[unit.flat.name].values()):
             assert buffer is not None and buffer.isfinite().all(), unit.flat.name

@@ -97,6 +97,8 @@ def play(words: str, world: int, backend: str, device: str = "cpu") -> Result:
 
 def held(run: Run, buffer: str) -> list[tuple[str, Any, torch.Tensor]]:
     """What this rank's slices hold of each logical tensor."""
+    for unit in run.units.values():
+        unit.updated()
     return [(s.name, s.box, s.tensor.to("cpu", copy=True)) for u in run.units.values() for _, s in checkpoint.held(u.flat, u.low, {buffer: getattr(u, buffer)})]
 
 
@@ -147,7 +149,7 @@ ZERO = [Row(tp, dp, shape, recompute, micro, optimizer, late=late, level=level)
         for level in (0, 1, 2, 3) for tp in (1, 2) for dp in (2, 3, 4) for recompute in ("none", "selective", "full") for micro in (1, 2 if dp == 3 else 3)
         for shape, optimizer, late in (("gpt2", "sgd", True), ("llama", "adam", False))]
 
-COLUMNS = {"tp": (1, 2, 4), "pp": (1, 2, 3, 4), "dp": (1, 2, 3), "level": (0, 1, 2, 3), "schedule": ("gpipe", "breadth-first", "1f1b", "interleaved"),
+COLUMNS = {"tp": (1, 2, 4), "pp": (1, 2, 3, 4), "dp": (1, 2, 3), "level": (0, 1, 2, 3), "schedule": ("gpipe", "breadth-first", "1f1b", "interleaved", "zb-h1"),
            "recompute": ("none", "selective", "full"), "micro-batches": (1, 3, 8), "shape": ("gpt2", "gpt2-plain", "llama", "llama-tied-scaled")}
 PAIRS: list[tuple[Any, ...]] = [                                # every pair of values of two columns stands in one of these rows
     (1, 1, 1, 0, "breadth-first", "full", 8, "gpt2-plain"),
@@ -174,6 +176,10 @@ PAIRS: list[tuple[Any, ...]] = [                                # every pair of 
     (4, 3, 1, 0, "interleaved", "none", 1, "gpt2-plain"),
     (2, 4, 2, 0, "breadth-first", "full", 1, "llama"),
     (4, 4, 1, 0, "1f1b", "none", 3, "llama-tied-scaled"),
+    (1, 4, 2, 3, "zb-h1", "selective", 8, "gpt2"),
+    (2, 2, 3, 2, "zb-h1", "full", 3, "llama"),
+    (4, 1, 1, 0, "zb-h1", "none", 1, "llama-tied-scaled"),
+    (1, 3, 1, 1, "zb-h1", "none", 8, "gpt2-plain"),
 ]
 EVERY_PAIR = [Row(tp, dp, shape, recompute, pp=pp, level=level, schedule=schedule, virtual=2 if SCHEDULES[schedule].looped else 1,
                   layers=pp * (2 if SCHEDULES[schedule].looped else 1) + 1, batch=count * dp, optimizer=("sgd", "adam")[i % 2], late=i % 3 > 0)

@@ -39,7 +39,7 @@ def test_memory_of_the_plan_is_what_is_allocated(shape: str, dtype: str) -> None
     assert m["weights"] == sum(u.weights.nbytes for u in units)
     assert m["master weights"] == sum(u.master.nbytes for u in units if u.master is not u.weight_slice)
     assert m["gradients"] == sum(u.grads.nbytes for u in units)
-    assert m["optimizer"] == sum(t.nbytes for state in run.optimizer.state.values() for t in state.values())
+    assert m["optimizer"] == sum(t.nbytes for state in run.updater.state.values() for t in state.values())
     assert parameter_count(run.plan.architecture) == sum(p.shard.box.numel for u in units for p in u.flat.pieces)
 
 
@@ -48,12 +48,13 @@ def test_memory_of_the_plan_is_what_is_allocated(shape: str, dtype: str) -> None
 def test_activations_of_the_plan_are_what_autograd_keeps(shape: str, recompute: str) -> None:
     """Bytes that the blocks' graphs save, each storage once, against the plan's estimate: within a tenth (statistics of norms and
     of attention are not in it), except where attention makes copies for its own kernel."""
-    from megazero.plan.program import Action
+    from megazero.plan.action import Action
+    from megazero.run.executor import Turn
     from megazero.run.run import Run
     run: Run = built(f"{TINY} {SHAPES[shape]} --dtype fp64 --micro-batch-size 2 --seq-length 64 --recompute-granularity {recompute}")
     from support import batches
     (batch,) = batches(run)
-    run.executor.batches, run.executor.scale = [batch], torch.ones(())
+    turn = Turn(batches=[batch])
     storages: dict[int, int] = {}
 
     def pack(t: torch.Tensor) -> torch.Tensor:
@@ -61,10 +62,10 @@ def test_activations_of_the_plan_are_what_autograd_keeps(shape: str, recompute: 
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
-        run.executor._forward(Action("F", 0, 0))
+        run.executor._forward(Action("F", 0, 0), turn)
         storages.clear()
         for layer in range(run.plan.architecture.layers):
-            run.executor._forward(Action("F", 1 + layer, 0))
+            run.executor._forward(Action("F", 1 + layer, 0), turn)
     if recompute == "full":
         storages = {id(x): x.nbytes for (part, _), (x, _) in run.executor.kept.items() if part}
     working = memory(run.plan)["activations"] if recompute != "full" else 2 * 2 * 64 * 64 * 8

@@ -12,17 +12,18 @@ from typing import Any
 import pytest
 import torch
 from pool import Pool, RankError
-from support import SHAPES, TINY, check_program, resolved
+from support import SHAPES, TINY, resolved
 from test_zero import started
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from megazero.comm.wires import connect
 from megazero.model.decoder import Batch
-from megazero.pipeline.schedule import SCHEDULES
+from megazero.pipeline.schedule import SCHEDULES, most_held
+from megazero.plan.action import Action, around
 from megazero.plan.cost import memory, traffic
 from megazero.plan.plan import Plan
-from megazero.plan.program import Action, around, verify
-from megazero.run.executor import Executor
+from megazero.plan.verify import undelivered, verify
+from megazero.run.executor import Executor, Turn
 from megazero.run.run import Run
 
 SMALL = TINY.replace("--num-layers 2 --hidden-size 64 --num-attention-heads 4 ", "--hidden-size 48 --num-attention-heads 6 --micro-batch-size 1 ")
@@ -88,25 +89,70 @@ def test_500_random_pipelines_are_sound() -> None:
     for seed in range(500):
         c = case(seed, 32)
         plan = resolved(c.words, c.pp * c.dp)
-        assert verify(pipeline(plan)) == [], c
+        assert faults(plan, pipeline(plan)) == [], c
+        assert [Action.parse(str(a)) for program in pipeline(plan) for a in program] == [a for program in pipeline(plan) for a in program]
         evaluations = [plan.evaluation(rank) for rank in range(0, plan.world, plan.world // plan.pp)]
-        assert verify(evaluations) == [] and sum(a.kind == "E" for e in evaluations for a in e) == 1
-        for rank in range(0, plan.world, plan.world // plan.pp):
-            check_program(plan, rank)
+        assert undelivered(evaluations) == [] and sum(a.kind == "E" and a.part == len(plan.parts) - 1 for e in evaluations for a in e) == 1
+        most = most_held(c.schedule, plan.pp, plan.micro_batches, plan.virtual)
+        for rank, program in enumerate(pipeline(plan)):
+            assert held(plan, program) <= most[rank], c
+
+
+def faults(plan: Plan, programs: list[list[Action]]) -> list[str]:
+    return verify(programs, [plan.stages_of(rank) for rank in range(0, plan.world, plan.world // plan.pp)], plan.zero.level)
+
+
+def held(plan: Plan, program: list[Action]) -> int:
+    """The most micro-batches in stages whose activations wait for a backward at one time."""
+    stage, now, most = {i: s for s, own in enumerate(plan.stages) for i in own}, set(), 0
+    for a in program:
+        if a.kind == "F":
+            now.add((stage[a.part], a.part, a.micro))
+        elif a.kind in ("B", "I"):
+            now.remove((stage[a.part], a.part, a.micro))
+        most = max(most, len({(s, m) for s, _, m in now}))
+    return most
 
 
 def test_verify_finds_what_is_wrong() -> None:
     plan = resolved(f"{SMALL} --num-layers 4 --pp 4 --global-batch-size 4", 4)
     good = pipeline(plan)
-    assert verify(good) == []
+    assert faults(plan, good) == []
     last = [i for i, a in enumerate(good[1]) if a.kind == "send" and a.way == "F"]
     mute = [*good[:1], good[1][:last[-1]] + good[1][last[-1] + 1:], *good[2:]]
-    assert any("rank 2 waits for ever" in p and "[recv F2,3]" in p for p in verify(mute))
+    assert any("rank 2 waits for ever" in p and "[recv F2,3]" in p for p in faults(plan, mute))
     deaf = [*good[:2], [a for a in good[2] if a.kind != "recv" or a.way != "F" or a.micro != 3], good[3]]
-    assert any("nobody takes send F1,3 of rank 1" in p for p in verify(deaf))
+    assert any("nobody takes send F1,3 of rank 1" in p for p in faults(plan, deaf))
     swapped = list(good[1])
     swapped[last[0]], swapped[last[1]] = swapped[last[1]], swapped[last[0]]
-    assert "rank 2 takes send F1,1 for recv F2,0" in verify([good[0], swapped, *good[2:]])[0]
+    assert "rank 2 takes send F1,1 for recv F2,0" in faults(plan, [good[0], swapped, *good[2:]])[0]
+
+
+@pytest.mark.parametrize("spoil, said", [
+    ("drop F1,1", "rank 0: F1,1 runs 0 times"), ("drop W1,0", "rank 0: W1,0 runs 0 times"), ("double I1,0", "rank 0: I1,0 runs 2 times"),
+    ("before W1,0 I1,0", "rank 0: W1,0 runs before I1,0"), ("drop gather layers.0", "reads layers.0, which is not gathered"),
+    ("drop release layers.0", "rank 0: gather layers.0 is out of turn"), ("drop open layers.0", "writes layers.0, which has no sum open"),
+    ("drop reduce layers.0,0", "rank 0: land layers.0,0 is out of turn"), ("drop land layers.0,1", "the sum of layers.0 is left over"),
+    ("drop settle layers.0", "the sum of layers.0 goes land replicate finish"), ("drop judge", "goes land replicate settle finish finish update publish, not"),
+    ("before update judge", "finish update judge publish"), ("drop publish", "finish finish judge update, not"), ("drop expect F1,1", "recv F1,1 has no room"),
+    ("drop recv F1,1", "rank 1: expect F1,1 is never received"), ("double update", "judge update update publish"), ("drop finish tp", "settle finish judge"),
+])
+def test_verify_names_each_fault_of_a_program(spoil: str, said: str) -> None:
+    plan = resolved(f"{SMALL} --num-layers 3 --pp 2 --dp 2 --zero-stage 3 --pipeline-schedule zb-h1 --global-batch-size 4 --untie-embeddings-and-output-weights", 4)
+    programs = pipeline(plan)
+    what, where = spoil.split(" ", 1)
+    rank = 1 if where.endswith(" F1,1") else 0
+    program = programs[rank]
+    places = [i for i, a in enumerate(program) if str(a) == where or a.kind == where]
+    if what == "drop":
+        del program[places[0]]
+    elif what == "double":
+        program.insert(places[0], program[places[0]])
+    else:
+        first, second = (next(i for i, a in enumerate(program) if str(a).startswith(word)) for word in where.split(" "))
+        program.insert(second, program.pop(first))
+    found = faults(plan, programs)
+    assert any(said in sentence for sentence in found), found
 
 
 @cache
@@ -156,7 +202,7 @@ def test_the_plan_knows_bytes_and_memory_of_each_stage(words: str) -> None:
         run.step()
         expected = traffic(plan, rank)
         assert {axis: run.wires.line.sent[axis] for axis in expected} == expected and set(run.wires.line.sent) <= set(expected)
-        assert memory(plan, rank)["optimizer"] == sum(t.nbytes for state in run.optimizer.state.values() for t in state.values())
+        assert memory(plan, rank)["optimizer"] == sum(t.nbytes for state in run.updater.state.values() for t in state.values())
 
 
 def test_outputs_are_freed_once_they_have_left() -> None:
@@ -166,12 +212,12 @@ def test_outputs_are_freed_once_they_have_left() -> None:
     seen: list[int] = []
     plain = run.executor._send
 
-    def send(action: Action) -> None:
-        plain(action)
+    def send(action: Action, turn: Turn) -> None:
+        plain(action, turn)
         seen.append(sum(x.nbytes for (part, _), (x, _) in run.executor.kept.items() if part) // (24 * 48 * 8))
         assert not any(isinstance(t, torch.Tensor) and t.nbytes > 8 for micro, t in run.executor.flow.items() if micro == action.micro)
 
-    run.executor.do["send"] = send
+    run.executor.do = {**run.executor.do, "send": send}
     run.step()
     assert max(seen) == 2 * 2, "two micro-batches in flight, one input for each of two blocks"
 
@@ -180,11 +226,11 @@ def stuck(words: str) -> None:
     """Rank 1 never comes to its third backward pass."""
     rank, plain = int(os.environ["RANK"]), Executor._send
 
-    def send(self: Executor, action: Action) -> None:
+    def send(self: Executor, action: Action, turn: Turn) -> None:
         if rank == 1 and action == Action("send", 1, 2, way="B"):
             import time
             time.sleep(60)
-        plain(self, action)
+        plain(self, action, turn)
 
     Executor._send = send  # type: ignore[method-assign]
     plan = resolved(words, 3)
@@ -247,7 +293,5 @@ def test_a_whole_step_of_a_175b_model_runs_on_tensors_that_hold_nothing() -> Non
         run = Run(p, None, torch.device("cpu"), connect(p.mesh, rank, "fake", 60))
         tokens, one = torch.zeros(1, 2048, dtype=torch.int64), torch.ones(())
         micros = [Batch(tokens, tokens, torch.ones(1, 2048), torch.zeros(1, dtype=torch.int64), 0)] * p.micro_batches
-        total = run.executor.train(run.training, micros, one)
-        verdict = run.optimizer.judge(run.told(total), run.told(total), p.tokens_per_step, one, run.wires["world"])
-        run.optimizer.step(verdict, one)
+        run.executor.train(run.training, Turn(one, p.tokens_per_step, one, batches=micros))
     assert {axis: run.wires.line.sent[axis] for axis in traffic(p, rank)} == traffic(p, rank)

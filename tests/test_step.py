@@ -9,6 +9,7 @@ from megazero.comm.group import Alone
 from megazero.model import decoder
 from megazero.model.attention import attention, rotary_table
 from megazero.model.decoder import Batch
+from megazero.run.executor import Turn
 from megazero.run.run import Run
 
 Tensor = torch.Tensor
@@ -156,9 +157,9 @@ def test_padded_rows_of_the_vocabulary_stay_zero() -> None:
 def test_a_fully_masked_batch_changes_nothing_but_decay() -> None:
     run = built(f"{TINY} --dtype fp64")
     data = [Batch(b.tokens, b.targets, b.mask * 0, b.samples, 0) for b in batches(run)]
-    assert run.executor.train(run.training, data, torch.ones((), dtype=torch.float64)) == 0
-    assert all(g.count_nonzero() == 0 for g in named(run, "grad_slice").values())
-    verdict = run.optimizer.judge(torch.zeros((), dtype=torch.float64), torch.zeros(()), 24, torch.ones(()), run.wires["world"])
+    turn = run.executor.train(run.training, Turn(torch.ones((), dtype=torch.float64), 24, torch.zeros((), dtype=torch.float64), batches=data))
+    verdict = turn.verdict
+    assert verdict and turn.told["loss"] == 0 and all(g.count_nonzero() == 0 for g in named(run, "grad_slice").values())
     assert verdict.norm == 0 and verdict.loss == 0 and verdict.found_inf == 0
 
 

@@ -91,7 +91,7 @@ def test_full_validation_is_every_sample_once_whatever_the_seed(tmp_path: Path) 
     run.load(Reader(tmp_path / "ck"))
     tokens = torch.from_numpy(np.stack([source.in_order(i) for i in range(11)]))
     batch = Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), torch.ones(11, 24, dtype=torch.float64), torch.arange(11))
-    assert told[0]["loss"] == pytest.approx(float(run.executor.evaluate(run.evaluation, batch)) / (11 * 24), rel=1e-12)
+    assert told[0]["loss"] == pytest.approx(float(run.executor.evaluate(run.evaluation, batch).told["loss"]) / (11 * 24), rel=1e-12)
     other = open_split([prefix], None, "valid", 24, 9, shuffle=True)
     assert all(np.array_equal(source.in_order(i), other.in_order(i)) for i in range(11)), "neither seed nor shuffle matters to a full pass"
 

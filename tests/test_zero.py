@@ -7,12 +7,13 @@ from typing import Any
 import pytest
 import torch
 from pool import Pool
-from support import SHAPES, TINY, check_program, resolved
+from support import SHAPES, TINY, resolved
 
 from megazero.base import DTYPES
 from megazero.comm.wires import Wires, connect
 from megazero.plan.cost import flats, memory, stored, traffic
 from megazero.plan.plan import Plan
+from megazero.plan.verify import verify
 from megazero.run.run import Run
 from megazero.units.unit import Weight
 
@@ -101,7 +102,7 @@ def live(run: Run) -> dict[str, int]:
     tensors: list[tuple[str, torch.Tensor]] = []
     for u in units:
         tensors += [("weights", u.weight_slice), ("master weights", u.master), ("gradients", u.grad_slice)]
-        tensors += [("optimizer", t) for t in run.optimizer.state[u.flat.name].values()]
+        tensors += [("optimizer", t) for t in run.updater.state[u.flat.name].values()]
     for (_, what), buffers in run.executor.decoder.units["head"].sharing.buffers.free.items():  # type: ignore[misc]
         tensors += [("gathered weights" if what == "weights" else "gradient sums", b) for b in buffers]
     seen: set[int] = set()
@@ -144,7 +145,8 @@ def test_a_level_3_step_reads_like_this() -> None:
         "gather embedding | gather layers.0 | F0,0 | release embedding | gather head | F1,0 | release layers.0 | gather layers.0 | "
         "open head | L2,0 | release head | reduce head,0 | open layers.0 | B1,0 | release layers.0 | land head,0 | replicate head | reduce layers.0,0 | "
         "open embedding | B0,0 | land layers.0,0 | settle head | replicate layers.0 | reduce embedding,0 | land embedding,0 | "
-        "settle layers.0 | replicate embedding")
+        "settle layers.0 | replicate embedding | settle embedding | finish tp | finish kv | judge | "
+        "update embedding+layers.0+head | publish embedding+layers.0+head")
 
 
 @pytest.mark.parametrize("words", ["", "--no-overlap-param-gather", "--no-overlap-grad-reduce", "--reduce-every 2", "--keep-weights 3", "--pipeline-schedule gpipe",
@@ -156,7 +158,7 @@ def test_nothing_is_used_before_it_is_there(level: int, words: str, shape: str) 
     if ("--reduce-every" in words and level < 2) or ("--keep" in words and level < 3) or ("param" in words and level < 1):
         pytest.skip("has no effect at this level")
     plan = resolved(f"{SMALL} {SHAPES[shape]} --num-layers 3 --global-batch-size 24 --zero-stage {level} {words}", 4)
-    check_program(plan, 0)
+    assert verify([plan.training(0)], [plan.stages_of(0)], level) == []
 
 
 # ---- the same bits, whatever overlaps
@@ -198,7 +200,7 @@ def bad_on_one_rank(cases: list[str], world: int, who: int) -> list[str]:
                 weight.grad[1, 2] = torch.nan
 
         def state(run: Run = run) -> list[torch.Tensor]:
-            return [b.clone() for u in run.units.values() for b in (u.weight_slice, *run.buffers(u).values())] + [s.clone() for s in run.optimizer.steps]
+            return [b.clone() for u in run.units.values() for b in (u.weight_slice, *run.buffers(u).values())] + [s.clone() for s in run.updater.steps]
 
         before = state()
         Weight.add_product = add  # type: ignore[method-assign]

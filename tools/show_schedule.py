@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 
 from megazero.base import UserError
-from megazero.pipeline import SCHEDULES, Costs, Timeline, bubble_time, draw, held, passes, simulate, svg
+from megazero.pipeline import SCHEDULES, Costs, Timeline, draw, most_held, passes, simulate, svg
 from megazero.settings import commands, option, run
 
 MOST = 1_000_000            # passes, and places for them in the drawing, that still fit in memory and patience
@@ -41,7 +41,8 @@ def show(name: str, s: Settings) -> None:
 
 
 def report(name: str, s: Settings, costs: Costs, timeline: Timeline) -> None:
-    bubble, limit = bubble_time(s.pp, s.micro_batches, s.virtual, costs), held(name, s.pp, s.micro_batches, s.virtual)
+    row, sizes = SCHEDULES[name], (s.pp, s.micro_batches, s.virtual)
+    bubble, limit = row.bubble(*sizes, costs), most_held(name, *sizes)
     rate = bubble / (bubble + s.micro_batches * (s.forward + s.backward))
     print(f"{name}: pp {s.pp}, {s.micro_batches} micro-batches, {s.pp * s.virtual} stages")
     print(f"makespan     {timeline.makespan:g}")

@@ -1,8 +1,8 @@
 """The only place that talks to other ranks."""
 
-from megazero.comm.group import Alone, Group, Stuck, Work
+from megazero.comm.group import Alone, Done, Group, Stuck, Work
 from megazero.comm.wires import Wires, connect, environment, first_to_say
 
 __all__ = [
-    "Alone", "Group", "Stuck", "Wires", "Work", "connect", "environment", "first_to_say",
+    "Alone", "Done", "Group", "Stuck", "Wires", "Work", "connect", "environment", "first_to_say",
 ]

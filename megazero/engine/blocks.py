@@ -1,15 +1,13 @@
 """Any nn.Module as units: the parameters of each block, those that belong to no block or to several,
 and their gradients."""
 
-from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
 
 from megazero.base import UserError
-from megazero.comm import Group, Work
-from megazero.plan import OperandSpec, Parameter, UnitSpec, Zero, flat
+from megazero.plan import Action, OperandSpec, Parameter, Reductions, UnitSpec, Zero, flat
 from megazero.units import Sharing, Unit, Weight
 
 Tensor = torch.Tensor
@@ -96,24 +94,22 @@ def _spec(name: str, parameters: Mapping[str, nn.Parameter]) -> UnitSpec:
     return UnitSpec(name, tuple(OperandSpec(p.name, (p,)) for p in logical))
 
 
-class Complete(NamedTuple):
-    """A unit's sum of gradients on its way; micro-batch `micro` was the last that it took."""
+class Accumulation:
+    """The gradients of a step, from the parameters' to this rank's slices of their sum over all ranks: hooks say how
+    far backward is, `Reductions` what must be done then, and `do` does it."""
 
-    unit: Unit
-    micro: int
-    work: Work
+    def __init__(self, units: Sequence[Unit], zero: Zero, micro_batches: int,
+                 do: Callable[[Sequence[Action]], None]) -> None:
+        self.names, self.zero, self.micro_batches, self.do = [u.flat.name for u in units], zero, micro_batches, do
+        self.begin()
 
-
-class Sums:
-    """The gradients of a step, from the parameters' to this rank's slices of their sum over all ranks."""
-
-    def __init__(self, zero: Zero, replicate: Group, accumulation: int) -> None:
-        self.zero, self.replicate, self.accumulation = zero, replicate, accumulation
+    def begin(self) -> None:
+        """A step begins."""
+        times = -(-self.micro_batches // self.zero.every) if self.zero.level >= 2 else 1
+        self.reductions = Reductions(dict.fromkeys(self.names, times), self.zero)
         self.micro = 0                                          # micro-batches of this step that are done
         self.growing: set[Unit] = set()
         self.complete: set[Unit] = set()                        # by the micro-batch of now
-        self.under_way: list[Complete] = []
-        self.replicating: list[Work] = []
 
     def add(self, weight: Weight, grad: Tensor) -> None:
         """One parameter's gradient of this micro-batch."""
@@ -126,46 +122,23 @@ class Sums:
 
     def close(self, unit: Unit) -> None:
         """The unit's backward pass is over: its sum begins to travel, if this micro-batch is the last it takes."""
-        last = self.micro + 1 == self.accumulation or (self.zero.level >= 2 and (self.micro + 1) % self.zero.every == 0)
-        if not last or unit in self.complete:
-            return
-        self._open(unit)                                        # even without a gradient: the other ranks count on ours
-        unit.close()
-        if self.zero.lag:
-            self._land(self.zero.lag - 1)
-        self.under_way.append(Complete(unit, self.micro, unit.reduce()))
-        self.growing.discard(unit)
-        self.complete.add(unit)
-        if self.zero.lag is not None:
-            self._land(self.zero.lag)
+        done = self.micro + 1
+        last = done == self.micro_batches or (self.zero.level >= 2 and done % self.zero.every == 0)
+        if last and unit not in self.complete:
+            self._open(unit)                                    # even without a gradient: the other ranks count on ours
+            self.do(self.reductions.complete(unit.flat.name))
+            self.growing.discard(unit)
+            self.complete.add(unit)
 
     def next(self) -> None:
         """The micro-batch is over."""
         self.complete.clear()
         self.micro += 1
 
-    def finish(self) -> None:
-        """The step's sums are there."""
-        self._land(0)
-        for work in self.replicating:
-            work.wait()
-        self.replicating.clear()
-        self.micro = 0
-
     def _open(self, unit: Unit) -> None:
         if unit not in self.growing:
-            if any(sum.unit is unit for sum in self.under_way):
-                self._land(0)                                   # its buffer is the one under way
-            unit.open()
+            self.do(self.reductions.begin(unit.flat.name))
             self.growing.add(unit)
-
-    def _land(self, most: int) -> None:
-        """Waits for sums, oldest first, until at most `most` are under way."""
-        while len(self.under_way) > most:
-            unit, micro, work = self.under_way.pop(0)
-            unit.land(work.wait(), first=micro < self.zero.every)
-            if micro + 1 == self.accumulation:
-                self.replicating.append(self.replicate.all_reduce(unit.grad_slice))
 
 
 def longest_list(model: nn.Module) -> list[nn.Module]:

@@ -5,7 +5,7 @@
     backward of a block  begins with the gradient of an output: its weights are gathered, those of the block before
                          begin to travel. Gradients of parameters go into the unit's sum. Ends when the gradients of its
                          inputs are complete: the weights are released, the sum begins to travel
-    step                 norm, gate and update over slices, as in any run (optimizer.py)
+    step                 norm, gate and update over slices, as in any run (units/actions.py)
 
 What belongs to no block, or to several (a tied embedding), is the root: whole from the forward pass to the end of
 backward. Weights and gradients travel in the order in which blocks are called, so every rank must call them in the same
@@ -24,10 +24,21 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from megazero.base import UserError, say
 from megazero.comm import Wires
-from megazero.engine.blocks import Block, Homes, Sums, belongings, longest_list, mistakes
-from megazero.plan import LossScale, Zero
-from megazero.settings import Optimizer as Settings
-from megazero.units import TORCH_DTYPE, Buffers, Optimizer, Sharing, Unit, Verdict, Weight
+from megazero.engine.blocks import Accumulation, Block, Homes, belongings, longest_list, mistakes
+from megazero.plan import Action, LossScale, Zero, ending
+from megazero.settings import Optimization
+from megazero.units import (
+    TORCH_DTYPE,
+    Buffers,
+    Gate,
+    Ruling,
+    Sharing,
+    Unit,
+    UnitActions,
+    Updater,
+    Verdict,
+    Weight,
+)
 
 Tensor = torch.Tensor
 CONSTANT = LossScale(value=1.0, minimum=1.0, window=1, hysteresis=1, constant=True)
@@ -81,7 +92,7 @@ class Engine:
     lr              learning rate of the next step; settings.lr to begin with
     """
 
-    def __init__(self, model: nn.Module, wires: Wires, settings: Settings, zero: Zero, dtype: str = "fp32",
+    def __init__(self, model: nn.Module, wires: Wires, settings: Optimization, zero: Zero, dtype: str = "fp32",
                  accumulation: int = 1, scale: LossScale = CONSTANT, blocks: Sequence[nn.Module] | None = None) -> None:
         modules = list(dict.fromkeys(longest_list(model) if blocks is None else blocks))
         if errors := [*mistakes(model, modules), *_mistakes(wires, settings, dtype, accumulation)]:
@@ -96,9 +107,13 @@ class Engine:
         self.root, *self.blocks = made.values()
         for block in made.values():
             block.fill(wires.rank == 0)
-        self.optimizer = Optimizer([b.trained for b in made.values() if b.trained], settings)
-        self.sums = Sums(zero, wires["replicate"], accumulation)
-        self.total = torch.zeros((), dtype=torch.float64, device=self.optimizer.lr.device)     # of this step's losses
+        units = [b.trained for b in made.values() if b.trained]
+        self.ending = ending([u.flat.name for u in units])
+        self.gate = Gate(units, settings.clip_grad, wires["world"], tells=True)
+        self.updater = Updater(units, settings, [a.units for a in self.ending if a.kind == "update"])
+        self.actions = UnitActions({u.flat.name: u for u in units}, wires, self.gate, self.updater)
+        self.sums = Accumulation(units, zero, accumulation, self._do)
+        self.ruling = Ruling()                                  # of this step: what its losses are
         self.steps = 0
         self.verdict: Verdict | None = None                     # of the last step, until the host has read it
         self.graph = self.in_backward = False                   # graph: will backward follow this forward pass?
@@ -117,14 +132,15 @@ class Engine:
     def backward(self, loss: Tensor) -> None:
         """Adds the gradients of one micro-batch. `loss` is a mean over this rank's micro-batch; the step's loss and
         gradient are means over micro-batches and ranks."""
-        if self.sums.micro == self.sums.accumulation:
-            raise UserError(f"backward: this step has had its {self.sums.accumulation} micro-batches; "
+        if self.sums.micro == self.sums.micro_batches:
+            raise UserError(f"backward: this step has had its {self.sums.micro_batches} micro-batches; "
                             "call step(), or raise accumulation.")
         self._check()
         self._settle()
-        self.total += loss.detach()
+        self.ruling.tell("loss", loss.detach())
+        self.ruling.tell("tokens", torch.ones_like(loss.detach()))       # each loss counts as one
         self.in_backward = True
-        (loss.to(self.optimizer.wide) * (self.scale.value / self.losses)).backward()  # type: ignore[no-untyped-call]
+        (loss.to(self.gate.wide) * (self.scale.value / self.losses)).backward()  # type: ignore[no-untyped-call]
         self.in_backward = False
         # those whose inputs, or which themselves, had no part in it too
         for block in (*reversed(self.blocks), self.root):
@@ -136,21 +152,26 @@ class Engine:
     def step(self) -> Verdict | None:
         """After the last micro-batch: updates the weights, or changes nothing if a loss or a gradient was not finite
         anywhere. Before that: None."""
-        if self.sums.micro < self.sums.accumulation:
+        if self.sums.micro < self.sums.micro_batches:
             return None
         if thawed := [p for b in (self.root, *self.blocks) for p, w, _ in b.views
                       if p.requires_grad and not w.unit.trained]:
             raise UserError(f"model: {len(thawed)} parameters were frozen when the engine was made and are not now; "
                             "unfreeze them before.")
-        self.sums.finish()
-        self.wires.line.doing = f"the gate of step {self.steps + 1}"
-        count, scale = (torch.full((), value, dtype=torch.float64, device=self.total.device)
-                        for value in (float(self.sums.accumulation), self.scale.value))
-        self.verdict = self.optimizer.judge(self.total, count, self.losses, scale, self.wires["world"])
-        self.optimizer.step(self.verdict, torch.tensor(self.lr, dtype=self.optimizer.wide))
-        self.total = torch.zeros_like(self.total)
+        loss = self.ruling.told["loss"]
+        self.ruling.scale, self.ruling.nominal = torch.full_like(loss, self.scale.value), self.losses
+        self.ruling.lr = torch.tensor(self.lr, dtype=self.gate.wide)
+        self._do([*self.sums.reductions.finish(), *self.ending])
+        self.verdict, self.ruling = self.ruling.verdict, Ruling()
+        self.sums.begin()
         self.steps += 1
         return self.verdict
+
+    def _do(self, actions: Sequence[Action]) -> None:
+        """As in a program."""
+        for action in actions:
+            self.wires.line.doing = str(action)
+            self.actions.do[action.kind](action, self.ruling)
 
     def _check(self) -> None:
         if self.in_backward:
@@ -160,7 +181,7 @@ class Engine:
     @property
     def losses(self) -> int:
         """Losses of a step, of all ranks."""
-        return self.sums.accumulation * self.wires.mesh.dp
+        return self.sums.micro_batches * self.wires.mesh.dp
 
     def _settle(self) -> None:
         """Reads the last step's verdict, when the next step is well under way:
@@ -201,7 +222,7 @@ class Engine:
     def _release(self, block: Block, backward: bool) -> None:
         """After a pass in which weights are not kept for the next. Passes of a step are counted as in a program."""
         number = 2 * self.sums.micro + backward
-        if not self.graph or (number + 1) % self.zero.keep == 0 or number + 1 == 2 * self.sums.accumulation:
+        if not self.graph or (number + 1) % self.zero.keep == 0 or number + 1 == 2 * self.sums.micro_batches:
             block.release()
 
     def _pack(self, x: Tensor) -> Handle | Kept:
@@ -297,7 +318,6 @@ class Engine:
 
     def _close(self, block: Block) -> None:
         if block.trained:
-            self.wires.line.doing = f"the sum of gradients of {block.name}"
             self.sums.close(block.trained)
 
     def _take(self, weight: Weight, p: Tensor) -> None:
@@ -309,7 +329,7 @@ class Engine:
         p.grad = None
 
 
-def _mistakes(wires: Wires, settings: Settings, dtype: str, accumulation: int) -> Iterator[str]:
+def _mistakes(wires: Wires, settings: Optimization, dtype: str, accumulation: int) -> Iterator[str]:
     mesh = wires.mesh
     if mesh.tp * mesh.pp > 1:
         yield (f"mesh: tp {mesh.tp}, pp {mesh.pp}: a module is shared among data-parallel ranks alone; "

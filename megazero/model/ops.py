@@ -11,12 +11,14 @@ that it can travel while the weight's gradient is computed.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 
-from megazero.comm import Group
+from megazero.comm import Done, Group
+from megazero.model.products import input_gradient, product, weight_gradient
 from megazero.units import Weight
 
 Tensor = torch.Tensor
@@ -37,16 +39,16 @@ class Column(torch.autograd.Function):
                 before: Pointwise | None) -> Tensor:
         ctx.save_for_backward(x)
         ctx.weight, ctx.bias, ctx.group, ctx.before = weight, bias, group, before
-        full = group.all_gather(before(x) if before else x).wait()
-        return F.linear(full, weight.value, bias.value if bias else None)
+        return product(group.all_gather(before(x) if before else x).wait(), weight, bias)
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         (x,) = ctx.saved_tensors
         x, again = recomputed(x, ctx.before)
-        full = ctx.group.all_gather(again.detach())           # gathered anew rather than kept, under the product for dx
-        dx = ctx.group.reduce_scatter(dy @ ctx.weight.value)  # travels under the product for the weight
-        ctx.weight.add_product(dy, full.wait())
+        gather = partial(ctx.group.all_gather, again.detach())                    # anew rather than kept
+        end = weight_gradient(dy, gather, ctx.weight)                    # travels under the product for dx
+        dx = ctx.group.reduce_scatter(input_gradient(dy, ctx.weight))    # travels under that for the weight
+        end()
         if ctx.bias:
             ctx.bias.add_sum(dy)
         return through(x, again, dx.wait()), None, None, None, None
@@ -66,8 +68,8 @@ class Row(torch.autograd.Function):
         ctx.weight, ctx.bias, ctx.group, ctx.before = weight, bias, group, before
         inner = before(x) if before else x
         if group.size == 1:
-            return F.linear(inner, weight.value, bias.value if bias else None)      # the bias fused into the product
-        y = group.reduce_scatter(inner @ weight.value.T).wait()
+            return product(inner, weight, bias)                            # the bias fused into the product
+        y = group.reduce_scatter(product(inner, weight)).wait()
         return y.add_(bias.value) if bias else y
 
     @staticmethod
@@ -78,8 +80,8 @@ class Row(torch.autograd.Function):
         if ctx.bias:
             ctx.bias.add_sum(dy)                                # of this rank's tokens: partial over tp
         full = gather.wait()
-        dx = full @ ctx.weight.value
-        ctx.weight.add_product(full, again.detach())
+        dx = input_gradient(full, ctx.weight)
+        weight_gradient(full, lambda: Done(again.detach()), ctx.weight)()
         return through(x, again, dx), None, None, None, None
 
 
@@ -172,8 +174,13 @@ class Embedding(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         index, here = ctx.saved_tensors
-        full = ctx.group.all_gather(dy).wait()
-        ctx.weight.add_rows(index, full if here is None else full * here[:, None])
+        group, weight = ctx.group, ctx.weight
+
+        def begin() -> Callable[[], None]:
+            full = group.all_gather(dy)
+            return lambda: weight.add_rows(index, full.wait() if here is None else full.wait() * here[:, None])
+
+        weight.unit.now_or_later(begin)()
         return None, None, None, None
 
 
@@ -191,7 +198,8 @@ class Positions(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        ctx.weight.add_rows(ctx.saved_tensors[0], dy)
+        (at,), weight = ctx.saved_tensors, ctx.weight
+        weight.unit.now_or_later(lambda: lambda: weight.add_rows(at, dy))()
         return dy, None, None
 
 
@@ -238,6 +246,6 @@ def cross_entropy(
             p = e.mul_((factor / both[0])[:, None])                                 # softmax x factor
             p[torch.arange(len(p), device=p.device), index[part]] -= factor if here is None else factor * here[part]
             dz = p.to(x.dtype)
-            torch.mm(dz, weight.value, out=dx[part])
+            input_gradient(dz, weight, out=dx[part])
             weight.add_product(dz, x[part])
     return total, dx

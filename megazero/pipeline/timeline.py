@@ -9,10 +9,12 @@ from itertools import product
 from string import ascii_lowercase
 from typing import NamedTuple
 
-from megazero.pipeline.schedule import Costs, Order, Pass, needs
+from megazero.pipeline.schedule import KINDS, Costs, Order, Pass, needs
+
+HUES = {"F": 210, "B": 130, "I": 165, "W": 75}           # of the picture
 
 
-class Span(NamedTuple):
+class Played(NamedTuple):
     """A pass and when it runs."""
 
     step: Pass
@@ -41,7 +43,7 @@ class Wait(NamedTuple):
 class Timeline:
     """When each rank runs what. In a deadlock `waiting` says where ranks stand, and `ranks` how they came there."""
 
-    ranks: tuple[tuple[Span, ...], ...]
+    ranks: tuple[tuple[Played, ...], ...]
     waiting: tuple[Wait, ...] = ()
 
     @cached_property
@@ -94,7 +96,7 @@ class _Play:
         # the (rank, position) that must be reached before a rank may leave a pass
         self.posts = {} if ahead is None else {
             output: (self.place[taker][0], max(0, self.place[taker][1] - ahead)) for output, taker in graph.messages()}
-        self.spans: list[list[Span]] = [[] for _ in self.order]
+        self.spans: list[list[Played]] = [[] for _ in self.order]
         self.end: dict[Pass, float] = {}
         self.came = [[0.0] for _ in self.order]
 
@@ -128,7 +130,7 @@ class _Play:
         arrivals = [self.end[n] + (self.costs.communication if self.place[n][0] != rank else 0) for n in self.needs[p]]
         start = max(self.came[rank][-1], *arrivals, 0.0)
         self.end[p] = start + self.costs.of(p)
-        self.spans[rank].append(Span(p, start, self.end[p]))
+        self.spans[rank].append(Played(p, start, self.end[p]))
 
 
 def simulate(order: Order, costs: Costs, ahead: int | None = None) -> Timeline:
@@ -149,7 +151,7 @@ def _simulate(graph: _Graph, costs: Costs, ahead: int | None) -> Timeline:
     return Timeline(tuple(map(tuple, play.spans)), tuple(w for w in map(play.obstacle, ranks) if w))
 
 
-def verify(order: Order, limit: Sequence[int], ahead: int | None = None) -> list[str]:
+def mistakes_of(order: Order, limit: Sequence[int], ahead: int | None = None) -> list[str]:
     """What is wrong with an order, a sentence each. Right is: every pass of every stage and micro-batch runs exactly
     once, a backward on the rank of its forward; no rank holds more than its `limit` of activations; between two ranks
     outputs of one kind are taken in the order they are sent, as wires without tags need it; and no rank waits for ever
@@ -169,10 +171,12 @@ def verify(order: Order, limit: Sequence[int], ahead: int | None = None) -> list
 def _miscounted(graph: _Graph) -> Iterator[str]:
     count, place = Counter(p for line in graph.order for p in line), graph.place
     stages, micros = 1 + max(p.stage for p in count), 1 + max(p.micro for p in count)
-    for p in map(Pass._make, product("FB", range(stages), range(micros))):
+    split = any(p.kind in "IW" for p in count)
+    for p in map(Pass._make, product("FIW" if split else "FB", range(stages), range(micros))):
+        after = KINDS[p.kind].after
         if count[p] != 1:
             yield f"{p} runs {count[p]} times"
-        elif p.kind == "B" and count[own := p._replace(kind="F")] and place[own][0] != place[p][0]:
+        elif after and count[own := p._replace(kind=after)] and place[own][0] != place[p][0]:
             yield f"{p} runs on rank {place[p][0]}, but {own} on rank {place[own][0]}"
 
 
@@ -189,15 +193,15 @@ def _crossed(graph: _Graph) -> Iterator[str]:
 def _peak(line: Iterable[Pass]) -> int:
     now = peak = 0
     for p in line:
-        now += 1 if p.kind == "F" else -1
+        now += (KINDS[p.kind].leaves == "activations") - (KINDS[p.kind].after == "F")
         peak = max(peak, now)
     return peak
 
 
 def draw(timeline: Timeline, marked: Collection[Pass] = ()) -> str:
     """A row for each rank: `a3` is the forward of micro-batch 3 through the first stage of a rank, `B3` the backward
-    through its second (after z comes a again); dots are idle time. A `?` follows `marked` passes, and those at which
-    ranks wait for ever."""
+    through its second (after z comes a again), or the half of it that the stage before waits for, and `w3` the other;
+    dots are idle time. A `?` follows `marked` passes, and those at which ranks wait for ever."""
     pp, marked = len(timeline.ranks), {*marked, *(w.at for w in timeline.waiting)}
     scale = ((1 + max((len(_label(s.step, pp)) for line in timeline.ranks for s in line), default=0))
              / _shortest(timeline))
@@ -214,7 +218,7 @@ def draw(timeline: Timeline, marked: Collection[Pass] = ()) -> str:
 
 def _label(p: Pass, pp: int) -> str:
     letter = ascii_lowercase[p.stage // pp % 26]
-    return f"{letter if p.kind == 'F' else letter.upper()}{p.micro}"
+    return {"F": letter, "B": letter.upper(), "": "w"}[KINDS[p.kind].way] + str(p.micro)
 
 
 def _shortest(timeline: Timeline) -> float:
@@ -222,8 +226,8 @@ def _shortest(timeline: Timeline) -> float:
 
 
 def svg(timeline: Timeline) -> str:
-    """The same as a picture: forwards blue, backwards green, darker the later a rank's stage;
-    numbers are micro-batches."""
+    """The same as a picture: forwards blue, backwards green (halves bluer and yellower), darker the later a rank's
+    stage; numbers are micro-batches."""
     pp, scale = len(timeline.ranks), 24 / _shortest(timeline)
     virtual = (1 + max(s.step.stage for line in timeline.ranks for s in line)) / pp
     width, out = 60 + round(timeline.makespan * scale), []
@@ -232,7 +236,7 @@ def svg(timeline: Timeline) -> str:
         out.append(f'<text x="30" y="{y + 16}">rank {rank}</text>')
         for step, start, end in line:
             x, w = 56 + start * scale, (end - start) * scale
-            fill = f"hsl({210 if step.kind == 'F' else 130}, 60%, {82 - 40 * (step.stage // pp) / virtual:.0f}%)"
+            fill = f"hsl({HUES[step.kind]}, 60%, {82 - 40 * (step.stage // pp) / virtual:.0f}%)"
             out.append(f'<rect x="{x:.1f}" y="{y}" width="{w:.1f}" height="24" fill="{fill}" stroke="white">'
                        f'<title>{step}</title></rect><text x="{x + w / 2:.1f}" y="{y + 16}">{step.micro}</text>')
     return (f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{8 + 26 * pp}" '

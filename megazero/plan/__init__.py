@@ -1,5 +1,6 @@
 """What follows from the settings: pure values, no device and no process."""
 
+from megazero.plan.action import Action, around
 from megazero.plan.architecture import Architecture, Rotary, flops_per_token, parameter_count, units
 from megazero.plan.checks import checks
 from megazero.plan.cost import LOGITS, describe, memory
@@ -31,14 +32,16 @@ from megazero.plan.layout import (
 )
 from megazero.plan.mesh import Mesh, all_reduce_bytes
 from megazero.plan.plan import Plan, plan
-from megazero.plan.program import Action, Part, Zero, around
+from megazero.plan.program import Part
 from megazero.plan.progress import LossScale, Progress, learning_rate, loss_scale, position
-from megazero.plan.rules import GROUPS
+from megazero.plan.rules import GROUPS, RULES
+from megazero.plan.sums import Reductions, Zero, ending
 
 __all__ = [
     "Action", "Architecture", "Box", "Family", "Flat", "GROUPS", "LOGITS", "LossScale", "Mesh", "Operand",
-    "OperandSpec", "Parameter", "Part", "Piece", "Plan", "Progress", "Rotary", "Row", "Shape", "UnitSpec", "Zero",
-    "all_reduce_bytes", "architecture_of", "around", "checks", "cuts", "describe", "family_of", "flags", "flat",
-    "flops_per_token", "from_config", "intersect", "learning_rate", "loss_scale", "memory", "obstacles",
-    "parameter_count", "plan", "position", "rows", "shapes", "to_config", "units", "zeros",
+    "OperandSpec", "Parameter", "Part", "Piece", "Plan", "Progress", "RULES", "Reductions", "Rotary", "Row",
+    "Shape", "UnitSpec", "Zero", "all_reduce_bytes", "architecture_of", "around", "checks", "cuts", "describe",
+    "ending", "family_of", "flags", "flat", "flops_per_token", "from_config", "intersect", "learning_rate",
+    "loss_scale", "memory", "obstacles", "parameter_count", "plan", "position", "rows", "shapes", "to_config",
+    "units", "zeros",
 ]

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from math import ceil
 
 from megazero.base import DTYPES, gib
-from megazero.pipeline import Costs, bubble_time
+from megazero.pipeline import KINDS, SCHEDULES, Costs
 from megazero.plan.architecture import Architecture, flops_per_token, parameter_count
 from megazero.plan.layout import Flat, Shape, cuts, flat, ragged_rows
 from megazero.plan.mesh import all_reduce_bytes
@@ -64,7 +64,7 @@ def working(p: Plan, rank: int, width: int, full: int) -> dict[str, int]:
     blocks = {stage: sum(0 < i <= a.layers for i in parts) for stage, parts in own.items()}
     most, now = 0, 0
     for step in p.passes[p.mesh.place(rank).pp]:
-        now += blocks[step.stage] * (1 if step.kind == "F" else -1)
+        now += blocks[step.stage] * ((KINDS[step.kind].leaves == "activations") - (KINDS[step.kind].after == "F"))
         most = max(most, now)
     masks = a.seq_length * ((p.tp if p.config.data.reset_attention_mask else 0)
                             + (3 * a.heads if a.attention_dropout else 0))
@@ -91,7 +91,7 @@ def traffic(p: Plan, rank: int = 0) -> dict[str, int]:
     wide, ranks, units = max(width, 4), p.mesh.place(rank).dp % p.shard, flats(p, rank)
     sent = Counter(dict.fromkeys(("tp", "kv", "shard", "replicate", "tied", "pp", "world"), 0))
     for action in p.training(rank):
-        part = stored(units[action.unit], p) // p.shard if action.unit else 0
+        part = stored(units[action.unit], p) // p.shard if len(action.units) == 1 else 0
         sent["shard"] += (p.shard - 1) * part * {"gather": width, "reduce": wide}.get(action.kind, 0)
         sent["replicate"] += all_reduce_bytes(part, wide, p.dp // p.shard) if action.kind == "replicate" else 0
         sent["tied"] += all_reduce_bytes(part, wide, 2) if action.kind == "tie" else 0
@@ -128,8 +128,8 @@ def computation(action: Action, p: Plan, width: int, wide: int) -> int:
         chunk = max(LOGITS // ragged_rows(a.vocab_size, p.tp, a.pad_rows), 1)
         chunks = [min(chunk, tokens - low) for low in range(0, tokens, chunk)]
         return 2 * move + sum(all_reduce_bytes(c, wide, p.tp) + all_reduce_bytes(2 * c, wide, p.tp) for c in chunks)
-    blocks = {"F": 4, "B": 6 + again}
-    return move * (1 if action.part == 0 else blocks[action.kind]) if action.kind in blocks else 0
+    blocks, first = {"F": 4, "B": 6 + again, "I": 4 + again, "W": 2}, {"F": 1, "B": 1, "I": 0, "W": 1}
+    return move * (first if action.part == 0 else blocks).get(action.kind, 0)
 
 
 def describe(p: Plan) -> str:
@@ -141,7 +141,8 @@ def describe(p: Plan) -> str:
     need, which = needs[fullest], f" on rank {fullest}, no more on others" if p.pp > 1 else " per rank"
     layers = [sum(0 < i <= a.layers for i in stage) for stage in p.stages]
     each = f"{layers[0]}" if len(set(layers)) == 1 else " ".join(map(str, layers))
-    idle = bubble_time(p.pp, p.micro_batches, p.virtual, Costs(1, 2)) / (p.micro_batches * p.virtual * 3)
+    row = SCHEDULES[c.parallel.pipeline_schedule]
+    idle = row.bubble(p.pp, p.micro_batches, p.virtual, Costs(1, 2)) / (p.micro_batches * p.virtual * 3)
     shared = f"over {p.shard} ranks" + (f", repeated {p.dp // p.shard} times" if p.shard < p.dp else "")
     return "\n".join([
         f"model       {parameter_count(a):,} parameters: {a.layers} layers x {a.hidden}, {a.heads} heads x {a.head_dim}"

@@ -6,11 +6,13 @@ from itertools import accumulate, pairwise
 
 from megazero.base import UserError
 from megazero.pipeline import Pass, from_layout, passes, shares
+from megazero.plan.action import Action
 from megazero.plan.architecture import Architecture, architecture, parts, units
 from megazero.plan.checks import checks
 from megazero.plan.layout import UnitSpec, joined
 from megazero.plan.mesh import Mesh
-from megazero.plan.program import Action, Part, Stages, Zero, evaluation, training
+from megazero.plan.program import Part, Stages, evaluation, training
+from megazero.plan.sums import Zero
 from megazero.settings import Config
 
 

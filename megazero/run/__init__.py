@@ -1,10 +1,11 @@
 """A training run of our own decoder."""
 
+from megazero.run.executor import Turn
 from megazero.run.generate import build_from_checkpoint, generate, stream_text, tokenizer_of
 from megazero.run.metrics import memory_bytes
 from megazero.run.run import Run
 from megazero.run.train import launch
 
 __all__ = [
-    "Run", "build_from_checkpoint", "generate", "launch", "memory_bytes", "stream_text", "tokenizer_of",
+    "Run", "Turn", "build_from_checkpoint", "generate", "launch", "memory_bytes", "stream_text", "tokenizer_of",
 ]

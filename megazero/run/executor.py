@@ -1,72 +1,73 @@
-"""Runs a program: the graph of each part is kept apart,
-so backward is an explicit loop and full recompute the same loop."""
+"""Runs a program: the graph of each part is kept apart, so backward is an explicit loop and full recompute the same
+loop."""
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from math import ceil
+from typing import cast
 
 import torch
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 
-from megazero.comm import Group, Stuck, Wires, Work
+from megazero.comm import Stuck, Wires, Work
 from megazero.model import Batch, Decoder
 from megazero.plan import Action, Part, around
-from megazero.units import Unit
+from megazero.units import Ruling, UnitActions
 
 Tensor = torch.Tensor
+Do = Callable[[Action, "Turn"], None]
+
+
+@dataclass
+class Turn(Ruling):
+    """One run over a program: what it is about, handed along from action to action."""
+
+    batches: Sequence[Batch] = ()
+
+    @property
+    def seed(self) -> Tensor:
+        """What the sum of losses is multiplied by before backward."""
+        return self.scale / self.nominal
 
 
 class Executor:
     """Runs actions over a decoder. Between actions it holds what flows: per micro-batch one activation or gradient
-    (`flow`), per part and micro-batch what backward needs (`kept`), and the sums that are under way."""
+    (`flow`), per part and micro-batch what backward needs (`kept`) and what W will (`aside`), and messages."""
 
-    def __init__(self, decoder: Decoder, wires: Wires, parts: Sequence[Part]) -> None:
+    def __init__(self, decoder: Decoder, wires: Wires, parts: Sequence[Part], actions: UnitActions) -> None:
         self.decoder, self.wires, self.parts = decoder, wires, parts
         self.flow: dict[int, Tensor] = {}
         self.kept: dict[tuple[int, int], tuple[Tensor, GradientEdge | None]] = {}
-        self.under_way: dict[tuple[str, str], Work] = {}
+        self.aside: dict[tuple[int, int], list[Callable[[], Callable[[], None]]]] = {}
         self.expected: dict[tuple[str, int, int], Work] = {}
         self.leaving: list[Work] = []
-        # of the last step, by unit: finite if this rank's own gradients are
-        self.witness: dict[str, Tensor] = {}
-        self.do: dict[str, Callable[[Action], None]] = {
-            "F": self._forward, "L": self._loss, "B": self._backward, "E": self._evaluate,
-            "gather": lambda a: self._unit(a).gather(), "release": lambda a: self._unit(a).release(),
-            "open": lambda a: self._unit(a).open(), "reduce": self._reduce, "land": self._land,
-            "replicate": self._replicate, "settle": lambda a: self._settle(a.unit), "tie": self._tie,
-            "expect": self._expect, "recv": self._receive, "send": self._send}
+        self.do: Mapping[str, Do] = {
+            **cast(Mapping[str, Do], actions.do), "F": self._forward, "B": self._backward, "I": self._inputs,
+            "W": self._weights, "L": self._loss, "E": self._evaluate, "expect": self._expect, "recv": self._receive,
+            "send": self._send}
 
-    def train(self, program: Sequence[Action], batches: Sequence[Batch], scale: Tensor) -> Tensor:
-        """Leaves the gradients of `scale` x the sum of losses in the units' slices;
-        returns that sum, unscaled, float64."""
-        self.witness = {}
-        total = self._run(program, batches, scale)
-        for unit in [unit for _, unit in self.under_way]:
-            self._settle(unit)
+    def train(self, program: Sequence[Action], turn: Turn) -> Turn:
+        """A step; returns the turn with its verdict."""
+        self._run(program, turn)
         for work in self.leaving:
             work.wait()
         self.leaving.clear()
-        finish(list(self.decoder.units.values()), self.wires.groups)
-        return total
+        return turn
 
-    def evaluate(self, program: Sequence[Action], batch: Batch) -> Tensor:
-        """The sum of the losses of one micro-batch, float64. No gradients, no dropout."""
-        return self._run(program, [batch], None)
+    def evaluate(self, program: Sequence[Action], batch: Batch) -> Turn:
+        """The sum of the losses of one micro-batch, and its tokens, are told. No gradients, no dropout."""
+        return self._run(program, Turn(batches=[batch]))
 
-    def _run(self, program: Sequence[Action], batches: Sequence[Batch], scale: Tensor | None) -> Tensor:
-        self.batches, self.scale = batches, scale
-        self.total = torch.zeros((), dtype=torch.float64, device=batches[0].tokens.device)
+    def _run(self, program: Sequence[Action], turn: Turn) -> Turn:
         for i, action in enumerate(program):
             self.wires.line.doing = str(action)
             try:
-                self.do[action.kind](action)
+                self.do[action.kind](action, turn)
             except Stuck as error:
                 raise Stuck(f"{error}; where it stands: {around(program, i)}") from error
-        assert not self.kept, f"activations without a backward: {list(self.kept)}"
+        assert not self.kept and not self.aside, f"without a backward: {list(self.kept)} {list(self.aside)}"
         self.flow.clear()
-        return self.total
-
-    def _unit(self, action: Action) -> Unit:
-        return self.decoder.units[action.unit]
+        return turn
 
     def _arrive(self, units: Sequence[str]) -> None:
         """What was gathered ahead is needed now."""
@@ -75,88 +76,81 @@ class Executor:
 
     # ---- computation
 
-    def _forward(self, action: Action) -> None:
-        micro, part, batch = action.micro, self.decoder.parts[action.part], self.batches[action.micro]
+    def _forward(self, action: Action, turn: Turn) -> None:
+        micro, part, batch = action.micro, self.decoder.parts[action.part], turn.batches[action.micro]
         self._arrive(self.parts[action.part].forward)
-        x = self.flow.pop(micro).detach() if action.part else torch.zeros((), device=batch.tokens.device)
-        # the embedding keeps only ids
-        graph = self.scale is not None and (self.decoder.recompute != "full" or action.part == 0)
+        x = self._input(action, batch)
+        graph = self.decoder.recompute != "full" or action.part == 0                    # the embedding keeps only ids
         with torch.set_grad_enabled(graph):
             y = part(x.requires_grad_(graph), batch)
-        if self.scale is not None:
-            self.kept[action.part, micro] = x, get_gradient_edge(y) if graph else None  # not y itself, which may leave
+        self.kept[action.part, micro] = x, get_gradient_edge(y) if graph else None      # not y itself, which may leave
         self.flow[micro] = y
 
-    def _loss(self, action: Action) -> None:
-        assert self.scale is not None and self.decoder.head is not None
-        self._arrive(self.parts[action.part].forward)
-        x = self.flow.pop(action.micro)
-        total, self.flow[action.micro] = self.decoder.head.forward_backward(x, self.batches[action.micro], self.scale)
-        self.total += total
+    def _input(self, action: Action, batch: Batch) -> Tensor:
+        """What flows into a part; the embedding only needs a leaf for autograd to start from."""
+        return self.flow.pop(action.micro).detach() if action.part else torch.zeros((), device=batch.tokens.device)
 
-    def _backward(self, action: Action) -> None:
+    def _loss(self, action: Action, turn: Turn) -> None:
+        assert self.decoder.head is not None
+        self._arrive(self.parts[action.part].forward)
+        x, batch = self.flow.pop(action.micro), turn.batches[action.micro]
+        total, self.flow[action.micro] = self.decoder.head.forward_backward(x, batch, turn.seed)
+        self._tell(total, batch, turn)
+
+    def _tell(self, total: Tensor, batch: Batch, turn: Turn) -> None:
+        turn.tell("loss", total)
+        turn.tell("tokens", batch.mask.sum(dtype=torch.float64))
+
+    def _backward(self, action: Action, turn: Turn) -> None:
         micro, part = action.micro, self.decoder.parts[action.part]
         self._arrive(self.parts[action.part].backward)
         x, edge = self.kept.pop((action.part, micro))
         if edge is None:                                        # recompute: the same forward again
-            edge = get_gradient_edge(part(x.requires_grad_(), self.batches[micro]))
+            edge = get_gradient_edge(part(x.requires_grad_(), turn.batches[micro]))
         torch.autograd.backward((edge,), (self.flow.pop(micro),))
         if action.part:
             assert x.grad is not None
             self.flow[micro] = x.grad
 
-    def _evaluate(self, action: Action) -> None:
-        assert self.decoder.head is not None
+    def _inputs(self, action: Action, turn: Turn) -> None:
+        """A backward whose gradients of weights are put aside."""
+        units = [self.decoder.units[name] for name in self.parts[action.part].forward]
+        for unit in units:
+            unit.aside = []
+        self._backward(action, turn)
+        self.aside[action.part, action.micro] = [begin for unit in units for begin in unit.aside or ()]
+        for unit in units:
+            unit.aside = None
+
+    def _weights(self, action: Action, turn: Turn) -> None:
+        """What was put aside: all that must travel begins to, then one after the other is added."""
+        for end in [begin() for begin in self.aside.pop((action.part, action.micro))]:
+            end()
+
+    def _evaluate(self, action: Action, turn: Turn) -> None:
+        batch, head = turn.batches[action.micro], self.decoder.head
         self._arrive(self.parts[action.part].forward)
-        self.total += self.decoder.head(self.flow.pop(action.micro), self.batches[action.micro])
+        with torch.no_grad():
+            if action.part in self.decoder.parts:
+                self.flow[action.micro] = self.decoder.parts[action.part](self._input(action, batch), batch)
+            else:
+                assert head is not None
+                self._tell(head(self.flow.pop(action.micro), batch), batch, turn)
 
     # ---- messages between stages
 
-    def _expect(self, action: Action) -> None:
+    def _expect(self, action: Action, turn: Turn) -> None:
         """Room for a message that comes later, so that it can come while this rank computes."""
-        d, tokens = self.decoder, self.batches[action.micro].tokens
+        d, tokens = self.decoder, turn.batches[action.micro].tokens
         room = torch.empty(ceil(tokens.numel() / d.group.size), d.a.hidden, dtype=d.dtype, device=tokens.device)
-        self.expected[action.way, action.part, action.micro] = self.wires.channels["recv", action.way].receive(room)
+        message = action.way, action.part, action.micro
+        self.expected[message] = self.wires.channels["recv", action.way].receive(room)
 
-    def _receive(self, action: Action) -> None:
+    def _receive(self, action: Action, turn: Turn) -> None:
         self.flow[action.micro] = self.expected.pop((action.way, action.part, action.micro)).wait()
 
-    def _send(self, action: Action) -> None:
+    def _send(self, action: Action, turn: Turn) -> None:
         """What leaves is kept until it has left, and no longer."""
         self.leaving = [work for work in self.leaving if not work.done()]
-        self.leaving.append(self.wires.channels["send", action.way].send(
-            self.flow.pop(action.micro).detach().contiguous()))
-
-    # ---- sums over data-parallel ranks, which travel while the backward passes of earlier blocks go on
-
-    def _reduce(self, action: Action) -> None:
-        unit = self._unit(action)
-        self.witness[action.unit] = unit.close() + self.witness.get(action.unit, 0)
-        self.under_way["reduce", action.unit] = unit.reduce()
-
-    def _land(self, action: Action) -> None:
-        self._unit(action).land(self.under_way.pop(("reduce", action.unit)).wait(), first=action.micro == 0)
-
-    def _tie(self, action: Action) -> None:
-        self._settle(action.unit)
-        self.under_way["tie", action.unit] = self.wires["tied"].all_reduce(self._unit(action).grad_slice)
-
-    def _settle(self, unit: str) -> None:
-        """Waits for what is under way of a unit."""
-        for what in ("replicate", "tie"):
-            if (what, unit) in self.under_way:
-                self.wires.line.doing = f"{what} {unit}"
-                self.under_way.pop((what, unit)).wait()
-
-    def _replicate(self, action: Action) -> None:
-        self.under_way["replicate", action.unit] = self.wires["replicate"].all_reduce(self._unit(action).grad_slice)
-
-
-def finish(units: Sequence[Unit], groups: Mapping[str, Group]) -> None:
-    """Sums gradients that are partial: over `tp` for what every rank holds whole,
-    over `kv` for shared key-value heads."""
-    for axis, cut in (("tp", False), ("kv", True)):
-        parts = [part for unit in units for part in unit.partial(cut)]
-        if parts and groups[axis].size > 1:
-            total = groups[axis].all_reduce(torch.cat(parts)).wait()
-            torch._foreach_copy_(parts, total.split([len(p) for p in parts]))
+        message = self.flow.pop(action.micro).detach().contiguous()
+        self.leaving.append(self.wires.channels["send", action.way].send(message))

@@ -17,13 +17,13 @@ from megazero.base import UserError, clock, say
 from megazero.comm import Wires
 from megazero.data import SampleSource, Tokenizer, same_tokenizer, samples
 from megazero.model import Batch, Decoder
-from megazero.plan import LossScale, Plan, Progress, flat, learning_rate, loss_scale, position
-from megazero.run.executor import Executor
+from megazero.plan import RULES, LossScale, Plan, Progress, flat, learning_rate, loss_scale, position
+from megazero.run.executor import Executor, Turn
 from megazero.run.loader import Loader, documents_of, positions_of, read
 from megazero.run.metrics import Metrics
 from megazero.settings import flatten
 from megazero.state import Reader, Writer, fill, mismatches, owned
-from megazero.units import TORCH_DTYPE, Buffers, Optimizer, Sharing, Unit, Verdict
+from megazero.units import FIGURES, TORCH_DTYPE, Buffers, Gate, Sharing, Unit, UnitActions, Updater, Verdict
 
 Tensor = torch.Tensor
 EVALUATING = 16                         # micro-batches of an evaluation that may be in a pipeline
@@ -55,9 +55,12 @@ class Run:
             for u in plan.units_of(wires.rank)}
         self.decoder = Decoder(a, self.units, wires["tp"], c.training.seed, c.training.recompute_granularity, device,
                                [i for own in stages.own.values() for i in own])
-        self.executor = Executor(self.decoder, wires, plan.parts)
-        self.optimizer = Optimizer(list(self.units.values()), c.optimizer)
         self.training, self.evaluation = plan.training(wires.rank), plan.evaluation(wires.rank)
+        units, tells = list(self.units.values()), wires.place.tp == 0
+        self.gate = Gate(units, c.optimizer.clip_grad, wires["world"], tells)
+        self.updater = Updater(units, c.optimizer, {a.units for a in self.training if a.kind == "update"})
+        actions = UnitActions(self.units, wires, self.gate, self.updater)
+        self.executor = Executor(self.decoder, wires, plan.parts, actions)
         self.progress = Progress(loss_scale(c))                 # as of the last verdict that was read
         self.pending: Pending | None = None
         self.train_samples = samples(plan, "train", tokenizer)
@@ -77,25 +80,14 @@ class Run:
         good, bad = self.futures()
         scale = self.choose(good.loss_scale.value, bad.loss_scale.value)
         lr = self.choose(*(learning_rate(self.plan, position(self.plan, p)) for p in (good, bad)))
-        batches = self.batches(good.step, good.samples)
-        valid = torch.stack([b.mask.sum(dtype=torch.float64) for b in batches]).sum()
-        # a loss scale means the same for any batch: gradients of a sample's mean
-        tokens = self.plan.architecture.seq_length
-        total = self.executor.train(self.training, batches, scale / tokens)
-        self.wires.line.doing = f"the gate of step {good.step + 1}"
-        verdict = self.optimizer.judge(self.told(total), self.told(valid), tokens, scale, self.wires["world"],
-                                       stop=bool(self.asked_to_stop()))
-        figures = later(torch.stack([
-            x.double() for x in (verdict.loss, verdict.norm, verdict.found_inf, verdict.stop, lr, scale)]))
-        self.optimizer.step(verdict, lr)
+        tokens = self.plan.architecture.seq_length      # a loss scale means the same for any batch: a sample's mean
+        turn = Turn(scale, tokens, lr, bool(self.asked_to_stop()), batches=self.batches(good.step, good.samples))
+        verdict = self.executor.train(self.training, turn).verdict
+        assert verdict is not None
+        figures = later(torch.stack([x.double() for x in (verdict.loss, verdict.norm, verdict.found_inf,
+                                                          verdict.stop, lr, scale)]))
         self.settle()
-        self.pending = Pending(verdict, figures, self.plan.global_batch, self.lap(), self.executor.witness)
-
-    def told(self, figure: Tensor) -> Tensor:
-        """The figure on the rank that tells it, 0 on those that know the same: sums count it once.
-        The last stage knows the loss."""
-        teller = self.wires.place.tp == 0 and self.wires.place.pp == self.plan.pp - 1
-        return figure if teller else torch.zeros_like(figure)
+        self.pending = Pending(verdict, figures, self.plan.global_batch, self.lap(), turn.witness)
 
     def lap(self) -> float:
         """Seconds since the last lap."""
@@ -110,7 +102,7 @@ class Run:
 
     def choose(self, good: float, bad: float) -> Tensor:
         """The value that fits the pending verdict, on the device."""
-        one, other = (torch.full((), value, dtype=self.optimizer.wide, device=self.device) for value in (good, bad))
+        one, other = (torch.full((), value, dtype=self.gate.wide, device=self.device) for value in (good, bad))
         return one if self.pending is None else torch.where(self.pending.verdict.found_inf == 0, one, other)
 
     def batches(self, step: int, first: int) -> list[Batch]:
@@ -132,7 +124,7 @@ class Run:
         Without a step it is for evaluation: nothing is dropped."""
         tokens = tokens.to(self.device, non_blocking=True)
         x, y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
-        mask = torch.ones(x.shape, dtype=self.optimizer.wide, device=self.device)
+        mask = torch.ones(x.shape, dtype=self.gate.wide, device=self.device)
         d = self.config.data
         if d.eod_mask_loss:
             mask = mask.masked_fill(x == self.eod, 0)
@@ -173,7 +165,7 @@ class Run:
         units = {p.name: u.name for u in self.plan.units for p in u.parameters}
         everyone = list(units)
         bad = torch.zeros(len(everyone), device=self.device)
-        for name, norm in zip(self.optimizer.names, done.verdict.norms.tolist(), strict=True):
+        for name, norm in zip(self.gate.names, done.verdict.norms.tolist(), strict=True):
             bad[everyone.index(name)] += float(norm - norm != 0)
         culprits = self.wires["world"].all_reduce(bad, "max").wait().nonzero().flatten().tolist()
         what, where = "the loss is not finite", ""
@@ -241,8 +233,7 @@ class Run:
         t, size = self.config.training, self.plan.micro_batch
         count = source.full_pass() if t.full_validation else t.eval_iters * self.plan.global_batch
         sample = source.in_order if t.full_validation else source.sample
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
-        valid = torch.zeros((), dtype=torch.float64, device=self.device)
+        mine = torch.zeros(len(FIGURES), dtype=torch.float64, device=self.device)
         for turn, first in enumerate(range(0, count, self.plan.dp * size)):
             if turn % EVALUATING == EVALUATING - 1:
                 self.wires.barrier()                            # the first stage must not run far ahead of the last
@@ -252,10 +243,10 @@ class Run:
             # no sample is left for this rank, but its peers need it to gather weights
             if low >= count:
                 batch = replace(batch, mask=torch.zeros_like(batch.mask))
-            total += self.executor.evaluate(self.evaluation, batch)
-            valid += batch.mask.sum(dtype=torch.float64)
+            told = self.executor.evaluate(self.evaluation, batch).told
+            mine += torch.stack([told.get(figure, mine[0] * 0) for figure in FIGURES])
         self.wires.line.doing = f"the end of the evaluation after step {self.progress.step}"
-        total, valid = self.wires["world"].all_reduce(torch.stack((self.told(total), self.told(valid)))).wait()
+        total, valid = self.wires["world"].all_reduce(mine * self.gate.tells).wait()
         return (total / valid).item()
 
     # ---- state
@@ -266,7 +257,8 @@ class Run:
 
     def buffers(self, unit: Unit) -> dict[str, Tensor]:
         """Everything a checkpoint holds of a unit: kind -> this rank's slice of the flat buffer."""
-        return {"weight": unit.master, **self.optimizer.state[unit.flat.name]}
+        unit.updated()
+        return {"weight": unit.master, **self.updater.state[unit.flat.name]}
 
     def save(self) -> None:
         """Saves the run as it is after the last step."""
@@ -297,7 +289,7 @@ class Run:
     def load(self, reader: Reader) -> None:
         """Continues from a checkpoint, or with --finetune takes its weights alone."""
         finetune = self.config.checkpoint.finetune
-        kinds = ("weight",) if finetune else ("weight", *self.optimizer.MOMENTS[self.config.optimizer.optimizer])
+        kinds = ("weight",) if finetune else ("weight", *RULES[self.config.optimizer.optimizer].moments)
         errors = unfit(reader, self.plan)
         errors = errors or self._wrong_optimizer(reader, kinds) or ([] if finetune else self._wrong_tokenizer(reader))
         errors = errors or mismatches(reader, [p for u in self.plan.units for p in u.parameters], kinds)
@@ -313,7 +305,7 @@ class Run:
                 now = replace(now, value=max(then.value, now.minimum), good=then.good,
                               bad=min(then.bad, now.hysteresis - 1))
             self.progress = Progress(**saved, loss_scale=now)
-            self.optimizer.set_steps(self.progress.applied)
+            self.updater.set_steps(self.progress.applied)
             if self.config.training.train_samples is not None:  # steps so far may have been of another size
                 left = max(self.config.training.train_samples - self.progress.samples, 0) // self.plan.global_batch
                 self.plan = replace(self.plan, train_iters=self.progress.step + left)

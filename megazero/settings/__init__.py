@@ -8,11 +8,11 @@ from megazero.settings.config import (
     Config,
     Data,
     Model,
-    Optimizer,
+    Optimization,
     from_command_line,
 )
 
 __all__ = [
-    "Config", "Data", "MEGATRON_WORDS", "Model", "Optimizer", "Option", "PRESETS", "TOKENIZERS", "commands",
+    "Config", "Data", "MEGATRON_WORDS", "Model", "Optimization", "Option", "PRESETS", "TOKENIZERS", "commands",
     "flatten", "from_command_line", "leaves", "option", "parse", "run",
 ]

@@ -118,7 +118,7 @@ class Training:
 
 
 @dataclass(frozen=True)
-class Optimizer:
+class Optimization:
     """Optimizer and learning rate."""
 
     optimizer: str = option("adam", "adam has decoupled decay (AdamW); sgd has momentum", choices=("adam", "sgd"))
@@ -222,7 +222,7 @@ class Config:
     parallel: Parallel = Parallel()
     model: Model = Model()
     training: Training = Training()
-    optimizer: Optimizer = Optimizer()
+    optimizer: Optimization = Optimization()
     precision: Precision = Precision()
     data: Data = Data()
     checkpoint: Checkpoint = Checkpoint()

@@ -9,7 +9,7 @@ Data-parallel ranks cut each flat buffer into equal slices (layout.cuts). The Ze
 keeps only its slice; whole buffers of the others are borrowed for as long as the program (program.py) needs them.
 """
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 
 import torch
@@ -21,6 +21,7 @@ from megazero.units.random import fill_normal, key
 
 TORCH_DTYPE: dict[str, torch.dtype] = {name: getattr(torch, d.torch) for name, d in DTYPES.items()}
 Tensor = torch.Tensor
+Begin = Callable[[], Callable[[], None]]         # starts something, and returns what ends it
 
 
 class Buffers:
@@ -94,6 +95,8 @@ class Unit:
         self._fresh: set[str] = set(self._operands)             # operands without a gradient yet in this sum
         self._stale = True                                      # the whole weights are older than the slices
         self._gathering: Work | None = None
+        self.changing: Work | None = None                       # an update, up to its publish, beside what follows
+        self.aside: list[Begin] | None = None                   # what adds to gradients later, in W
 
     def _slice(self, whole: Tensor | None, dtype: torch.dtype, device: torch.device) -> Tensor:
         return (torch.zeros(self.high - self.low, dtype=dtype, device=device) if whole is None
@@ -138,8 +141,15 @@ class Unit:
             self.weights[:self.low].fill_(torch.nan)
             self.weights[self.high:].fill_(torch.nan)
 
+    def updated(self) -> None:
+        """Returns when the last update is published. Whoever reads weights or state, or overwrites gradients, asks."""
+        work, self.changing = self.changing, None
+        if work is not None:
+            work.wait()
+
     def gather(self) -> None:
         """The whole weights begin to arrive; `arrive` waits for them. Nothing travels when they are here."""
+        self.updated()
         if self.weights is None:
             self.weights = self.sharing.buffers.take((self.flat.kind, "weights"), self.size, self.weight_slice)
         if self._stale:
@@ -161,6 +171,7 @@ class Unit:
 
     def open(self) -> None:
         """A new sum of gradients: the first one to arrive overwrites what was there, later ones add."""
+        self.updated()
         if self.grads is None:
             self.grads = self.sharing.buffers.take((self.flat.kind, "grads"), self.size, self.grad_slice)
         self._fresh = set(self._operands)
@@ -212,12 +223,18 @@ class Unit:
                  for (group, start, _), end in zip(self.flat.ranges, ends, strict=True))
         return [(group, a, b) for group, a, b in found if a < b]
 
-    def is_first(self, operand: Operand) -> bool:
-        """Is this operand's gradient still unwritten in this sum?
-        Asked once per gradient: it is written from now on."""
+    def claim(self, operand: Operand) -> bool:
+        """Is this operand's gradient unwritten in this sum? Asked once for each gradient: it is written from now on."""
         first = operand.name in self._fresh
         self._fresh.discard(operand.name)
         return first
+
+    def now_or_later(self, begin: Begin) -> Callable[[], None]:
+        """Begins what adds to gradients, and returns what ends it; while gradients are put aside both wait for W."""
+        if self.aside is None:
+            return begin()
+        self.aside.append(begin)
+        return lambda: None
 
 
 @dataclass(frozen=True)
@@ -249,7 +266,7 @@ class Weight:
     def add_product(self, dy: Tensor, x: Tensor) -> None:
         """grad += dyT x, for dy [tokens, rows] and x [tokens, columns]; in one pass where the dtypes agree."""
         # 0 overwrites: what was there, NaN included, does not count
-        keep = 0 if self.unit.is_first(self.operand) else 1
+        keep = 0 if self.unit.claim(self.operand) else 1
         grad = self.grad
         if grad.dtype == dy.dtype:
             grad.addmm_(dy.T, x, beta=keep)
@@ -259,17 +276,17 @@ class Weight:
             self._merge(dy.T @ x, keep)
 
     def add(self, grad: Tensor) -> None:
-        """grad += a whole gradient."""
-        self._merge(grad, 0 if self.unit.is_first(self.operand) else 1)
+        """grad += a whole gradient, now or in W."""
+        self.unit.now_or_later(lambda: lambda: self._merge(grad, 0 if self.unit.claim(self.operand) else 1))()
 
     def add_sum(self, dy: Tensor) -> None:
         """grad += dy summed over tokens, for dy [tokens, width] and a vector."""
-        self.add(dy.sum(0, dtype=self.grad.dtype))
+        self.add(dy.sum(0, dtype=self.unit.grad_slice.dtype))
 
     def add_rows(self, index: Tensor, rows: Tensor) -> None:
         """grad[index] += rows, for index [n] and rows [n, columns]; rows that repeat add up, in a fixed order."""
         grad = self.grad
-        if self.unit.is_first(self.operand):
+        if self.unit.claim(self.operand):
             grad.zero_()
         if grad.is_cuda:
             grad.index_put_((index,), rows.to(grad.dtype), accumulate=True)     # index_add_ sums in any order on CUDA

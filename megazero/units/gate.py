@@ -1,0 +1,87 @@
+"""The gate of a step: one reduction over all ranks judges whether it happens.
+
+The verdict is a number on the device: the fused kernels of torch take it (`found_inf`) together with the factor that
+undoes loss scale, token count and clipping (`grad_scale`), so a step needs no word from the host.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+
+from megazero.comm import Group
+from megazero.units.unit import Unit
+
+Tensor = torch.Tensor
+NORM = 1 << 15                          # elements of a norm at a time: torch on CPU is off by 1e-3 for five million
+FIGURES = ("loss", "tokens")            # what ranks tell the gate: sums of the masked losses, and of the masks
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What the gate knows of a step, on the device. The host reads it when it likes.
+
+    loss        mean over valid tokens                  norm        of the whole gradient, unscaled, before clipping
+    found_inf   0 or 1, float32: skip the step          factor      what each gradient is multiplied by
+    norms       of the pieces this rank owns (Gate.names): finds the culprit of a skipped step
+    stop        how many ranks want to stop after this step
+    """
+
+    loss: Tensor
+    norm: Tensor
+    found_inf: Tensor
+    factor: Tensor
+    norms: Tensor
+    stop: Tensor
+
+
+@dataclass
+class Ruling:
+    """What a step's verdict is made of, handed along while its program runs; and the verdict, once there is one.
+
+    Gradients are of scale / nominal x the sum of losses; `told` are this rank's figures so far, float64; `witness` has
+    for each unit a number that is finite if this rank's own gradients of it are. (An evaluation is only told figures.)
+    """
+
+    scale: Tensor = field(default_factory=lambda: torch.ones(()))
+    nominal: int = 1
+    lr: Tensor = field(default_factory=lambda: torch.zeros(()))
+    stop: bool = False                  # does this rank want to stop after this step?
+    told: dict[str, Tensor] = field(default_factory=dict)
+    witness: dict[str, Tensor] = field(default_factory=dict)
+    verdict: Verdict | None = None
+
+    def tell(self, figure: str, value: Tensor) -> None:
+        """Adds to a figure; any rank may, in any action."""
+        self.told[figure] = self.told[figure] + value if figure in self.told else value.double()
+
+
+class Gate:
+    """Judges the steps of a rank that updates these units."""
+
+    def __init__(self, units: Sequence[Unit], clip: float, world: Group, tells: bool) -> None:
+        """`clip`: largest norm, 0 for any. `tells`: of ranks that know the same figures one tells them."""
+        self.clip, self.world, self.tells = clip, world, tells
+        self.wide = units[0].master.dtype
+        owned = [(p.shard.parameter.name, u.grad_slice[a:b]) for u in units if u.owner
+                 for p, a, b in u.pieces() if p.shard.owner]
+        pieces = [(name, part) for name, grad in owned for part in ([grad] if grad.is_cuda else grad.split(NORM))]
+        self.names, self._pieces = [name for name, _ in pieces], [part for _, part in pieces]
+        self._none = torch.zeros(0, dtype=torch.float64, device=units[0].master.device)
+
+    def judge(self, ruling: Ruling) -> Verdict:
+        """One reduction: squares of owned gradients, the figures that ranks told, and who was asked to stop, so that
+        all stop after the same step. The factor makes the gradients those of the mean over valid tokens."""
+        norms = (torch.stack(torch._foreach_norm(self._pieces, 2, dtype=self.wide)).double()
+                 if self._pieces else self._none)
+        zero = torch.zeros((), dtype=torch.float64, device=norms.device)
+        told = [ruling.told.get(figure, zero) if self.tells else zero for figure in FIGURES]
+        mine = torch.stack((norms.square().sum(), *told, torch.full_like(zero, float(ruling.stop))))
+        squares, loss, tokens, stops = self.world.all_reduce(mine).wait().unbind()
+        tokens = tokens.clamp(min=1)
+        factor = ruling.nominal / tokens / ruling.scale.double()
+        norm = squares.sqrt() * factor
+        if self.clip > 0:
+            factor = factor * (self.clip / (norm + 1e-6)).clamp(max=1.0)
+        found = ~(norm.isfinite() & loss.isfinite())
+        return Verdict(loss / tokens, norm, found.float(), factor, norms, stops)

@@ -1,0 +1,83 @@
+"""Updates over the slices of the units that a rank updates: the kernels of the rules in plan/rules.py.
+
+AdamW (Loshchilov and Hutter 2019) and SGD with momentum are torch's own fused kernels, one call for all flat buffers
+that an update names.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from megazero.plan import GROUPS, RULES
+from megazero.settings import Optimization
+from megazero.units.gate import Verdict
+from megazero.units.unit import Unit
+
+Tensor = torch.Tensor
+Kernel = Callable[[list[dict[str, Any]], Optimization], torch.optim.Optimizer]
+
+
+def _adam(groups: list[dict[str, Any]], o: Optimization) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(groups, betas=(o.adam_beta1, o.adam_beta2), eps=o.adam_eps, fused=True)
+
+
+def _sgd(groups: list[dict[str, Any]], o: Optimization) -> torch.optim.Optimizer:
+    return torch.optim.SGD(groups, momentum=o.sgd_momentum, fused=True)
+
+
+KERNELS: Mapping[str, Kernel] = {"adam": _adam, "sgd": _sgd}
+
+
+class Updater:
+    """Changes masters. `state[unit][moment]` is a flat buffer beside the master it belongs to: the whole or a slice."""
+
+    def __init__(self, units: Sequence[Unit], o: Optimization, together: Iterable[tuple[str, ...]]) -> None:
+        """`together`: the units of each update, which are one kernel call."""
+        self.units, self.settings = {u.flat.name: u for u in units}, o
+        self.state = {name: {m: torch.zeros_like(u.master) for m in RULES[o.optimizer].moments}
+                      for name, u in self.units.items()}
+        self.steps: list[Tensor] = []
+        master = units[0].master
+        self.wide = master.dtype
+        # CUDA's kernels read fp32
+        self.lr = torch.zeros((), dtype=torch.float32 if master.is_cuda else self.wide, device=master.device)
+        self.kernels = {names: self._kernel([self.units[n] for n in names]) for names in together}
+
+    def update(self, names: tuple[str, ...], verdict: Verdict, lr: Tensor) -> None:
+        """Updates the masters of these units, or leaves every bit as it was."""
+        kernel: Any = self.kernels[names]
+        self.lr.copy_(lr)
+        if self.wide == torch.float64:                        # the kernels take the factor in fp32: too coarse for fp64
+            # NaN would stay in the padding between operands
+            factor = torch.where(verdict.found_inf == 0, verdict.factor, 0)
+            for name in names:
+                self.units[name].grad_slice.mul_(factor)
+        else:
+            kernel.grad_scale = (1 / verdict.factor).float()
+        kernel.found_inf = verdict.found_inf
+        with torch.no_grad():
+            kernel.step()
+
+    def set_steps(self, applied: int) -> None:
+        """Continues after `applied` steps: Adam's bias correction counts from there."""
+        for step in self.steps:
+            step.fill_(applied)
+
+    def _kernel(self, units: Sequence[Unit]) -> torch.optim.Optimizer:
+        """Over views of our flat buffers, its state too, from the start: a first step that is skipped leaves zeros."""
+        slices = [(decayed, unit, a, b) for decayed in (True, False) for unit in units for group, a, b in unit.ranges()
+                  if GROUPS[group] == decayed]
+        params = [unit.master[a:b].detach().requires_grad_() for _, unit, a, b in slices]   # so torch knows a parameter
+        for p, (_, unit, a, b) in zip(params, slices, strict=True):
+            p.grad = unit.grad_slice[a:b]
+        groups = [{"params": [p for p, s in zip(params, slices, strict=True) if s[0] == decayed], "weight_decay": decay}
+                  for decayed, decay in ((True, self.settings.weight_decay), (False, 0.0))]
+        kernel = KERNELS[self.settings.optimizer]([g for g in groups if g["params"]], self.settings)
+        for group in kernel.param_groups:                       # given to the constructor, it would be read by the host
+            group["lr"] = self.lr
+        for p, (_, unit, a, b) in zip(params, slices, strict=True):
+            step = torch.zeros((), dtype=torch.float32, device=p.device)
+            self.steps.append(step)
+            kernel.state[p] = {"step": step, **{m: flat[a:b] for m, flat in self.state[unit.flat.name].items()}}
+        return kernel
