@@ -221,7 +221,7 @@ def test_drawings() -> None:
 def test_the_page_shows_what_is_drawn() -> None:
     page = (ROOT / "docs" / "parallelism.md").read_text(encoding="utf-8")
     for name, row in SCHEDULES.items():
-        assert draw(simulate(passes(name, 4, 8, 1 + row.looped), Costs(1, 1))) in page, name
+        assert draw(simulate(passes(name, 4, 8, 1 + row.looped), Costs(1, 1 + (row.delay is not None)))) in page, name
 
 
 def test_the_tool(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,5 +1,5 @@
 """Shows a pipeline schedule, its bubble and what it holds:
-python tools/show_schedule.py gpipe|breadth-first|1f1b|interleaved --help"""
+python tools/show_schedule.py gpipe|breadth-first|1f1b|interleaved|zb-h1 --help"""
 
 import math
 from dataclasses import dataclass
