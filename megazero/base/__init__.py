@@ -4,7 +4,3 @@ from megazero.base.disk import draft_of, sync
 from megazero.base.dtypes import DTYPES
 from megazero.base.errors import UserError
 from megazero.base.text import Bar, clock, gib, say
-
-__all__ = [
-    "Bar", "DTYPES", "UserError", "clock", "draft_of", "gib", "say", "sync",
-]

@@ -2,7 +2,3 @@
 
 from megazero.comm.group import Alone, Done, Group, Stuck, Work
 from megazero.comm.wires import Wires, connect, environment, first_to_say
-
-__all__ = [
-    "Alone", "Done", "Group", "Stuck", "Wires", "Work", "connect", "environment", "first_to_say",
-]

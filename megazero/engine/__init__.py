@@ -1,2 +1,1 @@
 """Any nn.Module, trained the same way."""
-

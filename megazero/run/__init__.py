@@ -5,7 +5,3 @@ from megazero.run.generate import build_from_checkpoint, generate, stream_text, 
 from megazero.run.metrics import memory_bytes
 from megazero.run.run import Run
 from megazero.run.train import launch
-
-__all__ = [
-    "Run", "Turn", "build_from_checkpoint", "generate", "launch", "memory_bytes", "stream_text", "tokenizer_of",
-]

@@ -2,17 +2,4 @@
 
 from megazero.settings.command_line import Option, commands, flatten, leaves, option, parse, run
 from megazero.settings.config import (
-    MEGATRON_WORDS,
-    PRESETS,
-    TOKENIZERS,
-    Config,
-    Data,
-    Model,
-    Optimization,
-    from_command_line,
-)
-
-__all__ = [
-    "Config", "Data", "MEGATRON_WORDS", "Model", "Optimization", "Option", "PRESETS", "TOKENIZERS", "commands",
-    "flatten", "from_command_line", "leaves", "option", "parse", "run",
-]
+    Config, Data, MEGATRON_WORDS, Model, Optimization, PRESETS, TOKENIZERS, from_command_line)

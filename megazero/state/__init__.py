@@ -5,8 +5,3 @@ from megazero.state.compare import check, checkpoints, log_lines, report, runs
 from megazero.state.merge import merge
 from megazero.state.saving import Writer, planned, set_aside, write_alone
 from megazero.state.tensor_files import CODES, OF_CODE, Planned, stream
-
-__all__ = [
-    "CODES", "OF_CODE", "Planned", "Reader", "Slice", "Writer", "check", "checkpoints", "complete", "fill",
-    "log_lines", "merge", "mismatches", "owned", "planned", "report", "runs", "set_aside", "stream", "write_alone",
-]
