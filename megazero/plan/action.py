@@ -52,19 +52,21 @@ class Action(NamedTuple):
         """The action of a printed one. Raises ValueError."""
         found = re.fullmatch(r"([FBIWLE])(\d+),(\d+)|(expect|recv|send) ([FB])(\d+),(\d+)|(reduce|land) ([^,+]+),(\d+)|"
                              r"(gather|release|open|replicate|tie|settle) ([^,+]+)|(update|publish) ([^,]+)|"
-                             r"finish (tp|kv)|(judge)", text)
-        if found is None:
-            raise ValueError(f"{text!r} is no action")
-        g = found.groups()
-        if g[0]:
-            return cls(g[0], int(g[1]), int(g[2]))
-        if g[3]:
-            return cls(g[3], int(g[5]), int(g[6]), way=g[4])
-        if g[7]:
-            return cls(g[7], micro=int(g[9]), units=(g[8],))
-        if g[10] or g[12]:
-            return cls(g[10] or g[12], units=tuple((g[11] or g[13]).split("+")))
-        return cls("judge") if g[15] else cls("finish", way=g[14])
+                             r"(finish) (tp|kv)|(judge)", text)
+        match [g for g in found.groups() if g] if found else []:
+            case [kind, part, micro] if kind in KINDS:
+                return cls(kind, int(part), int(micro))
+            case [kind, way, part, micro]:
+                return cls(kind, int(part), int(micro), way=way)
+            case [kind, unit, micro]:
+                return cls(kind, micro=int(micro), units=(unit,))
+            case ["finish", axis]:
+                return cls("finish", way=axis)
+            case [kind, units]:
+                return cls(kind, units=tuple(units.split("+")))
+            case ["judge"]:
+                return cls("judge")
+        raise ValueError(f"{text!r} is no action")
 
 
 def around(program: Sequence[Action], i: int) -> str:
