@@ -15,7 +15,7 @@ from test_indexed import contents
 from megazero.base.errors import UserError
 from megazero.data import edit, indexed
 from megazero.data.dataset import open_split
-from megazero.data.edit import document_lengths, merge, split
+from megazero.data.edit import document_lengths, merge_datasets, split_dataset
 from megazero.data.indexed import IndexedDataset, IndexedWriter
 from megazero.data.preprocess import PreprocessSettings, preprocess
 from megazero.data.splits import samples
@@ -45,7 +45,7 @@ def test_merged_is_what_preprocessing_all_at_once_gives(tmp_path: Path, monkeypa
     for module in (edit, indexed):
         monkeypatch.setattr(module, "BLOCK", 7)                         # many blocks of everything
     parts = [written(tmp_path, TEXTS[low:low + 6], f"part{low}") for low in range(0, 30, 6)]
-    merged, whole = merge(parts, str(tmp_path / "merged")), written(tmp_path, TEXTS, "whole")
+    merged, whole = merge_datasets(parts, str(tmp_path / "merged")), written(tmp_path, TEXTS, "whole")
     assert contents(tmp_path / "merged") == contents(Path(whole)) and merged.document_count == 30
     assert list(problems(str(tmp_path / "merged"))) == []
     told, other = (json.loads(Path(f"{p}.json").read_text()) for p in (tmp_path / "merged", whole))
@@ -53,15 +53,15 @@ def test_merged_is_what_preprocessing_all_at_once_gives(tmp_path: Path, monkeypa
     for bad, said in ((make(tmp_path / "other", [3], dtype="u2"), "other: was not made with the tokenizer of .*part0"),
                       (make(tmp_path / "wide", [3]), "wide: holds int32 tokens, .*part0_text_document uint16")):
         with pytest.raises(UserError, match=said):
-            merge([parts[0], bad], str(tmp_path / "no"))
+            merge_datasets([parts[0], bad], str(tmp_path / "no"))
     with pytest.raises(UserError, match="--output-prefix .*: is one of the inputs; name another"):
-        merge(parts, parts[2])
+        merge_datasets(parts, parts[2])
     assert contents(Path(parts[2])) == contents(Path(written(tmp_path, TEXTS[12:18], "again")))
 
 
 def test_split_gives_the_documents_of_training(tmp_path: Path) -> None:
     whole = written(tmp_path, TEXTS)
-    made = split(whole, str(tmp_path / "s"), "60,40")
+    made = split_dataset(whole, str(tmp_path / "s"), "60,40")
     assert [(d.prefix, d.document_count) for d in made] == [(str(tmp_path / "s_train"), 18), (str(tmp_path / "s_valid"), 12)]
     for dataset, which in zip(made, ("train", "valid"), strict=True):
         assert list(problems(dataset.prefix)) == []

@@ -24,9 +24,9 @@ from tqdm import tqdm
 
 from megazero.base import UserError
 from megazero.data import (
+    DatasetPart,
     FillInTheMiddle,
     IndexedDataset,
-    Part,
     Samples,
     SampleSource,
     Tokenizer,
@@ -35,11 +35,11 @@ from megazero.data import (
     configured_tokenizer,
     document_lengths,
     library,
-    merge,
+    merge_datasets,
     problems,
     read_sidecar,
     samples,
-    split,
+    split_dataset,
 )
 from megazero.plan import plan
 from megazero.settings import MEGATRON_WORDS, PRESETS, TOKENIZERS, Config, commands, option, parse, run
@@ -223,7 +223,7 @@ def trace(s: Trace) -> None:
             print(f"  {excerpt(source, k, tokenizer, s.text)!r}")
 
 
-def pieces(part: Part, ranges: Sequence[tuple[int, int]]) -> list[str]:
+def pieces(part: DatasetPart, ranges: Sequence[tuple[int, int]]) -> list[str]:
     """The documents of a sample: their numbers, and which of their tokens."""
     out, dataset = [], part.dataset
     for low, high in ranges:
@@ -245,8 +245,9 @@ def main() -> None:
         return
     commands("dataset.py", __doc__ or "", {
         "inspect": (Inspect, inspect), "stats": (Stats, stats), "show": (Show, show), "verify": (Verify, verify),
-        "merge": (Merge, lambda s: described(merge(s.data_path, s.output_prefix))),
-        "split": (Split, lambda s: described(*split(s.data_path, s.output_prefix, s.split))), "trace": (Trace, trace)})
+        "merge": (Merge, lambda s: described(merge_datasets(s.data_path, s.output_prefix))),
+        "split": (Split, lambda s: described(*split_dataset(s.data_path, s.output_prefix, s.split))),
+        "trace": (Trace, trace)})
 
 
 def described(*made: IndexedDataset) -> None:

@@ -1,6 +1,6 @@
 """Words that everyone needs."""
 
-from megazero.base.disk import draft_of, sync
+from megazero.base.disk import draft_of, sync, whole, write_json
 from megazero.base.dtypes import DTYPES
 from megazero.base.errors import UserError
 from megazero.base.text import Bar, clock, gib, say

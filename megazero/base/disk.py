@@ -1,10 +1,12 @@
 """What is on the disk, whole or not there."""
 
+import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, BinaryIO
 
 from megazero.base.errors import UserError
 
@@ -16,6 +18,24 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+@contextmanager
+def whole(path: Path) -> Iterator[BinaryIO]:
+    """A file that takes its name when all of it is on the disk; until then what was there stays. Raises OSError."""
+    draft = path.with_name(f"{path.name}.draft")
+    with draft.open("wb") as file:
+        yield file
+        file.flush()
+        os.fsync(file.fileno())
+    draft.replace(path)
+    sync(path.parent)
+
+
+def write_json(path: Path, content: Mapping[str, Any], indent: int | None = None) -> None:
+    """The whole file or none of it."""
+    with whole(path) as file:
+        file.write((json.dumps(content, indent=indent) + "\n").encode())
 
 
 @contextmanager

@@ -1,7 +1,7 @@
 """From text to samples."""
 
-from megazero.data.dataset import Part, SampleSource, Samples, open_split
-from megazero.data.edit import document_lengths, merge, split
+from megazero.data.dataset import DatasetPart, SampleSource, Samples, open_split
+from megazero.data.edit import document_lengths, merge_datasets, split_dataset
 from megazero.data.files import library
 from megazero.data.fim import FillInTheMiddle
 from megazero.data.indexed import IndexedDataset, IndexedWriter, best_dtype

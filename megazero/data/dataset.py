@@ -25,8 +25,8 @@ from megazero.data.order import (
     MASK,
     SPLITS,
     Blend,
+    BlendSchedule,
     ChunkOrder,
-    Schedule,
     Stage,
     mix,
     split_ranges,
@@ -78,7 +78,7 @@ class Mixture(Protocol):
 
 
 @dataclass(frozen=True)
-class Part:
+class DatasetPart:
     """One dataset's share of a split: tokens [first, first + count) of its stream."""
 
     dataset: IndexedDataset
@@ -99,7 +99,7 @@ class Samples:
     """The samples of one split of one dataset or of a blend of several. Opening is cheap: but for Megatron's order
     nothing is scanned or built."""
 
-    def __init__(self, which: str, parts: Sequence[Part], blend: Mixture, vocab_size: int | None) -> None:
+    def __init__(self, which: str, parts: Sequence[DatasetPart], blend: Mixture, vocab_size: int | None) -> None:
         self.which, self.parts, self.blend, self.vocab_size = which, tuple(parts), blend, vocab_size
         self.sequence_length = parts[0].in_file_order.sequence_length
         self._ends = list(accumulate(part.in_file_order.chunks(0) for part in parts))
@@ -107,7 +107,7 @@ class Samples:
     def sample(self, k: int) -> np.ndarray:
         return self._read(*self.locate(k), f"sample {k}")
 
-    def locate(self, k: int) -> tuple[Part, list[tuple[int, int]]]:
+    def locate(self, k: int) -> tuple[DatasetPart, list[tuple[int, int]]]:
         """The dataset that gives sample k, and the ranges of its token stream that the sample is made of."""
         assert k >= 0, k
         dataset, own = self.blend.locate(k)
@@ -135,7 +135,7 @@ class Samples:
                          f"{self.blend.describe([part.dataset.prefix for part in self.parts])}")
         return "\n".join(lines)
 
-    def _read(self, part: Part, ranges: Sequence[tuple[int, int]], name: str) -> np.ndarray:
+    def _read(self, part: DatasetPart, ranges: Sequence[tuple[int, int]], name: str) -> np.ndarray:
         pieces = [part.dataset.tokens[low:high] for low, high in ranges]
         tokens = (pieces[0] if len(pieces) == 1 else np.concatenate(pieces)).astype(np.int64)
         low, high = int(tokens.min()), int(tokens.max())
@@ -228,7 +228,8 @@ def open_stages(
         return Samples(which, parts, blends[0], vocab_size)
     numbers = [tuple(prefixes.index(p) for p in own) for _, own, _ in named]
     return Samples(which, parts,
-                   Schedule([Stage(*s) for s in zip((n[0] for n in named), blends, numbers, strict=True)]), vocab_size)
+                   BlendSchedule([Stage(*s) for s in zip((n[0] for n in named), blends, numbers, strict=True)]),
+                   vocab_size)
 
 
 def _counts(weights: Sequence[float] | None, datasets: int, reading: Reading, cut: bool) -> list[int | None]:
@@ -240,7 +241,7 @@ def _counts(weights: Sequence[float] | None, datasets: int, reading: Reading, cu
     return [reading.count] if datasets == 1 else [None] * datasets
 
 
-def _megatron_blend(weights: Sequence[float] | None, parts: Sequence[Part], reading: Reading) -> Mixture:
+def _megatron_blend(weights: Sequence[float] | None, parts: Sequence[DatasetPart], reading: Reading) -> Mixture:
     if len(parts) == 1:
         return Blend([1])
     if weights is not None:
@@ -281,7 +282,7 @@ def _number(word: str) -> float | None:
 
 def _open_part(
     prefix: str, has_sidecar: bool, count: int | None, split: str | None, which: str, reading: Reading
-) -> Part:
+) -> DatasetPart:
     dataset, s = IndexedDataset(prefix), reading.sequence_length
     if dataset.dtype.kind not in "iu":
         raise UserError(f"{prefix}.idx: holds {dataset.dtype} numbers, expected whole ones; "
@@ -295,7 +296,7 @@ def _open_part(
     order: Order = ChunkOrder(last - first, s, reading.seed, reading.shuffle)
     if reading.megatron:
         order = MegatronOrder(dataset.sequence_lengths(*_sequences(dataset, split, which)), s, reading.seed, count)
-    return Part(dataset, documents, first, last - first, order,
+    return DatasetPart(dataset, documents, first, last - first, order,
                 ChunkOrder(last - first, s, reading.seed, shuffle=False), has_sidecar)
 
 

@@ -9,16 +9,16 @@ from typing import Any
 
 import numpy as np
 
-from megazero.base import UserError
+from megazero.base import UserError, write_json
 from megazero.data.indexed import BLOCK, IndexedDataset, IndexedWriter
 from megazero.data.order import split_ranges
-from megazero.data.sidecar import read_sidecar, sums, write_json
+from megazero.data.sidecar import read_sidecar, sums
 from megazero.data.tokenizers import same_tokenizer
 
 NONE = np.empty(0, np.int64)
 
 
-def merge(prefixes: Sequence[str], output: str) -> IndexedDataset:
+def merge_datasets(prefixes: Sequence[str], output: str) -> IndexedDataset:
     """The documents of all datasets, in order. Raises UserError unless all have one dtype and one tokenizer."""
     dtypes, sidecars = ([IndexedDataset(prefix).dtype for prefix in prefixes],
                         [read_sidecar(prefix) for prefix in prefixes])
@@ -39,7 +39,7 @@ def merge(prefixes: Sequence[str], output: str) -> IndexedDataset:
                    prefixes)
 
 
-def split(prefix: str, output: str, spec: str) -> list[IndexedDataset]:
+def split_dataset(prefix: str, output: str, spec: str) -> list[IndexedDataset]:
     """OUTPUT_train, OUTPUT_valid, OUTPUT_test: the documents that --split gives each;
     one without documents is not written."""
     dataset, made = IndexedDataset(prefix), []
@@ -94,7 +94,7 @@ def _finish(writer: IndexedWriter, sidecar: dict[str, Any] | None, inputs: Seque
                 "append_eod": sidecar.get("append_eod"),
                 "documents": writer.document_count, "sequences": writer.sequence_count, "tokens": writer.token_count,
                 "sums": sums(writer.prefix, writer.sums), "sources": list(inputs)}
-        write_json(f"{writer.prefix}.json", told)
+        write_json(Path(f"{writer.prefix}.json"), told)
     return IndexedDataset(writer.prefix)
 
 

@@ -188,7 +188,7 @@ class Stage:
     datasets: tuple[int, ...]
 
 
-class Schedule:
+class BlendSchedule:
     """Blends that follow one another. A dataset goes on with its own samples where the stage before left it, so a later
     stage changes nothing before it and repeats nothing."""
 

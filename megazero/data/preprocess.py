@@ -31,11 +31,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from megazero.base import UserError
+from megazero.base import UserError, write_json
 from megazero.data.files import STDIN, size_of, stamp_of
 from megazero.data.indexed import IndexedWriter, Written, best_dtype
-from megazero.data.sidecar import MANY, read_sidecar, sums, write_json
-from megazero.data.sources import CHUNK, FORMATS, Chunk, Place, Source, Unreadable, documents, find_sources, read_chunks
+from megazero.data.sidecar import MANY, read_sidecar, sums
+from megazero.data.sources import CHUNK, FORMATS, Chunk, Input, Place, Unreadable, documents, find_sources, read_chunks
 from megazero.data.tokenizers import TYPES, Tokenizer, build_tokenizer
 from megazero.settings import option
 
@@ -190,7 +190,7 @@ def preprocess(settings: PreprocessSettings) -> list[Report]:
             writer.suspend() if note.exists() else writer.discard()
         raise
     for key, prefix in prefixes.items():
-        write_json(f"{prefix}.json", _sidecar(prefix, state, state.written[key], tokenizer, settings, sources))
+        write_json(Path(f"{prefix}.json"), _sidecar(prefix, state, state.written[key], tokenizer, settings, sources))
     note.unlink(missing_ok=True)
     return [Report(prefix, state.written[key].documents, state.written[key].tokens,
                    state.skipped, state.bytes, state.seconds)
@@ -210,7 +210,7 @@ def _checked(settings: PreprocessSettings) -> Tokenizer:
 
 
 def _write_all(
-    writers: Mapping[str, IndexedWriter], settings: PreprocessSettings, sources: Sequence[Source], state: State,
+    writers: Mapping[str, IndexedWriter], settings: PreprocessSettings, sources: Sequence[Input], state: State,
     note: Callable[[], None],
 ) -> None:
     """Encodes and writes everything with a bar of progress, noting it now and then."""
@@ -298,7 +298,7 @@ def _show(bar: Any, starts: np.ndarray, last: Chunk, state: State, tokens: int) 
 # ---- what a run notes
 
 
-def _job(settings: PreprocessSettings, tokenizer: Tokenizer, sources: Sequence[Source]) -> str:
+def _job(settings: PreprocessSettings, tokenizer: Tokenizer, sources: Sequence[Input]) -> str:
     """A hash of everything that decides the bytes."""
     decides = [tokenizer.identity(), settings.json_keys, settings.append_eod,
                [[s.kind, *stamp_of(s.path)] for s in sources]]
@@ -306,7 +306,7 @@ def _job(settings: PreprocessSettings, tokenizer: Tokenizer, sources: Sequence[S
 
 
 def _write_note(path: Path, job: str, state: State) -> None:
-    write_json(path, {"job": job, **asdict(state)})
+    write_json(Path(path), {"job": job, **asdict(state)})
 
 
 def _read_note(path: Path, job: str) -> State:
@@ -327,7 +327,7 @@ def _read_note(path: Path, job: str) -> State:
 
 
 def _keep_others(
-    prefixes: Mapping[str, str], tokenizer: Tokenizer, settings: PreprocessSettings, sources: Sequence[Source]
+    prefixes: Mapping[str, str], tokenizer: Tokenizer, settings: PreprocessSettings, sources: Sequence[Input]
 ) -> None:
     """Raises UserError when a dataset that another command made would be overwritten; this one may run again."""
     own = {"tokenizer": tokenizer.identity(), "append_eod": settings.append_eod, "input_format": settings.input_format,
@@ -342,7 +342,7 @@ def _keep_others(
                             "of other inputs, tokenizer or flags; name another prefix, or remove it.")
 
 
-def _stamps(sources: Sequence[Source], settings: PreprocessSettings) -> list[Any]:
+def _stamps(sources: Sequence[Input], settings: PreprocessSettings) -> list[Any]:
     """The inputs as the sidecar names them."""
     return [stamp_of(source.path)[:2] for source in sources] if len(sources) <= MANY else list(settings.input)
 
@@ -358,7 +358,7 @@ def _is_published(prefix: str) -> bool:
 
 def _sidecar(
     prefix: str, state: State, written: Written, tokenizer: Tokenizer, settings: PreprocessSettings,
-    sources: Sequence[Source],
+    sources: Sequence[Input],
 ) -> dict[str, Any]:
     """PREFIX.json; see sidecar.py."""
     return {"tokenizer": tokenizer.identity(), "vocab_size": tokenizer.vocab_size, "append_eod": settings.append_eod,

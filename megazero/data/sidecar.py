@@ -9,7 +9,6 @@
 """
 
 import json
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,16 +19,6 @@ from megazero.data.indexed import SUMMED, Sums
 from megazero.data.tokenizers import same_tokenizer
 
 MANY = 1000                     # files: beyond, their list would be longer than many a dataset's index
-
-
-def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
-    """The whole file or none of it, on disk when this returns."""
-    partial = Path(f"{path}.partial")
-    with open(partial, "w", encoding="utf-8") as out:
-        out.write(json.dumps(content) + "\n")
-        out.flush()
-        os.fsync(out.fileno())
-    os.replace(partial, path)
 
 
 def sums_of(path: str) -> list[int]:

@@ -29,7 +29,7 @@ FORMATS = ("auto", "jsonl", "text", "blocks", "parquet", "arrow")
 Texts = dict[str, list[str]]    # a document: the texts (Megatron's sequences) of each key
 
 
-class Source(NamedTuple):
+class Input(NamedTuple):
     """An input file and how it is read."""
 
     path: str
@@ -48,7 +48,7 @@ class Place(NamedTuple):
 class Chunk(NamedTuple):
     """Whole documents of one source, raw."""
 
-    source: Source
+    source: Input
     first: int                  # number of the first line or row
     raw: bytes
     after: Place
@@ -58,9 +58,9 @@ class Chunk(NamedTuple):
 
 def find_sources(
     inputs: Sequence[str], json_keys: Sequence[str] = ("text",), input_format: str = "auto"
-) -> list[Source]:
+) -> list[Input]:
     """The files that the inputs name, folders walked in order of names. Raises UserError."""
-    sources = [Source(file, _kind(file, is_folder, input_format))
+    sources = [Input(file, _kind(file, is_folder, input_format))
                for name in inputs for files, is_folder in [_expanded(name)] for file in files]
     text = next((source.path for source in sources if source.kind in ("text", "blocks")), None)
     if text and "text" not in json_keys:
@@ -88,7 +88,7 @@ def _kind(file: str, is_folder: bool, input_format: str) -> str:
 # ---- reading
 
 
-def read_chunks(sources: Sequence[Source], keys: Sequence[str], start: Place) -> Iterator[Chunk]:
+def read_chunks(sources: Sequence[Input], keys: Sequence[str], start: Place) -> Iterator[Chunk]:
     """The documents of the sources from a place on, in order; of tables the columns `keys`.
     Raises UserError for a file that cannot be opened."""
     for number in range(start.source, len(sources)):
@@ -108,17 +108,17 @@ def read_chunks(sources: Sequence[Source], keys: Sequence[str], start: Place) ->
             yield _unreadable(source, last, error)
 
 
-def _unreadable(source: Source, at: Place, error: Exception) -> Chunk:
+def _unreadable(source: Input, at: Place, error: Exception) -> Chunk:
     why = f"is damaged, nothing after this can be read ({' '.join(str(error).split())})"
     return Chunk(source, at.line, b"", Place(at.source + 1), 0, why)
 
 
-def _lines(source: Source, at: Place, keys: Sequence[str]) -> Iterator[Chunk]:
+def _lines(source: Input, at: Place, keys: Sequence[str]) -> Iterator[Chunk]:
     """Only \\n ends a line, not U+2028 or a lone \\r."""
     yield from _pieces(source, at, lambda file: b"")
 
 
-def _blocks(source: Source, at: Place, keys: Sequence[str]) -> Iterator[Chunk]:
+def _blocks(source: Input, at: Place, keys: Sequence[str]) -> Iterator[Chunk]:
     yield from _pieces(source, at, lambda file: b"".join(_to_blank(file)))
 
 
@@ -130,7 +130,7 @@ def _to_blank(file: Any) -> Iterator[bytes]:
             return
 
 
-def _pieces(source: Source, at: Place, rest: Callable[[Any], bytes]) -> Iterator[Chunk]:
+def _pieces(source: Input, at: Place, rest: Callable[[Any], bytes]) -> Iterator[Chunk]:
     """About CHUNK bytes at a time, and then the rest of the line and of what else was cut."""
     with Opened(source.path) as file:
         file.skip(at.offset)
@@ -141,12 +141,12 @@ def _pieces(source: Source, at: Place, rest: Callable[[Any], bytes]) -> Iterator
             yield Chunk(source, first, raw, Place(at.source, offset, line), file.tell())
 
 
-def _text(source: Source, at: Place, keys: Sequence[str]) -> Iterator[Chunk]:
+def _text(source: Input, at: Place, keys: Sequence[str]) -> Iterator[Chunk]:
     with Opened(source.path) as file:
         yield Chunk(source, 0, file.bytes.read(), Place(at.source + 1), file.tell())
 
 
-def _parquet(source: Source, at: Place, keys: Sequence[str]) -> Iterator[Chunk]:
+def _parquet(source: Input, at: Place, keys: Sequence[str]) -> Iterator[Chunk]:
     """Row groups one after the other; those before the place are not read."""
     parquet = library("pyarrow.parquet", "data", source.path)
     with Opened(source.path) as opened:
@@ -162,7 +162,7 @@ def _parquet(source: Source, at: Place, keys: Sequence[str]) -> Iterator[Chunk]:
             row += about.num_rows
 
 
-def _arrow(source: Source, at: Place, keys: Sequence[str]) -> Iterator[Chunk]:
+def _arrow(source: Input, at: Place, keys: Sequence[str]) -> Iterator[Chunk]:
     ipc = library("pyarrow", "data", source.path).ipc
     with Opened(source.path) as opened:
         is_file = opened.bytes.read(6) == b"ARROW1"
@@ -187,7 +187,7 @@ def _smaller(batches: Iterable[Any]) -> Iterator[Any]:
         yield from (batch.slice(low, step) for low in range(0, batch.num_rows, step))
 
 
-def _batches(source: Source, at: Place, row: int, batches: Iterable[Any], opened: Opened) -> Iterator[Chunk]:
+def _batches(source: Input, at: Place, row: int, batches: Iterable[Any], opened: Opened) -> Iterator[Chunk]:
     """Record batches as chunks of Arrow's stream format, those before the place left out."""
     for batch in batches:
         first, row = row, row + batch.num_rows
@@ -205,7 +205,7 @@ def _packed(batch: Any) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
-READERS: Mapping[str, Callable[[Source, Place, Sequence[str]], Iterator[Chunk]]] = {
+READERS: Mapping[str, Callable[[Input, Place, Sequence[str]], Iterator[Chunk]]] = {
     "lines": _lines, "text": _text, "blocks": _blocks, "parquet": _parquet, "arrow": _arrow}
 
 

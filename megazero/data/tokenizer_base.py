@@ -62,7 +62,7 @@ class Tokenizer(ABC):
         return {"type": type(self).__name__, "vocab_size": self.vocab_size, "eod": self.eod, "files": self._hashes}
 
 
-def flat(ids: Sequence[np.ndarray], dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
+def flattened(ids: Sequence[np.ndarray], dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
     """What `encode_flat` gives, from the ids of each text."""
     return (np.concatenate([np.empty(0, dtype), *ids], dtype=dtype, casting="unsafe"),
             np.fromiter(map(len, ids), np.int64, len(ids)))
@@ -75,7 +75,7 @@ def existing(flag: str, path: str, what: str, folder: bool = False) -> Path:
     raise UserError(f"{flag} {path}: no such file; give {what}.")
 
 
-def read_json(flag: str, path: Path) -> Any:
+def tokenizer_json(flag: str, path: Path) -> Any:
     """What a JSON file holds. Raises UserError."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))

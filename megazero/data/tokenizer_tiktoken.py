@@ -9,7 +9,7 @@ import numpy as np
 
 from megazero.base import UserError
 from megazero.data.files import library
-from megazero.data.tokenizer_base import END_OF_TEXT, USUAL_ENDS, Tokenizer, existing, flat
+from megazero.data.tokenizer_base import END_OF_TEXT, USUAL_ENDS, Tokenizer, existing, flattened
 
 
 class Encoding(NamedTuple):
@@ -67,7 +67,7 @@ class TiktokenTokenizer(Tokenizer):
         return [self._inner.encode(text, allowed_special=self._specials) for text in texts]
 
     def encode_flat(self, texts: Sequence[str], dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
-        return flat([self._inner.encode_to_numpy(text, allowed_special=self._specials) for text in texts], dtype)
+        return flattened([self._inner.encode_to_numpy(text, allowed_special=self._specials) for text in texts], dtype)
 
     def decode(self, ids: Sequence[int]) -> str:
         # ids have holes, and a young model may draw one

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from megazero.base import UserError
-from megazero.data.tokenizer_base import END_OF_TEXT, USUAL_ENDS, Tokenizer, existing, flat, read_json
+from megazero.data.tokenizer_base import END_OF_TEXT, USUAL_ENDS, Tokenizer, existing, flattened, tokenizer_json
 from megazero.data.tokenizer_tiktoken import TiktokenTokenizer
 
 if TYPE_CHECKING:
@@ -51,7 +51,8 @@ class SentencePieceTokenizer(Tokenizer):
         return self._model.encode(list(texts), num_threads=1, add_bos=self._begins)            # workers are processes
 
     def encode_flat(self, texts: Sequence[str], dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
-        return flat(self._model.encode(list(texts), num_threads=1, add_bos=self._begins, return_type="numpy"), dtype)
+        ids = self._model.encode(list(texts), num_threads=1, add_bos=self._begins, return_type="numpy")
+        return flattened(ids, dtype)
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._model.decode([int(i) for i in ids])
@@ -127,7 +128,7 @@ class HuggingFaceTokenizer(_LibraryTokenizer):
 
     def _names_of_the_end(self) -> Iterable[str]:
         config = self.files().get("tokenizer_config.json")
-        said = read_json("--tokenizer-model", config) if config else {}
+        said = tokenizer_json("--tokenizer-model", config) if config else {}
         end = said.get("eos_token") if isinstance(said, dict) else said
         end = end.get("content", end) if isinstance(end, dict) else end
         if end is not None and not isinstance(end, str):
@@ -160,7 +161,7 @@ class CharTokenizer(Tokenizer):
 
     def __init__(self, tokenizer_model: str) -> None:
         self._path = existing("--tokenizer-model", tokenizer_model, "a JSON list of characters")
-        data = read_json("--tokenizer-model", self._path)
+        data = tokenizer_json("--tokenizer-model", self._path)
         try:
             self._ids: dict[str, int] = data if isinstance(data, dict) else {c: i for i, c in enumerate(data)}
             complete = not isinstance(data, str) and set(self._ids.values()) == set(range(len(data))) and len(data) > 0

@@ -11,20 +11,20 @@ from megazero.plan import Action, OperandSpec, Parameter, Reductions, UnitSpec, 
 from megazero.units import Sharing, Unit, Weight
 
 Tensor = torch.Tensor
-Homes = dict[int, tuple["Block", Unit]]
+Addresses = dict[int, tuple["Submodule", Unit]]
 
 
-class Block:
+class Submodule:
     """A submodule's parameters, which come and go together: views of a unit's weights,
     or of nothing while those are released.
 
     Frozen parameters are a unit of their own, without gradients.
-    `homes` tells, by address, whose weights a storage holds now.
+    `addresses` tells, by address, whose weights a storage holds now.
     """
 
     def __init__(self, name: str, parameters: Mapping[str, nn.Parameter], dtype: torch.dtype, sharing: Sharing,
-                 homes: Homes) -> None:
-        self.name, self.homes = name, homes
+                 addresses: Addresses) -> None:
+        self.name, self.addresses = name, addresses
         self.stays = sharing.level < 3
         self.views: list[tuple[nn.Parameter, Weight, torch.Size]] = []
         self.units = []
@@ -75,14 +75,14 @@ class Block:
     def _show(self) -> None:
         for unit in self.units:
             assert unit.weights is not None
-            self.homes[unit.weights.untyped_storage().data_ptr()] = self, unit
+            self.addresses[unit.weights.untyped_storage().data_ptr()] = self, unit
         for p, w, shape in self.views:
             p.data = w.value.view(shape)
 
     def _hide(self) -> None:
         for unit in self.units:
             if unit.weights is not None:
-                del self.homes[unit.weights.untyped_storage().data_ptr()]
+                del self.addresses[unit.weights.untyped_storage().data_ptr()]
         for p, w, _ in self.views:
             p.data = w.unit.weight_slice.new_empty(0)
 

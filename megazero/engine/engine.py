@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from megazero.base import UserError, say
 from megazero.comm import Wires
-from megazero.engine.blocks import Accumulation, Block, Homes, belongings, longest_list, mistakes
+from megazero.engine.blocks import Accumulation, Addresses, Submodule, belongings, longest_list, mistakes
 from megazero.plan import Action, LossScale, Zero, ending
 from megazero.settings import Optimization
 from megazero.units import (
@@ -49,7 +49,7 @@ class Handle(NamedTuple):
     """What autograd keeps instead of a tensor that lies in a unit's weights.
     `generation` is the step whose weights it means."""
 
-    block: Block
+    block: Submodule
     unit: Unit
     dtype: torch.dtype
     offset: int
@@ -99,10 +99,10 @@ class Engine:
             raise UserError(*errors)
         assert settings.lr is not None
         self.module, self.wires, self.zero, self.scale, self.lr = model, wires, zero, scale, settings.lr
-        self.homes: Homes = {}
+        self.addresses: Addresses = {}
         sharing = Sharing(zero.level, wires["shard"], wires["replicate"], buffers=Buffers(poison=wires.late))
         names = {m: n for n, m in model.named_modules()}
-        made = {m: Block(names[m] or "root", own, TORCH_DTYPE[dtype], sharing, self.homes)
+        made = {m: Submodule(names[m] or "root", own, TORCH_DTYPE[dtype], sharing, self.addresses)
                 for m, own in belongings(model, modules).items()}
         self.root, *self.blocks = made.values()
         for block in made.values():
@@ -118,10 +118,10 @@ class Engine:
         self.verdict: Verdict | None = None                     # of the last step, until the host has read it
         self.graph = self.in_backward = False                   # graph: will backward follow this forward pass?
         self.saving: saved_tensors_hooks | None = None          # while the module's forward pass runs
-        self.order: list[Block] = []                            # calls of the last forward pass:
+        self.order: list[Submodule] = []                            # calls of the last forward pass:
                                                                 # which weights to gather ahead
-        self.calls: list[Block] = []                            # calls of this one
-        self.left: list[Block] = []                             # calls whose backward pass is not over
+        self.calls: list[Submodule] = []                            # calls of this one
+        self.left: list[Submodule] = []                             # calls whose backward pass is not over
         self._register(made)
 
     def __call__(self, *inputs: Any, **named: Any) -> Any:
@@ -196,7 +196,7 @@ class Engine:
 
     # ---- weights
 
-    def _enter(self, block: Block) -> None:
+    def _enter(self, block: Submodule) -> None:
         """The block is about to run, forward or backward: its weights are needed, the next block's soon."""
         ahead = self._ahead(block) if self.zero.prefetch else None
         self.wires.line.doing = f"{'backward' if self.in_backward else 'forward'} of {block.name}"
@@ -205,7 +205,7 @@ class Engine:
             ahead.gather()
         block.arrive()
 
-    def _ahead(self, block: Block) -> Block | None:
+    def _ahead(self, block: Submodule) -> Submodule | None:
         """The block that follows, if all goes as in the last forward pass;
         in backward, the one that was called before."""
         if self.in_backward:
@@ -215,11 +215,11 @@ class Engine:
         as_before = self.order[:n][-1:] == self.calls[-1:]
         return self.order[n] if n < len(self.order) and as_before else None
 
-    def _last_call(self, block: Block) -> int:
+    def _last_call(self, block: Submodule) -> int:
         """Where the block stands in `left`, or -1."""
         return next((i for i in reversed(range(len(self.left))) if self.left[i] is block), -1)
 
-    def _release(self, block: Block, backward: bool) -> None:
+    def _release(self, block: Submodule, backward: bool) -> None:
         """After a pass in which weights are not kept for the next. Passes of a step are counted as in a program."""
         number = 2 * self.sums.micro + backward
         if not self.graph or (number + 1) % self.zero.keep == 0 or number + 1 == 2 * self.sums.micro_batches:
@@ -227,7 +227,7 @@ class Engine:
 
     def _pack(self, x: Tensor) -> Handle | Kept:
         """What autograd keeps of a tensor."""
-        home = self.homes.get(x.untyped_storage().data_ptr()) if x.layout == torch.strided else None
+        home = self.addresses.get(x.untyped_storage().data_ptr()) if x.layout == torch.strided else None
         if home is None:
             return Kept(x.detach(), x._version)                 # x itself could own the graph that owns it
         return Handle(*home, x.dtype, int(x.storage_offset()), x.shape, x.stride(), self.steps)
@@ -252,7 +252,7 @@ class Engine:
 
     # ---- hooks
 
-    def _register(self, made: Mapping[nn.Module, Block]) -> None:
+    def _register(self, made: Mapping[nn.Module, Submodule]) -> None:
         self.module.register_forward_pre_hook(self._begin)
         self.module.register_forward_hook(self._end, always_call=True)
         for module, block in made.items():
@@ -282,7 +282,7 @@ class Engine:
         for block in self.blocks if self.graph else (*self.blocks, self.root):  # what was gathered ahead and not called
             self._release(block, backward=False)
 
-    def _before(self, block: Block, module: nn.Module, inputs: Any, named: Any) -> Any:
+    def _before(self, block: Submodule, module: nn.Module, inputs: Any, named: Any) -> Any:
         """A block's forward pass begins. Its inputs are marked, so that the end of its backward pass is known."""
         if not self.in_backward:
             if self.saving is None:
@@ -297,7 +297,7 @@ class Engine:
         marked = dict(zip(given, _Mark.apply(partial(self._leave, block), *given.values()), strict=True))
         return tree_unflatten([marked.get(id(x), x) for x in leaves], spec)
 
-    def _after(self, block: Block, module: nn.Module, inputs: Any, outputs: Any) -> None:
+    def _after(self, block: Submodule, module: nn.Module, inputs: Any, outputs: Any) -> None:
         """Its forward pass is over. The first gradient of an output begins its backward pass."""
         if self.in_backward:
             return
@@ -306,7 +306,7 @@ class Engine:
                 x.register_hook(lambda _: self._enter(block))
         self._release(block, backward=False)
 
-    def _leave(self, block: Block) -> None:
+    def _leave(self, block: Submodule) -> None:
         """The backward pass of one call of a block is over."""
         i = self._last_call(block)
         # else of a forward pass before another's backward: the end will close it
@@ -316,7 +316,7 @@ class Engine:
                 self._close(block)
         self._release(block, backward=True)
 
-    def _close(self, block: Block) -> None:
+    def _close(self, block: Submodule) -> None:
         if block.trained:
             self.sums.close(block.trained)
 

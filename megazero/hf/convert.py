@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
-from megazero.base import DTYPES, UserError, draft_of
+from megazero.base import DTYPES, UserError, draft_of, write_json
 from megazero.data import Tokenizer
-from megazero.hf.files import INDEX, Source, read_json, shards, write_json
+from megazero.hf.files import INDEX, HfFolder, read_json, shards
 from megazero.hf.tokenizer import export_tokenizer, import_tokenizer
 from megazero.plan import (
     Architecture,
@@ -72,7 +72,7 @@ def export_folder(reader: Reader, output: Path, dtype: str | None = None, shard:
             stream(draft / file, part, make, lambda _: {"format": "pt"})
         if len(files) > 1:
             where = {p.name: file for file, part in files.items() for p in part}
-            write_json(draft / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
+            write_json(draft / INDEX, {"metadata": {"total_size": total}, "weight_map": where}, indent=2)
         tokenizer = export_tokenizer(reader, draft, a.seq_length)
         _write_configs(draft, to_config(a, family), reader, tokenizer, DTYPES[name].torch)
     return family
@@ -112,15 +112,16 @@ def _write_configs(folder: Path, config: dict[str, Any], reader: Reader, tokeniz
     eod, bos = (tokenizer.eod, tokenizer.bos) if tokenizer else (None, None)
     ids = reader.index.get("special_ids") or {
         "bos_token_id": eod if bos is None else bos, "eos_token_id": eod, "pad_token_id": None}
-    write_json(folder / "config.json", {**config, **ids, "dtype": dtype, "torch_dtype": dtype, "use_cache": True})
+    write_json(folder / "config.json", {**config, **ids, "dtype": dtype, "torch_dtype": dtype, "use_cache": True},
+               indent=2)
     write_json(folder / "generation_config.json",
-               {"_from_model_config": True, **{k: v for k, v in ids.items() if v is not None}})
+               {"_from_model_config": True, **{k: v for k, v in ids.items() if v is not None}}, indent=2)
 
 
 # ---- theirs -> ours
 
 @dataclass(frozen=True)
-class Part:
+class Wanted:
     """Where one of our weights lies in theirs: rows [low, high) of a row's (transposed) tensor."""
 
     row: Row
@@ -140,7 +141,7 @@ def import_folder(folder: Path, output: Path, told: Told = lambda *_: None) -> t
     reasons = obstacles(a, family)
     if reasons:
         raise UserError(f"{folder / 'config.json'}: is a model that this decoder cannot be: {'; '.join(reasons)}.")
-    source, ours = Source(folder, family.base, family.buffers), shapes(a)
+    source, ours = HfFolder(folder, family.base, family.buffers), shapes(a)
     parts = _match(a, family, source, ours)
     dtype = torch.float64 if torch.float64 in source.dtypes.values() else torch.float32
     slices = [planned("weight", n, shape, dtype) for n, shape in ours.items()]
@@ -160,7 +161,7 @@ def import_folder(folder: Path, output: Path, told: Told = lambda *_: None) -> t
     return a, tokenizer
 
 
-def _match(a: Architecture, family: Family, source: Source, ours: Mapping[str, tuple[int, ...]]) -> dict[str, Part]:
+def _match(a: Architecture, family: Family, source: HfFolder, ours: Mapping[str, tuple[int, ...]]) -> dict[str, Wanted]:
     """Our weight -> where it lies in theirs.
     Raises UserError unless the two sides match, name by name and shape by shape."""
     parts, errors, seen = {}, [], set()
@@ -176,7 +177,7 @@ def _match(a: Architecture, family: Family, source: Source, ours: Mapping[str, t
             at = 0
             for n in row.ours:
                 rows_of = (ours.get(n) or zeros(n, ours) or (0,))[0]
-                part = Part(row, at, at + rows_of)
+                part = Wanted(row, at, at + rows_of)
                 at = part.high
                 if n in ours:
                     parts[n] = part
@@ -190,7 +191,7 @@ def _match(a: Architecture, family: Family, source: Source, ours: Mapping[str, t
     return parts
 
 
-def _is_embedding(name: str, a: Architecture, family: Family, source: Source) -> bool:
+def _is_embedding(name: str, a: Architecture, family: Family, source: HfFolder) -> bool:
     """Is this the tied matrix again? Some files hold it under both names."""
     row = next(r for r in rows(a, family) if r.ours == ("embedding.weight",))
     return torch.equal(source.read(name, 0, a.vocab_size), source.read(row.theirs, 0, a.vocab_size))

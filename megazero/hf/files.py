@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +44,7 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-class Source:
+class HfFolder:
     """The tensors of a Hugging Face folder. Raises UserError naming file and tensor for what is missing or damaged.
 
     base        prefix of names that checkpoints of the bare model, without a head, leave out

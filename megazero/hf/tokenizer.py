@@ -4,8 +4,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from megazero.base import write_json
 from megazero.data import Tokenizer, build_tokenizer, load_tokenizer
-from megazero.hf.files import write_json
 from megazero.state import Reader
 
 
@@ -20,7 +20,7 @@ def export_tokenizer(reader: Reader, output: Path, longest: int) -> Tokenizer | 
         shutil.copyfile(path, output / name)
     config = _tokenizer_config(tokenizer)
     if config and not (output / "tokenizer_config.json").exists():
-        write_json(output / "tokenizer_config.json", {**config, "model_max_length": longest})
+        write_json(output / "tokenizer_config.json", {**config, "model_max_length": longest}, indent=2)
     return tokenizer
 
 

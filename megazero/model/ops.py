@@ -30,10 +30,10 @@ def column(x: Tensor, weight: Weight, bias: Weight | None, group: Group, before:
 
     `before` is a pointwise function of x that is computed again in backward instead of kept (selective recompute).
     """
-    return Column.apply(x, weight, bias, group, before)
+    return _Column.apply(x, weight, bias, group, before)
 
 
-class Column(torch.autograd.Function):
+class _Column(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Weight, bias: Weight | None, group: Group,
                 before: Pointwise | None) -> Tensor:
@@ -57,10 +57,10 @@ class Column(torch.autograd.Function):
 def row(x: Tensor, weight: Weight, bias: Weight | None, group: Group, before: Pointwise | None = None) -> Tensor:
     """[t, i] -> [t/tp, o]: multiplies by this rank's columns of the weight, sums over ranks,
     keeps this rank's tokens."""
-    return Row.apply(x, weight, bias, group, before)
+    return _Row.apply(x, weight, bias, group, before)
 
 
-class Row(torch.autograd.Function):
+class _Row(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Weight, bias: Weight | None, group: Group,
                 before: Pointwise | None) -> Tensor:
@@ -101,10 +101,10 @@ def through(leaf: Tensor, again: Tensor, grad: Tensor) -> Tensor:
 
 def layer_norm(x: Tensor, weight: Weight, bias: Weight | None, epsilon: float) -> Tensor:
     """LayerNorm over the last dimension (Ba et al. 2016); statistics in fp32 or wider."""
-    return LayerNorm.apply(x, weight, bias, epsilon)
+    return _LayerNorm.apply(x, weight, bias, epsilon)
 
 
-class LayerNorm(torch.autograd.Function):
+class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Weight, bias: Weight | None, epsilon: float) -> Tensor:
         y, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], weight.value, bias.value if bias else None, epsilon)
@@ -126,10 +126,10 @@ class LayerNorm(torch.autograd.Function):
 
 def rms_norm(x: Tensor, weight: Weight, epsilon: float) -> Tensor:
     """RMSNorm over the last dimension (Zhang and Sennrich 2019); statistics in fp32 or wider."""
-    return RMSNorm.apply(x, weight, epsilon)
+    return _RMSNorm.apply(x, weight, epsilon)
 
 
-class RMSNorm(torch.autograd.Function):
+class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Weight, epsilon: float) -> Tensor:
         wide = x.to(statistics(x.dtype))
@@ -159,10 +159,10 @@ def embedding(tokens: Tensor, weight: Weight, group: Group, leaf: Tensor) -> Ten
 
     `leaf` is any tensor that requires a gradient: autograd calls backward only of functions of such a one.
     """
-    return Embedding.apply(leaf, tokens, weight, group)
+    return _Embedding.apply(leaf, tokens, weight, group)
 
 
-class Embedding(torch.autograd.Function):
+class _Embedding(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, leaf: Tensor, tokens: Tensor, weight: Weight, group: Group) -> Tensor:
         index, here = local_rows(tokens, weight)
@@ -186,10 +186,10 @@ class Embedding(torch.autograd.Function):
 
 def positions(x: Tensor, at: Tensor, weight: Weight) -> Tensor:
     """x [t/tp, h] + learned rows at positions [t/tp]."""
-    return Positions.apply(x, at, weight)
+    return _Positions.apply(x, at, weight)
 
 
-class Positions(torch.autograd.Function):
+class _Positions(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, at: Tensor, weight: Weight) -> Tensor:
         ctx.save_for_backward(at)

@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 
-from megazero.base import UserError, sync
+from megazero.base import UserError, sync, whole
 from megazero.comm import Alone, Group
 from megazero.plan import Box
 from megazero.state.checkpoint import FORMAT, INDEX, VERSION, Slice, complete, facts, text_checksum
-from megazero.state.tensor_files import Planned, Sums, header_of, stream
+from megazero.state.tensor_files import Planned, RowSums, header_of, stream
 
 Tensor = torch.Tensor
 
@@ -129,7 +129,7 @@ def write_file(path: Path, slices: Sequence[Slice], step: int, load: Callable[[S
     of its tensors one at a time is in memory besides those that are here already."""
     own = {s.key: s for s in slices}
 
-    def metadata(sums: Sums) -> dict[str, str]:
+    def metadata(sums: RowSums) -> dict[str, str]:
         boxes = {key: {"kind": s.kind, "name": s.name, "full": s.full, "offset": s.box.offset, "size": s.box.size,
                        "crc32": sums[key]} for key, s in own.items()}
         return {"format": FORMAT, "step": str(step), "boxes": json.dumps(boxes, separators=(",", ":"))}
@@ -142,11 +142,8 @@ def write_index(folder: Path, header: Mapping[str, Any], names: Sequence[str]) -
     """The commit: after the rename the checkpoint exists, before it does not."""
     files = {name: facts(folder / name, header_of(folder / name)) for name in names}
     index = {"format": FORMAT, "version": VERSION, **header, "files": files}
-    draft = folder / (INDEX + ".draft")
-    draft.write_text(json.dumps({**index, "crc32": text_checksum(index)}, indent=1), encoding="utf-8")
-    sync(draft)
-    draft.rename(folder / INDEX)
-    sync(folder)
+    with whole(folder / INDEX) as file:
+        file.write(json.dumps({**index, "crc32": text_checksum(index)}, indent=1).encode())
     sync(folder.parent)
 
 

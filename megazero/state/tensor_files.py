@@ -21,7 +21,7 @@ import torch
 from megazero.base import DTYPES, sync
 
 Tensor = torch.Tensor
-Sums = Mapping[str, list[int]]          # tensor -> the checksums of its runs of rows
+RowSums = Mapping[str, list[int]]          # tensor -> the checksums of its runs of rows
 CODES: dict[torch.dtype, str] = {getattr(torch, d.torch): d.code for d in DTYPES.values()}
 OF_CODE = {code: dtype for dtype, code in CODES.items()}
 RUN = 2**20                             # bytes that share a checksum, unless one row is longer
@@ -74,7 +74,7 @@ def raw(tensor: Tensor) -> memoryview:
 
 
 def stream(path: Path, plan: Sequence[Planned], make: Callable[[str], Tensor],
-           metadata: Callable[[Sums], dict[str, str]]) -> None:
+           metadata: Callable[[RowSums], dict[str, str]]) -> None:
     """Writes a safetensors file, each tensor made when its turn comes; returns when it is on the disk.
     `metadata` is told the checksums.
 
