@@ -12,7 +12,7 @@ from torch import nn
 
 from megazero.base.errors import UserError
 from megazero.comm.wires import connect
-from megazero.engine.blocks import Block
+from megazero.engine.blocks import Submodule
 from megazero.engine.engine import CONSTANT, Engine
 from megazero.plan.mesh import Mesh
 from megazero.plan.program import Zero
@@ -60,7 +60,7 @@ def test_evaluation_changes_nothing(model: str, mode: Any) -> None:
         return found
 
     first = evaluate()
-    assert not watched.homes and all(p.numel() == 0 for p in watched.module.parameters())
+    assert not watched.addresses and all(p.numel() == 0 for p in watched.module.parameters())
     for ids in data(0).chunk(2):
         for e in (plain, watched):
             mean = loss(e, ids)
@@ -119,9 +119,9 @@ def test_a_block_that_is_gathered_ahead_and_not_called_is_released() -> None:
     e = Engine(Skipping(), wires(Row()), Settings(lr=LR), Zero(3))
     for call in ([0, 1, 2, 3, 4, 5], [0, 1], [2, 0, 3, 1, 4, 5], [5, 2, 0, 3, 1, 4]):
         mean = e(torch.rand(3, 4, requires_grad=True), call)
-        assert not e.homes
+        assert not e.addresses
         e.backward(mean)
-        assert not e.homes
+        assert not e.addresses
         e.step()
     unit = e.blocks[0].units[0]
     assert len(unit.sharing.buffers.free[unit.flat.kind, "weights"]) == 2
@@ -133,17 +133,17 @@ def test_weights_are_gathered_one_block_ahead(overlap: bool, wanted: str, monkey
     e = engine(Row(level=3, overlap=overlap, accumulation=2))
     happened: list[str] = []
 
-    def gather(block: Block, real: Any = Block.gather) -> None:
+    def gather(block: Submodule, real: Any = Submodule.gather) -> None:
         happened.extend(["+" + block.name[-1]] * (block.units[0].weights is None))
         real(block)
 
-    def arrive(block: Block, real: Any = Block.arrive) -> None:
+    def arrive(block: Submodule, real: Any = Submodule.arrive) -> None:
         happened.extend([block.name[-1]] * (happened[-1:] != [block.name[-1]]))
         real(block)
 
     e.backward(loss(e, data(0)))                                # the order is learnt
-    monkeypatch.setattr(Block, "gather", gather)
-    monkeypatch.setattr(Block, "arrive", arrive)
+    monkeypatch.setattr(Submodule, "gather", gather)
+    monkeypatch.setattr(Submodule, "arrive", arrive)
     e.backward(loss(e, data(0)))
     assert " ".join(x for x in happened if "t" not in x) == wanted                               # without the root
 

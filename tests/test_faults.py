@@ -78,7 +78,7 @@ class Fault:
         elif self.phase == "index":
             saving.write_index = half
         else:
-            owner, name = {"fsync": (disk.os, "fsync"), "rename": (Path, "rename"), "mkdir": (Path, "mkdir")}[self.phase]  # type: ignore[attr-defined]
+            owner, name = {"fsync": (disk.os, "fsync"), "rename": (Path, "replace"), "mkdir": (Path, "mkdir")}[self.phase]  # type: ignore[attr-defined]
             setattr(owner, name, self.strike)
 
 
