@@ -89,3 +89,18 @@ def test_a_plan_is_pure_and_checks_report_everything_at_once() -> None:
     assert all(s.startswith("--") and s.endswith(".") for s in found)
     good = config.from_command_line(TINY.split())
     assert plan(good, 1, 101) == plan(good, 1, 101) and key(1) == key(1)
+
+
+def test_what_ranks_share_is_read_from_the_cuts_of_the_weights() -> None:
+    """Key-value heads may have copies; heads and the MLP's channels not. Sizes that are missing or absurd are told and not multiplied."""
+    def found(words: str, world: int) -> list[str]:
+        return [s for s in checks(config.from_command_line(f"{TINY} {words}".split()), world) if s.startswith("--tp")]
+    assert found("--tp 8", 8) == ["--tp 8: does not divide --num-attention-heads 4; write one of 1, 2, 4."]
+    assert found("--tp 3 --ffn-hidden-size 7 --num-query-groups 2", 3) == [
+        "--tp 3: does not divide --num-attention-heads 4; write one of 1, 2, 4.",
+        "--tp 3: does not divide --ffn-hidden-size 7; write one of 1, 7.",
+        "--tp 3: neither divides --num-query-groups 2 nor is a multiple of it; change one of them."]
+    assert found("--tp 4 --num-query-groups 2", 4) == []
+    absurd = "--tp 2 --ffn-hidden-size 7 --num-layers 0 --num-attention-heads 0 --position-embedding-type rope --rotary-percent"
+    for percent in ("inf", "nan", "-1"):
+        assert found(f"{absurd} {percent}", 2) == ["--tp 2: does not divide --ffn-hidden-size 7; write one of 1, 7."]
