@@ -4,10 +4,12 @@ import pytest
 import torch
 from support import SHAPES, TINY, built, resolved
 
-from megazero.plan.architecture import flops_per_token, matmul_count, parameter_count
+from megazero.plan.architecture import parameter_count
 from megazero.plan.checks import checks
-from megazero.plan.cost import describe, memory
+from megazero.plan.cost import memory
+from megazero.plan.operations import flops_per_token
 from megazero.plan.plan import plan
+from megazero.plan.show import describe
 from megazero.settings import config
 from megazero.settings.config import PRESETS
 from megazero.units.random import key
@@ -73,8 +75,10 @@ def test_activations_of_the_plan_are_what_autograd_keeps(shape: str, recompute: 
 
 def test_flops_are_six_n_plus_attention() -> None:
     a = resolved(f"{COMMON} --model gpt2-124m --vocab-size 50257").architecture
-    assert matmul_count(a) == 12 * 12 * 768**2 + 50257 * 768
-    assert flops_per_token(a) == 6 * matmul_count(a) + 6 * 12 * 768 * 1024
+    assert flops_per_token(a) == 6 * (12 * 12 * 768**2 + 50257 * 768) + 6 * 12 * 768 * 1024
+    llama = resolved(f"{COMMON} --model llama-70b --vocab-size 32000").architecture
+    block = 8192 * 128 * (64 + 8 + 8 + 64) + 3 * 8192 * 28672
+    assert flops_per_token(llama) == 6 * (80 * block + 32000 * 8192) + 6 * 80 * 64 * 128 * llama.seq_length
 
 
 def test_batches_and_lengths() -> None:

@@ -9,9 +9,11 @@
 from dataclasses import dataclass, replace
 from math import prod, sqrt
 
-from megazero.plan.layout import Cut, OperandSpec, Parameter, UnitSpec
+from megazero.plan.layout import Cut, OperandSpec, Parameter, UnitSpec, ragged_rows
 from megazero.plan.program import Part
 from megazero.settings import Config, Model
+
+LOGITS = 1 << 24                    # elements of logits that exist at a time in head and loss
 
 
 @dataclass(frozen=True)
@@ -156,13 +158,6 @@ def parameter_count(a: Architecture) -> int:
     return sum(prod(p.shape) for u in units(a) for p in u.parameters)
 
 
-def matmul_count(a: Architecture) -> int:
-    """Weights that every token is multiplied by: blocks and output, not the embedding look-up."""
-    per_block = a.hidden * a.head_dim * (2 * a.heads + 2 * a.kv_heads) + a.hidden * a.ffn * (3 if a.gated else 2)
-    return a.layers * per_block + a.vocab_size * a.hidden
-
-
-def flops_per_token(a: Architecture) -> float:
-    """Model FLOPs of one trained token: 6 N + 6 L h S,
-    N the matmul weights, attention causal (half of the square counted)."""
-    return 6.0 * matmul_count(a) + 6.0 * a.layers * a.heads * a.head_dim * a.seq_length
+def head_chunk(a: Architecture, ranks: int) -> int:
+    """Tokens whose logits exist at a time on each of `ranks` tensor-parallel ranks, in head and loss."""
+    return max(LOGITS // ragged_rows(a.vocab_size, ranks, a.pad_rows), 1)
