@@ -54,7 +54,7 @@ def memory(p: Plan, rank: int = 0) -> dict[str, int]:
         "gathered weights": borrowed(program, units, p, "gather", "release") * width if level == 3 else 0,
         "gradient sums": borrowed(program, units, p, "open", "land") * full if level >= 2 else 0,
         "activations": peak(program, table(p, rank), share(p) * p.architecture.hidden * width),
-        "logits": logits * (2 * width + full if width == 2 else width),
+        "logits": logits * (width + full if width == 2 else width),
     }
 
 
