@@ -14,8 +14,8 @@ from torch.utils._pytree import tree_leaves
 from megazero.comm.wires import connect
 from megazero.model.decoder import ACTIVATIONS, Batch, Block
 from megazero.model.ops import column, row
-from megazero.plan.cost import memory, peak, table
-from megazero.plan.operations import Operation, distinct
+from megazero.plan.cost import memory, micro, peak
+from megazero.plan.operations import Operation, distinct, table
 from megazero.plan.plan import Plan
 from megazero.plan.program import Action
 from megazero.run.run import Run
@@ -59,10 +59,8 @@ def elsewhere(run: Run, batch: Batch) -> list[Tensor]:
 
 def configurations(shape: str, tp: int) -> Iterator[tuple[str, bool]]:
     """(words, masks): every dtype, dropout, and masks; several samples, one, and tokens that tp does not divide."""
-    for size in ("--micro-batch-size 2", "--micro-batch-size 1", "--micro-batch-size 3 --seq-length 25"):
-        for dtype in ("fp32", "bf16", "fp64", "fp16"):
-            if "micro-batch-size 2" not in size and dtype in ("fp64", "fp16"):
-                continue
+    for size, dtypes in (("--micro-batch-size 2", "fp32 bf16 fp64"), ("--micro-batch-size 1", "bf16"), ("--micro-batch-size 3 --seq-length 25", "fp16")):
+        for dtype in dtypes.split():
             for dropout in ("", DROPOUT, "--attention-dropout 0.1"):
                 for masks in (False, True):
                     flags = "--reset-attention-mask --reset-position-ids --tokenizer-type NullTokenizer" if masks else ""
@@ -79,7 +77,7 @@ def test_the_rows_know_what_autograd_keeps(shape: str, recompute: str, tp: int) 
     for words, masks in configurations(shape, tp):
         plan = resolved(f"{words} --recompute-granularity {recompute}", tp)
         for rank in {0, tp - 1}:
-            run, rows = started(plan, rank), table(plan, rank)
+            run, rows = started(plan, rank), table(plan.architecture, micro(plan, rank))
             batch = batch_of(plan, masks, plan.config.data.reset_position_ids)
             x = torch.zeros(())
             for part in (0, 1):
@@ -130,7 +128,7 @@ def test_each_row_knows_what_it_keeps(shape: str, recompute: str) -> None:
             run = started(plan, tp - 1)
             block = run.decoder.parts[1]
             assert isinstance(block, Block)
-            rows, does = {r.name: r for r in table(plan, tp - 1)[1]}, alone(block, plan)
+            rows, does = {r.name: r for r in table(plan.architecture, micro(plan, tp - 1))[1]}, alone(block, plan)
             assert set(does) == {n for n in rows if "attention.attention" not in n and "q_norm" not in n and "k_norm" not in n and "rotary" not in n}
             for name, do in does.items():
                 seen: list[Tensor] = []
@@ -144,7 +142,7 @@ def test_the_halves_of_a_backward_pass_in_numbers() -> None:
     """llama at tp 2: x and dy of each product under every recompute mode, and what travels."""
     for recompute in ("none", "selective", "full"):
         plan = resolved(f"{TINY} {SHAPES['llama']} --micro-batch-size 2 --tp 2 --recompute-granularity {recompute}", 2)
-        rows = table(plan, 1)
+        rows = table(plan.architecture, micro(plan, 1))
         t, share, h, q, kv, f = 48, 24, 64, 32, 16, 64
         between = {"qkv": share * h + t * (q + 2 * kv), "o": t * q + t * h, "up": share * h + t * 2 * f, "down": t * f + t * h}
         found = {r.name.split(".")[-1]: sum(r.between.values()) // 4 for r in rows[1] if r.between}
@@ -159,7 +157,7 @@ def test_the_halves_of_a_backward_pass_in_numbers() -> None:
 def test_every_weight_is_read_by_one_row_and_one_name_is_one_tensor() -> None:
     for shape in SHAPES:
         plan = resolved(f"{TINY} {SHAPES[shape]} {DROPOUT} --tp 2", 2)
-        rows = table(plan, 0)
+        rows = table(plan.architecture, micro(plan, 0))
         parts = [rows[0], rows[1], rows[-1]]
         read = [w for part in parts for row in part for w in row.weights]
         held = [o.name for u in plan.units for o in u.operands if not u.name.startswith("layers.1")]

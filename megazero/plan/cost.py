@@ -6,12 +6,12 @@ and not what somebody expects of it.
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from math import ceil
 
 from megazero.base import DTYPES
+from megazero.plan.architecture import Architecture, head_chunk
 from megazero.plan.layout import Flat, Shape, cuts, flat, ragged_rows
 from megazero.plan.mesh import all_reduce_bytes
-from megazero.plan.operations import Micro, Operation, distinct, operations
+from megazero.plan.operations import Micro, Operation, distinct, table
 from megazero.plan.plan import Plan
 from megazero.plan.program import Action
 from megazero.plan.rules import RULES
@@ -36,24 +36,21 @@ def stored(f: Flat, p: Plan) -> int:
 
 
 def memory(p: Plan, rank: int = 0) -> dict[str, int]:
-    """Bytes on one rank by category; exact but for what one operation needs while it runs, of which logits alone are
-    counted: their chunk, in the dtypes in which it exists."""
-    c, level = p.config, p.zero.level
-    units = flats(p, rank)
+    """Bytes on one rank by category, as they are between actions. Of what an operation needs while it runs only logits
+    are counted: a chunk, in each dtype in which it exists."""
+    level, a, m, units, program = p.zero.level, p.architecture, micro(p, rank), flats(p, rank), p.training(rank)
     whole = sum(stored(f, p) for f in units.values())
-    part, width = whole // p.shard, DTYPES[c.dtype].width
-    full = max(width, 4)                                        # masters, gradients and moments
-    program = p.training(rank)
-    rows = ragged_rows(p.architecture.vocab_size, p.tp, p.architecture.pad_rows)
-    logits = min(share(p) * p.tp, p.head_chunk) * rows if len(p.stages) - 1 in p.stages_of(rank).own else 0
+    part, width, full = whole // p.shard, m.width, m.wide       # full: masters, gradients and moments
+    chunk = min(m.tokens, p.head_chunk) if len(p.stages) - 1 in p.stages_of(rank).own else 0
+    logits = chunk * ragged_rows(a.vocab_size, p.tp, a.pad_rows)
     return {
         "weights": (part if level == 3 else whole) * width,
         "master weights": part * 4 if width == 2 else 0,
         "gradients": (part if level >= 2 else whole) * full,
-        "optimizer": part * full * len(RULES[c.optimizer.optimizer].moments),
+        "optimizer": part * full * len(RULES[p.config.optimizer.optimizer].moments),
         "gathered weights": borrowed(program, units, p, "gather", "release") * width if level == 3 else 0,
         "gradient sums": borrowed(program, units, p, "open", "land") * full if level >= 2 else 0,
-        "activations": peak(program, table(p, rank), share(p) * p.architecture.hidden * width),
+        "activations": peak(program, table(a, m), m.share * a.hidden * width),
         "logits": logits * (width + full if width == 2 else width),
     }
 
@@ -69,13 +66,11 @@ def borrowed(program: list[Action], units: Mapping[str, Flat], p: Plan, take: st
     return sum(n * size[kind] for kind, n in most.items())
 
 
-def table(p: Plan, rank: int) -> list[tuple[Operation, ...]]:
-    """The rows of every part as one rank runs it; blocks are alike."""
-    a, c = p.architecture, p.config
-    m = Micro(p.micro_batch, a.seq_length, p.mesh.place(rank).tp, p.tp, DTYPES[c.dtype].width,
-              c.training.recompute_granularity, c.data.reset_attention_mask, c.data.reset_position_ids)
-    first, block, head = (operations(a, part, m) for part in (0, 1, a.layers + 1))
-    return [first, *[block] * a.layers, head]
+def micro(p: Plan, rank: int) -> Micro:
+    """One micro-batch on one rank."""
+    c = p.config
+    return Micro(p.micro_batch, p.architecture.seq_length, p.mesh.place(rank).tp, p.tp, DTYPES[c.dtype].width,
+                 c.training.recompute_granularity, c.data.reset_attention_mask, c.data.reset_position_ids)
 
 
 def peak(program: Iterable[Action], parts: Sequence[Sequence[Operation]], edge: int) -> int:
@@ -96,19 +91,18 @@ def peak(program: Iterable[Action], parts: Sequence[Sequence[Operation]], edge: 
 
 def traffic(p: Plan, rank: int = 0) -> dict[str, int]:
     """Bytes that one rank sends in a training step, by axis; `comm` counts the same."""
-    width = DTYPES[p.config.dtype].width
-    wide, ranks, units = max(width, 4), p.mesh.place(rank).dp % p.shard, flats(p, rank)
+    a, m, units, slice_ = p.architecture, micro(p, rank), flats(p, rank), p.mesh.place(rank).dp % p.shard
+    width, wide, parts = m.width, m.wide, table(a, m)
     sent = Counter(dict.fromkeys(("tp", "kv", "shard", "replicate", "tied", "pp", "world"), 0))
-    parts, edge = table(p, rank), share(p) * p.architecture.hidden * width
     for action in p.training(rank):
         part = stored(units[action.unit], p) // p.shard if action.kind in SENT else 0
         sent["shard"] += (p.shard - 1) * part * {"gather": width, "reduce": wide}.get(action.kind, 0)
         sent["replicate"] += all_reduce_bytes(part, wide, p.dp // p.shard) if action.kind == "replicate" else 0
         sent["tied"] += all_reduce_bytes(part, wide, 2) if action.kind == "tie" else 0
-        sent["pp"] += edge if action.kind == "send" else 0
-        sent["tp"] += computation(action.kind, parts[action.part], p) if action.kind in COMPUTED else 0
+        sent["pp"] += m.share * a.hidden * width if action.kind == "send" else 0
+        sent["tp"] += moved(action.kind, parts[action.part], a, m) if action.kind in COMPUTED else 0
     for axis, cut, size in (("tp", False, p.tp), ("kv", True, p.mesh.kv)):
-        n = sum(_partial(f, stored(f, p) // p.shard, ranks, cut) for f in units.values())
+        n = sum(_partial(f, stored(f, p) // p.shard, slice_, cut) for f in units.values())
         sent[axis] += all_reduce_bytes(n, wide, size)
     return {**sent, "world": all_reduce_bytes(4, 8, p.world)}
 
@@ -120,15 +114,10 @@ def _partial(f: Flat, part: int, rank: int, cut: bool) -> int:
     return sum(max(stop - start, 0) for start, stop in common)
 
 
-def share(p: Plan) -> int:
-    """Tokens of one micro-batch on one rank, padded to a multiple of tp."""
-    return ceil(p.micro_batch * p.architecture.seq_length / p.tp)
-
-
-def computation(kind: str, rows: Sequence[Operation], p: Plan) -> int:
+def moved(kind: str, rows: Sequence[Operation], a: Architecture, m: Micro) -> int:
     """Bytes over tp of one pass over a part: its tokens as often as its operations move them; the loss adds up what it
     needs of each token, one chunk of logits at a time."""
-    width, tokens = DTYPES[p.config.dtype].width, share(p) * p.tp
-    moved = sum(row.moves.get(kind, 0) for row in rows) * (p.tp - 1) * share(p) * p.architecture.hidden * width
-    chunks = [min(p.head_chunk, tokens - low) for low in range(0, tokens, p.head_chunk)] if kind in ("L", "E") else []
-    return moved + sum(all_reduce_bytes(n * c, max(width, 4), p.tp) for c in chunks for row in rows for n in row.sums)
+    times, chunk = sum(row.moves.get(kind, 0) for row in rows), head_chunk(a, m.ranks)
+    chunks = [min(chunk, m.tokens - low) for low in range(0, m.tokens, chunk)] if kind in ("L", "E") else []
+    return times * (m.ranks - 1) * m.share * a.hidden * m.width + sum(
+        all_reduce_bytes(n * c, m.wide, m.ranks) for c in chunks for row in rows for n in row.sums)

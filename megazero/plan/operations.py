@@ -93,6 +93,12 @@ def operations(a: Architecture, part: int, m: Micro) -> tuple[Operation, ...]:
     return tuple(map(_twice, rows)) if m.recompute == "full" else rows
 
 
+def table(a: Architecture, m: Micro) -> list[tuple[Operation, ...]]:
+    """The rows of every part; blocks are alike."""
+    first, block, head = (operations(a, part, m) for part in (0, 1, a.layers + 1))
+    return [first, *[block] * a.layers, head]
+
+
 def distinct(rows: Sequence[Operation], *whats: str) -> int:
     """Bytes of all tensors that the rows name under `kept`, `again` or `between`, each once."""
     return sum({name: n for row in rows for what in whats for name, n in getattr(row, what).items()}.values())
@@ -101,9 +107,7 @@ def distinct(rows: Sequence[Operation], *whats: str) -> int:
 def flops_per_token(a: Architecture) -> float:
     """Model FLOPs of one trained token, three times forward: 6 N + 6 L h S,
     N the matmul weights, attention causal (half of the square counted)."""
-    first, block, head = (sum(row.flops for row in operations(a, part, Micro(1, a.seq_length)))
-                          for part in (0, 1, a.layers + 1))
-    return 3.0 * (first + a.layers * block + head)
+    return 3.0 * sum(row.flops for rows in table(a, Micro(1, a.seq_length)) for row in rows)
 
 
 def _twice(row: Operation) -> Operation:
