@@ -13,8 +13,6 @@ from typing import NamedTuple
 from megazero.plan.architecture import Architecture, parts, units
 from megazero.plan.layout import Operand, flat
 
-INDEX = 8                           # bytes of a token's number
-
 
 class Micro(NamedTuple):
     """One micro-batch of `samples` x `length` tokens on one of `ranks` tensor-parallel ranks, and how it is trained.
@@ -45,10 +43,6 @@ class Micro(NamedTuple):
     @property
     def tokens(self) -> int:
         return self.share * self.ranks
-
-    @property
-    def padded(self) -> bool:
-        return self.tokens > self.real
 
 
 @dataclass(frozen=True)
@@ -118,17 +112,17 @@ def _twice(row: Operation) -> Operation:
 
 def _embedding(a: Architecture, m: Micro, w: Mapping[str, Operand]) -> tuple[Operation, ...]:
     """It keeps its graph under every recompute mode: running it again would gather its weights again."""
-    (table,) = w["embedding.weight"].pieces
+    (words,), padded, numbers = w["embedding.weight"].pieces, m.tokens > m.real, m.tokens * 8
     dy = {"d embedding": m.share * a.hidden * m.width}
-    if table.shard.box.size[0] == a.vocab_size:             # every token is here: the batch's own numbers serve
-        index = {"tokens": m.tokens * INDEX} if m.padded else {}
+    if words.shard.box.size[0] == a.vocab_size:             # every token is here: the batch's own numbers serve
+        index = {"tokens": numbers} if padded else {}
     else:
-        index = {"rows": m.tokens * INDEX, "here": m.tokens}
+        index = {"rows": numbers, "here": m.tokens}
     # positions of every rank, of which a share is read; a batch's own need no copy unless they are padded
-    places = {"places": m.tokens * INDEX} if m.padded or not m.positions else {}
+    places = {"places": numbers} if padded or not m.positions else {}
     return (
-        Operation("embedding", _read(w, "embedding"), kept=index, between=index | dy, moves=TABLE),
-        *([Operation("positions", _read(w, "positions"), kept=places, between=places | dy)]
+        Operation("embedding", ("embedding.weight",), kept=index, between=index | dy, moves=TABLE),
+        *([Operation("positions", ("positions.weight",), kept=places, between=places | dy)]
           if a.learned_positions else []),
         *_dropout(a, m, "embedding"))
 
@@ -152,8 +146,8 @@ def _block(a: Architecture, m: Micro, w: Mapping[str, Operand], layer: str) -> t
 def _head(a: Architecture, w: Mapping[str, Operand]) -> tuple[Operation, ...]:
     """Forward and backward at once: nothing is kept. The loss adds up a maximum, then two sums, per token."""
     output = "embedding" if a.tied else "head.output"
-    return (Operation("head.norm", _read(w, "head.norm")),
-            Operation("head.output", _read(w, output), _product(w, output), moves=OUTPUT, sums=(1, 2)))
+    return (Operation("head.norm", *_reads(w, "head.norm")),
+            Operation("head.output", *_reads(w, output), moves=OUTPUT, sums=(1, 2)))
 
 
 def _column(a: Architecture, m: Micro, w: Mapping[str, Operand], norm: str, name: str, x: str) -> list[Operation]:
@@ -163,9 +157,8 @@ def _column(a: Architecture, m: Micro, w: Mapping[str, Operand], norm: str, name
     normal, dy = {norm: stream}, {f"d {name}": m.tokens * w[f"{name}.weight"].shape[0] * m.width}
     kept = {x: stream, **_statistics(a, m, norm, m.share)}
     again = m.recompute == "selective"
-    return [Operation(norm, _read(w, norm), kept={} if again else kept),
-            Operation(name, _read(w, name), _product(w, name), {x: stream} if again else normal,
-                      between=normal | dy, moves=COLUMN)]
+    return [Operation(norm, *_reads(w, norm), {} if again else kept),
+            Operation(name, *_reads(w, name), {x: stream} if again else normal, between=normal | dy, moves=COLUMN)]
 
 
 def _attention(a: Architecture, m: Micro, w: Mapping[str, Operand], at: str) -> list[Operation]:
@@ -173,7 +166,7 @@ def _attention(a: Architecture, m: Micro, w: Mapping[str, Operand], at: str) -> 
     real, pairs, d = m.real * m.width, m.samples * m.length**2, a.head_dim
     together = {"qkv": m.tokens * w[f"{at}.qkv.weight"].shape[0] * m.width}         # q, k and v are views of it
     q, k, _ = (p.shard.box.size[0] for p in w[f"{at}.qkv.weight"].pieces)
-    norms = [Operation(f"{at}.{n}_norm", _read(w, f"{at}.{n}_norm"),
+    norms = [Operation(f"{at}.{n}_norm", *_reads(w, f"{at}.{n}_norm"),
                        kept=together | _statistics(a, m, f"{n}_norm", m.real * size // d))
              for n, size in (("q", q), ("k", k)) if a.qk_norm]
     angles = {"cos, sin": real * a.rotary.channels} if a.rotary and m.positions else {}     # looked up for each token
@@ -194,7 +187,7 @@ def _attention(a: Architecture, m: Micro, w: Mapping[str, Operand], at: str) -> 
             views["k"] | views["v"])
         kept = views["q"] | fewer | out | {"logsumexp": m.real * q // d * m.wide} | (
             {"mask": pairs * m.width} if m.documents else {})
-    x = {"padded attention": m.tokens * q * m.width} if m.padded else out
+    x = {"padded attention": m.tokens * q * m.width} if m.tokens > m.real else out
     return [*norms, *([Operation(f"{at}.rotary", kept=angles)] if a.rotary else []),
             Operation(f"{at}.attention", flops=2 * a.heads * d * a.seq_length, kept=kept),
             _row(a, m, w, f"{at}.o", x, x)]
@@ -204,7 +197,7 @@ def _row(a: Architecture, m: Micro, w: Mapping[str, Operand], name: str, kept: M
          x: Mapping[str, int]) -> Operation:
     """It keeps x, or what x is computed from again."""
     dy = {f"d {name}": m.tokens * a.hidden * m.width}
-    return Operation(name, _read(w, name), _product(w, name), kept, between={**x, **dy}, moves=ROW)
+    return Operation(name, *_reads(w, name), kept, between={**x, **dy}, moves=ROW)
 
 
 def _dropout(a: Architecture, m: Micro, site: str) -> list[Operation]:
@@ -218,10 +211,8 @@ def _statistics(a: Architecture, m: Micro, norm: str, rows: int) -> dict[str, in
     return {f"{norm} statistics": 2 * rows * m.width if a.norm == "LayerNorm" else rows * m.wide}
 
 
-def _read(w: Mapping[str, Operand], name: str) -> tuple[str, ...]:
-    return tuple(n for n in (f"{name}.weight", f"{name}.bias") if n in w)
-
-
-def _product(w: Mapping[str, Operand], name: str) -> int:
-    """FLOPs per token: 2 for each weight, on all ranks together."""
-    return 2 * sum(prod(p.shard.parameter.shape) for p in w[f"{name}.weight"].pieces)
+def _reads(w: Mapping[str, Operand], name: str) -> tuple[tuple[str, ...], int]:
+    """The operands of an operation, and the FLOPs of its product per token on all ranks together (vectors: none)."""
+    shapes = [p.shard.parameter.shape for p in w[f"{name}.weight"].pieces]
+    return (tuple(n for n in (f"{name}.weight", f"{name}.bias") if n in w),
+            2 * sum(prod(shape) for shape in shapes if len(shape) == 2))
