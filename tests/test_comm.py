@@ -165,8 +165,7 @@ LAYOUTS = [
 @pytest.mark.parametrize("logits", [1 << 24, 128 * 10])
 def test_the_plan_knows_the_bytes_on_the_wire(words: str, logits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """One step of one rank of each layout, without its peers."""
-    monkeypatch.setattr("megazero.plan.cost.LOGITS", logits)
-    monkeypatch.setattr("megazero.model.decoder.LOGITS", logits)
+    monkeypatch.setattr("megazero.plan.architecture.LOGITS", logits)
     words = f"{TINY} --hidden-size 48 --num-attention-heads 24 --global-batch-size 12 {words}"
     sizes = words.split()
     world = int(sizes[sizes.index("--tp") + 1] if "--tp" in sizes else 1) * int(sizes[sizes.index("--dp") + 1] if "--dp" in sizes else 1)

@@ -6,9 +6,9 @@ import torch.nn.functional as F
 from support import SHAPES, TINY, batches, built, gradients, named
 
 from megazero.comm.group import Alone
-from megazero.model import decoder
 from megazero.model.attention import attention, rotary_table
 from megazero.model.decoder import Batch
+from megazero.plan import architecture
 from megazero.run.executor import Turn
 from megazero.run.run import Run
 
@@ -78,7 +78,7 @@ def close(got: dict[str, Tensor], want: dict[str, Tensor], tolerance: float) -> 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_loss_and_gradients_equal_plain_autograd(shape: str, recompute: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(decoder, "LOGITS", 128 * 7)             # several chunks of logits, the last one short
+    monkeypatch.setattr(architecture, "LOGITS", 128 * 7)             # several chunks of logits, the last one short
     run = built(f"{TINY} {SHAPES[shape]} --dtype fp64 --micro-batch-size 2 --global-batch-size 6 --recompute-granularity {recompute}")
     data = batches(run, masked=True)
     loss, want = expected(run, data)

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from megazero.comm import Alone, Group
 from megazero.model.attention import attention, attention_keep, rotary_table, rotate
 from megazero.model.ops import column, cross_entropy, embedding, layer_norm, positions, rms_norm, row
-from megazero.plan import LOGITS, Architecture
+from megazero.plan import Architecture
 from megazero.units import Unit, Weight, keep_mask, key
 
 Tensor = torch.Tensor
@@ -40,14 +40,15 @@ class Decoder:
     Holds no tensors of its own but the rotary table."""
 
     def __init__(self, a: Architecture, units: Mapping[str, Unit], group: Group, seed: int, recompute: str,
-                 device: torch.device, own: Sequence[int] | None = None) -> None:
-        """`own`: the numbers of the parts to be built here, whose units these are; default all."""
+                 device: torch.device, chunk: int, own: Sequence[int] | None = None) -> None:
+        """`chunk`: tokens whose logits exist at a time. `own`: the numbers of the parts to be built here, whose units
+        these are; default all."""
         self.a, self.units, self.group, self.seed, self.recompute = a, units, group, seed, recompute
         self.dtype = next(iter(units.values())).weight_slice.dtype
         self.rotary = rotary_table(a.rotary, a.seq_length, self.dtype, device) if a.rotary else None
         own = range(a.layers + 2) if own is None else own
         self.parts = {i: Block(self, i - 1) if i else Embedding(self) for i in own if i <= a.layers}
-        self.head = Head(self) if a.layers + 1 in own else None
+        self.head = Head(self, chunk) if a.layers + 1 in own else None
 
     def weight(self, name: str) -> Weight:
         """The handle of an operand, by name."""
@@ -156,8 +157,8 @@ class Block:
 class Head:
     """Final norm, output matrix (the embedding's when tied), loss."""
 
-    def __init__(self, decoder: Decoder) -> None:
-        self.d = decoder
+    def __init__(self, decoder: Decoder, chunk: int) -> None:
+        self.d, self.chunk = decoder, chunk
         self.norm = decoder.norm("head.norm")
         self.output = decoder.weight("embedding.weight" if decoder.a.tied else "head.output.weight")
 
@@ -183,10 +184,9 @@ class Head:
             return (self.norm(x) @ self.output.value.T)[:, :self.output.rows.size[0]]
 
     def _loss(self, normal: Tensor, batch: Batch, scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        chunk = max(LOGITS // len(self.output.value), 1)
         targets, mask = self.d.padded(batch.targets.flatten()), self.d.padded(batch.mask.flatten())
         return cross_entropy(self.d.group.all_gather(normal.detach()).wait(), targets, mask, self.output, self.d.group,
-                             chunk, scale)
+                             self.chunk, scale)
 
 
 def swiglu(x: Tensor) -> Tensor:

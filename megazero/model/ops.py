@@ -227,12 +227,13 @@ def cross_entropy(
     total = torch.zeros((), dtype=wide, device=x.device)
     dx = torch.empty_like(x) if scale is not None else None
     logits = torch.empty(min(chunk, len(x)), len(weight.value), dtype=x.dtype, device=x.device)
+    precise = logits if x.dtype == wide else torch.empty_like(logits, dtype=wide)
     index, here = local_rows(targets, weight)
     for low in range(0, len(x), chunk):
         part = slice(low, min(low + chunk, len(x)))
-        z = torch.mm(x[part], weight.value.T, out=logits[:part.stop - low])         # [c, rows], refilled for each chunk
-        z[:, rows:] = -torch.inf                                                    # padding is never predicted
-        z = z if z.dtype == wide else z.to(wide)
+        raw = torch.mm(x[part], weight.value.T, out=logits[:part.stop - low])       # [c, rows], refilled for each chunk
+        raw[:, rows:] = -torch.inf                                                  # padding is never predicted
+        z = raw if precise is logits else precise[:part.stop - low].copy_(raw)
         top = group.all_reduce(z.amax(-1), "max").wait()
         hit = z.gather(-1, index[part, None])[:, 0]
         hit = hit if here is None else torch.where(here[part], hit, 0)
@@ -245,7 +246,7 @@ def cross_entropy(
             factor = mask[part] * scale
             p = e.mul_((factor / both[0])[:, None])                                 # softmax x factor
             p[torch.arange(len(p), device=p.device), index[part]] -= factor if here is None else factor * here[part]
-            dz = p.to(x.dtype)
+            dz = p if precise is logits else raw.copy_(p)
             input_gradient(dz, weight, out=dx[part])
             weight.add_product(dz, x[part])
     return total, dx

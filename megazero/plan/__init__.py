@@ -1,16 +1,18 @@
 """What follows from the settings: pure values, no device and no process."""
 
 from megazero.plan.action import Action, around
-from megazero.plan.architecture import Architecture, Rotary, flops_per_token, parameter_count, units
+from megazero.plan.architecture import Architecture, Rotary, head_chunk, parameter_count, units
 from megazero.plan.checks import checks
-from megazero.plan.cost import LOGITS, describe, memory
+from megazero.plan.cost import memory
 from megazero.plan.families import (
     Family, Row, architecture_of, family_of, flags, from_config, obstacles, rows, shapes, to_config, zeros)
 from megazero.plan.layout import (
     Box, Flat, Operand, OperandSpec, Parameter, Piece, Shape, UnitSpec, cuts, flat, intersect)
 from megazero.plan.mesh import Mesh, all_reduce_bytes
+from megazero.plan.operations import flops_per_token
 from megazero.plan.plan import Plan, plan
 from megazero.plan.program import Part
 from megazero.plan.progress import LossScale, Progress, learning_rate, loss_scale, position
 from megazero.plan.rules import GROUPS, RULES
+from megazero.plan.show import describe
 from megazero.plan.sums import Reductions, Zero, ending

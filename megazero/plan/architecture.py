@@ -6,12 +6,14 @@
     loss = cross_entropy(norm(x) outputT)                     unit `head`; a tied output is unit `embedding` again
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import prod, sqrt
 
-from megazero.plan.layout import Cut, OperandSpec, Parameter, UnitSpec
+from megazero.plan.layout import Cut, OperandSpec, Parameter, UnitSpec, ragged_rows
 from megazero.plan.program import Part
 from megazero.settings import Config, Model
+
+LOGITS = 1 << 24                    # elements of logits that exist at a time in head and loss
 
 
 @dataclass(frozen=True)
@@ -59,17 +61,18 @@ class Architecture:
 
 
 def architecture(config: Config, vocab_size: int) -> Architecture:
-    """The decoder a checked configuration asks for."""
+    """The decoder a configuration asks for. A size that nobody gives is 0: checks() tells it."""
     m = config.model
-    assert m.num_layers and m.hidden_size and m.num_attention_heads and m.seq_length, "plan.checks() comes first"
-    head_dim = m.kv_channels or m.hidden_size // m.num_attention_heads
+    layers, hidden, heads, length = (
+        size or 0 for size in (m.num_layers, m.hidden_size, m.num_attention_heads, m.seq_length))
+    head_dim = m.kv_channels or hidden // (heads or 1)
     scaling = (m.rope_scaling_factor, m.rope_low_freq_factor, m.rope_high_freq_factor, m.rope_original_length)
-    rotary = Rotary(m.rotary_base, round(head_dim * m.rotary_percent) // 2 * 2, scaling if m.use_rope_scaling else None)
+    channels = round(head_dim * min(1, max(0, m.rotary_percent))) // 2 * 2
+    rotary = Rotary(m.rotary_base, channels, scaling if m.use_rope_scaling else None)
     return Architecture(
-        layers=m.num_layers, hidden=m.hidden_size, ffn=ffn_size(m) or 0, heads=m.num_attention_heads,
-        kv_heads=m.num_query_groups or m.num_attention_heads, head_dim=head_dim,
-        seq_length=m.seq_length, vocab_size=vocab_size,
-        learned_positions=(m.max_position_embeddings or m.seq_length
+        layers=layers, hidden=hidden, ffn=ffn_size(m), heads=heads, kv_heads=m.num_query_groups or heads,
+        head_dim=head_dim, seq_length=length, vocab_size=vocab_size,
+        learned_positions=(m.max_position_embeddings or length
                            if m.position_embedding_type == "learned_absolute" else 0),
         rotary=rotary if m.position_embedding_type == "rope" else None, norm=m.normalization, epsilon=m.norm_epsilon,
         activation="swiglu" if m.swiglu else "relu2" if m.squared_relu else "gelu_tanh" if m.openai_gelu else "gelu",
@@ -78,15 +81,15 @@ def architecture(config: Config, vocab_size: int) -> Architecture:
         attention_dropout=m.attention_dropout, hidden_dropout=m.hidden_dropout, pad_rows=m.make_vocab_size_divisible_by)
 
 
-def ffn_size(m: Model) -> int | None:
-    """Width inside the MLP, by Megatron's rule where it is not given; None when nothing says it."""
-    default = m.hidden_size and (m.hidden_size * 8 // 3 // 64 * 64 if m.swiglu else 4 * m.hidden_size)
-    return m.ffn_hidden_size or default
+def ffn_size(m: Model) -> int:
+    """Width inside the MLP, by Megatron's rule where it is not given; 0 when nothing says it."""
+    hidden = m.hidden_size or 0
+    return m.ffn_hidden_size or (hidden * 8 // 3 // 64 * 64 if m.swiglu else 4 * hidden)
 
 
 def units(a: Architecture) -> tuple[UnitSpec, ...]:
     """Every weight of the decoder, by unit, in the order of the forward pass."""
-    cut, table = Cut(0, a.vocab_size, ragged=True), (a.vocab_size, a.hidden)
+    cut, table = Cut(0, a.vocab_size, ragged=True, name="vocabulary"), (a.vocab_size, a.hidden)
     embedding, output = (one(Parameter(name, table, a.init_std, cut=cut, group="table"), a.pad_rows)
                          for name in ("embedding.weight", "head.output.weight"))
     places = Parameter("positions.weight", (a.learned_positions, a.hidden), a.init_std, partial=True, group="table")
@@ -111,18 +114,19 @@ def block(a: Architecture, i: int) -> UnitSpec:
     q, kv, small = a.heads * a.head_dim, a.kv_heads * a.head_dim, a.init_std / sqrt(2 * a.layers)
     at, mlp, widths = (f"layers.{i}.attention", f"layers.{i}.mlp",
                        {"gate": a.ffn, "up": a.ffn} if a.gated else {"up": a.ffn})
-    heads = {"q": Cut(0, a.heads), "k": Cut(0, a.kv_heads), "v": Cut(0, a.kv_heads)}
+    groups, wide = Cut(0, a.kv_heads, name="kv_heads"), Cut(0, a.ffn, name="ffn")
+    heads = {"q": Cut(0, a.heads, name="heads"), "k": groups, "v": groups}
     rows = {"q": q, "k": kv, "v": kv}
     operands = [
         *norm(f"{at}.norm", a.hidden, a.norm_bias),
         OperandSpec(f"{at}.qkv.weight",
                     tuple(Parameter(f"{at}.{n}.weight", (rows[n], a.hidden), a.init_std, cut=heads[n]) for n in "qkv")),
-        one(Parameter(f"{at}.o.weight", (a.hidden, q), small, cut=Cut(1, a.heads))),
+        one(Parameter(f"{at}.o.weight", (a.hidden, q), small, cut=replace(heads["q"], dim=1))),
         *norm(f"{mlp}.norm", a.hidden, a.norm_bias),
         OperandSpec(f"{mlp}.up.weight",
-                    tuple(Parameter(f"{mlp}.{n}.weight", (w, a.hidden), a.init_std, cut=Cut(0, a.ffn))
+                    tuple(Parameter(f"{mlp}.{n}.weight", (w, a.hidden), a.init_std, cut=wide)
                           for n, w in widths.items())),
-        one(Parameter(f"{mlp}.down.weight", (a.hidden, a.ffn), small, cut=Cut(1, a.ffn))),
+        one(Parameter(f"{mlp}.down.weight", (a.hidden, a.ffn), small, cut=replace(wide, dim=1))),
     ]
     if a.qkv_bias:
         biases = tuple(Parameter(f"{at}.{n}.bias", (rows[n],), cut=heads[n], group="vector") for n in "qkv")
@@ -130,8 +134,8 @@ def block(a: Architecture, i: int) -> UnitSpec:
     if a.qk_norm:
         operands += [*norm(f"{at}.q_norm", a.head_dim, a.norm_bias), *norm(f"{at}.k_norm", a.head_dim, a.norm_bias)]
     if a.bias:
-        wide = tuple(Parameter(f"{mlp}.{n}.bias", (w,), cut=Cut(0, a.ffn), group="vector") for n, w in widths.items())
-        operands += [OperandSpec(f"{mlp}.up.bias", wide),
+        biases = tuple(Parameter(f"{mlp}.{n}.bias", (w,), cut=wide, group="vector") for n, w in widths.items())
+        operands += [OperandSpec(f"{mlp}.up.bias", biases),
                      one(residual_bias(f"{at}.o.bias", a)), one(residual_bias(f"{mlp}.down.bias", a))]
     return UnitSpec(f"layers.{i}", tuple(operands))
 
@@ -154,13 +158,6 @@ def parameter_count(a: Architecture) -> int:
     return sum(prod(p.shape) for u in units(a) for p in u.parameters)
 
 
-def matmul_count(a: Architecture) -> int:
-    """Weights that every token is multiplied by: blocks and output, not the embedding look-up."""
-    per_block = a.hidden * a.head_dim * (2 * a.heads + 2 * a.kv_heads) + a.hidden * a.ffn * (3 if a.gated else 2)
-    return a.layers * per_block + a.vocab_size * a.hidden
-
-
-def flops_per_token(a: Architecture) -> float:
-    """Model FLOPs of one trained token: 6 N + 6 L h S,
-    N the matmul weights, attention causal (half of the square counted)."""
-    return 6.0 * matmul_count(a) + 6.0 * a.layers * a.heads * a.head_dim * a.seq_length
+def head_chunk(a: Architecture, ranks: int) -> int:
+    """Tokens whose logits exist at a time on each of `ranks` tensor-parallel ranks, in head and loss."""
+    return max(LOGITS // ragged_rows(a.vocab_size, ranks, a.pad_rows), 1)

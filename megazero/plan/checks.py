@@ -4,9 +4,10 @@ what to write. Pure.
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 
 from megazero.pipeline import SCHEDULES, from_layout
-from megazero.plan.architecture import ffn_size
+from megazero.plan.architecture import architecture, block
 from megazero.settings import Config
 
 
@@ -77,7 +78,8 @@ def _model(c: Config, world: int) -> Iterator[Check]:
         head_dim = m.kv_channels or hidden // heads
         yield (m.position_embedding_type == "rope" and head_dim % 2,
                f"--position-embedding-type rope: needs an even head width, not {head_dim}; give an even --kv-channels.")
-        yield (m.position_embedding_type == "rope" and m.rotary_percent > 0 and round(head_dim * m.rotary_percent) < 2,
+        yield (m.position_embedding_type == "rope" and 0 < m.rotary_percent <= 1
+               and round(head_dim * m.rotary_percent) < 2,
                f"--rotary-percent {m.rotary_percent:g}: leaves no channel of a head of {head_dim} to rotate; "
                f"write at least {2 / max(head_dim, 2):g}.")
     longest = m.max_position_embeddings
@@ -114,13 +116,7 @@ def _layout(c: Config, world: int) -> Iterator[Check]:
            + f": {need} ranks are needed{'' if dp else ', or a multiple'}, but {world} run{'s' if world == 1 else ''}; "
            f"start with torchrun --nproc_per_node {need}, or change the sizes.")
     yield from _stages(c)
-    for flag, size in (("--num-attention-heads", c.model.num_attention_heads or 0),
-                       ("--ffn-hidden-size", ffn_size(c.model) or 0)):
-        works = [str(n) for n in range(1, min(size, 64) + 1) if size % n == 0]
-        yield size > 0 and size % tp, f"--tp {tp}: does not divide {flag} {size}; write one of {', '.join(works)}."
-    kv = c.model.num_query_groups or 0
-    yield (kv > 0 and kv % tp and tp % kv,
-           f"--tp {tp}: neither divides --num-query-groups {kv} nor is a multiple of it; change one of them.")
+    yield from _divided(c, tp)
     dp, k = world // (tp * pp), p.zero_shard_size
     yield (k is not None and p.zero_stage and (k < 1 or dp % k),
            f"--zero-shard-size {k}: must divide the data-parallel size {dp}; write one of "
@@ -128,6 +124,21 @@ def _layout(c: Config, world: int) -> Iterator[Check]:
     for flag, count in (("--reduce-every", p.reduce_every), ("--keep-weights", p.keep_weights)):
         yield count < 1, f"{flag} {count}: must be at least 1."
     yield p.bucket_size < 0, f"--bucket-size {p.bucket_size}: must be 0 or more."
+
+
+def _divided(c: Config, tp: int) -> Iterator[Check]:
+    """What tensor-parallel ranks share: the cuts of a block's weights, by name. Key-value heads may be copied, where
+    they are fewer than the ranks; where nobody gives their number, the heads stand for them."""
+    flags = {"heads": "--num-attention-heads", "ffn": "--ffn-hidden-size", "kv_heads": "--num-query-groups"}
+    cuts = {p.cut.name: p.cut.parts for p in block(replace(architecture(c, 0), layers=1), 0).parameters if p.cut}
+    for name, flag in flags.items():
+        size = cuts[name]
+        works = [str(n) for n in range(1, min(size, 64) + 1) if size % n == 0]
+        if name != "kv_heads":
+            yield size > 0 and size % tp, f"--tp {tp}: does not divide {flag} {size}; write one of {', '.join(works)}."
+        elif c.model.num_query_groups:
+            yield (size > 0 and size % tp and tp % size,
+                   f"--tp {tp}: neither divides {flag} {size} nor is a multiple of it; change one of them.")
 
 
 def _stages(c: Config) -> Iterator[Check]:

@@ -1,21 +1,28 @@
-"""What a plan costs one rank: bytes of memory, bytes on the wire, and the plan as printed at the start. Pure.
+"""What a plan costs one rank: bytes of memory and bytes on the wire. Pure.
 
-Both follow from the program that the rank will run, so that they are what happens and not what somebody expects of it.
+Both follow from the program that the rank will run and from the rows of its operations, so that they are what happens
+and not what somebody expects of it.
 """
 
 from collections import Counter
-from collections.abc import Mapping
-from math import ceil
+from collections.abc import Iterable, Mapping, Sequence
 
-from megazero.base import DTYPES, gib
-from megazero.pipeline import KINDS, SCHEDULES, Costs
-from megazero.plan.architecture import Architecture, flops_per_token, parameter_count
+from megazero.base import DTYPES
+from megazero.pipeline import KINDS
+from megazero.plan.action import Action
+from megazero.plan.architecture import Architecture, head_chunk
 from megazero.plan.layout import Flat, Shape, cuts, flat, ragged_rows
 from megazero.plan.mesh import all_reduce_bytes
+from megazero.plan.operations import Micro, Operation, distinct, table
 from megazero.plan.plan import Plan
-from megazero.plan.program import Action
+from megazero.plan.rules import RULES
 
-LOGITS = 1 << 24                    # elements of logits that exist at a time in head and loss
+# What a pass over a part changes: what it keeps for backward, what lives between the two halves of a split backward,
+# and, of the embedding, the activation or gradient that is under way to the next part (between others it only moves).
+CHANGES = {name: {"kept": (n := (kind.leaves == "activations") - (kind.after == "F")), "edge": n,
+                  "between": (kind.leaves == "operands") - (kind.after == "I")} for name, kind in KINDS.items()}
+MESSAGES = {"expect": 1, "send": -1}            # room is made for one, one leaves
+SENT = {"gather", "reduce", "replicate", "tie"}
 
 
 def flats(p: Plan, rank: int) -> dict[str, Flat]:
@@ -29,20 +36,22 @@ def stored(f: Flat, p: Plan) -> int:
 
 
 def memory(p: Plan, rank: int = 0) -> dict[str, int]:
-    """Bytes on one rank by category; exact but for activations and logits, which are estimated."""
-    c, level = p.config, p.zero.level
-    units = flats(p, rank)
+    """Bytes on one rank by category, as they are between actions. Of what an operation needs while it runs only logits
+    are counted: a chunk, in each dtype in which it exists."""
+    level, a, m, units, program = p.zero.level, p.architecture, micro(p, rank), flats(p, rank), p.training(rank)
     whole = sum(stored(f, p) for f in units.values())
-    part, width = whole // p.shard, DTYPES[c.dtype].width
-    full = max(width, 4)                                        # masters, gradients and moments
+    part, width, full = whole // p.shard, m.width, m.wide       # full: masters, gradients and moments
+    chunk = min(m.tokens, p.head_chunk) if len(p.stages) - 1 in p.stages_of(rank).own else 0
+    logits = chunk * ragged_rows(a.vocab_size, p.tp, a.pad_rows)
     return {
         "weights": (part if level == 3 else whole) * width,
         "master weights": part * 4 if width == 2 else 0,
         "gradients": (part if level >= 2 else whole) * full,
-        "optimizer": part * full * (2 if c.optimizer.optimizer == "adam" else 1),
-        "gathered weights": borrowed(p.training(rank), units, p, "gather", "release") * width if level == 3 else 0,
-        "gradient sums": borrowed(p.training(rank), units, p, "open", "land") * full if level >= 2 else 0,
-        **working(p, rank, width, full),
+        "optimizer": part * full * len(RULES[p.config.optimizer.optimizer].moments),
+        "gathered weights": borrowed(program, units, p, "gather", "release") * width if level == 3 else 0,
+        "gradient sums": borrowed(program, units, p, "open", "land") * full if level >= 2 else 0,
+        "activations": peak(program, table(a, m), m.share * a.hidden * width),
+        "logits": logits * (width + full if width == 2 else width),
     }
 
 
@@ -57,48 +66,43 @@ def borrowed(program: list[Action], units: Mapping[str, Flat], p: Plan, take: st
     return sum(n * size[kind] for kind, n in most.items())
 
 
-def working(p: Plan, rank: int, width: int, full: int) -> dict[str, int]:
-    """Estimates of what a step needs besides."""
-    a, t, own = p.architecture, p.config.training, p.stages_of(rank).own
-    tokens = t.micro_batch_size * a.seq_length // p.tp
-    blocks = {stage: sum(0 < i <= a.layers for i in parts) for stage, parts in own.items()}
-    most, now = 0, 0
-    for step in p.passes[p.mesh.place(rank).pp]:
-        now += blocks[step.stage] * ((KINDS[step.kind].leaves == "activations") - (KINDS[step.kind].after == "F"))
+def micro(p: Plan, rank: int) -> Micro:
+    """One micro-batch on one rank."""
+    c = p.config
+    return Micro(p.micro_batch, p.architecture.seq_length, p.mesh.place(rank).tp, p.tp, DTYPES[c.dtype].width,
+                 c.training.recompute_granularity, c.data.reset_attention_mask, c.data.reset_position_ids)
+
+
+def peak(program: Iterable[Action], parts: Sequence[Sequence[Operation]], edge: int) -> int:
+    """The most bytes that a program's activations take at a time: what is kept for backward and between its halves,
+    and what is under way, `edge` bytes for each micro-batch. Where a part is run again, its graph is counted."""
+    sizes = {i: {"kept": distinct(rows, "kept"), "between": distinct(rows, "between"), "edge": 0 if i else edge,
+                 "graph": distinct(rows, "kept", "again")} for i, rows in enumerate(parts)}
+    now = most = 0
+    for action in program:
+        if action.kind in CHANGES:
+            size, change = sizes[action.part], CHANGES[action.kind]
+            most = max(most, now + (size["graph"] - size["kept"] if change["kept"] == -1 else 0))
+            now += sum(sign * size[what] for what, sign in change.items())
+        now += MESSAGES.get(action.kind, 0) * edge
         most = max(most, now)
-    masks = a.seq_length * ((p.tp if p.config.data.reset_attention_mask else 0)
-                            + (3 * a.heads if a.attention_dropout else 0))
-    again = kept_per_token(a, "none") + masks if t.recompute_granularity == "full" else 0
-    rows = ragged_rows(a.vocab_size, p.tp, a.pad_rows)
-    chunk = min(tokens * p.tp, max(LOGITS // rows, 1)) * rows if len(p.stages) - 1 in own else 0
-    kept = most * (kept_per_token(a, t.recompute_granularity) + (0 if again else masks)) + again
-    return {"activations": tokens * kept * width, "logits": chunk * (2 * width + full if width == 2 else width)}
-
-
-def kept_per_token(a: Architecture, recompute: str) -> int:
-    """Elements per token that one block keeps for its backward pass. The three modes as lists of results kept."""
-    q, kv = a.heads * a.head_dim, a.kv_heads * a.head_dim
-    rotated = q + kv if a.rotary or a.qk_norm else 0
-    selective = {"input": a.hidden, "q, k, v": q + 2 * kv, "rotated q, k": rotated, "attention": q, "middle": a.hidden,
-                 "up": a.ffn * (2 if a.gated else 1)}
-    none = selective | {"norms": 2 * a.hidden, "activation": a.ffn * (2 if a.gated else 1)}
-    return sum({"none": none, "selective": selective, "full": {"input": a.hidden}}[recompute].values())
+    return most
 
 
 def traffic(p: Plan, rank: int = 0) -> dict[str, int]:
     """Bytes that one rank sends in a training step, by axis; `comm` counts the same."""
-    width = DTYPES[p.config.dtype].width
-    wide, ranks, units = max(width, 4), p.mesh.place(rank).dp % p.shard, flats(p, rank)
+    a, m, units, slice_ = p.architecture, micro(p, rank), flats(p, rank), p.mesh.place(rank).dp % p.shard
+    width, wide, parts = m.width, m.wide, table(a, m)
     sent = Counter(dict.fromkeys(("tp", "kv", "shard", "replicate", "tied", "pp", "world"), 0))
     for action in p.training(rank):
-        part = stored(units[action.unit], p) // p.shard if len(action.units) == 1 else 0
+        part = stored(units[action.unit], p) // p.shard if action.kind in SENT else 0
         sent["shard"] += (p.shard - 1) * part * {"gather": width, "reduce": wide}.get(action.kind, 0)
         sent["replicate"] += all_reduce_bytes(part, wide, p.dp // p.shard) if action.kind == "replicate" else 0
         sent["tied"] += all_reduce_bytes(part, wide, 2) if action.kind == "tie" else 0
-        sent["pp"] += share(p) * width if action.kind == "send" else 0
-        sent["tp"] += computation(action, p, width, wide)
+        sent["pp"] += m.share * a.hidden * width if action.kind == "send" else 0
+        sent["tp"] += moved(action.kind, parts[action.part], a, m) if action.kind in KINDS else 0
     for axis, cut, size in (("tp", False, p.tp), ("kv", True, p.mesh.kv)):
-        n = sum(_partial(f, stored(f, p) // p.shard, ranks, cut) for f in units.values())
+        n = sum(_partial(f, stored(f, p) // p.shard, slice_, cut) for f in units.values())
         sent[axis] += all_reduce_bytes(n, wide, size)
     return {**sent, "world": all_reduce_bytes(4, 8, p.world)}
 
@@ -110,56 +114,10 @@ def _partial(f: Flat, part: int, rank: int, cut: bool) -> int:
     return sum(max(stop - start, 0) for start, stop in common)
 
 
-def share(p: Plan) -> int:
-    """Elements of one micro-batch's activations on one rank: its share of the tokens, padded to a multiple of tp."""
-    return ceil(p.micro_batch * p.architecture.seq_length / p.tp) * p.architecture.hidden
-
-
-def computation(action: Action, p: Plan, width: int, wide: int) -> int:
-    """Bytes over tp of one computation.
-
-    A block moves its tokens 4 times forward (gather and scatter for attention and MLP) and 6 times backward (the gather
-    of a column operation is repeated), embedding and head twice each; the loss adds a maximum and two sums per token.
-    """
-    a, t = p.architecture, p.config.training
-    move, tokens = (p.tp - 1) * share(p) * width, share(p) // a.hidden * p.tp
-    again = 4 if t.recompute_granularity == "full" else 0
-    if action.kind == "L":
-        chunk = max(LOGITS // ragged_rows(a.vocab_size, p.tp, a.pad_rows), 1)
-        chunks = [min(chunk, tokens - low) for low in range(0, tokens, chunk)]
-        return 2 * move + sum(all_reduce_bytes(c, wide, p.tp) + all_reduce_bytes(2 * c, wide, p.tp) for c in chunks)
-    blocks, first = {"F": 4, "B": 6 + again, "I": 4 + again, "W": 2}, {"F": 1, "B": 1, "I": 0, "W": 1}
-    return move * (first if action.part == 0 else blocks).get(action.kind, 0)
-
-
-def describe(p: Plan) -> str:
-    """The plan as printed at the start."""
-    a, c = p.architecture, p.config
-    positions = "learned" if a.learned_positions else "rotary" if a.rotary else "no"
-    sent, needs = traffic(p), {rank: memory(p, rank) for rank in range(0, p.world, p.world // p.pp)}
-    fullest = max(needs, key=lambda rank: sum(needs[rank].values()))
-    need, which = needs[fullest], f" on rank {fullest}, no more on others" if p.pp > 1 else " per rank"
-    layers = [sum(0 < i <= a.layers for i in stage) for stage in p.stages]
-    each = f"{layers[0]}" if len(set(layers)) == 1 else " ".join(map(str, layers))
-    row = SCHEDULES[c.parallel.pipeline_schedule]
-    idle = row.bubble(p.pp, p.micro_batches, p.virtual, Costs(1, 2)) / (p.micro_batches * p.virtual * 3)
-    shared = f"over {p.shard} ranks" + (f", repeated {p.dp // p.shard} times" if p.shard < p.dp else "")
-    return "\n".join([
-        f"model       {parameter_count(a):,} parameters: {a.layers} layers x {a.hidden}, {a.heads} heads x {a.head_dim}"
-        + (f" over {a.kv_heads} kv heads" if a.kv_heads != a.heads else "") + f", ffn {a.ffn} {a.activation}, "
-        f"{a.norm}, {positions} positions, vocabulary {a.vocab_size:,}, {'tied' if a.tied else 'untied'}",
-        f"ranks       {p.world} = tp {p.tp} x pp {p.pp} x dp {p.dp}, ZeRO {c.parallel.zero_stage}"
-        + (f" {shared}" if c.parallel.zero_stage else "") + f", schedule {c.parallel.pipeline_schedule}",
-        *([f"stages      {len(p.stages)} of {each} layers, {p.virtual} per rank; "
-           f"bubble {idle:.0%} of the computing time if all are alike"] if len(p.stages) > 1 else []),
-        f"step        {p.global_batch} samples x {a.seq_length} = {p.tokens_per_step:,} tokens: "
-        f"dp {p.dp} x {p.micro_batches} micro-batches of {p.micro_batch}; "
-        f"{p.train_iters:,} steps, {p.train_iters * p.tokens_per_step:,} tokens",
-        f"precision   {c.dtype}, recompute {c.training.recompute_granularity}",
-        f"compute     {flops_per_token(a):.4g} FLOPs per token (6 N + 6 L h S: causal attention, "
-        f"no recompute counted), {flops_per_token(a) * p.tokens_per_step * p.train_iters:.3g} in all",
-        f"memory      {gib(sum(need.values()))}{which}: " + ", ".join(f"{k} {gib(v)}" for k, v in need.items() if v),
-        *([f"groups      {'; '.join(p.mesh.describe())}"] if p.world > 1 else []),
-        *([f"wire        {gib(sum(sent.values()))} sent per rank and step: "
-           + ", ".join(f"{axis} {gib(n)}" for axis, n in sent.items() if n)] if p.world > 1 else []),
-    ])
+def moved(kind: str, rows: Sequence[Operation], a: Architecture, m: Micro) -> int:
+    """Bytes over tp of one pass over a part: its tokens as often as its operations move them; the loss adds up what it
+    needs of each token, one chunk of logits at a time."""
+    times, chunk = sum(row.moves.get(kind, 0) for row in rows), head_chunk(a, m.ranks)
+    chunks = [min(chunk, m.tokens - low) for low in range(0, m.tokens, chunk)] if kind in ("L", "E") else []
+    return times * (m.ranks - 1) * m.share * a.hidden * m.width + sum(
+        all_reduce_bytes(n * c, m.wide, m.ranks) for c in chunks for row in rows for n in row.sums)

@@ -78,11 +78,13 @@ class Cut:
 
     Ranks share the pieces evenly. With fewer parts than ranks, neighbouring ranks hold the same part. `ragged` cuts
     (a vocabulary) need not divide: every rank stores the same number of rows, the last ones hold fewer real ones.
+    `name` says what the parts are; cuts of one name share out the same thing.
     """
 
     dim: int
     parts: int
     ragged: bool = False
+    name: str = ""
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from itertools import accumulate, pairwise
 from megazero.base import UserError
 from megazero.pipeline import Pass, from_layout, passes, shares
 from megazero.plan.action import Action
-from megazero.plan.architecture import Architecture, architecture, parts, units
+from megazero.plan.architecture import Architecture, architecture, head_chunk, parts, units
 from megazero.plan.checks import checks
 from megazero.plan.layout import UnitSpec, joined
 from megazero.plan.mesh import Mesh
@@ -74,6 +74,11 @@ class Plan:
                else 1 if p.zero_stage >= 2 or self.shard < self.dp else 2)
         return Zero(p.zero_stage, p.keep_weights, p.reduce_every, p.overlap_param_gather, lag,
                     1 if p.overlap_grad_reduce else 0)
+
+    @property
+    def head_chunk(self) -> int:
+        """Tokens whose logits exist at a time."""
+        return head_chunk(self.architecture, self.tp)
 
     @property
     def virtual(self) -> int:

@@ -41,7 +41,7 @@ class Executor:
         self.aside: dict[tuple[int, int], list[Callable[[], Callable[[], None]]]] = {}
         self.expected: dict[tuple[str, int, int], Work] = {}
         self.leaving: list[Work] = []
-        self.do: Mapping[str, Do] = {
+        self.do: dict[str, Do] = {
             **cast(Mapping[str, Do], actions.do), "F": self._forward, "B": self._backward, "I": self._inputs,
             "W": self._weights, "L": self._loss, "E": self._evaluate, "expect": self._expect, "recv": self._receive,
             "send": self._send}

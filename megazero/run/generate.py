@@ -8,7 +8,7 @@ from megazero.base import UserError
 from megazero.comm import Alone
 from megazero.data import Tokenizer, load_tokenizer
 from megazero.model import Batch, Decoder
-from megazero.plan import architecture_of, flat, units
+from megazero.plan import architecture_of, flat, head_chunk, units
 from megazero.state import Reader, fill, mismatches
 from megazero.units import TORCH_DTYPE, Unit
 
@@ -25,7 +25,7 @@ def build_from_checkpoint(reader: Reader, dtype: str = "fp32", device: torch.dev
     for unit in built.values():
         fill(reader, unit.flat, unit.low, {"weight": unit.master})
         unit.publish()
-    return Decoder(a, built, Alone(), seed=0, recompute="none", device=device)
+    return Decoder(a, built, Alone(), seed=0, recompute="none", device=device, chunk=head_chunk(a, 1))
 
 
 def tokenizer_of(reader: Reader) -> Tokenizer:

@@ -54,7 +54,7 @@ class Run:
             u.name: Unit(flat(u, wires.place.tp, plan.tp), dtype, device, tied if u.name in stages.tied else sharing)
             for u in plan.units_of(wires.rank)}
         self.decoder = Decoder(a, self.units, wires["tp"], c.training.seed, c.training.recompute_granularity, device,
-                               [i for own in stages.own.values() for i in own])
+                               plan.head_chunk, [i for own in stages.own.values() for i in own])
         self.training, self.evaluation = plan.training(wires.rank), plan.evaluation(wires.rank)
         units, tells = list(self.units.values()), wires.place.tp == 0
         self.gate = Gate(units, c.optimizer.clip_grad, wires["world"], tells)

@@ -1,0 +1,218 @@
+"""What each part of a decoder does, as rows: cost.py adds them up. decoder.py is the same as plain code. Pure.
+
+    share     tokens of this tensor-parallel rank: [t/tp, h] between operations
+    tokens    tokens of the micro-batch, padded to a multiple of tp: [t, o] in an operation, o channels of this rank
+    real      the same without padding: [b s, n, d] in attention, n heads of this rank
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from math import ceil, prod
+from typing import NamedTuple
+
+from megazero.plan.architecture import Architecture, parts, units
+from megazero.plan.layout import Operand, flat
+
+
+class Micro(NamedTuple):
+    """One micro-batch of `samples` x `length` tokens on one of `ranks` tensor-parallel ranks, and how it is trained.
+    `width` bytes an activation; `documents` and `positions`: are there such masks, and positions of its own?"""
+
+    samples: int
+    length: int
+    rank: int = 0
+    ranks: int = 1
+    width: int = 4
+    recompute: str = "none"
+    documents: bool = False
+    positions: bool = False
+
+    @property
+    def wide(self) -> int:
+        """Bytes of a sum over channels."""
+        return max(self.width, 4)
+
+    @property
+    def real(self) -> int:
+        return self.samples * self.length
+
+    @property
+    def share(self) -> int:
+        return ceil(self.real / self.ranks)
+
+    @property
+    def tokens(self) -> int:
+        return self.share * self.ranks
+
+
+@dataclass(frozen=True)
+class Operation:
+    """A row. Bytes are of one micro-batch on one rank, tensor by tensor, so that one which two operations keep counts
+    once. A batch's own tensors, the rotary table and vectors without tokens are not in them.
+
+    weights   the operands it reads
+    flops     forward, per token: 2 for each weight of a product
+    kept      what autograd keeps of it until its backward pass (B, or I)
+    again     what it keeps besides while its part is run again in that pass (full recompute)
+    between   what its weights' gradient needs, from the input's gradient (I) to the weights' (W): x and dy
+    moves     how often [t/tp, h] travels over tp in each kind of pass
+    sums      elements per token of each all-reduce over tp in L and E
+    """
+
+    name: str
+    weights: tuple[str, ...] = ()
+    flops: int = 0
+    kept: Mapping[str, int] = field(default_factory=dict)
+    again: Mapping[str, int] = field(default_factory=dict)
+    between: Mapping[str, int] = field(default_factory=dict)
+    moves: Mapping[str, int] = field(default_factory=dict)
+    sums: tuple[int, ...] = ()
+
+
+COLUMN = {"F": 1, "B": 2, "I": 1, "W": 1}       # gathers; gathers again, and scatters the gradient
+ROW = {"F": 1, "B": 1, "I": 1}                  # scatters; gathers the gradient
+TABLE = {"F": 1, "B": 1, "W": 1}                # a look-up has no gradient for its input
+OUTPUT = {"L": 2, "E": 1}
+
+
+def operations(a: Architecture, part: int, m: Micro) -> tuple[Operation, ...]:
+    """The rows of a part (0 embedding, 1 .. n blocks, n + 1 head), in the order of its forward pass."""
+    read = parts(a)[part].forward
+    w = {o.name: o for u in units(a) if u.name in read for o in flat(u, m.rank, m.ranks).operands}
+    if part == 0:
+        return _embedding(a, m, w)
+    if part > a.layers:
+        return _head(a, w)
+    rows = _block(a, m, w, f"layers.{part - 1}")
+    return tuple(map(_twice, rows)) if m.recompute == "full" else rows
+
+
+def table(a: Architecture, m: Micro) -> list[tuple[Operation, ...]]:
+    """The rows of every part; blocks are alike."""
+    first, block, head = (operations(a, part, m) for part in (0, 1, a.layers + 1))
+    return [first, *[block] * a.layers, head]
+
+
+def distinct(rows: Sequence[Operation], *whats: str) -> int:
+    """Bytes of all tensors that the rows name under `kept`, `again` or `between`, each once."""
+    return sum({name: n for row in rows for what in whats for name, n in getattr(row, what).items()}.values())
+
+
+def flops_per_token(a: Architecture) -> float:
+    """Model FLOPs of one trained token, three times forward: 6 N + 6 L h S,
+    N the matmul weights, attention causal (half of the square counted)."""
+    return 3.0 * sum(row.flops for rows in table(a, Micro(1, a.seq_length)) for row in rows)
+
+
+def _twice(row: Operation) -> Operation:
+    """With full recompute: only the part's input is kept, and backward begins with the forward pass."""
+    moves = {kind: n + (row.moves["F"] if kind in ("B", "I") else 0) for kind, n in row.moves.items()}
+    return replace(row, kept={name: n for name, n in row.kept.items() if name == "input"}, again=row.kept, moves=moves)
+
+
+def _embedding(a: Architecture, m: Micro, w: Mapping[str, Operand]) -> tuple[Operation, ...]:
+    """It keeps its graph under every recompute mode: running it again would gather its weights again."""
+    (words,), padded, numbers = w["embedding.weight"].pieces, m.tokens > m.real, m.tokens * 8
+    dy = {"d embedding": m.share * a.hidden * m.width}
+    if words.shard.box.size[0] == a.vocab_size:             # every token is here: the batch's own numbers serve
+        index = {"tokens": numbers} if padded else {}
+    else:
+        index = {"rows": numbers, "here": m.tokens}
+    # positions of every rank, of which a share is read; a batch's own need no copy unless they are padded
+    places = {"places": numbers} if padded or not m.positions else {}
+    return (
+        Operation("embedding", ("embedding.weight",), kept=index, between=index | dy, moves=TABLE),
+        *([Operation("positions", ("positions.weight",), kept=places, between=places | dy)]
+          if a.learned_positions else []),
+        *_dropout(a, m, "embedding"))
+
+
+def _block(a: Architecture, m: Micro, w: Mapping[str, Operand], layer: str) -> tuple[Operation, ...]:
+    at, mlp, again = f"{layer}.attention", f"{layer}.mlp", m.recompute == "selective"
+    up, inner = (m.tokens * n * m.width for n in (w[f"{mlp}.up.weight"].shape[0], w[f"{mlp}.down.weight"].shape[1]))
+    # relu2 squares its relu's result; swiglu's product needs both factors, of which gate lies in what went in
+    needs = {"relu2": {"relu": inner}, "swiglu": {"up": up, "silu": inner}}.get(a.activation, {"up": up})
+    activation = {"activation": inner}
+    return (
+        *_column(a, m, w, f"{at}.norm", f"{at}.qkv", "input"),
+        *_attention(a, m, w, at),
+        *_dropout(a, m, at),
+        *_column(a, m, w, f"{mlp}.norm", f"{mlp}.up", "middle"),
+        Operation(f"{mlp}.{a.activation}", kept={} if again else needs),
+        _row(a, m, w, f"{mlp}.down", {"up": up} if again else activation, activation),
+        *_dropout(a, m, mlp))
+
+
+def _head(a: Architecture, w: Mapping[str, Operand]) -> tuple[Operation, ...]:
+    """Forward and backward at once: nothing is kept. The loss adds up a maximum, then two sums, per token."""
+    output = "embedding" if a.tied else "head.output"
+    return (Operation("head.norm", *_reads(w, "head.norm")),
+            Operation("head.output", *_reads(w, output), moves=OUTPUT, sums=(1, 2)))
+
+
+def _column(a: Architecture, m: Micro, w: Mapping[str, Operand], norm: str, name: str, x: str) -> list[Operation]:
+    """A norm of the residual stream `x`, and the column operation that reads it. With selective recompute the stream
+    is all that is kept."""
+    stream = m.share * a.hidden * m.width
+    normal, dy = {norm: stream}, {f"d {name}": m.tokens * w[f"{name}.weight"].shape[0] * m.width}
+    kept = {x: stream, **_statistics(a, m, norm, m.share)}
+    again = m.recompute == "selective"
+    return [Operation(norm, *_reads(w, norm), {} if again else kept),
+            Operation(name, *_reads(w, name), {x: stream} if again else normal, between=normal | dy, moves=COLUMN)]
+
+
+def _attention(a: Architecture, m: Micro, w: Mapping[str, Operand], at: str) -> list[Operation]:
+    """Norms of heads, rotation, attention, and the row operation behind it."""
+    real, pairs, d = m.real * m.width, m.samples * m.length**2, a.head_dim
+    together = {"qkv": m.tokens * w[f"{at}.qkv.weight"].shape[0] * m.width}         # q, k and v are views of it
+    q, k, _ = (p.shard.box.size[0] for p in w[f"{at}.qkv.weight"].pieces)
+    norms = [Operation(f"{at}.{n}_norm", *_reads(w, f"{at}.{n}_norm"),
+                       kept=together | _statistics(a, m, f"{n}_norm", m.real * size // d))
+             for n, size in (("q", q), ("k", k)) if a.qk_norm]
+    angles = {"cos, sin": real * a.rotary.channels} if a.rotary and m.positions else {}     # looked up for each token
+    turned = a.rotary or a.qk_norm
+    views = {"q": {"q": real * q} if turned else together, "k": {"k": real * k} if turned else together, "v": together}
+    repeated, out = q != k, {"attention": real * q}
+    if a.attention_dropout:
+        # one matrix per sample and head: k and v are copied for it unless one stride serves for both
+        own = {"scaled q": real * q, "copied k": real * q, "copied v": real * q}
+        copied = repeated or (m.samples > 1 and q > d)
+        square, seen = pairs * q // d * m.width, m.length**2 * (m.samples if m.documents else 1)
+        kept = (own if copied else {"scaled q": real * q, **views["k"], **views["v"]}) | {
+            "visible": seen, "softmax": square, "keep": square, "weights": square}
+    else:
+        # Kernels of the CPU; CUDA's flash keeps the same. Its memory-efficient one (fp32, masks) repeats k and v of
+        # grouped heads, as masks do here, and rounds logsumexp up to 32 tokens.
+        fewer = {"repeated k": real * q, "repeated v": real * q} if repeated and m.documents else (
+            views["k"] | views["v"])
+        kept = views["q"] | fewer | out | {"logsumexp": m.real * q // d * m.wide} | (
+            {"mask": pairs * m.width} if m.documents else {})
+    x = {"padded attention": m.tokens * q * m.width} if m.tokens > m.real else out
+    return [*norms, *([Operation(f"{at}.rotary", kept=angles)] if a.rotary else []),
+            Operation(f"{at}.attention", flops=2 * a.heads * d * a.seq_length, kept=kept),
+            _row(a, m, w, f"{at}.o", x, x)]
+
+
+def _row(a: Architecture, m: Micro, w: Mapping[str, Operand], name: str, kept: Mapping[str, int],
+         x: Mapping[str, int]) -> Operation:
+    """It keeps x, or what x is computed from again."""
+    dy = {f"d {name}": m.tokens * a.hidden * m.width}
+    return Operation(name, *_reads(w, name), kept, between={**x, **dy}, moves=ROW)
+
+
+def _dropout(a: Architecture, m: Micro, site: str) -> list[Operation]:
+    mask = {f"{site} mask": m.share * a.hidden * m.width}
+    return [Operation(f"{site}.dropout", kept=mask)] if a.hidden_dropout else []
+
+
+def _statistics(a: Architecture, m: Micro, norm: str, rows: int) -> dict[str, int]:
+    """Of a norm over so many rows: 1 / deviation; for LayerNorm the mean too, on the CPU in the dtype of its input (on
+    CUDA in fp32)."""
+    return {f"{norm} statistics": 2 * rows * m.width if a.norm == "LayerNorm" else rows * m.wide}
+
+
+def _reads(w: Mapping[str, Operand], name: str) -> tuple[tuple[str, ...], int]:
+    """The operands of an operation, and the FLOPs of its product per token on all ranks together (vectors: none)."""
+    shapes = [p.shard.parameter.shape for p in w[f"{name}.weight"].pieces]
+    return (tuple(n for n in (f"{name}.weight", f"{name}.bias") if n in w),
+            2 * sum(prod(shape) for shape in shapes if len(shape) == 2))

@@ -1,0 +1,79 @@
+"""A plan as printed at the start. Pure."""
+
+from megazero.base import gib
+from megazero.pipeline import SCHEDULES, Costs
+from megazero.plan.architecture import Architecture, parameter_count
+from megazero.plan.cost import memory, traffic
+from megazero.plan.operations import flops_per_token
+from megazero.plan.plan import Plan
+
+
+def describe(p: Plan) -> str:
+    """One line for each thing that a plan decides; those of several ranks or stages only where there are several."""
+    c = p.config
+    lines = {
+        "model": _model(p.architecture),
+        "ranks": _ranks(p),
+        "stages": _stages(p) if len(p.stages) > 1 else "",
+        "step": _step(p),
+        "precision": f"{c.dtype}, recompute {c.training.recompute_granularity}",
+        "compute": _compute(p),
+        "memory": _memory(p),
+        "groups": "; ".join(p.mesh.describe()) if p.world > 1 else "",
+        "wire": _wire(p) if p.world > 1 else "",
+    }
+    return "\n".join(f"{what:<12}{text}" for what, text in lines.items() if text)
+
+
+def _model(a: Architecture) -> str:
+    positions = "learned" if a.learned_positions else "rotary" if a.rotary else "no"
+    groups = f" over {a.kv_heads} kv heads" if a.kv_heads != a.heads else ""
+    return (f"{parameter_count(a):,} parameters: {a.layers} layers x {a.hidden}, {a.heads} heads x {a.head_dim}"
+            f"{groups}, ffn {a.ffn} {a.activation}, {a.norm}, {positions} positions, vocabulary {a.vocab_size:,}, "
+            f"{'tied' if a.tied else 'untied'}")
+
+
+def _ranks(p: Plan) -> str:
+    parallel = p.config.parallel
+    repeated = f", repeated {p.dp // p.shard} times" if p.shard < p.dp else ""
+    shared = f" over {p.shard} ranks{repeated}" if parallel.zero_stage else ""
+    return (f"{p.world} = tp {p.tp} x pp {p.pp} x dp {p.dp}, ZeRO {parallel.zero_stage}{shared}, "
+            f"schedule {parallel.pipeline_schedule}")
+
+
+def _stages(p: Plan) -> str:
+    layers = [sum(0 < i <= p.architecture.layers for i in stage) for stage in p.stages]
+    each = f"{layers[0]}" if len(set(layers)) == 1 else " ".join(map(str, layers))
+    row = SCHEDULES[p.config.parallel.pipeline_schedule]
+    idle = row.bubble(p.pp, p.micro_batches, p.virtual, Costs(1, 2)) / (p.micro_batches * p.virtual * 3)
+    return (f"{len(p.stages)} of {each} layers, {p.virtual} per rank; "
+            f"bubble {idle:.0%} of the computing time if all are alike")
+
+
+def _step(p: Plan) -> str:
+    return (f"{p.global_batch} samples x {p.architecture.seq_length} = {p.tokens_per_step:,} tokens: "
+            f"dp {p.dp} x {p.micro_batches} micro-batches of {p.micro_batch}; "
+            f"{p.train_iters:,} steps, {p.train_iters * p.tokens_per_step:,} tokens")
+
+
+def _compute(p: Plan) -> str:
+    each = flops_per_token(p.architecture)
+    return (f"{each:.4g} FLOPs per token (6 N + 6 L h S: causal attention, no recompute counted), "
+            f"{each * p.tokens_per_step * p.train_iters:.3g} in all")
+
+
+def _memory(p: Plan) -> str:
+    """Of the fullest rank."""
+    needs = {rank: memory(p, rank) for rank in range(0, p.world, p.world // p.pp)}
+    fullest = max(needs, key=lambda rank: sum(needs[rank].values()))
+    which = f" on rank {fullest}, no more on others" if p.pp > 1 else " per rank"
+    return f"{gib(sum(needs[fullest].values()))}{which}: {_listed(needs[fullest])}"
+
+
+def _wire(p: Plan) -> str:
+    sent = traffic(p)
+    return f"{gib(sum(sent.values()))} sent per rank and step: {_listed(sent)}"
+
+
+def _listed(sizes: dict[str, int]) -> str:
+    return ", ".join(f"{what} {gib(size)}" for what, size in sizes.items() if size)
