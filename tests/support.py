@@ -17,7 +17,7 @@ from megazero.data.indexed import IndexedWriter
 from megazero.model.decoder import Batch
 from megazero.pipeline import schedule as pipeline
 from megazero.plan.mesh import Mesh
-from megazero.plan.plan import Plan, plan
+from megazero.plan.plan import Plan, resolve
 from megazero.run.run import Run
 from megazero.run.train import main
 from megazero.settings import config
@@ -58,7 +58,7 @@ def byte_dataset(folder: Path) -> str:
 def resolved(words: str, world: int = 1) -> Plan:
     """The plan of a command line that gives --vocab-size."""
     c = config.from_command_line(words.split())
-    return plan(c, world, c.data.vocab_size or 0)
+    return resolve(c, world, c.data.vocab_size or 0)
 
 
 def built(words: str, device: str = "cpu") -> Run:
@@ -85,7 +85,8 @@ def batches(run: Run, step: int = 0, seed: int = 7, masked: bool = False) -> lis
 def gradients(run: Run, data: list[Batch]) -> float:
     """One forward and backward of the program; leaves the gradients of the mean loss in the units and returns that loss."""
     count = sum(float(b.mask.sum()) for b in data)
-    return float(run.executor.train(replace(run.plan, micro_batches=len(data)).training(0), data, torch.tensor(1 / count, dtype=run.optimizer.wide, device=run.device))) / count
+    plan = replace(run.plan, global_batch=len(data) * run.plan.micro_batch * run.plan.dp)
+    return float(run.executor.train(plan.training(0), data, torch.tensor(1 / count, dtype=run.optimizer.wide, device=run.device))) / count
 
 
 def named(run: Run, buffer: str = "master") -> dict[str, torch.Tensor]:

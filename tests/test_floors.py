@@ -11,7 +11,7 @@ FLOORS: dict[str, tuple[int, str]] = {
     "base": (150, "errors text dtypes disk"),
     "pipeline": (500, "schedule timeline"),
     "settings": (750, "command_line config"),
-    "plan": (2000, "rules layout mesh program architecture checks plan cost families progress"),
+    "plan": (2100, "rules devices layout mesh sizes progress program architecture checks plan cost families"),
     "comm": (1000, "group shared gloo nccl fake late wires"),
     "units": (600, "random unit optimizer"),
     "model": (700, "ops attention decoder"),

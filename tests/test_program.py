@@ -215,13 +215,13 @@ import sys, torch
 from megazero.comm import connect
 from megazero.settings.config import from_command_line
 from megazero.plan.cost import memory
-from megazero.plan import plan
+from megazero.plan import resolve
 from megazero.run import Run
 
 def peak():         # ru_maxrss would count the parent that this process was forked from
     return 1024 * next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
 
-p = plan(from_command_line(sys.argv[1:]), 8 * 96 * 8, 50257)
+p = resolve(from_command_line(sys.argv[1:]), 8 * 96 * 8, 50257)
 wires, before = connect(p.mesh, 3000, "fake", 60), peak()
 run = Run(p, None, torch.device("cpu"), wires)
 run.initialise()

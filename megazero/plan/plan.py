@@ -1,8 +1,9 @@
-"""What follows from a configuration and a number of ranks: every size of the run. Pure."""
+"""What follows from a configuration and a number of ranks, as one value. Pure."""
 
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise
+from typing import Self
 
 from megazero.base import UserError
 from megazero.pipeline import Pass, from_layout, passes, shares
@@ -11,22 +12,22 @@ from megazero.plan.checks import checks
 from megazero.plan.layout import UnitSpec, joined
 from megazero.plan.mesh import Mesh
 from megazero.plan.program import Action, Part, Stages, Zero, evaluation, training
+from megazero.plan.progress import Curve
+from megazero.plan.sizes import Sizes, sizes
 from megazero.settings import Config
 
 
 @dataclass(frozen=True)
-class Plan:
-    """The resolved run."""
+class Plan(Sizes):
+    """The resolved run: its sizes, and what else follows from the configuration."""
 
     config: Config
     architecture: Architecture
-    world: int
-    tp: int
-    pp: int
-    dp: int
-    micro_batch: int
-    micro_batches: int
-    train_iters: int
+
+    @classmethod
+    def of(cls, config: Config, world: int, vocab_size: int) -> Self:
+        """That of a configuration in which `checks` finds nothing wrong."""
+        return cls(**vars(sizes(config, world)), config=config, architecture=architecture(config, vocab_size))
 
     @property
     def mesh(self) -> Mesh:
@@ -35,43 +36,25 @@ class Plan:
                     self.virtual > 1, self.architecture.tied and self.pp > 1)
 
     @property
-    def global_batch(self) -> int:
-        return self.micro_batch * self.micro_batches * self.dp
-
-    @property
     def tokens_per_step(self) -> int:
         """Nominal: samples x sequence length, masked tokens included."""
         return self.global_batch * self.architecture.seq_length
 
     @property
-    def warmup_iters(self) -> int:
+    def curve(self) -> Curve:
+        """Its learning rate."""
         o = self.config.optimizer
-        if o.lr_warmup_samples is not None:
-            return o.lr_warmup_samples // self.global_batch
-        return o.lr_warmup_iters or int((o.lr_warmup_fraction or 0) * self.decay_iters)
-
-    @property
-    def decay_iters(self) -> int:
-        o = self.config.optimizer
-        if o.lr_decay_samples is not None:
-            return o.lr_decay_samples // self.global_batch
-        if o.lr_decay_iters is None and self.config.training.train_samples is not None:
-            return self.config.training.train_samples // self.global_batch
-        return o.lr_decay_iters or self.train_iters
-
-    @property
-    def shard(self) -> int:
-        """Data-parallel ranks that share one copy of what the ZeRO level shares."""
-        p = self.config.parallel
-        return (p.zero_shard_size or self.dp) if p.zero_stage else 1
+        assert o.lr is not None, "checks() come first"
+        return Curve(o.lr, o.min_lr, o.lr_decay_style, o.lr_warmup_init, self.warmup_iters, self.decay_iters,
+                     o.lr_wsd_decay_iters or 0, o.lr_wsd_decay_style,
+                     None if self.train_samples is None else self.global_batch)
 
     @property
     def zero(self) -> Zero:
-        p = self.config.parallel
-        lag = (0 if self.shard == 1 or not p.overlap_grad_reduce
-               else 1 if p.zero_stage >= 2 or self.shard < self.dp else 2)
-        return Zero(p.zero_stage, p.keep_weights, p.reduce_every, p.overlap_param_gather, lag,
-                    1 if p.overlap_grad_reduce else 0)
+        p, level = self.config.parallel, self.config.parallel.zero_stage
+        lag = 0 if self.shard == 1 else 1 if level >= 2 or self.shard < self.dp else 2
+        return Zero(level, keep=p.keep_weights, every=p.reduce_every, prefetch=p.overlap_param_gather,
+                    lag=lag if p.overlap_grad_reduce else 0, replicas=1 if p.overlap_grad_reduce else 0)
 
     @property
     def virtual(self) -> int:
@@ -129,16 +112,9 @@ class Plan:
         return evaluation(self.stages_of(rank), self.zero)
 
 
-def plan(config: Config, world: int, vocab_size: int) -> Plan:
-    """Resolves a configuration on `world` ranks. Raises UserError with every problem at once."""
+def resolve(config: Config, world: int, vocab_size: int) -> Plan:
+    """The plan of a configuration on `world` ranks. Raises UserError with every problem at once."""
     errors = checks(config, world)
     if errors:
         raise UserError(*errors)
-    p, t = config.parallel, config.training
-    dp = world // (p.tensor_model_parallel_size * p.pipeline_model_parallel_size)
-    global_batch = t.global_batch_size or t.micro_batch_size * dp
-    a = architecture(config, vocab_size)
-    micro_batches = global_batch // (t.micro_batch_size * dp)
-    iters = t.train_iters if t.train_iters is not None else (t.train_samples or 0) // global_batch
-    return Plan(config, a, world, p.tensor_model_parallel_size, p.pipeline_model_parallel_size, dp, t.micro_batch_size,
-                micro_batches, iters)
+    return Plan.of(config, world, vocab_size)

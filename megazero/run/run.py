@@ -17,7 +17,7 @@ from megazero.base import UserError, clock, say
 from megazero.comm import Wires
 from megazero.data import SampleSource, Tokenizer, same_tokenizer, samples
 from megazero.model import Batch, Decoder
-from megazero.plan import LossScale, Plan, Progress, flat, learning_rate, loss_scale, position
+from megazero.plan import LossScale, Plan, Progress, flat, loss_scale
 from megazero.run.executor import Executor
 from megazero.run.loader import Loader, documents_of, positions_of, read
 from megazero.run.metrics import Metrics
@@ -76,7 +76,7 @@ class Run:
         """Starts one step, then reads the verdict of the one before."""
         good, bad = self.futures()
         scale = self.choose(good.loss_scale.value, bad.loss_scale.value)
-        lr = self.choose(*(learning_rate(self.plan, position(self.plan, p)) for p in (good, bad)))
+        lr = self.choose(*(self.plan.curve.rate_after(p) for p in (good, bad)))
         batches = self.batches(good.step, good.samples)
         valid = torch.stack([b.mask.sum(dtype=torch.float64) for b in batches]).sum()
         # a loss scale means the same for any batch: gradients of a sample's mean
@@ -89,7 +89,8 @@ class Run:
             x.double() for x in (verdict.loss, verdict.norm, verdict.found_inf, verdict.stop, lr, scale)]))
         self.optimizer.step(verdict, lr)
         self.settle()
-        self.pending = Pending(verdict, figures, self.plan.global_batch, self.lap(), self.executor.witness)
+        samples = len(self.plan.samples_of(good.step))
+        self.pending = Pending(verdict, figures, samples, self.lap(), self.executor.witness)
 
     def told(self, figure: Tensor) -> Tensor:
         """The figure on the rank that tells it, 0 on those that know the same: sums count it once.
@@ -117,7 +118,7 @@ class Run:
         """This rank's micro-batches of a step, whose samples start at number `first`;
         those of the next step are read meanwhile."""
         now = self.numbers(first)
-        tokens = self.loader.take(now, self.numbers(first + self.plan.global_batch))
+        tokens = self.loader.take(now, self.numbers(first + len(self.plan.samples_of(step))))
         return [self.batch(own, mine, step) for own, mine in zip(tokens, now, strict=True)]
 
     def numbers(self, first: int) -> list[range]:
@@ -314,9 +315,7 @@ class Run:
                               bad=min(then.bad, now.hysteresis - 1))
             self.progress = Progress(**saved, loss_scale=now)
             self.optimizer.set_steps(self.progress.applied)
-            if self.config.training.train_samples is not None:  # steps so far may have been of another size
-                left = max(self.config.training.train_samples - self.progress.samples, 0) // self.plan.global_batch
-                self.plan = replace(self.plan, train_iters=self.progress.step + left)
+            self.plan = self.plan.going_on(self.progress.step, self.progress.samples)
 
     def _wrong_tokenizer(self, reader: Reader) -> list[str]:
         theirs = reader.index.get("tokenizer")
