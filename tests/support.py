@@ -63,7 +63,7 @@ def resolved(words: str, world: int = 1) -> Plan:
 
 def built(words: str, device: str = "cpu") -> Run:
     """An initialised run of a command line that gives --vocab-size."""
-    run = Run(resolved(words), None, torch.device(device), connect(Mesh(1, 1, 1), 0, "gloo", 60))
+    run = Run(resolved(words), None, torch.device(device), connect(Mesh.of(), 0, "gloo", 60))
     run.initialise()
     return run
 

@@ -204,7 +204,7 @@ def test_documents_and_positions() -> None:
 
 def run_of(words: str) -> Run:
     c = config.from_command_line(f"{SMALL} --tokenizer-type ByteTokenizer --mock-data {words}".split())
-    run = Run(resolve(c, 1, 257), build_tokenizer("ByteTokenizer"), torch.device("cpu"), connect(Mesh(1, 1, 1), 0, "gloo", 60))
+    run = Run(resolve(c, 1, 257), build_tokenizer("ByteTokenizer"), torch.device("cpu"), connect(Mesh.of(), 0, "gloo", 60))
     run.initialise()
     return run
 

@@ -30,7 +30,7 @@ from megazero.plan.layout import (
     flat,
     intersect,
 )
-from megazero.plan.mesh import Mesh, all_reduce_bytes
+from megazero.plan.mesh import Coordinates, Mesh, all_reduce_bytes
 from megazero.plan.plan import Plan, resolve
 from megazero.plan.program import Action, Part, Zero, around
 from megazero.plan.progress import LossScale, Progress, loss_scale
@@ -38,9 +38,9 @@ from megazero.plan.rules import GROUPS
 from megazero.plan.sizes import Sizes, ranks_asked
 
 __all__ = [
-    "Action", "Architecture", "Box", "Family", "Flat", "GROUPS", "LOGITS", "LossScale", "Mesh", "Operand",
-    "OperandSpec", "Parameter", "Part", "Piece", "Plan", "Progress", "Rotary", "Row", "Shape", "Sizes", "UnitSpec",
-    "Zero", "all_reduce_bytes", "architecture_of", "around", "checks", "cuts", "describe", "device_of", "family_of",
-    "flags", "flat", "flops_per_token", "from_config", "intersect", "loss_scale", "memory", "obstacles",
-    "parameter_count", "ranks_asked", "resolve", "rows", "shapes", "to_config", "units", "zeros",
+    "Action", "Architecture", "Box", "Coordinates", "Family", "Flat", "GROUPS", "LOGITS", "LossScale", "Mesh",
+    "Operand", "OperandSpec", "Parameter", "Part", "Piece", "Plan", "Progress", "Rotary", "Row", "Shape", "Sizes",
+    "UnitSpec", "Zero", "all_reduce_bytes", "architecture_of", "around", "checks", "cuts", "describe", "device_of",
+    "family_of", "flags", "flat", "flops_per_token", "from_config", "intersect", "loss_scale", "memory",
+    "obstacles", "parameter_count", "ranks_asked", "resolve", "rows", "shapes", "to_config", "units", "zeros",
 ]

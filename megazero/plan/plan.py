@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise
-from typing import Self
+from typing import NamedTuple, Self
 
 from megazero.base import UserError
 from megazero.pipeline import Pass, from_layout, passes, shares
@@ -15,6 +15,15 @@ from megazero.plan.program import Action, Part, Stages, Zero, evaluation, traini
 from megazero.plan.progress import Curve
 from megazero.plan.sizes import Sizes, sizes
 from megazero.settings import Config
+
+
+class Placement(NamedTuple):
+    """Over which ranks a unit is shared, as kinds of groups: those of `shard` hold its slices, those of `replicate` the
+    same slice once more, and so do `holders`, at other places of the pipeline ("": none)."""
+
+    shard: str = "shard"
+    replicate: str = "replicate"
+    holders: str = ""
 
 
 @dataclass(frozen=True)
@@ -29,11 +38,12 @@ class Plan(Sizes):
         """That of a configuration in which `checks` finds nothing wrong."""
         return cls(**vars(sizes(config, world)), config=config, architecture=architecture(config, vocab_size))
 
-    @property
+    @cached_property
     def mesh(self) -> Mesh:
-        kv = self.architecture.kv_heads
-        return Mesh(self.pp, self.dp, self.tp, max(self.tp // kv, 1) if kv < self.tp else 1, self.shard,
-                    self.virtual > 1, self.architecture.tied and self.pp > 1)
+        several = dict.fromkeys(places for places in self.holders.values() if len(places) > 1)
+        return Mesh.of(pp=self.pp, dp=self.dp, tp=self.tp, shard=self.shard, looped=self.virtual > 1,
+                       kv=max(self.tp // self.architecture.kv_heads, 1),
+                       tied=tuple((f"tied{i or ''}", places) for i, places in enumerate(several)))
 
     @property
     def tokens_per_step(self) -> int:
@@ -90,13 +100,23 @@ class Plan(Sizes):
         """The stages of one rank, and what the program must know of the others."""
         place, count = self.mesh.place(rank).pp, len(self.stages)
         own = {s: self.stages[s] for s in range(place, count, self.pp)}
-        return Stages(own, count, self.parts, self.pp > 1,
-                      ("embedding",) if self.mesh.tied and place in (0, self.pp - 1) else ())
+        tied = tuple(name for name, places in self.holders.items() if len(places) > 1 and place in places)
+        return Stages(own, count, self.parts, self.pp > 1, tied)
+
+    @cached_property
+    def holders(self) -> dict[str, tuple[int, ...]]:
+        """The places in a pipeline whose parts read each unit. The first of them owns it."""
+        reads = {(name, stage % self.pp) for stage, own in enumerate(self.stages) for i in own
+                 for name in self.parts[i].forward}
+        return {u.name: tuple(place for place in range(self.pp) if (u.name, place) in reads) for u in self.units}
+
+    def placement(self, unit: str) -> Placement:
+        """Over which ranks a unit is shared."""
+        return Placement(holders=next((kind for kind, places in self.mesh.tied if places == self.holders[unit]), ""))
 
     def units_of(self, rank: int) -> tuple[UnitSpec, ...]:
         """The units that one rank holds."""
-        names = {name for own in self.stages_of(rank).own.values() for i in own for name in self.parts[i].forward}
-        return tuple(u for u in self.units if u.name in names)
+        return tuple(u for u in self.units if self.mesh.place(rank).pp in self.holders[u.name])
 
     @cached_property
     def passes(self) -> tuple[tuple[Pass, ...], ...]:

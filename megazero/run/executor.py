@@ -139,7 +139,8 @@ class Executor:
 
     def _tie(self, action: Action) -> None:
         self._settle(action.unit)
-        self.under_way["tie", action.unit] = self.wires["tied"].all_reduce(self._unit(action).grad_slice)
+        unit = self._unit(action)
+        self.under_way["tie", action.unit] = unit.sharing.holders.all_reduce(unit.grad_slice)
 
     def _settle(self, unit: str) -> None:
         """Waits for what is under way of a unit."""

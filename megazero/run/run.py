@@ -48,11 +48,12 @@ class Run:
         self.plan, self.config, self.tokenizer, self.device, self.wires = plan, plan.config, tokenizer, device, wires
         a, c = plan.architecture, plan.config
         stages, dtype = plan.stages_of(wires.rank), TORCH_DTYPE[c.dtype]
-        sharing = Sharing(c.parallel.zero_stage, wires["shard"], wires["replicate"], buffers=Buffers(poison=wires.late))
-        tied = replace(sharing, holders=wires["tied"])
-        self.units = {
-            u.name: Unit(flat(u, wires.place.tp, plan.tp), dtype, device, tied if u.name in stages.tied else sharing)
-            for u in plan.units_of(wires.rank)}
+        buffers = Buffers(poison=wires.late)
+        self.units = {}
+        for unit in plan.units_of(wires.rank):
+            at = plan.placement(unit.name)
+            sharing = Sharing(plan.zero.level, wires[at.shard], wires[at.replicate], wires[at.holders], buffers)
+            self.units[unit.name] = Unit(flat(unit, wires.place), dtype, device, sharing)
         self.decoder = Decoder(a, self.units, wires["tp"], c.training.seed, c.training.recompute_granularity, device,
                                [i for own in stages.own.values() for i in own])
         self.executor = Executor(self.decoder, wires, plan.parts)
