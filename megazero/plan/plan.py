@@ -55,9 +55,9 @@ class Plan(Sizes):
         """Its learning rate."""
         o = self.config.optimizer
         assert o.lr is not None, "checks() come first"
-        return Curve(o.lr, o.min_lr, o.lr_decay_style, o.lr_warmup_init, self.warmup_iters, self.decay_iters,
-                     o.lr_wsd_decay_iters or 0, o.lr_wsd_decay_style,
-                     None if self.train_samples is None else self.global_batch)
+        return Curve(o.lr, o.min_lr, style=o.lr_decay_style, start=o.lr_warmup_init, warmup=self.warmup_iters,
+                     length=self.decay_iters, final=o.lr_wsd_decay_iters or 0, final_style=o.lr_wsd_decay_style,
+                     samples=None if self.train_samples is None else self.global_batch)
 
     @property
     def zero(self) -> Zero:

@@ -1,9 +1,17 @@
 """What changes with the steps: learning rate, loss scale, how many steps were applied. Pure values."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from megazero.settings import Config
+
+FALLS: dict[str, Callable[[float], float]] = {          # how much is left of a rate when this part of its fall is over
+    "linear": lambda part: 1 - part,
+    "cosine": lambda part: (math.cos(math.pi * part) + 1) / 2,
+    "exponential": lambda part: 2 * 0.5**part - 1,
+    "minus_sqrt": lambda part: 1 - math.sqrt(part),
+}
 
 
 @dataclass(frozen=True)
@@ -37,11 +45,10 @@ class Curve:
             return max(self.min_lr, self.lr * math.sqrt(max(self.warmup, 1) / max(applied, 1)))
         if applied >= self.length:
             return self.min_lr
-        if self.style == "WSD":
-            height = _wsd(self.final_style, applied, self.length, self.final)
+        if self.style == "WSD":                                 # warm-up, stable, decay (Hu et al. 2024)
+            height = FALLS[self.final_style](max(0, applied - (self.length - self.final)) / self.final)
         else:
-            part = (applied - self.warmup) / (self.length - self.warmup)
-            height = 1 - part if self.style == "linear" else (math.cos(math.pi * part) + 1) / 2
+            height = FALLS[self.style]((applied - self.warmup) / (self.length - self.warmup))
         return self.min_lr + (self.lr - self.min_lr) * height
 
     def rate_after(self, progress: "Progress") -> float:
@@ -50,13 +57,6 @@ class Curve:
         if self.samples is None:
             return self.rate(progress.applied)
         return self.rate(progress.samples / self.samples - (progress.step - progress.applied))
-
-
-def _wsd(style: str, step: float, length: int, final: int) -> float:
-    """Warm-up, stable, decay (Hu et al. 2024): 1 until the last `final` steps, then down."""
-    part = max(0, step - (length - final)) / final
-    return {"linear": 1 - part, "cosine": (math.cos(math.pi * part) + 1) / 2, "exponential": 2 * 0.5**part - 1,
-            "minus_sqrt": 1 - math.sqrt(part)}[style]
 
 
 @dataclass(frozen=True)
