@@ -180,7 +180,7 @@ def loader(s: Loading) -> None:
 
     from megazero.comm import connect
     from megazero.data import IndexedWriter, best_dtype, open_split
-    from megazero.plan import Mesh, plan
+    from megazero.plan import Mesh, resolve
     from megazero.run import Run
     from megazero.settings import from_command_line
     with tempfile.TemporaryDirectory() as folder:
@@ -198,7 +198,7 @@ def loader(s: Loading) -> None:
                  f"--vocab-size 50000 --lr 1e-3 --train-iters {s.steps + 2} --eval-iters 0 "
                  f"--train-data-path 0.5 {folder}/a 0.3 {folder}/b 0.2 {folder}/c")
         c = from_command_line(words.split())
-        training = Run(plan(c, 1, 50_000), None, torch.device("cpu"), connect(Mesh(1, 1, 1), 0, "gloo", 60))
+        training = Run(resolve(c, 1, 50_000), None, torch.device("cpu"), connect(Mesh.of(), 0, "gloo", 60))
         training.initialise()
         _wait(training, s)
 

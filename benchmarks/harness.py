@@ -23,7 +23,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from megazero.comm import connect, environment
 from megazero.model import Batch
-from megazero.plan import Box, Parameter, Plan, plan
+from megazero.plan import Box, Parameter, Plan, resolve
 from megazero.run import Run, Turn, memory_bytes
 from megazero.settings import from_command_line
 from megazero.units import fill_normal, key
@@ -46,7 +46,7 @@ def words(c: Any, samples: int, more: str) -> str:
 def planned(line: str) -> Plan:
     c = from_command_line(line.split())
     assert c.data.vocab_size is not None
-    return plan(c, environment()[1], c.data.vocab_size)
+    return resolve(c, environment()[1], c.data.vocab_size)
 
 
 def megazero(p: Plan, device: torch.device = CPU) -> Step:

@@ -16,7 +16,7 @@ from megazero.comm.wires import connect
 from megazero.data.indexed import IndexedWriter
 from megazero.model.decoder import Batch
 from megazero.plan.mesh import Mesh
-from megazero.plan.plan import Plan, plan
+from megazero.plan.plan import Plan, resolve
 from megazero.run.executor import Turn
 from megazero.run.run import Run
 from megazero.run.train import main
@@ -58,12 +58,12 @@ def byte_dataset(folder: Path) -> str:
 def resolved(words: str, world: int = 1) -> Plan:
     """The plan of a command line that gives --vocab-size."""
     c = config.from_command_line(words.split())
-    return plan(c, world, c.data.vocab_size or 0)
+    return resolve(c, world, c.data.vocab_size or 0)
 
 
 def built(words: str, device: str = "cpu") -> Run:
     """An initialised run of a command line that gives --vocab-size."""
-    run = Run(resolved(words), None, torch.device(device), connect(Mesh(1, 1, 1), 0, "gloo", 60))
+    run = Run(resolved(words), None, torch.device(device), connect(Mesh.of(), 0, "gloo", 60))
     run.initialise()
     return run
 
@@ -85,7 +85,7 @@ def batches(run: Run, step: int = 0, seed: int = 7, masked: bool = False) -> lis
 def gradients(run: Run, data: list[Batch]) -> float:
     """One forward and backward of the program; leaves the gradients of the mean loss in the units and returns that loss."""
     count = sum(float(b.mask.sum()) for b in data)
-    program = [a for a in replace(run.plan, micro_batches=len(data)).training(0) if a.kind not in ("judge", "update", "publish")]
+    program = [a for a in replace(run.plan, global_batch=len(data) * run.plan.micro_batch * run.plan.dp).training(0) if a.kind not in ("judge", "update", "publish")]
     turn = Turn(torch.tensor(1 / count, dtype=run.gate.wide, device=run.device), batches=data)
     return float(run.executor.train(program, turn).told["loss"]) / count
 

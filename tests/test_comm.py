@@ -33,13 +33,29 @@ def pool() -> Any:
 
 
 def test_groups_cover_the_world_and_neighbours_share_tensors() -> None:
-    mesh = Mesh(2, 6, 4, 2, 3)
+    mesh = Mesh.of(pp=2, dp=6, tp=4, kv=2, shard=3)
     groups = mesh.groups()
     for axis, size in (("tp", 4), ("kv", 2), ("shard", 3), ("replicate", 2), ("world", 48)):
         assert all(len(g) == size for g in groups[axis]) and sorted(r for g in groups[axis] for r in g) == list(range(48))
     assert groups["tp"][0] == (0, 1, 2, 3) and groups["shard"][0] == (0, 4, 8) and groups["kv"][1] == (2, 3)
     assert mesh.describe()[0] == "tp (0 1 2 3) (4 5 6 7) (8 9 10 11) (12 13 14 15) and 8 more"
-    assert mesh.place(29) == (1, 1, 1) and mesh.members("shard", 29) == (25, 29, 33) and mesh.members("replicate", 29) == (29, 41)
+    assert mesh.place(29) == {"pp": (1, 2), "replicate": (0, 2), "shard": (1, 3), "tp": (1, 4), "dp": (1, 6)}
+    assert (25, 29, 33) in groups["shard"] and (29, 41) in groups["replicate"]
+
+
+def test_an_axis_is_a_row_of_the_table() -> None:
+    """A row for cp is all it takes: numbers, places, groups, sets of axes that vary; the other groups know of it."""
+    mesh = Mesh((("pp", 2), ("replicate", 1), ("shard", 2), ("cp", 3), ("tp", 2)), tied=(("tied", (0, 1)), ("tied1", (1,))))
+    groups = mesh.groups()
+    assert list(groups) == ["tp", "kv", "cp", "shard", "replicate", "tied", "tied1", "world", "saved"] and mesh.world == 24
+    assert groups["cp"] == [(0, 2, 4), (6, 8, 10), (1, 3, 5), (7, 9, 11), *((12, 14, 16), (18, 20, 22), (13, 15, 17), (19, 21, 23))]
+    assert groups["tp"][:3] == [(0, 1), (2, 3), (4, 5)] and groups["shard"][:3] == [(0, 6), (2, 8), (4, 10)]
+    assert mesh.varying("shard", "cp")[:2] == [(0, 2, 4, 6, 8, 10), (1, 3, 5, 7, 9, 11)] and mesh.size("shard", "cp") == 6
+    assert groups["tied"][5] == (5, 17) and groups["tied1"] == [(r,) for r in range(12, 24)] and mesh.channels()[:2] == [(0, 12), (1, 13)]
+    at = mesh.place(21)
+    assert (at.pp, at.shard, at.cp, at.tp, at.dp) == (1, 1, 1, 1, 1) and at["cp"] == (1, 3) and mesh.describe()[1].startswith("cp (0 2 4) ")
+    with pytest.raises(AttributeError, match="there is no axis ep"):
+        _ = at.ep
 
 
 def joined(backend: str, one_host: bool) -> Group:
@@ -47,7 +63,7 @@ def joined(backend: str, one_host: bool) -> Group:
     rank, world, meet = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), Memory.meet
     if not one_host:
         Memory.meet = lambda self, cards: False  # type: ignore[method-assign]
-    group = connect(Mesh(1, 1, world), rank, backend, 60)["tp"]
+    group = connect(Mesh.of(tp=world), rank, backend, 60)["tp"]
     Memory.meet = meet  # type: ignore[method-assign]
     gloo = group.inner if isinstance(group, Late) else group
     assert isinstance(gloo, Gloo) and (gloo.memory is not None) == (one_host and supported())
@@ -108,7 +124,7 @@ def test_shared_memory_stops_growing(pool: Pool) -> None:
 def half_sum(backend: str) -> torch.Tensor:
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     x = torch.full((world,), 256.0 if rank == 0 else 1.0, dtype=torch.bfloat16)
-    return connect(Mesh(1, 1, world), rank, backend, 60)["tp"].reduce_scatter(x).wait()
+    return connect(Mesh.of(tp=world), rank, backend, 60)["tp"].reduce_scatter(x).wait()
 
 
 def test_half_precision_is_summed_in_fp32_and_rounded_once(pool: Pool) -> None:
@@ -119,7 +135,7 @@ def test_half_precision_is_summed_in_fp32_and_rounded_once(pool: Pool) -> None:
 def far_ahead() -> list[float]:
     """Rank 0 sends more than there is room for; rank 1 begins to read late."""
     rank = int(os.environ["RANK"])
-    channels = connect(Mesh(2, 1, 1), rank, "gloo", 60).channels
+    channels = connect(Mesh.of(pp=2), rank, "gloo", 60).channels
     if rank == 0:
         for i in range(shared.ROOM + 300):
             channels["send", "F"].send(torch.full((3,), float(i)))
@@ -134,7 +150,7 @@ def test_a_sender_waits_for_a_reader_that_is_far_behind(pool: Pool) -> None:
 
 def changes_too_early() -> None:
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    group = connect(Mesh(1, 1, world), rank, "gloo+late", 60)["tp"]
+    group = connect(Mesh.of(tp=world), rank, "gloo+late", 60)["tp"]
     x = torch.ones(world)
     work = group.all_gather(x)
     x += 1
@@ -147,8 +163,9 @@ def test_late_finds_an_input_that_changed_before_the_wait(pool: Pool) -> None:
 
 
 def test_fake_plays_any_rank_of_any_mesh() -> None:
-    wires = connect(Mesh(16, 8, 8), 777, "fake", 1)
-    assert wires.place == (12, 1, 1) and wires["tp"].size == 8 and wires["replicate"].rank == 1
+    wires = connect(Mesh.of(pp=16, dp=8, tp=8), 777, "fake", 1)
+    at = wires.place
+    assert (at.pp, at.dp, at.tp) == (12, 1, 1) and wires["tp"].size == 8 and wires["replicate"].rank == 1
     assert wires["tp"].all_gather(torch.ones(2, 3)).wait().shape == (16, 3)
     assert wires["tp"].reduce_scatter(torch.ones(16, 3)).wait().shape == (2, 3)
     assert wires.line.sent["tp"] == 7 * 6 * 4 + 7 * 6 * 4

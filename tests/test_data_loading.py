@@ -22,7 +22,8 @@ from megazero.data.tokenizers import ByteTokenizer, build_tokenizer
 from megazero.model.attention import attention
 from megazero.model.decoder import Batch
 from megazero.plan.mesh import Mesh
-from megazero.plan.plan import plan
+from megazero.plan.plan import resolve
+from megazero.plan.sizes import sizes
 from megazero.run.loader import Loader, documents_of, positions_of
 from megazero.run.run import Run
 from megazero.settings import config
@@ -61,17 +62,18 @@ def test_a_schedule_changes_nothing_before_its_step_and_repeats_nothing(tmp_path
 def test_files_of_words(tmp_path: Path) -> None:
     path = tmp_path / "schedule"
     path.write_text("# web first\n0 0.7 'a b' 0.3 c   # seven to three\n\n100 1 c\n")
-    assert read_schedule(str(path), 8) == [(0, ["0.7", "a b", "0.3", "c"]), (800, ["1", "c"])]
+    eight = sizes(config.from_command_line(["--global-batch-size", "8"]), 1)
+    assert read_schedule(str(path), eight) == [(0, ["0.7", "a b", "0.3", "c"]), (800, ["1", "c"])]
     for text, said in (("", "holds no stage"), ("5 a\n", "line 1 should be step 0"), ("0 a\n9 b\n9 c", "line 3 should be a step after 9"),
                        ("0 a\nx b", "line 2 should be a step after 0"), ("0\n", "line 1 should be step 0")):
         path.write_text(text)
         with pytest.raises(UserError, match=f"--data-schedule {path}: {said}"):
-            read_schedule(str(path), 8)
+            read_schedule(str(path), eight)
     (tmp_path / "words").write_text("0.7 a\n0.3 'b c'\n")
     data = config.from_command_line(["--data-args-path", str(tmp_path / "words")]).data
-    assert stages_of(data, "train", 8) == (f"--data-args-path {tmp_path / 'words'}", [(0, ["0.7", "a", "0.3", "b c"])], True)
+    assert stages_of(data, "train", eight) == (f"--data-args-path {tmp_path / 'words'}", [(0, ["0.7", "a", "0.3", "b c"])], True)
     with pytest.raises(UserError, match="--data-args-path nowhere: cannot be read"):
-        stages_of(config.from_command_line(["--data-args-path", "nowhere"]).data, "train", 8)
+        stages_of(config.from_command_line(["--data-args-path", "nowhere"]).data, "train", eight)
 
 
 def test_configuration_to_samples(tmp_path: Path) -> None:
@@ -202,7 +204,7 @@ def test_documents_and_positions() -> None:
 
 def run_of(words: str) -> Run:
     c = config.from_command_line(f"{SMALL} --tokenizer-type ByteTokenizer --mock-data {words}".split())
-    run = Run(plan(c, 1, 257), build_tokenizer("ByteTokenizer"), torch.device("cpu"), connect(Mesh(1, 1, 1), 0, "gloo", 60))
+    run = Run(resolve(c, 1, 257), build_tokenizer("ByteTokenizer"), torch.device("cpu"), connect(Mesh.of(), 0, "gloo", 60))
     run.initialise()
     return run
 

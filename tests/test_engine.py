@@ -185,7 +185,7 @@ def test_mistakes_are_told() -> None:
         ("lr: is missing", lambda: Engine(linear, w, Settings(), zero)),
         ("dtype fp8: is not known", lambda: Engine(linear, w, settings, zero, "fp8")),
         ("accumulation 0", lambda: Engine(linear, w, settings, zero, accumulation=0)),
-        ("tp 2", lambda: Engine(linear, connect(Mesh(1, 1, 2), 0, "fake", 60), settings, zero)),
+        ("tp 2", lambda: Engine(linear, connect(Mesh.of(tp=2), 0, "fake", 60), settings, zero)),
     ):
         with pytest.raises(UserError, match=words):
             make()

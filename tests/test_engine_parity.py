@@ -63,7 +63,7 @@ class Row:
 def wires(row: Row) -> Wires:
     import os
     shard = (row.shard or row.dp) if row.level else 1
-    return connect(Mesh(1, row.dp, 1, shard=shard), int(os.environ["RANK"]) if row.dp > 1 else 0, "gloo+late" if row.late else "gloo", 60)
+    return connect(Mesh.of(dp=row.dp, shard=shard), int(os.environ["RANK"]) if row.dp > 1 else 0, "gloo+late" if row.late else "gloo", 60)
 
 
 def engine(row: Row, seed: int = 0) -> Engine:

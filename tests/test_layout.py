@@ -9,7 +9,8 @@ import torch
 from support import SHAPES, TINY, resolved
 
 from megazero.plan.architecture import units
-from megazero.plan.layout import ALIGN, Box, boxes, cuts, divisible, flat, intersect
+from megazero.plan.layout import ALIGN, Box, Cut, Parameter, boxes, cuts, divisible, flat, intersect, shard
+from megazero.plan.mesh import Mesh
 
 
 def test_boxes_are_the_flat_range() -> None:
@@ -48,7 +49,7 @@ def test_every_element_has_one_owner(shape: str, tp: int) -> None:
         owners = {p.name: np.zeros(p.shape, int) for p in unit.parameters}
         sizes = set()
         for rank in range(tp):
-            layout = flat(unit, rank, tp)
+            layout = flat(unit, {"tp": (rank, tp)})
             sizes.add(layout.size)
             taken = np.zeros(layout.size, int)
             for operand in layout.operands:
@@ -64,10 +65,36 @@ def test_every_element_has_one_owner(shape: str, tp: int) -> None:
         assert len(sizes) == 1, "ranks of one group must hold flats of one size"
 
 
+@pytest.mark.parametrize("experts, rows, ep, tp", [(4, 6, 2, 3), (4, 6, 4, 1), (2, 6, 4, 2), (2, 2, 4, 4), (8, 12, 1, 6)])
+@pytest.mark.parametrize("cut_rows", [True, False])
+def test_a_parameter_may_be_cut_on_two_axes(experts: int, rows: int, ep: int, tp: int, cut_rows: bool) -> None:
+    """Stacked matrices: experts over ep, rows over tp or not; where there are fewer parts than ranks, neighbours hold copies. Boxes
+    tile the tensor, each element is held equally often and has one owner."""
+    p = Parameter("experts.up.weight", (experts, rows * 2, 5), cuts=(Cut(0, experts, axis="ep"), *([Cut(1, rows)] if cut_rows else [])), partial=True)
+    mesh = Mesh((("pp", 1), ("replicate", 1), ("shard", 2), ("ep", ep), ("tp", tp)))
+    held, owned = np.zeros(p.shape, int), np.zeros(p.shape, int)
+    for rank in range(mesh.world):
+        place = mesh.place(rank)
+        s = shard(p, place)
+        assert s.box.size[0] == max(experts // ep, 1) and s.box.size[1] == (max(rows // tp, 1) * 2 if cut_rows else rows * 2)
+        assert s.replicas == max(ep // experts, 1) * (max(tp // rows, 1) if cut_rows else tp)
+        assert s.cut == (cut_rows and tp > 1) and s.partial == (s.replicas > 1)
+        if place.shard == 0:
+            held[s.box.slices] += 1
+            owned[s.box.slices] += s.owner
+    assert (owned == 1).all() and (held == s.replicas).all()
+
+
+def test_cuts_are_of_different_axes_and_dimensions() -> None:
+    for cuts_ in ((Cut(0, 4), Cut(1, 4)), (Cut(0, 4), Cut(0, 4, axis="ep"))):
+        with pytest.raises(AssertionError):
+            shard(Parameter("both", (4, 4), cuts=cuts_))
+
+
 def test_pieces_of_a_flat_range_are_boxes_of_logical_tensors() -> None:
     a = resolved(f"{TINY} {SHAPES['gpt2']}").architecture
     for rank in range(2):
-        layout = flat(units(a)[2], rank, 2)
+        layout = flat(units(a)[2], {"tp": (rank, 2)})
         logical = {p.shard.parameter.name: torch.arange(prod(p.shard.parameter.shape)).view(p.shard.parameter.shape) for p in layout.pieces}
         buffer = torch.full((layout.size,), -1)
         for piece in layout.pieces:

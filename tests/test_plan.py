@@ -6,9 +6,11 @@ from support import SHAPES, TINY, built, resolved
 from megazero.plan.architecture import parameter_count
 from megazero.plan.checks import checks
 from megazero.plan.cost import memory
+from megazero.plan.devices import DEVICES, device_of
 from megazero.plan.operations import flops_per_token
-from megazero.plan.plan import plan
+from megazero.plan.plan import Plan, resolve
 from megazero.plan.show import describe
+from megazero.plan.sizes import ranks_asked, sizes
 from megazero.settings import config
 from megazero.settings.config import PRESETS
 from megazero.units.random import key
@@ -57,13 +59,50 @@ def test_batches_and_lengths() -> None:
     assert (p.micro_batches, p.global_batch, p.train_iters, p.tokens_per_step, p.warmup_iters) == (3, 6, 10, 144, 2)
 
 
+def test_sizes_are_those_of_megatron_and_of_a_run_that_goes_on() -> None:
+    words = f"{TINY} --tp 2 --pp 2 --micro-batch-size 2 --zero-stage 1 --lr-warmup-fraction 0.1 --train-samples 1000".replace("--train-iters 5", "")
+    c = config.from_command_line(words.split())
+    s = sizes(c, 12)
+    assert (s.tp, s.pp, s.dp, s.shard, s.world, s.global_batch, s.micro_batches) == (2, 2, 3, 3, 12, 6, 1)
+    assert (s.train_iters, s.decay_iters, s.warmup_iters) == (166, 166, 16)
+    assert s.samples_of(3) == range(18, 24) and [s.step_of(k) for k in (17, 18, 23, 24)] == [2, 3, 3, 4]
+    on = s.going_on(50, 700)                                    # 50 steps of 14 samples each, say
+    assert on.train_iters == 100 and on.decay_iters == 166 and s.going_on(50, 2000).train_iters == 50
+    by_steps = sizes(config.from_command_line(f"{TINY} --lr-decay-samples 40 --lr-warmup-samples 9 --global-batch-size 4".split()), 2)
+    assert (by_steps.decay_iters, by_steps.warmup_iters, by_steps.shard) == (10, 2, 1) and by_steps.going_on(3, 99) == by_steps
+    assert ranks_asked(c) == 4 and ranks_asked(config.from_command_line([*words.split(), "--dp", "3"])) == 12
+
+
+def test_sizes_of_what_cannot_run_are_sizes_too() -> None:
+    for words in ("--tp 0", "--pp -1", "--micro-batch-size 0", "--tp 8", "--global-batch-size -3"):
+        c = config.from_command_line(f"{TINY} {words}".split())
+        s = sizes(c, 2)
+        assert s.dp >= 1 and s.global_batch >= 1 and ranks_asked(c) >= 1 and checks(c, 2)
+
+
+def test_a_plan_is_that_of_its_sizes() -> None:
+    """`Plan.of` is what is left of `resolve` when the checks were made before."""
+    c = config.from_command_line(TINY.split())
+    assert Plan.of(c, 1, 101) == resolve(c, 1, 101)
+
+
+@pytest.mark.parametrize("name, dtype, peak, memory", [
+    ("NVIDIA H100 80GB HBM3", "bf16", 989e12, 80), ("NVIDIA H100 PCIe", "bf16", 756e12, 80), ("NVIDIA H100 NVL", "fp32", 60e12, 94),
+    ("NVIDIA H200", "fp16", 989e12, 141), ("NVIDIA A100-SXM4-40GB", "fp32", 19.5e12, 40), ("NVIDIA A100 80GB PCIe", "bf16", 312e12, 80),
+])
+def test_devices_are_found_by_the_name_that_cuda_tells(name: str, dtype: str, peak: float, memory: int) -> None:
+    device = device_of(name)
+    assert device is not None and (device.peaks[dtype], device.memory) == (peak, memory * 10**9)
+    assert device_of("NVIDIA GeForce RTX 4090") is None and all(set(d.peaks) == {"bf16", "fp16", "fp32"} for d in DEVICES)
+
+
 def test_a_plan_is_pure_and_checks_report_everything_at_once() -> None:
     c = config.from_command_line(f"{TINY} --hidden-size 65 --micro-batch-size 3 --global-batch-size 4 --min-lr 1 --keep-last 2".split())
     found = checks(c, 1)
     assert len(found) == 4 and found == checks(c, 1)
     assert all(s.startswith("--") and s.endswith(".") for s in found)
     good = config.from_command_line(TINY.split())
-    assert plan(good, 1, 101) == plan(good, 1, 101) and key(1) == key(1)
+    assert resolve(good, 1, 101) == resolve(good, 1, 101) and key(1) == key(1)
 
 
 def test_what_ranks_share_is_read_from_the_cuts_of_the_weights() -> None:

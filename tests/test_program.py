@@ -5,7 +5,7 @@ import os
 import random
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -22,6 +22,7 @@ from megazero.pipeline.schedule import SCHEDULES, most_held
 from megazero.plan.action import Action, around
 from megazero.plan.cost import memory, traffic
 from megazero.plan.plan import Plan
+from megazero.plan.program import Part
 from megazero.plan.verify import undelivered, verify
 from megazero.run.executor import Executor, Turn
 from megazero.run.run import Run
@@ -112,6 +113,26 @@ def held(plan: Plan, program: list[Action]) -> int:
             now.remove((stage[a.part], a.part, a.micro))
         most = max(most, len({(s, m) for s, _, m in now}))
     return most
+
+
+def test_who_holds_a_unit_is_found_from_what_the_parts_read() -> None:
+    plan = resolved(f"{SMALL} --num-layers 4 --pp 4 --dp 2 --zero-stage 2 --global-batch-size 8", 8)
+    assert plan.holders == {"embedding": (0, 3), "positions": (0,), **{f"layers.{i}": (i,) for i in range(4)}, "head": (3,)}
+    assert plan.mesh.tied == (("tied", (0, 3)),) and plan.placement("embedding").holders == "tied"
+    assert not plan.placement("positions").holders and [plan.stages_of(2 * place).tied for place in range(4)] == [("embedding",), (), (), ("embedding",)]
+    plan = replace(plan)                                        # and if other parts read other units too?
+    parts = list(plan.parts)
+    parts[3] = Part((*parts[3].forward, "layers.0", "positions"), parts[3].backward)
+    parts[4] = Part((*parts[4].forward, "layers.0"), parts[4].backward)
+    vars(plan)["parts"] = tuple(parts)
+    assert [plan.holders[unit] for unit in ("embedding", "positions", "layers.0", "layers.1")] == [(0, 3), (0, 2), (0, 2, 3), (1,)]
+    assert dict(plan.mesh.tied) == {"tied": (0, 3), "tied1": (0, 2), "tied2": (0, 2, 3)} and plan.mesh.groups()["tied2"] == [(0, 4, 6), (1, 5, 7)]
+    for place in range(4):
+        run = Run(plan, None, torch.device("cpu"), connect(plan.mesh, 2 * place, "fake", 60))
+        for name, unit in run.units.items():
+            places = plan.holders[name]
+            assert (unit.sharing.holders.size, unit.owner) == (len(places), place == places[0]) and unit.sharing.shard.size == 2
+        assert [str(a) for a in plan.training(2 * place) if a.kind == "tie"] == [f"tie {u}" for u in run.units if len(plan.holders[u]) > 1]
 
 
 def test_verify_finds_what_is_wrong() -> None:
@@ -261,13 +282,13 @@ import sys, torch
 from megazero.comm import connect
 from megazero.settings.config import from_command_line
 from megazero.plan.cost import memory
-from megazero.plan import plan
+from megazero.plan import resolve
 from megazero.run import Run
 
 def peak():         # ru_maxrss would count the parent that this process was forked from
     return 1024 * next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
 
-p = plan(from_command_line(sys.argv[1:]), 8 * 96 * 8, 50257)
+p = resolve(from_command_line(sys.argv[1:]), 8 * 96 * 8, 50257)
 wires, before = connect(p.mesh, 3000, "fake", 60), peak()
 run = Run(p, None, torch.device("cpu"), wires)
 run.initialise()

@@ -1,18 +1,19 @@
 """Learning-rate curves against their formulas."""
 
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from support import TINY, resolved, train
 
 from megazero.base.errors import UserError
-from megazero.plan.progress import Progress, learning_rate, loss_scale
+from megazero.plan.progress import Curve, Progress, loss_scale
 
 
 def curve(words: str, steps: int = 100) -> list[float]:
     plan = resolved(f"{TINY} {words}".replace("--lr 1e-2", "--lr 1.0").replace("--train-iters 5", f"--train-iters {steps}"))
-    return [learning_rate(plan, k) for k in range(steps)]
+    return [plan.curve.rate(k) for k in range(steps)]
 
 
 def test_warm_up_rises_in_equal_steps_to_the_top() -> None:
@@ -51,6 +52,15 @@ def test_wsd_is_stable_then_falls(style: str, middle: float) -> None:
     assert set(got[5:81]) == {1.0} and got[90] == pytest.approx(0.2 + 0.8 * middle) and 0.2 < got[99] < 0.3
 
 
+def test_a_curve_needs_no_plan() -> None:
+    """What the Engine gives is enough; in a run told by samples, steps of another size count by what they read, skipped ones not."""
+    assert Curve(0.5).rate(0) == Curve(0.5).rate(1e6) == 0.5
+    scale = loss_scale(resolved(TINY).config)
+    progress = Progress(scale, step=6, applied=5, samples=20)
+    fall = Curve(1.0, style="linear", length=10)
+    assert fall.rate_after(progress) == 0.5 and replace(fall, samples=5).rate_after(progress) == pytest.approx(0.7)
+
+
 def test_progress_counts_steps_samples_and_what_was_applied() -> None:
     p = Progress(loss_scale(resolved(f"{TINY} --fp16").config))
     for finite in (True, False, False, True):
@@ -67,4 +77,4 @@ def test_a_run_told_by_samples_goes_on_with_another_batch(tmp_path: Path) -> Non
     then = train(f"{words} --global-batch-size 8", tmp_path / "b")
     assert [r["samples"] for r in first + then] == [4, 8, 12, 16, 20, 28, 36]
     straight = resolved(f"{words} --global-batch-size 8")
-    assert [r["lr"] for r in then] == pytest.approx([learning_rate(straight, at) for at in (2.5, 3.5)], rel=1e-6)
+    assert [r["lr"] for r in then] == pytest.approx([straight.curve.rate(at) for at in (2.5, 3.5)], rel=1e-6)

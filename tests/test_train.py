@@ -68,11 +68,11 @@ def test_eod_mask_takes_the_loss_of_what_follows_an_end_of_document(tmp_path: Pa
     from megazero.comm.wires import connect
     from megazero.data.tokenizers import build_tokenizer
     from megazero.plan.mesh import Mesh
-    from megazero.plan.plan import plan
+    from megazero.plan.plan import resolve
     from megazero.run.run import Run
     from megazero.settings import config
     c = config.from_command_line(f"{words} --eod-mask-loss".split())
-    run = Run(plan(c, 1, 257), build_tokenizer("ByteTokenizer"), torch.device("cpu"), connect(Mesh(1, 1, 1), 0, "gloo", 60))
+    run = Run(resolve(c, 1, 257), build_tokenizer("ByteTokenizer"), torch.device("cpu"), connect(Mesh.of(), 0, "gloo", 60))
     (batch,) = run.batches(0, 0)
     assert (batch.tokens == eod).sum() == 3 and torch.equal(batch.mask == 0, batch.tokens == eod)
 

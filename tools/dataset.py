@@ -41,7 +41,7 @@ from megazero.data import (
     samples,
     split_dataset,
 )
-from megazero.plan import plan
+from megazero.plan import ranks_asked, resolve
 from megazero.settings import MEGATRON_WORDS, PRESETS, TOKENIZERS, Config, commands, option, parse, run
 
 PREFIX = "path of a dataset without .bin or .idx"
@@ -206,17 +206,14 @@ def trace(s: Trace) -> None:
         raise UserError("--global-batch-size is missing: it says which samples a step reads; "
                         "give it, or the --dp of the run.")
     tokenizer = configured_tokenizer(c)
-    dp = c.parallel.data_parallel_size or 1
-    world = dp * c.parallel.tensor_model_parallel_size * c.parallel.pipeline_model_parallel_size
-    resolved = plan(c, world, max(tokenizer.vocab_size if tokenizer else 0, c.data.vocab_size or 0))
-    if not 1 <= s.step <= resolved.train_iters:
-        raise UserError(f"--step {s.step}: the run has steps 1 to {resolved.train_iters}.")
-    source = samples(resolved, "train", tokenizer)
+    plan = resolve(c, ranks_asked(c), max(tokenizer.vocab_size if tokenizer else 0, c.data.vocab_size or 0))
+    if not 1 <= s.step <= plan.train_iters:
+        raise UserError(f"--step {s.step}: the run has steps 1 to {plan.train_iters}.")
+    source = samples(plan, "train", tokenizer)
     opened = source.inner if isinstance(source, FillInTheMiddle) else source
     if not isinstance(opened, Samples):
         raise UserError("--mock-data: has no documents; give the data of a run.")
-    first = (s.step - 1) * resolved.global_batch
-    for k in range(first, first + resolved.global_batch):
+    for k in plan.samples_of(s.step - 1):
         part, ranges = opened.locate(k)
         print(f"sample {k}: {part.dataset.prefix}: {'; '.join(pieces(part, ranges))}")
         if s.text and tokenizer is not None:

@@ -2,7 +2,10 @@
 
 import os
 import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import timedelta
+from functools import cached_property
 
 import torch
 import torch.distributed as dist
@@ -12,20 +15,33 @@ from megazero.comm.gloo import Gloo, GlooChannel
 from megazero.comm.group import Alone, Channel, Group, Line
 from megazero.comm.late import Late, LateChannel
 from megazero.comm.nccl import Nccl, NcclChannel
-from megazero.plan import Mesh
+from megazero.plan import Coordinates, Mesh
 
 PATIENCE = 6            # times longer than elsewhere do ranks wait for another that writes its part of a checkpoint
 
 
+@dataclass(frozen=True)
 class Wires:
-    """One rank's groups, and its channels by (send or recv, F or B), made once. `close()` when all is well; a process
-    that fails just leaves."""
+    """One rank's groups by kind, and its channels by (send or recv, F or B), made once. `close()` when all is well; a
+    process that fails just leaves.
 
-    def __init__(self, mesh: Mesh, rank: int, groups: dict[str, Group], channels: dict[tuple[str, str], Channel],
-                 line: Line, started: bool) -> None:
-        self.mesh, self.rank, self.groups, self.channels, self.line, self._started = (
-            mesh, rank, groups, channels, line, started)
-        self.place = mesh.place(rank)
+    backend     nccl, gloo or fake
+    late        what arrives is seen at wait() and not before (tests)
+    started     the processes were joined for these wires, and part with them
+    """
+
+    mesh: Mesh
+    rank: int
+    groups: Mapping[str, Group]
+    channels: Mapping[tuple[str, str], Channel]
+    line: Line
+    backend: str
+    late: bool
+    started: bool
+
+    @cached_property
+    def place(self) -> Coordinates:
+        return self.mesh.place(self.rank)
 
     def __getitem__(self, axis: str) -> Group:
         """The group of an axis; of an axis that this rank has no part in, the rank alone."""
@@ -40,10 +56,8 @@ class Wires:
     def device(self) -> torch.device:
         return torch.device("cuda", torch.cuda.current_device()) if self.backend == "nccl" else torch.device("cpu")
 
-    backend, late = "gloo", False
-
     def close(self) -> None:
-        if self._started:
+        if self.started:
             self.barrier()
             dist.destroy_process_group()
 
@@ -65,9 +79,8 @@ def connect(mesh: Mesh, rank: int, backend: str, seconds: float) -> Wires:
     channels = _channels(kind, mesh, line)
     if wrap == "late":
         channels = {key: LateChannel(channel) for key, channel in channels.items()}
-    wires = Wires(mesh, rank, made, channels, line, started)
-    wires.backend, wires.late = kind, wrap == "late"
-    return wires
+    return Wires(mesh, rank, groups=made, channels=channels, line=line, backend=kind, late=wrap == "late",
+                 started=started)
 
 
 def _make(kind: str, axis: str, ranks: tuple[int, ...], line: Line) -> Group:

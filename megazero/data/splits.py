@@ -9,7 +9,7 @@ from megazero.base import UserError
 from megazero.data.dataset import MockSamples, Reading, SampleSource, open_stages
 from megazero.data.fim import FillInTheMiddle
 from megazero.data.tokenizers import Tokenizer, build_tokenizer
-from megazero.plan import Plan
+from megazero.plan import Plan, Sizes
 from megazero.settings import Config, Data
 
 Stages = list[tuple[int, Sequence[str]]]        # (first sample, words of --data-path)
@@ -20,7 +20,7 @@ def samples(plan: Plan, which: str, tokenizer: Tokenizer | None) -> SampleSource
     d, a, seed = plan.config.data, plan.architecture, plan.config.training.seed
     if d.mock_data:
         return MockSamples(a.vocab_size, a.seq_length, seed, which)
-    flag, stages, is_cut = stages_of(d, which, plan.global_batch)
+    flag, stages, is_cut = stages_of(d, which, plan)
     reading = Reading(a.seq_length, seed, d.shuffle, d.sample_order == "megatron", asked_for(plan, which))
     identity = tokenizer.identity() if tokenizer else None
     opened = open_stages(stages, d.split if is_cut else None, which, reading, a.vocab_size, flag, identity)
@@ -31,19 +31,19 @@ def samples(plan: Plan, which: str, tokenizer: Tokenizer | None) -> SampleSource
     return FillInTheMiddle(opened, tokenizer, seed, d.fim_rate, d.fim_spm_rate, names)
 
 
-def stages_of(d: Data, which: str, global_batch: int) -> tuple[str, Stages, bool]:
+def stages_of(d: Data, which: str, sizes: Sizes) -> tuple[str, Stages, bool]:
     """(flag, its stages, is it cut by --split?) of the data of a split. Raises UserError."""
     own = {"train": d.train_data_path, "valid": d.valid_data_path, "test": d.test_data_path}[which]
     if own:
         return f"--{which}-data-path", [(0, own)], False
     if d.data_schedule is not None:
-        return f"--data-schedule {d.data_schedule}", read_schedule(d.data_schedule, global_batch), False
+        return f"--data-schedule {d.data_schedule}", read_schedule(d.data_schedule, sizes), False
     if d.data_args_path is not None:
         return f"--data-args-path {d.data_args_path}", [(0, _words("--data-args-path", d.data_args_path))], True
     return "--data-path", [(0, d.data_path)], True
 
 
-def read_schedule(path: str, global_batch: int) -> Stages:
+def read_schedule(path: str, sizes: Sizes) -> Stages:
     """The stages of a --data-schedule file: lines of `STEP WEIGHT PREFIX WEIGHT PREFIX ...`, the first of step 0.
     Raises UserError."""
     stages: Stages = []
@@ -51,12 +51,12 @@ def read_schedule(path: str, global_batch: int) -> Stages:
         step, *words = _cut("--data-schedule", path, line) or [""]
         if not step:
             continue
-        after = stages[-1][0] // global_batch if stages else -1
+        after = sizes.step_of(stages[-1][0]) if stages else -1
         if not step.isdecimal() or int(step) <= after or (not stages and int(step)) or not words:
             expected = f"a step after {after}" if stages else "step 0"
             raise UserError(f"--data-schedule {path}: line {number} should be {expected} and the words of --data-path "
                             "from that step on, such as `0 0.7 web 0.3 code`.")
-        stages.append((int(step) * global_batch, words))
+        stages.append((sizes.samples_of(int(step)).start, words))
     if not stages:
         raise UserError(f"--data-schedule {path}: holds no stage; write lines such as `0 0.7 web 0.3 code`.")
     return stages
@@ -86,9 +86,11 @@ def _text(flag: str, path: str) -> str:
 
 def asked_for(plan: Plan, which: str) -> int:
     """Samples that Megatron asks of a split; see megatron_order.py."""
-    t, batch = plan.config.training, plan.global_batch
+    if which == "train":
+        return plan.samples_of(plan.train_iters).start
+    t = plan.config.training
     evaluations = plan.train_iters // t.eval_interval + 1 if which == "valid" else 1
-    return plan.train_iters * batch if which == "train" else evaluations * t.eval_iters * batch
+    return evaluations * t.eval_iters * plan.global_batch
 
 
 def configured_tokenizer(config: Config) -> Tokenizer | None:

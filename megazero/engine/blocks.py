@@ -32,7 +32,7 @@ class Submodule:
             chosen = {n: p for n, p in parameters.items() if p.requires_grad == trained}
             if chosen:
                 device = next(iter(chosen.values())).device
-                self.units.append(Unit(flat(_spec(unit_name, chosen), 0, 1), dtype, device, sharing, trained))
+                self.units.append(Unit(flat(_spec(unit_name, chosen)), dtype, device, sharing, trained))
                 self.views += [(p, self.units[-1].weight(n), p.shape) for n, p in chosen.items()]
         self.trained = next((u for u in self.units if u.trained), None)
 

@@ -331,9 +331,9 @@ class Engine:
 
 def _mistakes(wires: Wires, settings: Optimization, dtype: str, accumulation: int) -> Iterator[str]:
     mesh = wires.mesh
-    if mesh.tp * mesh.pp > 1:
-        yield (f"mesh: tp {mesh.tp}, pp {mesh.pp}: a module is shared among data-parallel ranks alone; "
-               f"write Mesh(1, {mesh.world}, 1).")
+    if mesh.dp < mesh.world:
+        yield (f"mesh: tp {mesh.size('tp')}, pp {mesh.size('pp')}: a module is shared among data-parallel ranks alone; "
+               f"write Mesh.of(dp={mesh.world}).")
     if dtype not in TORCH_DTYPE:
         yield f"dtype {dtype}: is not known; write one of {', '.join(TORCH_DTYPE)}."
     if accumulation < 1:

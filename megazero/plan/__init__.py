@@ -4,15 +4,17 @@ from megazero.plan.action import Action, around
 from megazero.plan.architecture import Architecture, Rotary, head_chunk, parameter_count, units
 from megazero.plan.checks import checks
 from megazero.plan.cost import memory
+from megazero.plan.devices import device_of
 from megazero.plan.families import (
     Family, Row, architecture_of, family_of, flags, from_config, obstacles, rows, shapes, to_config, zeros)
 from megazero.plan.layout import (
     Box, Flat, Operand, OperandSpec, Parameter, Piece, Shape, UnitSpec, cuts, flat, intersect)
-from megazero.plan.mesh import Mesh, all_reduce_bytes
+from megazero.plan.mesh import Coordinates, Mesh, all_reduce_bytes
 from megazero.plan.operations import flops_per_token
-from megazero.plan.plan import Plan, plan
+from megazero.plan.plan import Plan, resolve
 from megazero.plan.program import Part
-from megazero.plan.progress import LossScale, Progress, learning_rate, loss_scale, position
+from megazero.plan.progress import LossScale, Progress, loss_scale
 from megazero.plan.rules import GROUPS, RULES
 from megazero.plan.show import describe
+from megazero.plan.sizes import Sizes, ranks_asked
 from megazero.plan.sums import Reductions, Zero, ending

@@ -90,7 +90,7 @@ def ffn_size(m: Model) -> int:
 def units(a: Architecture) -> tuple[UnitSpec, ...]:
     """Every weight of the decoder, by unit, in the order of the forward pass."""
     cut, table = Cut(0, a.vocab_size, ragged=True, name="vocabulary"), (a.vocab_size, a.hidden)
-    embedding, output = (one(Parameter(name, table, a.init_std, cut=cut, group="table"), a.pad_rows)
+    embedding, output = (one(Parameter(name, table, a.init_std, cuts=(cut,), group="table"), a.pad_rows)
                          for name in ("embedding.weight", "head.output.weight"))
     places = Parameter("positions.weight", (a.learned_positions, a.hidden), a.init_std, partial=True, group="table")
     return (
@@ -114,27 +114,28 @@ def block(a: Architecture, i: int) -> UnitSpec:
     q, kv, small = a.heads * a.head_dim, a.kv_heads * a.head_dim, a.init_std / sqrt(2 * a.layers)
     at, mlp, widths = (f"layers.{i}.attention", f"layers.{i}.mlp",
                        {"gate": a.ffn, "up": a.ffn} if a.gated else {"up": a.ffn})
-    groups, wide = Cut(0, a.kv_heads, name="kv_heads"), Cut(0, a.ffn, name="ffn")
-    heads = {"q": Cut(0, a.heads, name="heads"), "k": groups, "v": groups}
+    groups, wide = (Cut(0, a.kv_heads, name="kv_heads"),), (Cut(0, a.ffn, name="ffn"),)
+    heads = {"q": (Cut(0, a.heads, name="heads"),), "k": groups, "v": groups}
     rows = {"q": q, "k": kv, "v": kv}
     operands = [
         *norm(f"{at}.norm", a.hidden, a.norm_bias),
         OperandSpec(f"{at}.qkv.weight",
-                    tuple(Parameter(f"{at}.{n}.weight", (rows[n], a.hidden), a.init_std, cut=heads[n]) for n in "qkv")),
-        one(Parameter(f"{at}.o.weight", (a.hidden, q), small, cut=replace(heads["q"], dim=1))),
+                    tuple(Parameter(f"{at}.{n}.weight", (rows[n], a.hidden), a.init_std, cuts=heads[n])
+                          for n in "qkv")),
+        one(Parameter(f"{at}.o.weight", (a.hidden, q), small, cuts=(replace(heads["q"][0], dim=1),))),
         *norm(f"{mlp}.norm", a.hidden, a.norm_bias),
         OperandSpec(f"{mlp}.up.weight",
-                    tuple(Parameter(f"{mlp}.{n}.weight", (w, a.hidden), a.init_std, cut=wide)
+                    tuple(Parameter(f"{mlp}.{n}.weight", (w, a.hidden), a.init_std, cuts=wide)
                           for n, w in widths.items())),
-        one(Parameter(f"{mlp}.down.weight", (a.hidden, a.ffn), small, cut=replace(wide, dim=1))),
+        one(Parameter(f"{mlp}.down.weight", (a.hidden, a.ffn), small, cuts=(replace(wide[0], dim=1),))),
     ]
     if a.qkv_bias:
-        biases = tuple(Parameter(f"{at}.{n}.bias", (rows[n],), cut=heads[n], group="vector") for n in "qkv")
+        biases = tuple(Parameter(f"{at}.{n}.bias", (rows[n],), cuts=heads[n], group="vector") for n in "qkv")
         operands.append(OperandSpec(f"{at}.qkv.bias", biases))
     if a.qk_norm:
         operands += [*norm(f"{at}.q_norm", a.head_dim, a.norm_bias), *norm(f"{at}.k_norm", a.head_dim, a.norm_bias)]
     if a.bias:
-        biases = tuple(Parameter(f"{mlp}.{n}.bias", (w,), cut=wide, group="vector") for n, w in widths.items())
+        biases = tuple(Parameter(f"{mlp}.{n}.bias", (w,), cuts=wide, group="vector") for n, w in widths.items())
         operands += [OperandSpec(f"{mlp}.up.bias", biases),
                      one(residual_bias(f"{at}.o.bias", a)), one(residual_bias(f"{mlp}.down.bias", a))]
     return UnitSpec(f"layers.{i}", tuple(operands))

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from megazero.pipeline import SCHEDULES, from_layout
 from megazero.plan.architecture import architecture, block
+from megazero.plan.sizes import ranks_asked, sizes
 from megazero.settings import Config
 
 
@@ -110,15 +111,15 @@ def _layout(c: Config, world: int) -> Iterator[Check]:
     yield not 0 <= p.zero_stage <= 3, f"--zero-stage {p.zero_stage}: must be 0, 1, 2 or 3."
     if tp < 1 or pp < 1:
         return
-    need = tp * pp * (dp or 1)
+    need = ranks_asked(c)
     yield (world % (tp * pp) if dp is None else world != need,
            f"--tp {tp} x --pp {pp}" + (f" x --dp {dp}" if dp else "")
            + f": {need} ranks are needed{'' if dp else ', or a multiple'}, but {world} run{'s' if world == 1 else ''}; "
            f"start with torchrun --nproc_per_node {need}, or change the sizes.")
     yield from _stages(c)
     yield from _divided(c, tp)
-    dp, k = world // (tp * pp), p.zero_shard_size
-    yield (k is not None and p.zero_stage and (k < 1 or dp % k),
+    dp, k = sizes(c, world).dp, p.zero_shard_size
+    yield (k is not None and p.zero_stage and world >= tp * pp and (k < 1 or dp % k),
            f"--zero-shard-size {k}: must divide the data-parallel size {dp}; write one of "
            f"{', '.join(str(n) for n in range(1, dp + 1) if dp % n == 0)}.")
     for flag, count in (("--reduce-every", p.reduce_every), ("--keep-weights", p.keep_weights)):
@@ -130,7 +131,8 @@ def _divided(c: Config, tp: int) -> Iterator[Check]:
     """What tensor-parallel ranks share: the cuts of a block's weights, by name. Key-value heads may be copied, where
     they are fewer than the ranks; where nobody gives their number, the heads stand for them."""
     flags = {"heads": "--num-attention-heads", "ffn": "--ffn-hidden-size", "kv_heads": "--num-query-groups"}
-    cuts = {p.cut.name: p.cut.parts for p in block(replace(architecture(c, 0), layers=1), 0).parameters if p.cut}
+    of_block = block(replace(architecture(c, 0), layers=1), 0).parameters
+    cuts = {cut.name: cut.parts for p in of_block for cut in p.cuts}
     for name, flag in flags.items():
         size = cuts[name]
         works = [str(n) for n in range(1, min(size, 64) + 1) if size % n == 0]
@@ -181,25 +183,24 @@ def _layout_text(text: str, stages: int, layers: int) -> Iterator[Check]:
 
 
 def _batches(c: Config, world: int) -> Iterator[Check]:
-    t, p = c.training, c.parallel
+    t, s = c.training, sizes(c, world)
     yield (t.train_iters is None) == (t.train_samples is None), (
         "--train-iters is missing: give the length of the run in steps, or --train-samples." if t.train_iters is None
         else f"--train-samples {t.train_samples}: cannot be combined with --train-iters {t.train_iters}; keep one.")
-    dp = max(world // max(p.tensor_model_parallel_size * p.pipeline_model_parallel_size, 1), 1)
-    batch, slice_ = t.global_batch_size, t.micro_batch_size * dp
+    batch, slice_ = t.global_batch_size, t.micro_batch_size * s.dp
     if batch and slice_ > 0:
         low = batch // slice_ * slice_
         yield (batch % slice_,
                f"--global-batch-size {batch}: must be a multiple of --micro-batch-size {t.micro_batch_size} x "
-               f"data-parallel {dp}; write {f'{low} or ' if low else ''}{low + slice_}.")
-    total = batch or slice_
+               f"data-parallel {s.dp}; write {f'{low} or ' if low else ''}{low + slice_}.")
     for flag, count in (("--train-samples", t.train_samples), ("--lr-decay-samples", c.optimizer.lr_decay_samples)):
-        short = count is not None and 0 < count < total
-        yield short, f"{flag} {count}: is less than one global batch ({total}); write at least {total}."
+        yield (count is not None and 0 < count < s.global_batch,
+               f"{flag} {count}: is less than one global batch ({s.global_batch}); "
+               f"write at least {s.global_batch}.")
 
 
 def _schedule(c: Config, world: int) -> Iterator[Check]:
-    o, t = c.optimizer, c.training
+    o, s = c.optimizer, sizes(c, world)
     yield o.lr is None, "--lr is missing: give the highest learning rate, such as 3e-4."
     yield o.lr is not None and o.min_lr > o.lr, f"--min-lr {o.min_lr:g}: is above --lr {o.lr}; write at most {o.lr}."
     yield (o.lr is not None and o.lr_warmup_init > o.lr,
@@ -211,12 +212,9 @@ def _schedule(c: Config, world: int) -> Iterator[Check]:
             "--lr-warmup-fraction": o.lr_warmup_fraction}
     given = [f"{flag} {value}" for flag, value in said.items() if value is not None]
     yield len(given) > 1, f"{', '.join(given[1:])}: cannot be combined with {given[0] if given else ''}; keep one."
-    dp = max(world // max(c.parallel.tensor_model_parallel_size * c.parallel.pipeline_model_parallel_size, 1), 1)
-    batch = max(t.global_batch_size or t.micro_batch_size * dp, 1)
-    run = t.train_iters if t.train_iters is not None else (t.train_samples or 0) // batch
-    length = o.lr_decay_iters or (o.lr_decay_samples // batch if o.lr_decay_samples else run)
+    length = s.decay_iters
     for flag, count, size in (("--lr-warmup-iters", o.lr_warmup_iters, 1),
-                              ("--lr-warmup-samples", o.lr_warmup_samples, batch)):
+                              ("--lr-warmup-samples", o.lr_warmup_samples, s.global_batch)):
         yield (length and count and count > length * size and o.lr_decay_style != "constant",
                f"{flag} {count}: is longer than the whole curve of {length} steps; write less than {length * size}.")
     wsd = o.lr_decay_style == "WSD"

@@ -27,7 +27,7 @@ SENT = {"gather", "reduce", "replicate", "tie"}
 
 def flats(p: Plan, rank: int) -> dict[str, Flat]:
     """How the units of a rank are laid out, by name."""
-    return {u.name: flat(u, p.mesh.place(rank).tp, p.tp) for u in p.units_of(rank)}
+    return {u.name: flat(u, p.mesh.place(rank)) for u in p.units_of(rank)}
 
 
 def stored(f: Flat, p: Plan) -> int:
@@ -98,7 +98,7 @@ def traffic(p: Plan, rank: int = 0) -> dict[str, int]:
         part = stored(units[action.unit], p) // p.shard if action.kind in SENT else 0
         sent["shard"] += (p.shard - 1) * part * {"gather": width, "reduce": wide}.get(action.kind, 0)
         sent["replicate"] += all_reduce_bytes(part, wide, p.dp // p.shard) if action.kind == "replicate" else 0
-        sent["tied"] += all_reduce_bytes(part, wide, 2) if action.kind == "tie" else 0
+        sent["tied"] += all_reduce_bytes(part, wide, len(p.holders[action.unit])) if action.kind == "tie" else 0
         sent["pp"] += m.share * a.hidden * width if action.kind == "send" else 0
         sent["tp"] += moved(action.kind, parts[action.part], a, m) if action.kind in KINDS else 0
     for axis, cut, size in (("tp", False, p.tp), ("kv", True, p.mesh.kv)):

@@ -9,7 +9,7 @@ of a unit (a transformer block, an embedding) lie in one `Flat` buffer:
             ^ 0 matrices, then tables                      ^ vectors                              ^ size
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import ceil, prod
@@ -21,6 +21,8 @@ from megazero.plan.rules import GROUPS
 ALIGN = 64
 
 Shape = tuple[int, ...]
+Axes = Mapping[str, tuple[int, int]]    # where a rank stands: axis -> (its number there, how many there are)
+ALONE: Axes = {}                        # an axis that is not named has one rank
 
 
 class Box(NamedTuple):
@@ -74,7 +76,7 @@ def _in_row(shape: Shape, row: int, start: int, stop: int) -> Iterator[Box]:
 
 @dataclass(frozen=True)
 class Cut:
-    """A tensor-parallel cut of dimension `dim` into `parts` pieces that stay whole (heads, rows).
+    """A cut of dimension `dim` into `parts` pieces that stay whole (heads, rows), among the ranks of an axis.
 
     Ranks share the pieces evenly. With fewer parts than ranks, neighbouring ranks hold the same part. `ragged` cuts
     (a vocabulary) need not divide: every rank stores the same number of rows, the last ones hold fewer real ones.
@@ -85,17 +87,29 @@ class Cut:
     parts: int
     ragged: bool = False
     name: str = ""
+    axis: str = "tp"
+
+    def bounds(self, extent: int, rank: int, ranks: int, pad_rows: int) -> tuple[int, int, int]:
+        """What rank `rank` of `ranks` holds of a dimension of `extent`: (from, to, how many neighbours hold it)."""
+        if self.ragged:
+            rows = ragged_rows(self.parts, ranks, pad_rows)
+            return min(rank * rows, self.parts), min((rank + 1) * rows, self.parts), 1
+        distinct = min(ranks, self.parts)
+        copies, step = ranks // distinct, extent // distinct
+        low = rank // copies * step
+        return low, low + step, copies
 
 
 @dataclass(frozen=True)
 class Parameter:
-    """A logical weight: what it is on all ranks together. `std` 0 means the constant `mean`."""
+    """A logical weight: what it is on all ranks together. `std` 0 means the constant `mean`. Its `cuts` are of
+    different axes and of different dimensions."""
 
     name: str
     shape: Shape
     std: float = 0.0
     mean: float = 0.0
-    cut: Cut | None = None
+    cuts: tuple[Cut, ...] = ()
     group: str = "matrix"               # of plan.rules.GROUPS: which rule changes it, and is it decayed?
     # each tensor-parallel rank sees part of its gradient: norms, row biases, positions
     partial: bool = False
@@ -141,10 +155,11 @@ def joined(units: Sequence[UnitSpec], elements: int) -> list[UnitSpec]:
 
 @dataclass(frozen=True)
 class Shard:
-    """One parameter as one tensor-parallel rank holds it.
+    """One parameter as one rank holds it, beside those that differ from it on the axes of its cuts and on tp. (Ranks of
+    other axes are data-parallel to it: they share a unit, not a parameter.)
 
-    `cut`         it holds a box of its own: ranks with equal boxes hold copies
-    `replicas`    how many tensor-parallel ranks hold this same box; the lowest of them owns it
+    `cut`         tensor-parallel ranks hold boxes of their own
+    `replicas`    how many of those ranks hold this same box; the lowest of them owns it
     `partial`     its gradient must be summed over those replicas before it means anything
     """
 
@@ -156,23 +171,20 @@ class Shard:
     partial: bool
 
 
-def shard(parameter: Parameter, rank: int, ranks: int, pad_rows: int = 1) -> Shard:
-    """The part of a parameter that tensor-parallel rank `rank` of `ranks` holds."""
-    cut, shape = parameter.cut, parameter.shape
-    whole = Box((0,) * len(shape), shape)
-    if cut is None or ranks == 1:
-        return Shard(parameter, whole, False, ranks, rank == 0, partial=parameter.partial and ranks > 1)
-    if cut.ragged:
-        rows = ragged_rows(cut.parts, ranks, pad_rows)
-        low, high, copies = min(rank * rows, cut.parts), min((rank + 1) * rows, cut.parts), 1
-    else:
-        holders = min(ranks, cut.parts)                         # distinct boxes
-        copies, step, extent = ranks // holders, cut.parts // holders, shape[cut.dim] // cut.parts
-        low = rank // copies * step * extent
-        high = low + step * extent
-    offset = tuple(low if d == cut.dim else 0 for d in range(len(shape)))
-    size = tuple(high - low if d == cut.dim else n for d, n in enumerate(shape))
-    return Shard(parameter, Box(offset, size), True, copies, rank % copies == 0, partial=copies > 1)
+def shard(parameter: Parameter, place: Axes = ALONE, pad_rows: int = 1) -> Shard:
+    """The part of a parameter that the rank of this place holds."""
+    shape, by_axis = parameter.shape, {c.axis: c for c in parameter.cuts}
+    assert len(by_axis) == len({c.dim for c in parameter.cuts}) == len(parameter.cuts), f"{parameter.name}: {by_axis}"
+    bounds, replicas, owner, partial = [(0, n) for n in shape], 1, True, False
+    for axis in dict.fromkeys(("tp", *by_axis)):
+        (rank, ranks), cut = place.get(axis, (0, 1)), by_axis.get(axis)
+        copies, summed = ranks, parameter.partial and ranks > 1
+        if cut is not None:
+            low, high, copies = cut.bounds(shape[cut.dim], rank, ranks, pad_rows)
+            bounds[cut.dim], summed = (low, high), copies > 1
+        replicas, owner, partial = replicas * copies, owner and rank % copies == 0, partial or summed
+    box = Box(tuple(low for low, _ in bounds), tuple(high - low for low, high in bounds))
+    return Shard(parameter, box, "tp" in by_axis and place.get("tp", (0, 1))[1] > 1, replicas, owner, partial)
 
 
 def ragged_rows(parts: int, ranks: int, pad_rows: int) -> int:
@@ -181,9 +193,8 @@ def ragged_rows(parts: int, ranks: int, pad_rows: int) -> int:
 
 
 def divisible(parameter: Parameter, ranks: int) -> bool:
-    """Can `ranks` tensor-parallel ranks share this parameter?"""
-    cut = parameter.cut
-    return cut is None or cut.ragged or cut.parts % ranks == 0 or ranks % cut.parts == 0
+    """Can `ranks` ranks share this parameter, on each axis that cuts it?"""
+    return all(c.ragged or c.parts % ranks == 0 or ranks % c.parts == 0 for c in parameter.cuts)
 
 
 @dataclass(frozen=True)
@@ -221,7 +232,7 @@ class Operand:
 
 @dataclass(frozen=True)
 class Flat:
-    """One unit's flat buffer on one tensor-parallel rank. Operands of one group lie together, in the order of
+    """One unit's flat buffer on one rank, whole. Operands of one group lie together, in the order of
     GROUPS; `ranges` (group, start, stop) says where, padding included."""
 
     name: str
@@ -239,28 +250,27 @@ class Flat:
         return tuple(p for o in self.operands for p in o.pieces)
 
 
-def flat(unit: UnitSpec, rank: int, ranks: int) -> Flat:
-    """Lays a unit out for tensor-parallel rank `rank` of `ranks`."""
+def flat(unit: UnitSpec, place: Axes = ALONE) -> Flat:
+    """Lays a unit out for the rank of this place."""
     placed, at, ranges = [], 0, list[tuple[str, int, int]]()
     for group in GROUPS:
         start = at
         for spec in unit.operands:
             if spec.group == group:
-                placed.append(_place(spec, at, rank, ranks))
+                placed.append(_place(spec, at, place))
                 at = ceil(placed[-1].stop / ALIGN) * ALIGN
         ranges += [(group, start, at)] if at > start else []
     return Flat(unit.name, tuple(placed), tuple(ranges), at)
 
 
-def _place(spec: OperandSpec, start: int, rank: int, ranks: int) -> Operand:
+def _place(spec: OperandSpec, start: int, place: Axes) -> Operand:
     pieces, rows, at = [], 0, start
     for parameter in spec.parameters:
-        piece = Piece(shard(parameter, rank, ranks, spec.pad_rows), at)
+        piece = Piece(shard(parameter, place, spec.pad_rows), at)
         pieces.append(piece)
         rows, at = rows + piece.shard.box.size[0], piece.stop
-    (cut,) = {p.cut for p in spec.parameters} if len(spec.parameters) == 1 else (None,)
-    if cut is not None and cut.ragged:
-        rows = ragged_rows(cut.parts, ranks, spec.pad_rows)
+    for cut in (c for p in spec.parameters for c in p.cuts if c.ragged):        # then it is the only parameter
+        rows = ragged_rows(cut.parts, place.get(cut.axis, (0, 1))[1], spec.pad_rows)
     return Operand(spec.name, start, (rows, *pieces[0].shard.box.size[1:]), tuple(pieces))
 
 

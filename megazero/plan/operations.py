@@ -78,7 +78,7 @@ OUTPUT = {"L": 2, "E": 1}
 def operations(a: Architecture, part: int, m: Micro) -> tuple[Operation, ...]:
     """The rows of a part (0 embedding, 1 .. n blocks, n + 1 head), in the order of its forward pass."""
     read = parts(a)[part].forward
-    w = {o.name: o for u in units(a) if u.name in read for o in flat(u, m.rank, m.ranks).operands}
+    w = {o.name: o for u in units(a) if u.name in read for o in flat(u, {"tp": (m.rank, m.ranks)}).operands}
     if part == 0:
         return _embedding(a, m, w)
     if part > a.layers:

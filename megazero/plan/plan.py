@@ -1,8 +1,9 @@
-"""What follows from a configuration and a number of ranks: every size of the run. Pure."""
+"""What follows from a configuration and a number of ranks, as one value. Pure."""
 
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, pairwise
+from typing import NamedTuple, Self
 
 from megazero.base import UserError
 from megazero.pipeline import Pass, from_layout, passes, shares
@@ -12,33 +13,39 @@ from megazero.plan.checks import checks
 from megazero.plan.layout import UnitSpec, joined
 from megazero.plan.mesh import Mesh
 from megazero.plan.program import Part, Stages, evaluation, training
+from megazero.plan.progress import Curve
+from megazero.plan.sizes import Sizes, sizes
 from megazero.plan.sums import Zero
 from megazero.settings import Config
 
 
+class Placement(NamedTuple):
+    """Over which ranks a unit is shared, as kinds of groups: those of `shard` hold its slices, those of `replicate` the
+    same slice once more, and so do `holders`, at other places of the pipeline ("": none)."""
+
+    shard: str = "shard"
+    replicate: str = "replicate"
+    holders: str = ""
+
+
 @dataclass(frozen=True)
-class Plan:
-    """The resolved run."""
+class Plan(Sizes):
+    """The resolved run: its sizes, and what else follows from the configuration."""
 
     config: Config
     architecture: Architecture
-    world: int
-    tp: int
-    pp: int
-    dp: int
-    micro_batch: int
-    micro_batches: int
-    train_iters: int
 
-    @property
+    @classmethod
+    def of(cls, config: Config, world: int, vocab_size: int) -> Self:
+        """That of a configuration in which `checks` finds nothing wrong."""
+        return cls(**vars(sizes(config, world)), config=config, architecture=architecture(config, vocab_size))
+
+    @cached_property
     def mesh(self) -> Mesh:
-        kv = self.architecture.kv_heads
-        return Mesh(self.pp, self.dp, self.tp, max(self.tp // kv, 1) if kv < self.tp else 1, self.shard,
-                    self.virtual > 1, self.architecture.tied and self.pp > 1)
-
-    @property
-    def global_batch(self) -> int:
-        return self.micro_batch * self.micro_batches * self.dp
+        several = dict.fromkeys(places for places in self.holders.values() if len(places) > 1)
+        return Mesh.of(pp=self.pp, dp=self.dp, tp=self.tp, shard=self.shard, looped=self.virtual > 1,
+                       kv=max(self.tp // self.architecture.kv_heads, 1),
+                       tied=tuple((f"tied{i or ''}", places) for i, places in enumerate(several)))
 
     @property
     def tokens_per_step(self) -> int:
@@ -46,34 +53,20 @@ class Plan:
         return self.global_batch * self.architecture.seq_length
 
     @property
-    def warmup_iters(self) -> int:
+    def curve(self) -> Curve:
+        """Its learning rate."""
         o = self.config.optimizer
-        if o.lr_warmup_samples is not None:
-            return o.lr_warmup_samples // self.global_batch
-        return o.lr_warmup_iters or int((o.lr_warmup_fraction or 0) * self.decay_iters)
-
-    @property
-    def decay_iters(self) -> int:
-        o = self.config.optimizer
-        if o.lr_decay_samples is not None:
-            return o.lr_decay_samples // self.global_batch
-        if o.lr_decay_iters is None and self.config.training.train_samples is not None:
-            return self.config.training.train_samples // self.global_batch
-        return o.lr_decay_iters or self.train_iters
-
-    @property
-    def shard(self) -> int:
-        """Data-parallel ranks that share one copy of what the ZeRO level shares."""
-        p = self.config.parallel
-        return (p.zero_shard_size or self.dp) if p.zero_stage else 1
+        assert o.lr is not None, "checks() come first"
+        return Curve(o.lr, o.min_lr, style=o.lr_decay_style, start=o.lr_warmup_init, warmup=self.warmup_iters,
+                     length=self.decay_iters, final=o.lr_wsd_decay_iters or 0, final_style=o.lr_wsd_decay_style,
+                     samples=None if self.train_samples is None else self.global_batch)
 
     @property
     def zero(self) -> Zero:
-        p = self.config.parallel
-        lag = (0 if self.shard == 1 or not p.overlap_grad_reduce
-               else 1 if p.zero_stage >= 2 or self.shard < self.dp else 2)
-        return Zero(p.zero_stage, p.keep_weights, p.reduce_every, p.overlap_param_gather, lag,
-                    1 if p.overlap_grad_reduce else 0)
+        p, level = self.config.parallel, self.config.parallel.zero_stage
+        lag = 0 if self.shard == 1 else 1 if level >= 2 or self.shard < self.dp else 2
+        return Zero(level, keep=p.keep_weights, every=p.reduce_every, prefetch=p.overlap_param_gather,
+                    lag=lag if p.overlap_grad_reduce else 0, replicas=1 if p.overlap_grad_reduce else 0)
 
     @property
     def head_chunk(self) -> int:
@@ -114,13 +107,23 @@ class Plan:
         """The stages of one rank, and what the program must know of the others."""
         place, count = self.mesh.place(rank).pp, len(self.stages)
         own = {s: self.stages[s] for s in range(place, count, self.pp)}
-        return Stages(own, count, self.parts, self.pp > 1,
-                      ("embedding",) if self.mesh.tied and place in (0, self.pp - 1) else ())
+        tied = tuple(name for name, places in self.holders.items() if len(places) > 1 and place in places)
+        return Stages(own, count, self.parts, self.pp > 1, tied)
+
+    @cached_property
+    def holders(self) -> dict[str, tuple[int, ...]]:
+        """The places in a pipeline whose parts read each unit. The first of them owns it."""
+        reads = {(name, stage % self.pp) for stage, own in enumerate(self.stages) for i in own
+                 for name in self.parts[i].forward}
+        return {u.name: tuple(place for place in range(self.pp) if (u.name, place) in reads) for u in self.units}
+
+    def placement(self, unit: str) -> Placement:
+        """Over which ranks a unit is shared."""
+        return Placement(holders=next((kind for kind, places in self.mesh.tied if places == self.holders[unit]), ""))
 
     def units_of(self, rank: int) -> tuple[UnitSpec, ...]:
         """The units that one rank holds."""
-        names = {name for own in self.stages_of(rank).own.values() for i in own for name in self.parts[i].forward}
-        return tuple(u for u in self.units if u.name in names)
+        return tuple(u for u in self.units if self.mesh.place(rank).pp in self.holders[u.name])
 
     @cached_property
     def passes(self) -> tuple[tuple[Pass, ...], ...]:
@@ -136,16 +139,9 @@ class Plan:
         return evaluation(self.stages_of(rank), self.zero)
 
 
-def plan(config: Config, world: int, vocab_size: int) -> Plan:
-    """Resolves a configuration on `world` ranks. Raises UserError with every problem at once."""
+def resolve(config: Config, world: int, vocab_size: int) -> Plan:
+    """The plan of a configuration on `world` ranks. Raises UserError with every problem at once."""
     errors = checks(config, world)
     if errors:
         raise UserError(*errors)
-    p, t = config.parallel, config.training
-    dp = world // (p.tensor_model_parallel_size * p.pipeline_model_parallel_size)
-    global_batch = t.global_batch_size or t.micro_batch_size * dp
-    a = architecture(config, vocab_size)
-    micro_batches = global_batch // (t.micro_batch_size * dp)
-    iters = t.train_iters if t.train_iters is not None else (t.train_samples or 0) // global_batch
-    return Plan(config, a, world, p.tensor_model_parallel_size, p.pipeline_model_parallel_size, dp, t.micro_batch_size,
-                micro_batches, iters)
+    return Plan.of(config, world, vocab_size)

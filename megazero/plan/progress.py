@@ -1,46 +1,62 @@
 """What changes with the steps: learning rate, loss scale, how many steps were applied. Pure values."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
-from megazero.plan.plan import Plan
 from megazero.settings import Config
 
-
-def learning_rate(plan: Plan, applied: float) -> float:
-    """The rate of the step after `applied` ones, see `position`. Megatron's curves, but the first step of a warm-up is
-    not lost at rate 0: warm-up counts the step itself, decay the steps before it."""
-    o = plan.config.optimizer
-    assert o.lr is not None
-    step, warmup, length = applied, plan.warmup_iters, plan.decay_iters
-    if step < warmup:
-        return o.lr_warmup_init + (o.lr - o.lr_warmup_init) * (step + 1) / warmup
-    if o.lr_decay_style == "constant":
-        return o.lr
-    if o.lr_decay_style == "inverse-square-root":
-        return max(o.min_lr, o.lr * math.sqrt(max(warmup, 1) / max(step, 1)))
-    if step >= length:
-        return o.min_lr
-    if o.lr_decay_style == "WSD":
-        return o.min_lr + (o.lr - o.min_lr) * _wsd(o.lr_wsd_decay_style, step, length, o.lr_wsd_decay_iters or 0)
-    part = (step - warmup) / (length - warmup)
-    return o.min_lr + (o.lr - o.min_lr) * (1 - part if o.lr_decay_style == "linear"
-                                           else (math.cos(math.pi * part) + 1) / 2)
+FALLS: dict[str, Callable[[float], float]] = {          # how much is left of a rate when this part of its fall is over
+    "linear": lambda part: 1 - part,
+    "cosine": lambda part: (math.cos(math.pi * part) + 1) / 2,
+    "exponential": lambda part: 2 * 0.5**part - 1,
+    "minus_sqrt": lambda part: 1 - math.sqrt(part),
+}
 
 
-def _wsd(style: str, step: float, length: int, final: int) -> float:
-    """Warm-up, stable, decay (Hu et al. 2024): 1 until the last `final` steps, then down."""
-    part = max(0, step - (length - final)) / final
-    return {"linear": 1 - part, "cosine": (math.cos(math.pi * part) + 1) / 2, "exponential": 2 * 0.5**part - 1,
-            "minus_sqrt": 1 - math.sqrt(part)}[style]
+@dataclass(frozen=True)
+class Curve:
+    """The learning rate over the steps of a run. Megatron's curves, but the first step of a warm-up is not lost at rate
+    0: warm-up counts the step itself, decay the steps before it.
 
+    warmup          steps of linear rise from `start` to `lr`
+    length          steps in all, after which it stays at `min_lr`
+    final           the last of them, in which WSD falls, as `final_style` says
+    samples         of one step, in a run that is told by samples
+    """
 
-def position(plan: Plan, progress: "Progress") -> float:
-    """Where a run is on the curve of its learning rate, in steps of this batch size: steps that changed the weights; in
-    a run told by samples, what they consumed."""
-    if plan.config.training.train_samples is None:
-        return progress.applied
-    return progress.samples / plan.global_batch - (progress.step - progress.applied)
+    lr: float
+    min_lr: float = 0.0
+    style: str = "constant"
+    start: float = 0.0
+    warmup: int = 0
+    length: int = 0
+    final: int = 0
+    final_style: str = "exponential"
+    samples: int | None = None
+
+    def rate(self, applied: float) -> float:
+        """The rate of the step after `applied` ones."""
+        if applied < self.warmup:
+            return self.start + (self.lr - self.start) * (applied + 1) / self.warmup
+        if self.style == "constant":
+            return self.lr
+        if self.style == "inverse-square-root":
+            return max(self.min_lr, self.lr * math.sqrt(max(self.warmup, 1) / max(applied, 1)))
+        if applied >= self.length:
+            return self.min_lr
+        if self.style == "WSD":                                 # warm-up, stable, decay (Hu et al. 2024)
+            height = FALLS[self.final_style](max(0, applied - (self.length - self.final)) / self.final)
+        else:
+            height = FALLS[self.style]((applied - self.warmup) / (self.length - self.warmup))
+        return self.min_lr + (self.lr - self.min_lr) * height
+
+    def rate_after(self, progress: "Progress") -> float:
+        """The rate of a run's next step. Its place on the curve is counted in steps that changed the weights; in a run
+        told by samples, in steps of this batch size that would have consumed what it consumed."""
+        if self.samples is None:
+            return self.rate(progress.applied)
+        return self.rate(progress.samples / self.samples - (progress.step - progress.applied))
 
 
 @dataclass(frozen=True)

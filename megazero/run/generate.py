@@ -18,7 +18,7 @@ Tensor = torch.Tensor
 def build_from_checkpoint(reader: Reader, dtype: str = "fp32", device: torch.device | None = None) -> Decoder:
     """The decoder of a checkpoint with its weights, on one device, for logits and not for training."""
     a, device = architecture_of(reader.index["architecture"]), device or torch.device("cpu")
-    built = {spec.name: Unit(flat(spec, 0, 1), TORCH_DTYPE[dtype], device, trained=False) for spec in units(a)}
+    built = {spec.name: Unit(flat(spec), TORCH_DTYPE[dtype], device, trained=False) for spec in units(a)}
     errors = mismatches(reader, [p for spec in units(a) for p in spec.parameters], ("weight",))
     if errors:
         raise UserError(*errors)

@@ -13,28 +13,18 @@ from typing import Any
 import torch
 
 from megazero.base import UserError, clock, gib, say
-from megazero.plan import Plan, flops_per_token
+from megazero.plan import device_of
 
 MFU = "MFU counts 6 N + 6 L h S FLOPs per token (causal attention, recompute not counted)"
-
-# Dense peaks in FLOP/s as the makers state them, without sparsity; what is not listed is measured.
-# Longer names come first.
-PEAKS = {
-    ("H100 PCIe", "bf16"): 756e12, ("H100 PCIe", "fp16"): 756e12, ("H100 PCIe", "fp32"): 51e12,
-    ("H100 NVL", "bf16"): 835e12, ("H100 NVL", "fp16"): 835e12, ("H100 NVL", "fp32"): 60e12,
-    ("H200", "bf16"): 989e12, ("H200", "fp16"): 989e12, ("H100", "bf16"): 989e12, ("H100", "fp16"): 989e12,
-    ("A100", "bf16"): 312e12, ("A100", "fp16"): 312e12, ("A100", "fp32"): 19.5e12,
-    ("H100", "fp32"): 67e12, ("H200", "fp32"): 67e12,
-}
 
 
 def peak_flops(device: torch.device, dtype_name: str, dtype: torch.dtype) -> tuple[float, str]:
     """(peak FLOP/s of the device in that dtype, where the number is from)."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
-        for (part, kind), peak in PEAKS.items():
-            if part in name and kind == dtype_name:
-                return peak, f"stated for {name}, {dtype_name} without sparsity"
+        row = device_of(name)
+        if row is not None and dtype_name in row.peaks:
+            return row.peaks[dtype_name], f"stated for {name}, {dtype_name} without sparsity"
     return measured_peak(device, dtype), "best of a few large matrix products, measured now"
 
 
@@ -67,16 +57,21 @@ def memory_bytes(device: torch.device) -> int:
 
 class Metrics:
     """The sinks, of rank 0.
-    What an earlier run logged beyond step `resumed`, from where this one goes on, is forgotten."""
 
-    def __init__(self, plan: Plan, peak: float, device: torch.device, resumed: int, rank: int = 0) -> None:
-        self.plan, self.peak, self.device = plan, peak, device
-        self.per_token = flops_per_token(plan.architecture)
+    peak        FLOP/s of one of the `world` devices
+    steps       of the whole run; a line tells of `interval` of them
+    folder      --log-dir, if any
+    resumed     the step from where this run goes on: what an earlier one logged beyond it is forgotten
+    """
+
+    def __init__(self, device: torch.device, *, peak: float, flops_per_token: float, world: int, steps: int,
+                 interval: int, folder: str | None = None, resumed: int = 0, rank: int = 0) -> None:
+        self.device, self.peak, self.steps, self.interval = device, peak, steps, interval
+        self.flops = flops_per_token / world                    # of one device, per token of all
         self.window: list[Mapping[str, Any]] = []
         self.file: Any = None
         self.board: Any = None
         self.tells = rank == 0
-        folder = plan.config.logging.log_dir
         if folder is not None and self.tells:
             from torch.utils.tensorboard import SummaryWriter
             try:
@@ -90,12 +85,12 @@ class Metrics:
     def step(self, figures: dict[str, Any]) -> dict[str, Any]:
         """Logs one step; adds what follows from its time. Returns the whole record."""
         rate = figures["tokens"] / figures["seconds"]
-        flops = rate * self.per_token / self.plan.world
+        flops = rate * self.flops
         record = figures | {"tokens_per_second": rate, "tflops_per_device": flops / 1e12, "mfu": flops / self.peak,
                             "memory_bytes": memory_bytes(self.device)}
         self._write(record, record["step"])
         self.window.append(record)
-        if record["step"] % self.plan.config.logging.log_interval == 0 or record["step"] == self.plan.train_iters:
+        if record["step"] % self.interval == 0 or record["step"] == self.steps:
             if self.tells:
                 say(self._line())
             self.window.clear()
@@ -121,17 +116,17 @@ class Metrics:
 
     def _line(self) -> str:
         """The means of an interval, as people read them."""
-        records, last, iters = self.window, self.window[-1], self.plan.train_iters
+        records, last = self.window, self.window[-1]
         good = [r["loss"] for r in records if not r["skipped"]]
         seconds = sum(r["seconds"] for r in records) / len(records)
         rate = sum(r["tokens"] for r in records) / sum(r["seconds"] for r in records)
-        flops = rate * self.per_token / self.plan.world
+        flops = rate * self.flops
         scale = f" | scale {last['loss_scale']:g}" if last["loss_scale"] != 1 else ""
         loss = sum(good) / len(good) if good else float("nan")
-        return (f"step {last['step']:,}/{iters:,} | loss {loss:.4f} | norm {last['grad_norm']:.3f} | "
+        return (f"step {last['step']:,}/{self.steps:,} | loss {loss:.4f} | norm {last['grad_norm']:.3f} | "
                 f"lr {last['lr']:.3e}{scale} | {rate:,.0f} tok/s | {flops / 1e12:.4g} TFLOP/s | "
                 f"MFU {flops / self.peak:.1%} causal | {gib(last['memory_bytes'])} | "
-                f"{clock(seconds * (iters - last['step']))} left")
+                f"{clock(seconds * (self.steps - last['step']))} left")
 
     def close(self) -> None:
         for sink in (self.file, self.board):

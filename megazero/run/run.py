@@ -17,7 +17,7 @@ from megazero.base import UserError, clock, say
 from megazero.comm import Wires
 from megazero.data import SampleSource, Tokenizer, same_tokenizer, samples
 from megazero.model import Batch, Decoder
-from megazero.plan import RULES, LossScale, Plan, Progress, flat, learning_rate, loss_scale, position
+from megazero.plan import RULES, LossScale, Plan, Progress, flat, loss_scale
 from megazero.run.executor import Executor, Turn
 from megazero.run.loader import Loader, documents_of, positions_of, read
 from megazero.run.metrics import Metrics
@@ -48,11 +48,12 @@ class Run:
         self.plan, self.config, self.tokenizer, self.device, self.wires = plan, plan.config, tokenizer, device, wires
         a, c = plan.architecture, plan.config
         stages, dtype = plan.stages_of(wires.rank), TORCH_DTYPE[c.dtype]
-        sharing = Sharing(c.parallel.zero_stage, wires["shard"], wires["replicate"], buffers=Buffers(poison=wires.late))
-        tied = replace(sharing, holders=wires["tied"])
-        self.units = {
-            u.name: Unit(flat(u, wires.place.tp, plan.tp), dtype, device, tied if u.name in stages.tied else sharing)
-            for u in plan.units_of(wires.rank)}
+        buffers = Buffers(poison=wires.late)
+        self.units = {}
+        for unit in plan.units_of(wires.rank):
+            at = plan.placement(unit.name)
+            sharing = Sharing(plan.zero.level, wires[at.shard], wires[at.replicate], wires[at.holders], buffers)
+            self.units[unit.name] = Unit(flat(unit, wires.place), dtype, device, sharing)
         self.decoder = Decoder(a, self.units, wires["tp"], c.training.seed, c.training.recompute_granularity, device,
                                plan.head_chunk, [i for own in stages.own.values() for i in own])
         self.training, self.evaluation = plan.training(wires.rank), plan.evaluation(wires.rank)
@@ -79,7 +80,7 @@ class Run:
         """Starts one step, then reads the verdict of the one before."""
         good, bad = self.futures()
         scale = self.choose(good.loss_scale.value, bad.loss_scale.value)
-        lr = self.choose(*(learning_rate(self.plan, position(self.plan, p)) for p in (good, bad)))
+        lr = self.choose(*(self.plan.curve.rate_after(p) for p in (good, bad)))
         tokens = self.plan.architecture.seq_length      # a loss scale means the same for any batch: a sample's mean
         turn = Turn(scale, tokens, lr, bool(self.asked_to_stop()), batches=self.batches(good.step, good.samples))
         verdict = self.executor.train(self.training, turn).verdict
@@ -87,7 +88,7 @@ class Run:
         figures = later(torch.stack([x.double() for x in (verdict.loss, verdict.norm, verdict.found_inf,
                                                           verdict.stop, lr, scale)]))
         self.settle()
-        self.pending = Pending(verdict, figures, self.plan.global_batch, self.lap(), turn.witness)
+        self.pending = Pending(verdict, figures, len(self.plan.samples_of(good.step)), self.lap(), turn.witness)
 
     def lap(self) -> float:
         """Seconds since the last lap."""
@@ -109,7 +110,7 @@ class Run:
         """This rank's micro-batches of a step, whose samples start at number `first`;
         those of the next step are read meanwhile."""
         now = self.numbers(first)
-        tokens = self.loader.take(now, self.numbers(first + self.plan.global_batch))
+        tokens = self.loader.take(now, self.numbers(first + len(self.plan.samples_of(step))))
         return [self.batch(own, mine, step) for own, mine in zip(tokens, now, strict=True)]
 
     def numbers(self, first: int) -> list[range]:
@@ -306,9 +307,7 @@ class Run:
                               bad=min(then.bad, now.hysteresis - 1))
             self.progress = Progress(**saved, loss_scale=now)
             self.updater.set_steps(self.progress.applied)
-            if self.config.training.train_samples is not None:  # steps so far may have been of another size
-                left = max(self.config.training.train_samples - self.progress.samples, 0) // self.plan.global_batch
-                self.plan = replace(self.plan, train_iters=self.progress.step + left)
+            self.plan = self.plan.going_on(self.progress.step, self.progress.samples)
 
     def _wrong_tokenizer(self, reader: Reader) -> list[str]:
         theirs = reader.index.get("tokenizer")

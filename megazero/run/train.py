@@ -17,7 +17,7 @@ import torch
 from megazero.base import UserError, gib, say
 from megazero.comm import Stuck, connect, environment, first_to_say
 from megazero.data import Tokenizer, configured_tokenizer, samples
-from megazero.plan import Plan, checks, describe, memory, plan
+from megazero.plan import Plan, checks, describe, flops_per_token, memory, ranks_asked
 from megazero.run.metrics import MFU, Metrics, peak_flops
 from megazero.run.run import Run, unfit
 from megazero.settings import Config, flatten
@@ -56,13 +56,13 @@ def launch(config: Callable[[], Config]) -> NoReturn:
 def main(config: Config) -> None:
     """The whole program: everything that can be wrong is found before anything is written."""
     rank, here = environment()
-    world = asked(config) if config.check and here == 1 else here
+    world = ranks_asked(config) if config.check and here == 1 else here
     errors = checks(config, world)
     if errors:
         raise UserError(*errors)
     device = choose_device(config)
     tokenizer = configured_tokenizer(config)
-    resolved = plan(config, world, max(tokenizer.vocab_size if tokenizer else 0, config.data.vocab_size or 0))
+    resolved = Plan.of(config, world, max(tokenizer.vocab_size if tokenizer else 0, config.data.vocab_size or 0))
     if rank == 0:
         say(describe(resolved))
     look_ahead(resolved, tokenizer)
@@ -77,12 +77,6 @@ def main(config: Config) -> None:
     with signals(run):
         run.train()
     wires.close()
-
-
-def asked(config: Config) -> int:
-    """Ranks that the sizes in a configuration ask for: --check on one machine looks at the plan of a cluster."""
-    p = config.parallel
-    return max(p.tensor_model_parallel_size * p.pipeline_model_parallel_size * (p.data_parallel_size or 1), 1)
 
 
 def look_ahead(plan: Plan, tokenizer: Tokenizer | None) -> None:
@@ -150,7 +144,9 @@ def start(run: Run) -> None:
             else f"{torch.get_num_threads()} threads of {platform.machine()}")
     run.say(f"device      {name}, torch {torch.__version__}; peak {peak / 1e12:.4g} TFLOP/s: {source}")
     run.say(f"            {MFU}")
-    run.metrics = Metrics(run.plan, peak, device, run.progress.step, run.wires.rank)
+    run.metrics = Metrics(device, peak=peak, flops_per_token=flops_per_token(run.plan.architecture),
+                          world=run.plan.world, steps=run.plan.train_iters, interval=config.logging.log_interval,
+                          folder=config.logging.log_dir, resumed=run.progress.step, rank=run.wires.rank)
 
 
 def writable(folder: Path) -> bool:

@@ -59,7 +59,7 @@ class UnitActions:
         self._begin("replicate", action.unit, self.wires["replicate"])
 
     def _tie(self, action: Action, ruling: Ruling) -> None:
-        self._begin("tie", action.unit, self.wires["tied"])
+        self._begin("tie", action.unit, self.units[action.unit].sharing.holders)
 
     def _begin(self, what: str, unit: str, group: Group) -> None:
         self.under_way[what, unit] = group.all_reduce(self.units[unit].grad_slice)

@@ -51,7 +51,7 @@ class Buffers:
 @dataclass(frozen=True)
 class Sharing:
     """How data-parallel ranks share a unit: the ranks of `shard` hold its slices, those of `replicate` the same slice
-    once more, and so do the `holders` of a tied unit, at the two ends of a pipeline.
+    once more, and so do the `holders` of a tied unit, at several places of a pipeline.
 
     level    1: optimizer state and masters are slices, 2: gradients too, 3: weights too.
              With a shard group of one, a slice is the whole
