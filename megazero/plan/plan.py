@@ -134,6 +134,11 @@ def plan(config: Config, world: int, vocab_size: int) -> Plan:
     errors = checks(config, world)
     if errors:
         raise UserError(*errors)
+    return resolve(config, world, vocab_size)
+
+
+def resolve(config: Config, world: int, vocab_size: int) -> Plan:
+    """The same of a configuration that has passed the checks."""
     p, t = config.parallel, config.training
     dp = world // (p.tensor_model_parallel_size * p.pipeline_model_parallel_size)
     global_batch = t.global_batch_size or t.micro_batch_size * dp

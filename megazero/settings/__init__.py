@@ -9,10 +9,11 @@ from megazero.settings.config import (
     Data,
     Model,
     Optimizer,
+    Training,
     from_command_line,
 )
 
 __all__ = [
-    "Config", "Data", "MEGATRON_WORDS", "Model", "Optimizer", "Option", "PRESETS", "TOKENIZERS", "commands",
-    "flatten", "from_command_line", "leaves", "option", "parse", "run",
+    "Config", "Data", "MEGATRON_WORDS", "Model", "Optimizer", "Option", "PRESETS", "TOKENIZERS", "Training",
+    "commands", "flatten", "from_command_line", "leaves", "option", "parse", "run",
 ]

@@ -1,12 +1,14 @@
 """What of a run outlives it: checkpoints."""
 
-from megazero.state.checkpoint import Reader, Slice, complete, fill, mismatches, owned
+from megazero.state.checkpoint import Reader, Slice, complete, mismatches
 from megazero.state.compare import check, checkpoints, log_lines, report, runs
 from megazero.state.merge import merge
+from megazero.state.record import Record, about, changed, header, restore, resumed, slices, unfit, unresumable
 from megazero.state.saving import Writer, planned, set_aside, write_alone
 from megazero.state.tensor_files import CODES, OF_CODE, Planned, stream
 
 __all__ = [
-    "CODES", "OF_CODE", "Planned", "Reader", "Slice", "Writer", "check", "checkpoints", "complete", "fill",
-    "log_lines", "merge", "mismatches", "owned", "planned", "report", "runs", "set_aside", "stream", "write_alone",
+    "CODES", "OF_CODE", "Planned", "Reader", "Record", "Slice", "Writer", "about", "changed", "check",
+    "checkpoints", "complete", "header", "log_lines", "merge", "mismatches", "planned", "report", "restore",
+    "resumed", "runs", "set_aside", "slices", "stream", "unfit", "unresumable", "write_alone",
 ]

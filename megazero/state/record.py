@@ -1,0 +1,136 @@
+"""What of a run outlives it, for whatever trains: units and moments as named logical tensors, its progress, what the
+index says of it, the tokenizer's files beside the checkpoints; and why a checkpoint does not fit."""
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megazero.base import UserError
+from megazero.data import Tokenizer, same_tokenizer
+from megazero.plan import FREE, RULES, Architecture, LossScale, Parameter, Progress, architecture_of
+from megazero.state.checkpoint import Reader, Slice, fill, mismatches, owned
+from megazero.state.saving import Writer
+from megazero.units import Unit
+
+Moments = Mapping[str, Mapping[str, torch.Tensor]]      # unit -> moment -> flat buffer beside the unit's master
+# keys of a configuration that a run may change without a word
+SILENT = {"load", "save", "config", "check", "exit_interval", "log_interval", "log_dir", "save_interval", "ckpt_step"}
+
+
+# ---- tensors
+
+def buffers(unit: Unit, moments: Moments) -> dict[str, torch.Tensor]:
+    """Everything a checkpoint holds of a unit: kind -> this rank's slice of the flat buffer."""
+    return {"weight": unit.master, **moments.get(unit.flat.name, {})}
+
+
+def slices(units: Iterable[Unit], moments: Moments) -> list[Slice]:
+    """What this rank writes of its units."""
+    return [s for u in units if u.owner for s in owned(u.flat, u.low, buffers(u, moments))]
+
+
+def restore(reader: Reader, units: Iterable[Unit], moments: Moments) -> None:
+    """Weights and those `moments` from a checkpoint, whatever layout wrote it. Raises UserError for damage."""
+    for unit in units:
+        fill(reader, unit.flat, unit.low, buffers(unit, moments))
+        unit.publish()
+
+
+# ---- words
+
+def about(config: Mapping[str, Any], optimizer: str | None, a: Architecture, tokenizer: Tokenizer | None,
+          layout: Mapping[str, int], family: str | None) -> dict[str, Any]:
+    """What every index of a run says. `optimizer`: None where weights alone are kept; `family`: the model_type that the
+    weights were imported from, if they were."""
+    return {"config": config, "optimizer": optimizer, "architecture": asdict(a),
+            "tokenizer": tokenizer.identity() if tokenizer else None, "layout": layout, "family": family}
+
+
+def header(progress: Progress, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What the index of one checkpoint says; `facts` as `about` gives them."""
+    return {"step": progress.step, "progress": asdict(progress), **facts}
+
+
+def resumed(saved: Mapping[str, Any], now: LossScale) -> Progress:
+    """Where a run goes on from the progress that an index holds: the loss scale where it was, by the rule of `now`."""
+    then = LossScale(**saved["loss_scale"])
+    if not (then.constant or now.constant):
+        now = replace(now, value=max(then.value, now.minimum), good=then.good, bad=min(then.bad, now.hysteresis - 1))
+    return Progress(**{**saved, "loss_scale": now})
+
+
+class Record:
+    """Where a run is kept: a folder of checkpoints, and the tokenizer's files beside them."""
+
+    def __init__(self, writer: Writer, facts: Mapping[str, Any], tokenizer: Tokenizer | None, last: int = -1) -> None:
+        """`facts`: see `about`. `last`: the step of the run that is there already; -1 for none."""
+        self.writer, self.facts, self.tokenizer, self.last = writer, facts, tokenizer, last
+
+    def save(self, progress: Progress, found: Sequence[Slice]) -> Path:
+        """Saves these slices as they are after the last step; the folder they go to. Raises UserError."""
+        path = self.writer.save(found, header(progress, self.facts))
+        if self.writer.rank == 0:
+            try:
+                save_tokenizer(self.writer.folder, self.tokenizer)
+            except OSError as error:
+                raise UserError(f"--save {self.writer.folder}: the tokenizer's files cannot be written there "
+                                f"({error.strerror}); the checkpoints are complete without them.") from error
+        self.last = progress.step
+        return path
+
+
+def save_tokenizer(folder: Path, tokenizer: Tokenizer | None) -> None:
+    """Copies the tokenizer's files beside the checkpoints, so that those are enough to generate and export."""
+    for name, path in (tokenizer.files() if tokenizer else {}).items():
+        target = folder / "tokenizer" / name
+        if not target.exists() or target.read_bytes() != path.read_bytes():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            draft = target.with_name(name + ".draft")
+            draft.write_bytes(path.read_bytes())
+            draft.replace(target)
+
+
+# ---- what does not fit
+
+def unfit(reader: Reader, a: Architecture, parameters: Sequence[Parameter]) -> list[str]:
+    """Why a checkpoint is not of this model: a sentence for each field of the architecture,
+    and for the first of the weights."""
+    then, now = asdict(architecture_of(reader.index["architecture"])), asdict(a)
+    return [*(f"--load {reader.folder}: its {key.replace('_', ' ')} is {then[key]}, this model's {value}; "
+              "give the flags it was trained with."
+              for key, value in now.items() if key not in FREE and then[key] != value),
+            *mismatches(reader, parameters, ("weight",))]
+
+
+def unresumable(reader: Reader, parameters: Sequence[Parameter], optimizer: str,
+                tokenizer: Tokenizer | None) -> list[str]:
+    """Why a run of this model cannot go on from a checkpoint that fits it: another optimizer, another tokenizer."""
+    moments = RULES[optimizer].moments
+    return (_wrong_optimizer(reader, optimizer, moments) or _wrong_tokenizer(reader, tokenizer)
+            or mismatches(reader, parameters, ("weight", *moments)))
+
+
+def _wrong_optimizer(reader: Reader, optimizer: str, moments: Collection[str]) -> list[str]:
+    missing = [k for k in moments if k not in reader.kinds]
+    theirs = reader.index.get("optimizer")
+    saved = f"with {theirs}" if theirs else "without an optimizer"
+    return [f"--optimizer {optimizer}: {reader.folder} has no {' and no '.join(missing)} "
+            f"(it was saved {saved}); add --finetune to start the optimizer afresh."] if missing else []
+
+
+def _wrong_tokenizer(reader: Reader, tokenizer: Tokenizer | None) -> list[str]:
+    theirs = reader.index.get("tokenizer")
+    if theirs is None or tokenizer is None or same_tokenizer(theirs, tokenizer.identity()):
+        return []
+    return [f"--load {reader.folder}: was trained with another tokenizer ({theirs.get('type')}, other files than "
+            "now); give that one (its files are in the folder `tokenizer` beside the checkpoints), or --finetune "
+            "and a new --save."]
+
+
+def changed(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What the configuration says otherwise than the one that was saved: nothing fails silently."""
+    return [f"--{k.replace('_', '-')} was {saved.get(k)}, is {v}"
+            for k, v in now.items() if k not in SILENT and k in saved and saved[k] != v]
