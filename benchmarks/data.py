@@ -219,7 +219,7 @@ def _wait(feed: Any, step: Any, s: Loading) -> None:
     step.start()
     waits.clear()
     seconds = _timed(lambda: [step.start() for _ in range(s.steps)])
-    feed.close()
+    feed.loader.close()
     print(f"{s.steps} training steps of one sample of {s.seq} tokens: {seconds / s.steps * 1e3:.1f} ms each, "
           f"of which {sum(waits) / s.steps * 1e6:.0f} us waiting for samples: {sum(waits) / seconds:.4%}; "
           f"longest wait {max(waits) * 1e6:.0f} us")

@@ -101,7 +101,7 @@ def header(run: Run, progress: Progress | None = None) -> dict[str, Any]:
     """What an index says of a run, at its beginning or at `progress`."""
     p, c = run.plan, run.config
     layout = {"tp": p.tp, "pp": p.pp, "dp": p.dp, "zero_stage": c.parallel.zero_stage, "global_batch_size": p.global_batch}
-    facts = record.about(flatten(c), c.optimizer.optimizer, p.architecture, None, layout, None)
+    facts = record.about(p.architecture, config=flatten(c), optimizer=c.optimizer.optimizer, layout=layout, tokenizer=None, family=None)
     return record.header(progress or Progress(loss_scale(c)), facts)
 
 

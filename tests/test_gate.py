@@ -1,5 +1,7 @@
 """A step is a transaction: a non-finite gradient changes nothing, in any precision, and the log says what happened."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from support import TINY, built, kept, lines, named, stepping, train
@@ -14,9 +16,9 @@ def poison(monkeypatch: pytest.MonkeyPatch, steps: set[int], name: str = "layers
     """Makes one element of one gradient `value` in the given steps (counted from 1)."""
     plain_add, plain_step, seen = Weight.add_product, Step.start, [0]
 
-    def start(step: Step, stop: bool = False) -> Settled | None:
+    def start(step: Step, *wish: Callable[[], str]) -> Settled | None:
         seen[0] += 1
-        return plain_step(step, stop)
+        return plain_step(step, *wish)
 
     def add(weight: Weight, dy: torch.Tensor, x: torch.Tensor) -> None:
         plain_add(weight, dy, x)

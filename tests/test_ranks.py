@@ -1,6 +1,7 @@
 """The real program on several ranks: what it saves loads in any layout, and goes on as if nothing had changed."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -132,9 +133,9 @@ def poisoned(words: str, who: int, log: str) -> None:
     """One rank's part of one gradient is NaN in step 2."""
     plain_add, plain_step, calls = Weight.add_product, Step.start, [0]
 
-    def start(step: Step, stop: bool = False) -> Settled | None:
+    def start(step: Step, *wish: Callable[[], str]) -> Settled | None:
         calls[0] += 1
-        return plain_step(step, stop)
+        return plain_step(step, *wish)
 
     def add(weight: Weight, dy: torch.Tensor, x: torch.Tensor) -> None:
         plain_add(weight, dy, x)

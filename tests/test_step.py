@@ -138,8 +138,9 @@ def test_lower_precisions_stay_near_float64(shape: str, dtype: str) -> None:
 
 def test_padded_rows_of_the_vocabulary_stay_zero() -> None:
     run = built(f"{TINY} --dtype fp64 --micro-batch-size 2")
+    step = stepping(run)
     for _ in range(3):
-        one_step(stepping(run))
+        one_step(step)
     weight = run.decoder.weight("embedding.weight")
     assert weight.value.shape[0] == 128 and weight.rows.size[0] == 101
     assert weight.value[101:].count_nonzero() == 0 and weight.grad[101:].count_nonzero() == 0

@@ -199,6 +199,7 @@ def _is_embedding(name: str, a: Architecture, family: Family, source: Source) ->
 def _index(a: Architecture, config: Mapping[str, Any], tokenizer: Tokenizer | None) -> dict[str, Any]:
     """What the index says, as that of a run of ours before its first step,
     and the special ids that only Hugging Face knows."""
-    facts = about(flags(a), None, a, tokenizer, {"tp": 1, "pp": 1, "dp": 1, "zero_stage": 0}, config["model_type"])
+    facts = about(a, config=flags(a), optimizer=None, layout={"tp": 1, "pp": 1, "dp": 1, "zero_stage": 0},
+                  tokenizer=tokenizer, family=config["model_type"])
     return {**header(Progress(loss_scale(Config())), facts),
             "special_ids": {f"{k}_token_id": config.get(f"{k}_token_id") for k in ("bos", "eos", "pad")}}

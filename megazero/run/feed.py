@@ -45,18 +45,18 @@ class Feed:
 
     def __init__(self, run: Run, splits: Splits, tokenizer: Tokenizer | None) -> None:
         self.plan, self.place, self.device, self.wide = run.plan, run.wires.place, run.device, run.optimizer.wide
-        self.splits, self.tokenizer = splits, tokenizer
+        self.splits = splits
+        # ends a document; -1 is no token, and flags that need one are refused without it
+        self.eod = -1 if tokenizer is None or tokenizer.eod is None else tokenizer.eod
         self.loader = Loader(splits.train.sample, pin=run.device.type == "cuda")
 
     def batches(self, step: int, first: int) -> list[Batch]:
         """This rank's micro-batches of a step, whose samples start at number `first`;
         those of the next step are read meanwhile."""
-        now, then = self._numbers(first), self._numbers(first + self.plan.global_batch)
-        return [self.batch(own, mine, step) for own, mine in zip(self.loader.take(now, then), now, strict=True)]
-
-    def _numbers(self, first: int) -> list[range]:
         p = self.plan
-        return numbers(first, p.micro_batch, p.micro_batches, p.dp, self.place.dp)
+        now, then = (numbers(start, p.micro_batch, p.micro_batches, p.dp, self.place.dp)
+                     for start in (first, first + p.global_batch))
+        return [self.batch(own, mine, step) for own, mine in zip(self.loader.take(now, then), now, strict=True)]
 
     def evaluation(self, split: SampleSource) -> Iterator[Batch]:
         """This rank's micro-batches of the first samples of a split, or of all in file order: the same ones each time.
@@ -82,15 +82,6 @@ class Feed:
         places = positions_of(x, self.eod) if d.reset_position_ids else None
         documents = documents_of(x, self.eod) if d.reset_attention_mask else None
         return Batch(x, y, mask, torch.arange(own.start, own.stop, device=self.device), step, places, documents)
-
-    @property
-    def eod(self) -> int:
-        """The id that ends a document; flags that need one are refused without it."""
-        assert self.tokenizer is not None and self.tokenizer.eod is not None
-        return self.tokenizer.eod
-
-    def close(self) -> None:
-        self.loader.close()
 
 
 def numbers(first: int, size: int, count: int, dp: int, rank: int) -> list[range]:

@@ -66,7 +66,7 @@ class Loop:
         at, end = self.step.progress.step, self.run.plan.train_iters
         self.step.lap()
         while at < end and not self.stop_reason:
-            self.tell(self.step.start(stop=bool(self.wish.reason())))
+            self.tell(self.step.start(self.wish.reason))
             at += 1
             if self.record is not None:
                 self.record.writer.look()
@@ -83,7 +83,10 @@ class Loop:
             self.save(self.record)
         if test is not None and at == end:
             self.metrics.evaluation(at, "test", self.evaluate(test))
-        self.close()
+        if self.record is not None:
+            self.record.writer.wait()
+        self.feed.loader.close()
+        self.metrics.close()
         why = f": {self.stop_reason}" if self.stop_reason else ""
         self.run.say(f"done at step {self.step.progress.step:,}{why}, after {clock(self.wish.seconds())}")
 
@@ -125,9 +128,3 @@ class Loop:
         self.run.say(f"step {self.step.progress.step:,} | saved to {path}"
                      + (" (writing in the background)" if record.writer.background else ""))
         self.step.lap()
-
-    def close(self) -> None:
-        if self.record is not None:
-            self.record.writer.wait()
-        self.feed.close()
-        self.metrics.close()

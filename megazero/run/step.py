@@ -8,7 +8,7 @@ the host, and a skipped step moves neither the learning rate nor anything else.
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -32,33 +32,28 @@ class Pending:
     witness: Mapping[str, Tensor]
 
 
-@dataclass(frozen=True)
-class Settled:
-    """A step whose verdict was read.
+class Settled(NamedTuple):
+    """A step whose verdict was read."""
 
-    figures     what the log says of it             stop        does a rank want to stop?
-    reason      why it was skipped, or nothing      told        the same as a line for people
-    """
-
-    figures: dict[str, Any]
-    stop: bool
-    reason: str = ""
-    told: str = ""
+    figures: dict[str, Any]             # what the log says of it
+    stop: bool                          # does a rank want to stop?
+    reason: str = ""                    # why it was skipped, or nothing
+    told: str = ""                      # the same as a line for people
 
 
 class Step:
     """Steps of a run, one after the other, and where it is as of the last verdict that was read."""
 
     def __init__(self, run: Run, batches: Callable[[int, int], Sequence[Batch]], progress: Progress) -> None:
-        """`batches`: (step, number of its first sample) -> this rank's micro-batches. The run goes on from `progress`.
-        """
+        """`batches`: (step, number of its first sample) -> this rank's micro-batches. Goes on from `progress`."""
         self.run, self.batches, self.progress = run, batches, progress
         self.pending: Pending | None = None
         self.clock = time.perf_counter()
         run.optimizer.set_steps(progress.applied)
 
-    def start(self, stop: bool = False) -> Settled | None:
-        """Starts one step, then reads the verdict of the one before. `stop`: does this rank want to stop after it?"""
+    def start(self, wish: Callable[[], str] = str) -> Settled | None:
+        """Starts one step, then reads the verdict of the one before. `wish`, asked when the gradients are there: why
+        this rank should stop, or nothing."""
         run, (good, bad) = self.run, self.futures()
         scale = self.choose(good.loss_scale.value, bad.loss_scale.value)
         lr = self.choose(*(learning_rate(run.plan, position(run.plan, p)) for p in (good, bad)))
@@ -68,7 +63,8 @@ class Step:
         tokens = run.plan.architecture.seq_length
         total = run.executor.train(run.training, batches, scale / tokens)
         run.wires.line.doing = f"the gate of step {good.step + 1}"
-        verdict = run.optimizer.judge(run.told(total), run.told(valid), tokens, scale, run.wires["world"], stop=stop)
+        verdict = run.optimizer.judge(run.told(total), run.told(valid), tokens, scale, run.wires["world"],
+                                       stop=bool(wish()))
         figures = later(torch.stack([
             x.double() for x in (verdict.loss, verdict.norm, verdict.found_inf, verdict.stop, lr, scale)]))
         run.optimizer.step(verdict, lr)

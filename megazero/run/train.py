@@ -23,19 +23,7 @@ from megazero.run.metrics import MFU, Metrics, peak_flops
 from megazero.run.run import Run
 from megazero.run.step import Step
 from megazero.settings import Config, flatten
-from megazero.state import (
-    Reader,
-    Record,
-    Writer,
-    about,
-    changed,
-    complete,
-    restore,
-    resumed,
-    set_aside,
-    unfit,
-    unresumable,
-)
+from megazero.state import Reader, Record, Writer, about, changed, complete, restore, resumed, set_aside, unfit
 from megazero.units import TORCH_DTYPE
 
 
@@ -91,9 +79,9 @@ def main(config: Config) -> None:
     record = recorded(run, tokenizer, reader, progress)
     start(run, splits, reader, record)
     feed, metrics = Feed(run, splits, tokenizer), measured(run, progress)
-    loop = Loop(run, feed, Step(run, feed.batches, progress), metrics, record, wish)
+    step = Step(run, feed.batches, progress)
     with wish:
-        loop.train()
+        Loop(run, feed, step, metrics=metrics, record=record, wish=wish).train()
     wires.close()
 
 
@@ -110,9 +98,8 @@ def look_ahead(plan: Plan, tokenizer: Tokenizer | None) -> tuple[Splits, Reader 
     splits, reader = open_splits(plan, tokenizer), find_checkpoint(plan.config)
     if reader is not None:
         parameters = [p for u in plan.units for p in u.parameters]
-        errors = unfit(reader, plan.architecture, parameters)
-        if not errors and not k.finetune:
-            errors = unresumable(reader, parameters, plan.config.optimizer.optimizer, tokenizer)
+        optimizer = None if k.finetune else plan.config.optimizer.optimizer
+        errors = unfit(reader, plan.architecture, parameters, optimizer, tokenizer)
         if errors:
             raise UserError(*errors)
     step = place(plan.config, reader).step
@@ -162,8 +149,8 @@ def recorded(run: Run, tokenizer: Tokenizer | None, reader: Reader | None, progr
         return None
     layout = {"tp": p.tp, "pp": p.pp, "dp": p.dp, "zero_stage": run.config.parallel.zero_stage,
               "global_batch_size": p.global_batch}
-    facts = about(flatten(run.config), run.config.optimizer.optimizer, p.architecture, tokenizer, layout,
-                  reader.index.get("family") if reader is not None else None)
+    facts = about(p.architecture, config=flatten(run.config), optimizer=run.config.optimizer.optimizer, layout=layout,
+                  tokenizer=tokenizer, family=reader.index.get("family") if reader is not None else None)
     writer = Writer(Path(k.save), k.keep_last, k.async_save, run.wires.rank, run.wires["saved"])
     return Record(writer, facts, tokenizer, progress.step if in_place(run.config) and not k.finetune else -1)
 

@@ -3,12 +3,12 @@
 from megazero.state.checkpoint import Reader, Slice, complete, mismatches
 from megazero.state.compare import check, checkpoints, log_lines, report, runs
 from megazero.state.merge import merge
-from megazero.state.record import Record, about, changed, header, restore, resumed, slices, unfit, unresumable
+from megazero.state.record import Record, about, changed, header, restore, resumed, slices, unfit
 from megazero.state.saving import Writer, planned, set_aside, write_alone
 from megazero.state.tensor_files import CODES, OF_CODE, Planned, stream
 
 __all__ = [
     "CODES", "OF_CODE", "Planned", "Reader", "Record", "Slice", "Writer", "about", "changed", "check",
     "checkpoints", "complete", "header", "log_lines", "merge", "mismatches", "planned", "report", "restore",
-    "resumed", "runs", "set_aside", "slices", "stream", "unfit", "unresumable", "write_alone",
+    "resumed", "runs", "set_aside", "slices", "stream", "unfit", "write_alone",
 ]

@@ -1,8 +1,8 @@
 """What of a run outlives it, for whatever trains: units and moments as named logical tensors, its progress, what the
 index says of it, the tokenizer's files beside the checkpoints; and why a checkpoint does not fit."""
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +41,8 @@ def restore(reader: Reader, units: Iterable[Unit], moments: Moments) -> None:
 
 # ---- words
 
-def about(config: Mapping[str, Any], optimizer: str | None, a: Architecture, tokenizer: Tokenizer | None,
-          layout: Mapping[str, int], family: str | None) -> dict[str, Any]:
+def about(a: Architecture, *, config: Mapping[str, Any], optimizer: str | None, layout: Mapping[str, int],
+          tokenizer: Tokenizer | None, family: str | None) -> dict[str, Any]:
     """What every index of a run says. `optimizer`: None where weights alone are kept; `family`: the model_type that the
     weights were imported from, if they were."""
     return {"config": config, "optimizer": optimizer, "architecture": asdict(a),
@@ -62,12 +62,14 @@ def resumed(saved: Mapping[str, Any], now: LossScale) -> Progress:
     return Progress(**{**saved, "loss_scale": now})
 
 
+@dataclass
 class Record:
     """Where a run is kept: a folder of checkpoints, and the tokenizer's files beside them."""
 
-    def __init__(self, writer: Writer, facts: Mapping[str, Any], tokenizer: Tokenizer | None, last: int = -1) -> None:
-        """`facts`: see `about`. `last`: the step of the run that is there already; -1 for none."""
-        self.writer, self.facts, self.tokenizer, self.last = writer, facts, tokenizer, last
+    writer: Writer
+    facts: Mapping[str, Any]            # as `about` gives them
+    tokenizer: Tokenizer | None
+    last: int = -1                      # the run's newest step that is there; -1 for none
 
     def save(self, progress: Progress, found: Sequence[Slice]) -> Path:
         """Saves these slices as they are after the last step; the folder they go to. Raises UserError."""
@@ -95,26 +97,23 @@ def save_tokenizer(folder: Path, tokenizer: Tokenizer | None) -> None:
 
 # ---- what does not fit
 
-def unfit(reader: Reader, a: Architecture, parameters: Sequence[Parameter]) -> list[str]:
-    """Why a checkpoint is not of this model: a sentence for each field of the architecture,
-    and for the first of the weights."""
+def unfit(reader: Reader, a: Architecture, parameters: Sequence[Parameter], optimizer: str | None,
+          tokenizer: Tokenizer | None) -> list[str]:
+    """Why a checkpoint is not of this model: a sentence for each field of the architecture, and for the first of the
+    weights. Where it fits and the run goes on with its `optimizer`: why that one or the tokenizer is another."""
     then, now = asdict(architecture_of(reader.index["architecture"])), asdict(a)
-    return [*(f"--load {reader.folder}: its {key.replace('_', ' ')} is {then[key]}, this model's {value}; "
-              "give the flags it was trained with."
-              for key, value in now.items() if key not in FREE and then[key] != value),
-            *mismatches(reader, parameters, ("weight",))]
+    different = [f"--load {reader.folder}: its {key.replace('_', ' ')} is {then[key]}, this model's {value}; "
+                 "give the flags it was trained with."
+                 for key, value in now.items() if key not in FREE and then[key] != value]
+    errors = [*different, *mismatches(reader, parameters, ("weight",))]
+    if errors or optimizer is None:
+        return errors
+    return (_wrong_optimizer(reader, optimizer) or _wrong_tokenizer(reader, tokenizer)
+            or mismatches(reader, parameters, ("weight", *RULES[optimizer].moments)))
 
 
-def unresumable(reader: Reader, parameters: Sequence[Parameter], optimizer: str,
-                tokenizer: Tokenizer | None) -> list[str]:
-    """Why a run of this model cannot go on from a checkpoint that fits it: another optimizer, another tokenizer."""
-    moments = RULES[optimizer].moments
-    return (_wrong_optimizer(reader, optimizer, moments) or _wrong_tokenizer(reader, tokenizer)
-            or mismatches(reader, parameters, ("weight", *moments)))
-
-
-def _wrong_optimizer(reader: Reader, optimizer: str, moments: Collection[str]) -> list[str]:
-    missing = [k for k in moments if k not in reader.kinds]
+def _wrong_optimizer(reader: Reader, optimizer: str) -> list[str]:
+    missing = [k for k in RULES[optimizer].moments if k not in reader.kinds]
     theirs = reader.index.get("optimizer")
     saved = f"with {theirs}" if theirs else "without an optimizer"
     return [f"--optimizer {optimizer}: {reader.folder} has no {' and no '.join(missing)} "
