@@ -23,6 +23,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -180,8 +181,8 @@ def loader(s: Loading) -> None:
 
     from megazero.comm import connect
     from megazero.data import IndexedWriter, best_dtype, open_split
-    from megazero.plan import Mesh, resolve
-    from megazero.run import Run
+    from megazero.plan import Mesh, Progress, loss_scale, resolve
+    from megazero.run import Feed, Run, Step, open_splits
     from megazero.settings import from_command_line
     with tempfile.TemporaryDirectory() as folder:
         for part in ("a", "b", "c"):
@@ -198,16 +199,15 @@ def loader(s: Loading) -> None:
                  f"--vocab-size 50000 --lr 1e-3 --train-iters {s.steps + 2} --eval-iters 0 "
                  f"--train-data-path 0.5 {folder}/a 0.3 {folder}/b 0.2 {folder}/c")
         c = from_command_line(words.split())
-        training = Run(resolve(c, 1, 50_000), None, torch.device("cpu"), connect(Mesh.of(), 0, "gloo", 60))
-        training.initialise()
-        _wait(training, s)
+        run = Run(resolve(c, 1, 50_000), torch.device("cpu"), connect(Mesh.of(), 0, "gloo", 60))
+        run.initialise()
+        feed = Feed(run, open_splits(run.plan, None), None)
+        _wait(feed, Step(run, feed.batches, Progress(loss_scale(c))), s)
 
 
-def _wait(training: object, s: Loading) -> None:
+def _wait(feed: Any, step: Any, s: Loading) -> None:
     """Runs steps; prints how long they were and how much of that they waited for their samples."""
-    from types import SimpleNamespace
-    training.metrics = SimpleNamespace(step=lambda _: None, close=lambda: None)     # type: ignore[attr-defined]
-    take, waits = training.loader.take, []                                          # type: ignore[attr-defined]
+    take, waits = feed.loader.take, []
 
     def timed(*a: object) -> object:
         start = time.perf_counter()
@@ -215,11 +215,11 @@ def _wait(training: object, s: Loading) -> None:
         waits.append(time.perf_counter() - start)
         return out
 
-    training.loader.take = timed                                                    # type: ignore[attr-defined]
-    training.step()                                                                 # type: ignore[attr-defined]
+    feed.loader.take = timed
+    step.start()
     waits.clear()
-    seconds = _timed(lambda: [training.step() for _ in range(s.steps)])             # type: ignore[attr-defined]
-    training.close()                                                                # type: ignore[attr-defined]
+    seconds = _timed(lambda: [step.start() for _ in range(s.steps)])
+    feed.loader.close()
     print(f"{s.steps} training steps of one sample of {s.seq} tokens: {seconds / s.steps * 1e3:.1f} ms each, "
           f"of which {sum(waits) / s.steps * 1e6:.0f} us waiting for samples: {sum(waits) / seconds:.4%}; "
           f"longest wait {max(waits) * 1e6:.0f} us")

@@ -51,7 +51,7 @@ def planned(line: str) -> Plan:
 
 def megazero(p: Plan, device: torch.device = CPU) -> Step:
     """Everything a step of a real run does but reading the data."""
-    run = Run(p, None, device, connect(p.mesh, environment()[0], "gloo", 600))
+    run = Run(p, device, connect(p.mesh, environment()[0], "gloo", 600))
     run.initialise()
     lr, one = torch.tensor(1e-3, device=device), torch.ones((), device=device)
 

@@ -4,6 +4,7 @@ import json
 import runpy
 import sys
 import sysconfig
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,17 @@ from megazero.data.indexed import IndexedWriter
 from megazero.model.decoder import Batch
 from megazero.plan.mesh import Mesh
 from megazero.plan.plan import Plan, resolve
+from megazero.plan.progress import Progress, loss_scale
 from megazero.run.executor import Turn
+from megazero.run.feed import Feed, open_splits
 from megazero.run.run import Run
+from megazero.run.step import Step
 from megazero.run.train import main
 from megazero.settings import config
+from megazero.settings.command_line import flatten
+from megazero.state import record
+from megazero.state.checkpoint import Reader
+from megazero.units.unit import Unit
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = Path(__file__).resolve().parents[2] / "shared"
@@ -63,9 +71,38 @@ def resolved(words: str, world: int = 1) -> Plan:
 
 def built(words: str, device: str = "cpu") -> Run:
     """An initialised run of a command line that gives --vocab-size."""
-    run = Run(resolved(words), None, torch.device(device), connect(Mesh.of(), 0, "gloo", 60))
+    run = Run(resolved(words), torch.device(device), connect(Mesh.of(), 0, "gloo", 60))
     run.initialise()
     return run
+
+
+def fed(run: Run) -> Feed:
+    """Its own data, without a tokenizer."""
+    return Feed(run, open_splits(run.plan, None), None)
+
+
+def stepping(run: Run, given: Callable[[int, int], Sequence[Batch]] | None = None, progress: Progress | None = None) -> Step:
+    """The steps of a run from its beginning, or from `progress` on, over its own data, or over what is given."""
+    return Step(run, given or fed(run).batches, progress or Progress(loss_scale(run.config)))
+
+
+def kept(run: Run, unit: Unit) -> dict[str, torch.Tensor]:
+    """What a checkpoint holds of a unit."""
+    return record.buffers(unit, run.updater.state)
+
+
+def load(run: Run, reader: Reader) -> Progress:
+    """Weights and moments of a checkpoint; where it was."""
+    record.restore(reader, run.units.values(), run.updater.state)
+    return record.resumed(reader.index["progress"], loss_scale(run.config))
+
+
+def header(run: Run, progress: Progress | None = None) -> dict[str, Any]:
+    """What an index says of a run, at its beginning or at `progress`."""
+    p, c = run.plan, run.config
+    layout = {"tp": p.tp, "pp": p.pp, "dp": p.dp, "zero_stage": c.parallel.zero_stage, "global_batch_size": p.global_batch}
+    facts = record.about(p.architecture, config=flatten(c), optimizer=c.optimizer.optimizer, layout=layout, tokenizer=None, family=None)
+    return record.header(progress or Progress(loss_scale(c)), facts)
 
 
 def batches(run: Run, step: int = 0, seed: int = 7, masked: bool = False) -> list[Batch]:

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors import safe_open
-from support import TINY, built, named, train
+from support import TINY, built, header, kept, load, named, train
 
 from megazero.base.errors import UserError
 from megazero.plan.layout import Box
@@ -34,17 +34,17 @@ def test_what_is_saved_is_what_was_there(tmp_path: Path) -> None:
             between[piece.start:piece.stop] = False
         for moment in run.updater.state[unit.flat.name].values():
             moment[between] = 0
-    slices = [s for u in run.units.values() for s in owned(u.flat, u.low, run.buffers(u))]
-    path = Writer(tmp_path, None, False).save(slices, run.header())
+    slices = [s for u in run.units.values() for s in owned(u.flat, u.low, kept(run, u))]
+    path = Writer(tmp_path, None, False).save(slices, header(run))
     reader = Reader(tmp_path)
     assert reader.folder == path and reader.kinds == {"weight", "exp_avg", "exp_avg_sq"}
     for name, weight in named(run).items():
         assert torch.equal(reader.read("weight", name), weight) and weight.dtype == torch.float32
     other = built(f"{TINY} --bf16 --seed 99")
-    other.load(reader)
+    load(other, reader)
     for a, b in zip(run.units.values(), other.units.values(), strict=True):
         assert torch.equal(a.master, b.master) and torch.equal(a.weights, b.weights)
-        assert all(torch.equal(run.buffers(a)[k], other.buffers(b)[k]) for k in run.buffers(a))
+        assert all(torch.equal(kept(run, a)[k], kept(other, b)[k]) for k in kept(run, a))
 
 
 def test_any_box_can_be_read_and_a_stock_library_reads_the_file(tmp_path: Path) -> None:
@@ -76,13 +76,13 @@ def test_keep_last_and_saving_a_step_again(tmp_path: Path) -> None:
     train(f"{TINY} --save {tmp_path} --save-interval 1 --keep-last 2")
     assert [s for s, _ in complete(tmp_path)] == [4, 5]
     run = built(f"{TINY} --seed 7")
-    slices = [s for u in run.units.values() for s in owned(u.flat, u.low, run.buffers(u))]
-    Writer(tmp_path, None, False).save(slices, run.header() | {"step": 5})
+    slices = [s for u in run.units.values() for s in owned(u.flat, u.low, kept(run, u))]
+    Writer(tmp_path, None, False).save(slices, header(run) | {"step": 5})
     assert [p.name for _, p in complete(tmp_path)] == ["step-00000004", "step-00000005.1"], "the same step again goes beside, then replaces"
     assert Reader(tmp_path).index["config"]["seed"] == 7
-    Writer(tmp_path, None, False).save(slices, run.header() | {"step": 5, "third": True})
+    Writer(tmp_path, None, False).save(slices, header(run) | {"step": 5, "third": True})
     assert Reader(tmp_path).index["third"] and [s for s, _ in complete(tmp_path)] == [4, 5], "the last saved counts, however often"
-    Writer(tmp_path, 1, False).save(slices, run.header() | {"step": 2})
+    Writer(tmp_path, 1, False).save(slices, header(run) | {"step": 2})
     assert [step for step, _ in complete(tmp_path)] == [2, 5], "what was just saved stays"
 
 
@@ -125,10 +125,10 @@ def test_a_background_writer_tells_its_error(tmp_path: Path, monkeypatch: pytest
 
 def test_its_error_is_told_at_the_next_step_and_not_at_the_next_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = built(TINY)
-    slices = [s for u in run.units.values() for s in owned(u.flat, u.low, run.buffers(u))]
+    slices = [s for u in run.units.values() for s in owned(u.flat, u.low, kept(run, u))]
     monkeypatch.setattr(saving, "stream", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
     writer = Writer(tmp_path, None, background=True)
-    writer.save(slices, run.header())
+    writer.save(slices, header(run))
     assert writer._thread is not None
     writer._thread.join()
     with pytest.raises(UserError, match="No space left on device"):

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from pool import Pool, RankError
-from support import SHAPES, TINY, resolved
+from support import SHAPES, TINY, resolved, stepping
 
 from megazero.comm import shared
 from megazero.comm.gloo import Gloo
@@ -187,9 +187,9 @@ def test_the_plan_knows_the_bytes_on_the_wire(words: str, logits: int, monkeypat
     sizes = words.split()
     world = int(sizes[sizes.index("--tp") + 1] if "--tp" in sizes else 1) * int(sizes[sizes.index("--dp") + 1] if "--dp" in sizes else 1)
     plan = resolved(words, world)
-    run = Run(plan, None, torch.device("cpu"), connect(plan.mesh, world - 1, "fake", 60))
+    run = Run(plan, torch.device("cpu"), connect(plan.mesh, world - 1, "fake", 60))
     run.initialise()
-    run.step()
+    stepping(run).start()
     expected = traffic(plan, world - 1)
     assert {axis: run.wires.line.sent[axis] for axis in expected} == expected
     assert set(run.wires.line.sent) <= set(expected)
@@ -198,10 +198,11 @@ def test_the_plan_knows_the_bytes_on_the_wire(words: str, logits: int, monkeypat
 def test_the_fake_backend_runs_on_one_rank_what_the_shapes_say() -> None:
     for shape in SHAPES.values():
         plan = resolved(f"{TINY} {shape} --num-attention-heads 8 --tp 4", 4)
-        run = Run(plan, None, torch.device("cpu"), connect(plan.mesh, 3, "fake", 60))
+        run = Run(plan, torch.device("cpu"), connect(plan.mesh, 3, "fake", 60))
         run.initialise()
-        run.step()
-        assert run.pending and run.pending.verdict.norm.shape == () and run.wires.line.sent["tp"] > 0
+        step = stepping(run)
+        step.start()
+        assert step.pending and step.pending.verdict.norm.shape == () and run.wires.line.sent["tp"] > 0
 
 
 FAULTY = """

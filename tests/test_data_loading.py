@@ -3,12 +3,11 @@
 import threading
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from support import built, byte_dataset, named, resolved, train
+from support import built, byte_dataset, fed, named, resolved, train
 
 from megazero.base.errors import UserError
 from megazero.comm.group import Alone
@@ -24,7 +23,7 @@ from megazero.model.decoder import Batch
 from megazero.plan.mesh import Mesh
 from megazero.plan.plan import resolve
 from megazero.plan.sizes import sizes
-from megazero.run.loader import Loader, documents_of, positions_of
+from megazero.run.feed import Feed, Loader, documents_of, numbers, open_splits, positions_of
 from megazero.run.run import Run
 from megazero.settings import config
 
@@ -202,15 +201,15 @@ def test_documents_and_positions() -> None:
     assert positions_of(tokens, 9).tolist() == [[0, 1, 0, 0, 1, 2, 0], [0, 1, 2, 3, 4, 5, 6], [0, 0, 1, 0, 1, 0, 1]]
 
 
-def run_of(words: str) -> Run:
+def fed_by(words: str) -> tuple[Run, Feed]:
     c = config.from_command_line(f"{SMALL} --tokenizer-type ByteTokenizer --mock-data {words}".split())
-    run = Run(resolve(c, 1, 257), build_tokenizer("ByteTokenizer"), torch.device("cpu"), connect(Mesh.of(), 0, "gloo", 60))
+    run, tokenizer = Run(resolve(c, 1, 257), torch.device("cpu"), connect(Mesh.of(), 0, "gloo", 60)), build_tokenizer("ByteTokenizer")
     run.initialise()
-    return run
+    return run, Feed(run, open_splits(run.plan, tokenizer), tokenizer)
 
 
-def losses(run: Run, tokens: torch.Tensor) -> float:
-    return float(run.executor.evaluate(run.evaluation, run.batch(tokens, range(len(tokens)), None)).told["loss"])
+def losses(run: Run, feed: Feed, tokens: torch.Tensor) -> float:
+    return float(run.executor.evaluate(run.evaluation, feed.batch(tokens, range(len(tokens)), None)).told["loss"])
 
 
 @pytest.mark.parametrize("positions", ["learned_absolute", "rope"])
@@ -219,13 +218,13 @@ def test_documents_of_a_sample_are_trained_as_if_alone(positions: str) -> None:
     generator = torch.Generator().manual_seed(0)
     documents = [torch.cat((torch.randint(256, (n,), generator=generator), torch.tensor([256]))) for n in (7, 1, 12)]
     packed = torch.cat([*documents, torch.randint(256, (3,), generator=generator)])[None]              # [1, 26]
-    run = run_of(f"--position-embedding-type {positions} --reset-position-ids --reset-attention-mask --seq-length 25")
-    together = losses(run, packed)
+    run, feed = fed_by(f"--position-embedding-type {positions} --reset-position-ids --reset-attention-mask --seq-length 25")
+    together = losses(run, feed, packed)
     bounds = [0, 8, 10, 23, 26]
     alone = 0.0
     for low, high in zip(bounds, bounds[1:], strict=False):
         own = packed[:, low:min(high + 1, 26)]                                # a last token also predicts the next document's first
-        alone += losses(run, own)
+        alone += losses(run, feed, own)
     assert together == pytest.approx(alone, rel=1e-12)
 
 
@@ -245,17 +244,18 @@ def test_each_reset_does_its_own_part() -> None:
     later = tokens.clone()
     later[0, 20] = (later[0, 20] + 1) % 256
 
-    def per_token(run: Run, t: torch.Tensor) -> torch.Tensor:
-        batch = run.batch(t, range(1), None)
+    def per_token(parts: tuple[Run, Feed], t: torch.Tensor) -> torch.Tensor:
+        run, feed = parts
+        batch = feed.batch(t, range(1), None)
         return torch.stack([run.executor.evaluate(run.evaluation, Batch(batch.tokens, batch.targets, torch.eye(24)[None, i].double(), batch.samples,
                                                                         None, batch.positions, batch.documents)).told["loss"] for i in range(24)])
 
     for words, sees in (("", True), ("--reset-position-ids", True), ("--reset-attention-mask", False)):
-        run = run_of(f"--position-embedding-type rope {words}")
-        base = per_token(run, tokens)
-        assert torch.equal(base[:19], per_token(run, later)[:19]), "the future is not seen"
-        assert torch.equal(base[10:], per_token(run, changed)[10:]) is not sees
-    both, none = per_token(run_of("--position-embedding-type rope --reset-position-ids"), tokens), per_token(run_of("--position-embedding-type rope"), tokens)
+        parts = fed_by(f"--position-embedding-type rope {words}")
+        base = per_token(parts, tokens)
+        assert torch.equal(base[:19], per_token(parts, later)[:19]), "the future is not seen"
+        assert torch.equal(base[10:], per_token(parts, changed)[10:]) is not sees
+    both, none = per_token(fed_by("--position-embedding-type rope --reset-position-ids"), tokens), per_token(fed_by("--position-embedding-type rope"), tokens)
     assert torch.equal(both[:10], none[:10]) and not torch.equal(both[10:], none[10:])
 
 
@@ -311,17 +311,11 @@ def test_reading_ahead_changes_no_step_and_a_test_set_is_evaluated_at_the_end(tm
     assert told == [(2, "valid"), (3, "valid"), (3, "test")]
     assert lines[-1]["loss"] == [r for r in lines if r.get("split") == "valid"][-1]["loss"]
     run = built(f"{SMALL} --vocab-size 257 --train-data-path {data} --micro-batch-size 2 --global-batch-size 4")
+    feed = fed(run)
     for first in (0, 4, 40):
-        found = torch.cat([b.tokens for b in run.batches(0, first)])
-        assert torch.equal(found, torch.from_numpy(np.stack([run.train_samples.sample(k)[:-1] for k in range(first, first + 4)])))
+        found = torch.cat([b.tokens for b in feed.batches(0, first)])
+        assert torch.equal(found, torch.from_numpy(np.stack([feed.splits.train.sample(k)[:-1] for k in range(first, first + 4)])))
     assert named(run)
-
-
-def numbers(dp: int, rank: int, micro: int, count: int, first: int) -> list[int]:
-    """The samples that a rank of a run takes in the step that starts at sample `first`."""
-    run = SimpleNamespace(plan=SimpleNamespace(micro_batch=micro, dp=dp, micro_batches=count),
-                          wires=SimpleNamespace(place=SimpleNamespace(dp=rank)))
-    return [k for mine in Run.numbers(run, first) for k in mine]                                       # type: ignore[arg-type]
 
 
 def test_the_same_samples_for_any_number_of_ranks_and_after_a_resume_at_another() -> None:
@@ -329,7 +323,7 @@ def test_the_same_samples_for_any_number_of_ranks_and_after_a_resume_at_another(
     order, first = ChunkOrder(24 * 8 + 3, 8, 5, shuffle=True), 0
     served: list[int] = []
     for dp, micro, count in ((1, 3, 4), (2, 3, 2), (3, 2, 2), (4, 1, 3), (4, 3, 2), (3, 4, 1), (1, 12, 1)):
-        step = sorted(k for rank in range(dp) for k in numbers(dp, rank, micro, count, first))
+        step = sorted(k for rank in range(dp) for own in numbers(first, micro, count, dp, rank) for k in own)
         assert step == list(range(first, first + dp * micro * count))
         served += step
         first += dp * micro * count

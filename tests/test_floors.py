@@ -17,14 +17,14 @@ FLOORS: dict[str, tuple[int, str]] = {
     "model": (700, "products ops attention decoder"),
     "data": (3500, "files indexed order tokenizer_base tokenizer_tiktoken tokenizers sidecar megatron_order dataset fim splits verify edit "
                    "sources preprocess"),
-    "state": (900, "tensor_files checkpoint saving merge compare"),
+    "state": (950, "tensor_files checkpoint saving merge compare record"),
     "hf": (500, "files tokenizer convert"),
-    "run": (1300, "loader executor metrics run train generate"),
+    "run": (1250, "executor metrics run feed step loop train generate"),
     "engine": (700, "blocks engine"),
 }
 PURE = ("base", "pipeline", "settings", "plan")             # no device, no process
 SPINE = 3900                            # lines that a newcomer reads in an afternoon
-SPINE_FILES = ("run/train run/run run/executor model/decoder model/ops units/unit plan/layout plan/program pipeline/schedule plan/plan "
+SPINE_FILES = ("run/train run/loop run/step run/run run/executor model/decoder model/ops units/unit plan/layout plan/program pipeline/schedule plan/plan "
                "plan/architecture comm/group comm/shared comm/gloo comm/nccl comm/fake comm/late comm/wires comm/__init__")
 WIDTH = 120
 LIBRARY = sorted((ROOT / "megazero").rglob("*.py"))

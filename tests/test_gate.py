@@ -1,32 +1,32 @@
 """A step is a transaction: a non-finite gradient changes nothing, in any precision, and the log says what happened."""
 
-from types import SimpleNamespace
+from collections.abc import Callable
 
 import pytest
 import torch
-from support import TINY, built, lines, named, train
+from support import TINY, built, kept, lines, named, stepping, train
 
 from megazero.base.errors import UserError
 from megazero.plan.progress import LossScale, loss_scale
-from megazero.run.run import Run
+from megazero.run.step import Settled, Step
 from megazero.units.gate import Ruling
 from megazero.units.unit import Weight
 
 
 def poison(monkeypatch: pytest.MonkeyPatch, steps: set[int], name: str = "layers.1.mlp.down.weight", value: float = float("nan")) -> None:
     """Makes one element of one gradient `value` in the given steps (counted from 1)."""
-    plain_add, plain_step, seen = Weight.add_product, Run.step, [0]
+    plain_add, plain_step, seen = Weight.add_product, Step.start, [0]
 
-    def step(run: Run) -> None:
+    def start(step: Step, *wish: Callable[[], str]) -> Settled | None:
         seen[0] += 1
-        plain_step(run)
+        return plain_step(step, *wish)
 
     def add(weight: Weight, dy: torch.Tensor, x: torch.Tensor) -> None:
         plain_add(weight, dy, x)
         if seen[0] in steps and weight.operand.name == name:
             weight.grad[1, 2] = value
 
-    monkeypatch.setattr(Run, "step", step)
+    monkeypatch.setattr(Step, "start", start)
     monkeypatch.setattr(Weight, "add_product", add)
 
 
@@ -55,23 +55,18 @@ def test_a_bad_step_changes_nothing(dtype: str, optimizer: str, value: float, mo
 def test_every_bit_stays_as_it_was(dtype: str, optimizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
     poison(monkeypatch, {1, 3})
     run = built(f"{TINY} --dtype {dtype} --optimizer {optimizer}")
-    run.metrics = Quiet()  # type: ignore[assignment]
+    step = stepping(run)
 
     def state() -> list[torch.Tensor]:
-        buffers = [b for u in run.units.values() for b in (u.weights, *run.buffers(u).values())]
+        buffers = [b for u in run.units.values() for b in (u.weights, *kept(run, u).values())]
         return [b.clone() for b in (*buffers, *run.updater.steps)]
 
     for bad in (True, False, True, False):
         before = state()
-        run.step()
+        step.start()
         same = [torch.equal(a, b) for a, b in zip(before, state(), strict=True)]
         assert all(same) if bad else not all(same)
     assert all(b.isfinite().all() for b in state())
-
-
-class Quiet:
-    def step(self, figures: dict[str, float]) -> None:
-        pass
 
 
 def test_too_many_bad_steps_in_a_row_end_the_run(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
@@ -86,10 +81,10 @@ def test_too_many_bad_steps_in_a_row_end_the_run(monkeypatch: pytest.MonkeyPatch
 def test_a_non_finite_weight_is_named_from_the_loss(tmp_path) -> None:
     """When everything is NaN the loss is, too; nothing is applied."""
     run = built(TINY)
-    run.metrics = Quiet()  # type: ignore[assignment]
+    step = stepping(run)
     named(run)["layers.0.mlp.up.weight"][0, 0] = float("nan")
-    run.step()
-    assert run.pending and bool(run.pending.verdict.found_inf)
+    step.start()
+    assert step.pending and bool(step.pending.verdict.found_inf)
 
 
 def test_the_loss_scale_follows_its_rule() -> None:
@@ -138,11 +133,11 @@ def test_the_norm_of_many_elements_is_right_in_fp32() -> None:
 def test_a_bad_step_leaves_nothing_between_operands(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Operands begin at multiples of 64 elements: what lies between them is never read, and must not fill with NaN either."""
     run = built(f"{TINY} --hidden-size 40 --dtype {dtype}")
-    run.metrics = SimpleNamespace(step=lambda figures: figures)  # type: ignore[assignment]
+    step = stepping(run)
     poison(monkeypatch, {1})
     for _ in range(3):
-        run.step()
-    assert run.progress.step == 2 and run.progress.applied == 1
+        step.start()
+    assert step.progress.step == 2 and step.progress.applied == 1
     for unit in run.units.values():
         assert sum(p.stop - p.start for p in unit.flat.pieces) < len(unit.master) or unit.flat.name == "positions"
         for buffer in (unit.master, unit.grads, *run.updater.state[unit.flat.name].values()):

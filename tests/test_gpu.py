@@ -1,14 +1,15 @@
 """The same step on a CUDA device: pytest -m gpu. Skipped, with a reason, where there is none."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from pool import Pool
-from support import SHAPES, TINY, batches, built, gradients, named, train
+from support import SHAPES, TINY, batches, built, fed, gradients, kept, named, stepping, train
 from test_parity import Row, compare
-from test_step import Silent
 
+from megazero.model.decoder import Batch
 from megazero.state.checkpoint import Reader
 
 pytestmark = pytest.mark.gpu
@@ -34,27 +35,32 @@ def test_ten_steps_stay_near_the_cpu(dtype: str, tolerance: float, optimizer: st
     words = f"{TINY} {SHAPES['llama']} --dtype {dtype} --optimizer {optimizer} --lr 1e-3"
     losses = []
     for device in ("cpu", "cuda"):
-        run = built(words, device)
-        run.metrics = Silent()  # type: ignore[assignment]
+        step = stepping(built(words, device))
         seen = []
         for _ in range(10):
-            run.step()
-            assert run.pending
-            seen.append(float(run.pending.verdict.loss))
+            step.start()
+            assert step.pending
+            seen.append(float(step.pending.verdict.loss))
         losses.append(seen)
     assert losses[1] == pytest.approx(losses[0], abs=tolerance)
 
 
 def test_a_bad_step_changes_nothing_on_the_device() -> None:
     run = built(f"{TINY} --bf16", "cuda")
-    run.metrics = Silent()  # type: ignore[assignment]
-    run.step()
-    before = [b.clone() for u in run.units.values() for b in (u.weights, *run.buffers(u).values())]
-    (batch,) = run.batches(1, 1)
-    run.batches = lambda step, first: [type(batch)(batch.tokens, batch.targets, batch.mask * torch.nan, batch.samples, 1)]  # type: ignore[method-assign]
-    run.step()
-    assert run.pending and bool(run.pending.verdict.found_inf)
-    assert all(torch.equal(a, b) for a, b in zip(before, (b for u in run.units.values() for b in (u.weights, *run.buffers(u).values())), strict=True))
+    feed, bad = fed(run), []
+
+    def given(step: int, first: int) -> list[Batch]:
+        """A good batch, then a bad one."""
+        (batch,) = feed.batches(step, first)
+        return [replace(batch, mask=batch.mask * torch.nan) if bad else batch]
+
+    step = stepping(run, given)
+    step.start()
+    before = [b.clone() for u in run.units.values() for b in (u.weights, *kept(run, u).values())]
+    bad.append(True)
+    step.start()
+    assert step.pending and bool(step.pending.verdict.found_inf)
+    assert all(torch.equal(a, b) for a, b in zip(before, (b for u in run.units.values() for b in (u.weights, *kept(run, u).values())), strict=True))
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
@@ -70,14 +76,13 @@ def test_resume_is_bitwise_on_the_device(dtype: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("level", [0, 1, 2, 3])
 def test_steady_state_allocates_nothing_new(level: int) -> None:
     """After three steps the allocator asks the device for no more memory, and no whole buffer is made."""
-    run = built(f"{TINY} --bf16 --hidden-size 256 --num-layers 4 --micro-batch-size 4 --zero-stage {level}", "cuda")
-    run.metrics = Silent()  # type: ignore[assignment]
+    step = stepping(built(f"{TINY} --bf16 --hidden-size 256 --num-layers 4 --micro-batch-size 4 --zero-stage {level}", "cuda"))
     for _ in range(3):
-        run.step()
+        step.start()
     torch.cuda.synchronize()
     reserved = torch.cuda.memory_stats()["num_device_alloc"]
     for _ in range(5):
-        run.step()
+        step.start()
     torch.cuda.synchronize()
     assert torch.cuda.memory_stats()["num_device_alloc"] == reserved
 

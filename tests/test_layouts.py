@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 from pool import Pool
-from support import SHAPES, byte_dataset, lines, resolved, train
+from support import SHAPES, byte_dataset, header, kept, lines, load, resolved, stepping, train
 
 from megazero.base.errors import UserError
 from megazero.comm.wires import connect
 from megazero.plan.plan import Plan
-from megazero.plan.progress import Progress
+from megazero.plan.progress import Progress, loss_scale
 from megazero.run.run import Run
 from megazero.state import checkpoint
 from megazero.state.checkpoint import Reader, find
@@ -72,11 +72,11 @@ def state(model: str) -> dict[tuple[str, str], torch.Tensor]:
 
 def rank_of(plan: Plan, rank: int) -> Run:
     """One rank of a layout, in this process."""
-    return Run(plan, None, torch.device("cpu"), connect(plan.mesh, rank, "fake", 60))
+    return Run(plan, torch.device("cpu"), connect(plan.mesh, rank, "fake", 60))
 
 
 def slices(run: Run) -> Iterator[checkpoint.Slice]:
-    return (s for u in run.units.values() for _, s in checkpoint.held(u.flat, u.low, run.buffers(u)))
+    return (s for u in run.units.values() for _, s in checkpoint.held(u.flat, u.low, kept(run, u)))
 
 
 def save(folder: Path, plan: Plan, model: str) -> None:
@@ -85,18 +85,16 @@ def save(folder: Path, plan: Plan, model: str) -> None:
     for run in runs:
         for s in slices(run):
             s.tensor.copy_(state(model)[s.kind, s.name][s.box.slices])
-        run.progress = Progress(run.progress.loss_scale, step=3, applied=2, samples=36)
-    save_runs(folder, runs)
+    save_runs(folder, runs, Progress(loss_scale(plan.config), step=3, applied=2, samples=36))
 
 
-def save_runs(folder: Path, runs: list[Run]) -> None:
+def save_runs(folder: Path, runs: list[Run], progress: Progress) -> None:
     """What each rank writes, and the index."""
-    step = runs[0].progress.step
-    target, names = folder / f"step-{step:08d}", [f"rank-{rank:05d}.safetensors" for rank in range(len(runs))]
+    target, names = folder / f"step-{progress.step:08d}", [f"rank-{rank:05d}.safetensors" for rank in range(len(runs))]
     target.mkdir(parents=True)
     for name, run in zip(names, runs, strict=True):
-        write_file(target / name, [s for u in run.units.values() if u.owner for s in checkpoint.owned(u.flat, u.low, run.buffers(u))], step)
-    write_index(target, runs[0].header(), names)
+        write_file(target / name, [s for u in run.units.values() if u.owner for s in checkpoint.owned(u.flat, u.low, kept(run, u))], progress.step)
+    write_index(target, header(runs[0], progress), names)
 
 
 @pytest.fixture(scope="module", params=MODELS)
@@ -116,16 +114,16 @@ def test_every_layout_loads_every_checkpoint_to_the_bit(name: str, saved: tuple[
     for rank in range(LAYOUTS[name][0]):
         run = rank_of(plan_of(name, model), rank)
         for source, reader in readers.items():
-            buffers = [b for u in run.units.values() for b in run.buffers(u).values()]
+            buffers = [b for u in run.units.values() for b in kept(run, u).values()]
             for b in buffers:
                 b.zero_()
-            run.load(reader)
+            progress = load(run, reader)
             count = 0
             for s in slices(run):
                 count += int(s.tensor.count_nonzero())
                 assert torch.equal(s.tensor, state(model)[s.kind, s.name][s.box.slices]), (source, rank, s.kind, s.name)
             assert count == sum(int(b.count_nonzero()) for b in buffers), (source, rank)
-            assert (run.progress.step, run.progress.applied, run.progress.samples) == (3, 2, 36)
+            assert (progress.step, progress.applied, progress.samples) == (3, 2, 36)
 
 
 Taken = tuple[list[float], list[tuple[str, Any, torch.Tensor]]]
@@ -134,11 +132,11 @@ Taken = tuple[list[float], list[tuple[str, Any, torch.Tensor]]]
 def take(words: str, world: int, folder: str) -> Taken:
     """One step from a checkpoint: loss, norm and learning rate; the weights this rank holds after it."""
     plan = resolved(words, world)
-    run = Run(plan, None, torch.device("cpu"), connect(plan.mesh, int(os.environ["RANK"]) if world > 1 else 0, "gloo", 60))
-    run.load(Reader(folder))
-    run.step()
-    assert run.pending is not None
-    loss, norm, _, _, lr, _ = run.pending.figures()
+    run = Run(plan, torch.device("cpu"), connect(plan.mesh, int(os.environ["RANK"]) if world > 1 else 0, "gloo", 60))
+    step = stepping(run, progress=load(run, Reader(folder)))
+    step.start()
+    assert step.pending is not None
+    loss, norm, _, _, lr, _ = step.pending.figures()
     told = [loss, norm, lr]
     return told, [(s.name, s.box, s.tensor.clone()) for s in slices(run) if s.kind == "weight"]
 
@@ -189,7 +187,7 @@ def test_only_the_needed_rows_are_read(tmp_path: Path, monkeypatch: pytest.Monke
     total, reader = 0, Reader(tmp_path)
     for rank in range(8):
         run, read[0] = rank_of(plan, rank), 0
-        run.load(reader)
+        load(run, reader)
         mine = list(slices(run))
         needed = sum(s.tensor.nbytes for s in mine)
         longest = max(512, max(8 * (s.full[1] if len(s.full) > 1 else 1) for s in mine))
@@ -210,7 +208,7 @@ def test_damage_is_found_by_whoever_reads_it(tmp_path: Path) -> None:
     plan, told = plan_of("pp4-uneven"), []
     for rank in range(4):
         try:
-            rank_of(plan, rank).load(Reader(tmp_path))
+            load(rank_of(plan, rank), Reader(tmp_path))
         except UserError as error:
             told.append((rank, str(error)))
     assert [rank for rank, _ in told] == [3] and "rank-00000.safetensors: the bytes of exp_avg/layers.4.mlp.down.weight@0,0 are damaged" in told[0][1]
@@ -227,12 +225,12 @@ def test_the_dtype_of_a_run_may_change(before: str, after: str, tmp_path: Path) 
     there, back = dtyped("dp3-zero3", after), dtyped("tp2", before)
     runs = [rank_of(there, rank) for rank in range(3)]
     for run in runs:
-        run.load(Reader(tmp_path / "a"))
+        progress = load(run, Reader(tmp_path / "a"))
         assert all(torch.equal(u.weight_slice, u.master.to(u.weight_slice.dtype)) for u in run.units.values())
-    save_runs(tmp_path / "b", runs)
+    save_runs(tmp_path / "b", runs, progress)
     for rank in range(2):
         run = rank_of(back, rank)
-        run.load(Reader(tmp_path / "b"))
+        load(run, Reader(tmp_path / "b"))
         for s in slices(run):
             assert s.tensor.dtype == torch.float32 and torch.equal(s.tensor, state("untied")[s.kind, s.name][s.box.slices].float())
 

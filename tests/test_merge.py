@@ -14,10 +14,13 @@ from test_layouts import plan_of, rank_of, save, save_runs, slices, state
 
 from megazero.base.errors import UserError
 from megazero.hf.convert import export_folder
+from megazero.plan.progress import Progress, loss_scale
 from megazero.run.generate import build_from_checkpoint, logits
+from megazero.run.train import place
 from megazero.state import compare
 from megazero.state.checkpoint import Reader, find
 from megazero.state.merge import merge
+from megazero.state.record import restore
 from megazero.state.tensor_files import Stored
 
 SHARDED = ["tp2-pp2-dp2-zero1", "pp2-dp2-zero3", "tp2-dp2-zero3-joined"]
@@ -46,9 +49,9 @@ def test_a_merged_checkpoint_is_one_file_whatever_it_was(optimizer: bool, saved:
     assert stock.keys() == {f"{kind}/{name}" for kind, name in wanted if optimizer or kind == "weight"}
     assert all(torch.equal(tensor, wanted[tuple(key.split("/"))]) for key, tensor in stock.items())
     assert Reader(tmp_path / "one").verify() == sum(t.nbytes for t in stock.values())
-    run = rank_of(plan_of("tp4", "tied", "" if optimizer else f"--load {tmp_path} --finetune"), 3)
-    run.load(Reader(tmp_path / "one"))
-    assert run.progress.step == (3 if optimizer else 0)
+    run, reader = rank_of(plan_of("tp4", "tied", "" if optimizer else f"--load {tmp_path} --finetune"), 3), Reader(tmp_path / "one")
+    restore(reader, run.units.values(), run.updater.state if optimizer else {})
+    assert place(run.config, reader).step == (3 if optimizer else 0)
     assert all(torch.equal(s.tensor, wanted[s.kind, s.name][s.box.slices]) for s in slices(run) if optimizer or s.kind == "weight")
 
 
@@ -100,7 +103,7 @@ def initial(words: str, world: int, folder: Path) -> Reader:
     runs = [rank_of(resolved(words, world), rank) for rank in range(world)]
     for run in runs:
         run.initialise()
-    save_runs(folder, runs)
+    save_runs(folder, runs, Progress(loss_scale(runs[0].config)))
     return Reader(folder)
 
 

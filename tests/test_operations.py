@@ -44,7 +44,7 @@ def packing(seen: list[Tensor]) -> Iterator[None]:
 
 def started(plan: Plan, rank: int) -> Run:
     """Weights are not filled: only sizes are looked at."""
-    return Run(plan, None, torch.device("cpu"), connect(plan.mesh, rank, "fake", 60))
+    return Run(plan, torch.device("cpu"), connect(plan.mesh, rank, "fake", 60))
 
 
 def batch_of(plan: Plan, documents: bool = False, positions: bool = False) -> Batch:

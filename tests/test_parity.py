@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 from pool import Pool
-from support import SHAPES, resolved
+from support import SHAPES, resolved, stepping
 
 from megazero.comm.wires import connect
 from megazero.pipeline.schedule import SCHEDULES
@@ -72,25 +72,19 @@ class Row:
 Result = tuple[list[tuple[float, float]], list[tuple[str, Any, torch.Tensor]], list[tuple[str, Any, torch.Tensor]]]
 
 
-class Silent:
-    def step(self, figures: dict[str, float]) -> None:
-        pass
-
-
 def play(words: str, world: int, backend: str, device: str = "cpu") -> Result:
     """Five steps on this rank: (loss, norm) of each; gradients of the first and weights after the last as (name, box, tensor)."""
     import os
     plan = resolved(words, world)
     rank = int(os.environ["RANK"]) if world > 1 else 0
-    run = Run(plan, None, torch.device(device), connect(plan.mesh, rank, backend, 60))
+    run = Run(plan, torch.device(device), connect(plan.mesh, rank, backend, 60))
     run.initialise()
-    run.metrics = Silent()  # type: ignore[assignment]
-    figures, gradients = [], []
-    for step in range(5):
-        run.step()
-        assert run.pending
-        figures.append((float(run.pending.verdict.loss), float(run.pending.verdict.norm)))
-        if step == 0:
+    figures, gradients, step = [], [], stepping(run)
+    for i in range(5):
+        step.start()
+        assert step.pending
+        figures.append((float(step.pending.verdict.loss), float(step.pending.verdict.norm)))
+        if i == 0:
             gradients = held(run, "grad_slice")
     return figures, gradients, held(run, "master")
 

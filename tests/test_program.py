@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from pool import Pool, RankError
-from support import SHAPES, TINY, resolved
+from support import SHAPES, TINY, resolved, stepping
 from test_zero import started
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -128,7 +128,7 @@ def test_who_holds_a_unit_is_found_from_what_the_parts_read() -> None:
     assert [plan.holders[unit] for unit in ("embedding", "positions", "layers.0", "layers.1")] == [(0, 3), (0, 2), (0, 2, 3), (1,)]
     assert dict(plan.mesh.tied) == {"tied": (0, 3), "tied1": (0, 2), "tied2": (0, 2, 3)} and plan.mesh.groups()["tied2"] == [(0, 4, 6), (1, 5, 7)]
     for place in range(4):
-        run = Run(plan, None, torch.device("cpu"), connect(plan.mesh, 2 * place, "fake", 60))
+        run = Run(plan, torch.device("cpu"), connect(plan.mesh, 2 * place, "fake", 60))
         for name, unit in run.units.items():
             places = plan.holders[name]
             assert (unit.sharing.holders.size, unit.owner) == (len(places), place == places[0]) and unit.sharing.shard.size == 2
@@ -183,11 +183,11 @@ def alone(words: str) -> tuple[float, float]:
 
 def two_steps(words: str, world: int, backend: str = "gloo") -> tuple[float, float]:
     """(loss, norm) of the second step."""
-    run = started(resolved(words, world), int(os.environ["RANK"]) if world > 1 else 0, backend)
-    run.step()
-    run.step()
-    assert run.pending
-    return float(run.pending.verdict.loss), float(run.pending.verdict.norm)
+    step = stepping(started(resolved(words, world), int(os.environ["RANK"]) if world > 1 else 0, backend))
+    step.start()
+    step.start()
+    assert step.pending
+    return float(step.pending.verdict.loss), float(step.pending.verdict.norm)
 
 
 def runs_like_one_rank(seed: int, pool: Pool) -> None:
@@ -220,7 +220,7 @@ def test_the_plan_knows_bytes_and_memory_of_each_stage(words: str) -> None:
     for rank in {0, world // 2, world - 1}:
         plan = resolved(words, world)
         run = started(plan, rank, "fake")
-        run.step()
+        stepping(run).start()
         expected = traffic(plan, rank)
         assert {axis: run.wires.line.sent[axis] for axis in expected} == expected and set(run.wires.line.sent) <= set(expected)
         assert memory(plan, rank)["optimizer"] == sum(t.nbytes for state in run.updater.state.values() for t in state.values())
@@ -238,8 +238,8 @@ def test_outputs_are_freed_once_they_have_left() -> None:
         seen.append(sum(x.nbytes for (part, _), (x, _) in run.executor.kept.items() if part) // (24 * 48 * 8))
         assert not any(isinstance(t, torch.Tensor) and t.nbytes > 8 for micro, t in run.executor.flow.items() if micro == action.micro)
 
-    run.executor.do = {**run.executor.do, "send": send}
-    run.step()
+    run.executor.do["send"] = send
+    stepping(run).start()
     assert max(seen) == 2 * 2, "two micro-batches in flight, one input for each of two blocks"
 
 
@@ -255,9 +255,9 @@ def stuck(words: str) -> None:
 
     Executor._send = send  # type: ignore[method-assign]
     plan = resolved(words, 3)
-    run = Run(plan, None, torch.device("cpu"), connect(plan.mesh, rank, "gloo", 3))
+    run = Run(plan, torch.device("cpu"), connect(plan.mesh, rank, "gloo", 3))
     run.initialise()
-    run.step()
+    stepping(run).start()
 
 
 def test_a_hang_says_where_the_rank_stands(pool: Pool) -> None:
@@ -290,7 +290,7 @@ def peak():         # ru_maxrss would count the parent that this process was for
 
 p = resolve(from_command_line(sys.argv[1:]), 8 * 96 * 8, 50257)
 wires, before = connect(p.mesh, 3000, "fake", 60), peak()
-run = Run(p, None, torch.device("cpu"), wires)
+run = Run(p, torch.device("cpu"), wires)
 run.initialise()
 print(peak() - before, sum(n for what, n in memory(p, 3000).items() if what in ("weights", "master weights", "gradients", "optimizer")))
 """
@@ -311,7 +311,7 @@ def test_a_whole_step_of_a_175b_model_runs_on_tensors_that_hold_nothing() -> Non
              "--bf16 --lr 6e-5 --global-batch-size 8 --train-iters 10 --eval-iters 0 --mock-data --vocab-size 50257")
     p, rank = resolved(words, 8 * 48 * 8), 8 * 48 * 8 - 1
     with FakeTensorMode():
-        run = Run(p, None, torch.device("cpu"), connect(p.mesh, rank, "fake", 60))
+        run = Run(p, torch.device("cpu"), connect(p.mesh, rank, "fake", 60))
         tokens, one = torch.zeros(1, 2048, dtype=torch.int64), torch.ones(())
         micros = [Batch(tokens, tokens, torch.ones(1, 2048), torch.zeros(1, dtype=torch.int64), 0)] * p.micro_batches
         run.executor.train(run.training, Turn(one, p.tokens_per_step, one, batches=micros))

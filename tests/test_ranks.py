@@ -1,6 +1,7 @@
 """The real program on several ranks: what it saves loads in any layout, and goes on as if nothing had changed."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ from pool import Pool, RankError
 from support import SHARED, byte_dataset, lines, train
 
 from megazero.data.indexed import IndexedWriter
-from megazero.run.run import Run
+from megazero.run.loop import Wish
+from megazero.run.step import Settled, Step
 from megazero.state.checkpoint import Reader
 from megazero.units.unit import Weight
 
@@ -108,19 +110,17 @@ def test_a_hundred_steps_on_text(dtype: str, tolerance: float, pool: Pool, tmp_p
 
 def signalled(words: str, log: str) -> None:
     """Rank 1 alone is asked to stop, in step 3: all must stop after the same step."""
-    plain, calls = Run.step, [0]
+    plain, calls = Wish.reason, [0]
 
-    def step(run: Run) -> None:
+    def reason(wish: Wish) -> str:
         calls[0] += 1
-        if calls[0] == 3 and run.wires.rank == 1:
-            run.signalled = "signal SIGTERM"
-        plain(run)
+        return "signal SIGTERM" if calls[0] >= 3 and os.environ["RANK"] == "1" else plain(wish)
 
-    Run.step = step  # type: ignore[method-assign]
+    Wish.reason = reason  # type: ignore[method-assign]
     try:
         train(words, Path(log))
     finally:
-        Run.step = plain  # type: ignore[method-assign]
+        Wish.reason = plain  # type: ignore[method-assign]
 
 
 def test_all_ranks_stop_after_the_same_step(pool: Pool, tmp_path: Path) -> None:
@@ -131,22 +131,22 @@ def test_all_ranks_stop_after_the_same_step(pool: Pool, tmp_path: Path) -> None:
 
 def poisoned(words: str, who: int, log: str) -> None:
     """One rank's part of one gradient is NaN in step 2."""
-    plain_add, plain_step, calls = Weight.add_product, Run.step, [0]
+    plain_add, plain_step, calls = Weight.add_product, Step.start, [0]
 
-    def step(run: Run) -> None:
+    def start(step: Step, *wish: Callable[[], str]) -> Settled | None:
         calls[0] += 1
-        plain_step(run)
+        return plain_step(step, *wish)
 
     def add(weight: Weight, dy: torch.Tensor, x: torch.Tensor) -> None:
         plain_add(weight, dy, x)
         if calls[0] == 2 and weight.operand.name == "layers.0.mlp.up.weight" and int(os.environ["RANK"]) == who:
             weight.grad[0, 0] = torch.nan
 
-    Run.step, Weight.add_product = step, add  # type: ignore[method-assign]
+    Step.start, Weight.add_product = start, add  # type: ignore[method-assign]
     try:
         train(words, Path(log))
     finally:
-        Run.step, Weight.add_product = plain_step, plain_add  # type: ignore[method-assign]
+        Step.start, Weight.add_product = plain_step, plain_add  # type: ignore[method-assign]
 
 
 @pytest.mark.parametrize("who, layout", [(1, "--tp 2"), (3, "--tp 2 --dp 2"), (0, "--tp 2 --dp 2 --zero-stage 1"), (3, "--tp 2 --dp 2 --zero-stage 3")])

@@ -43,6 +43,7 @@ def test_it_merges_and_exports(folder: Path, tmp_path: Path, monkeypatch: Any, c
     code, _, error = tool(monkeypatch, capsys, "convert_hf.py", "import", "--input", tmp_path / "hf", "--output", tmp_path / "back")
     assert code == 0, error
     back = Reader(tmp_path / "back")
+    assert back.index["family"] == "llama", "whose weights it was imported from"
     for kind, name in many.shapes:
         if kind == "weight":
             assert torch.allclose(back.read(kind, name).double(), many.read(kind, name), rtol=1e-7)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from support import SHAPES, TINY, batches, built, gradients, named
+from support import SHAPES, TINY, batches, built, gradients, named, stepping
 
 from megazero.comm.group import Alone
 from megazero.model.attention import attention, rotary_table
@@ -11,6 +11,7 @@ from megazero.model.decoder import Batch
 from megazero.plan import architecture
 from megazero.run.executor import Turn
 from megazero.run.run import Run
+from megazero.run.step import Step
 
 Tensor = torch.Tensor
 
@@ -102,27 +103,18 @@ def test_five_steps_do_not_depend_on_how_a_step_is_run(how: str, optimizer: str)
 
 def five_steps(words: str) -> tuple[list[tuple[float, float]], dict[str, Tensor]]:
     """(loss, norm) of five steps of mock data, and the weights after them."""
-    run, figures = built(words), []
-    for _ in range(5):
-        verdicts = one_step(run)
-        figures.append(verdicts)
+    run = built(words)
+    step = stepping(run)
+    figures = [one_step(step) for _ in range(5)]
     return figures, {k: v.clone() for k, v in named(run).items()}
 
 
-def one_step(run: Run) -> tuple[float, float]:
-    run.metrics = Silent()  # type: ignore[assignment]
-    run.step()
-    assert run.pending
-    loss, norm = float(run.pending.verdict.loss), float(run.pending.verdict.norm)
-    run.settle()
+def one_step(step: Step) -> tuple[float, float]:
+    step.start()
+    assert step.pending
+    loss, norm = float(step.pending.verdict.loss), float(step.pending.verdict.norm)
+    step.settle()
     return loss, norm
-
-
-class Silent:
-    """Metrics that go nowhere."""
-
-    def step(self, figures: dict[str, float]) -> None:
-        pass
 
 
 @pytest.mark.parametrize("shape", ["gpt2", "llama"])
@@ -147,8 +139,9 @@ def test_lower_precisions_stay_near_float64(shape: str, dtype: str) -> None:
 
 def test_padded_rows_of_the_vocabulary_stay_zero() -> None:
     run = built(f"{TINY} --dtype fp64 --micro-batch-size 2")
+    step = stepping(run)
     for _ in range(3):
-        one_step(run)
+        one_step(step)
     weight = run.decoder.weight("embedding.weight")
     assert weight.value.shape[0] == 128 and weight.rows.size[0] == 101
     assert weight.value[101:].count_nonzero() == 0 and weight.grad[101:].count_nonzero() == 0

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support import TINY, built, byte_dataset, gradients, lines, named, python_source, train
-from test_step import Silent, close, expected
+from support import TINY, built, byte_dataset, gradients, lines, load, named, python_source, stepping, train
+from test_step import close, expected
 
 from megazero.base.errors import UserError
 from megazero.data.dataset import open_split
@@ -30,11 +30,10 @@ def test_the_gradient_is_that_of_the_mean_over_valid_tokens(accumulation: int) -
     data = [Batch(tokens[i:i + size, :-1].contiguous(), tokens[i:i + size, 1:].contiguous(), mask[i:i + size], torch.arange(i, i + size), 0)
             for i in range(0, 4, size)]
     loss, want = expected(run, data)
-    run.batches = lambda step, first: data  # type: ignore[method-assign]
-    run.metrics = Silent()  # type: ignore[assignment]
-    run.step()
-    assert run.pending
-    verdict = run.pending.verdict
+    step = stepping(run, lambda step, first: data)
+    step.start()
+    assert step.pending
+    verdict = step.pending.verdict
     assert float(verdict.loss) == pytest.approx(loss, rel=1e-12)
     assert float(verdict.norm) == pytest.approx(float(torch.stack([g.norm() for g in want.values()]).norm()), rel=1e-12)
     close(named(run, "grad_slice"), want, 1e-12)                     # in float64 the factor is applied to the gradients themselves
@@ -43,13 +42,13 @@ def test_the_gradient_is_that_of_the_mean_over_valid_tokens(accumulation: int) -
 
 def test_sgd_is_torchs_sgd_with_momentum_and_no_decay_on_vectors() -> None:
     run = built(f"{TINY} --dtype fp64 --optimizer sgd --sgd-momentum 0.8 --weight-decay 0.3 --clip-grad 0 --lr-decay-style constant")
-    run.metrics = Silent()  # type: ignore[assignment]
+    step = stepping(run)
     leaves = {n: t.clone().requires_grad_() for n, t in named(run).items()}
     decayed = [t for n, t in leaves.items() if t.dim() == 2]
     sgd = torch.optim.SGD([{"params": decayed, "weight_decay": 0.3}, {"params": [t for t in leaves.values() if t.dim() < 2], "weight_decay": 0.0}],
                           lr=0.01, momentum=0.8)
     for _ in range(3):
-        run.step()
+        step.start()
         for name, t in leaves.items():
             t.grad = named(run, "grad_slice")[name].clone()
         sgd.step()
@@ -69,11 +68,12 @@ def test_eod_mask_takes_the_loss_of_what_follows_an_end_of_document(tmp_path: Pa
     from megazero.data.tokenizers import build_tokenizer
     from megazero.plan.mesh import Mesh
     from megazero.plan.plan import resolve
+    from megazero.run.feed import Feed, open_splits
     from megazero.run.run import Run
     from megazero.settings import config
     c = config.from_command_line(f"{words} --eod-mask-loss".split())
-    run = Run(resolve(c, 1, 257), build_tokenizer("ByteTokenizer"), torch.device("cpu"), connect(Mesh.of(), 0, "gloo", 60))
-    (batch,) = run.batches(0, 0)
+    run, tokenizer = Run(resolve(c, 1, 257), torch.device("cpu"), connect(Mesh.of(), 0, "gloo", 60)), build_tokenizer("ByteTokenizer")
+    (batch,) = Feed(run, open_splits(run.plan, tokenizer), tokenizer).batches(0, 0)
     assert (batch.tokens == eod).sum() == 3 and torch.equal(batch.mask == 0, batch.tokens == eod)
 
 
@@ -88,7 +88,7 @@ def test_full_validation_is_every_sample_once_whatever_the_seed(tmp_path: Path) 
     source = open_split([prefix], None, "valid", 24, 1, shuffle=False)
     assert source.full_pass() == 11
     run = built(f"{BYTES.replace('--tokenizer-type ByteTokenizer', '--vocab-size 257 --mock-data')} --train-iters 1 --eval-iters 0")
-    run.load(Reader(tmp_path / "ck"))
+    load(run, Reader(tmp_path / "ck"))
     tokens = torch.from_numpy(np.stack([source.in_order(i) for i in range(11)]))
     batch = Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), torch.ones(11, 24, dtype=torch.float64), torch.arange(11))
     assert told[0]["loss"] == pytest.approx(float(run.executor.evaluate(run.evaluation, batch).told["loss"]) / (11 * 24), rel=1e-12)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from pool import Pool
-from support import SHAPES, TINY, resolved
+from support import SHAPES, TINY, kept, resolved, stepping
 
 from megazero.base import DTYPES
 from megazero.comm.wires import Wires, connect
@@ -29,20 +29,9 @@ def pool() -> Any:
     made.close()
 
 
-class Told:
-    """Stands for the log."""
-
-    def __init__(self) -> None:
-        self.lines: list[dict[str, Any]] = []
-
-    def step(self, figures: dict[str, Any]) -> None:
-        self.lines.append(figures)
-
-
 def started(plan: Plan, rank: int, backend: str, wires: Wires | None = None) -> Run:
-    run = Run(plan, None, torch.device("cpu"), wires or connect(plan.mesh, rank, backend, 60))
+    run = Run(plan, torch.device("cpu"), wires or connect(plan.mesh, rank, backend, 60))
     run.initialise()
-    run.metrics = Told()  # type: ignore[assignment]
     return run
 
 
@@ -57,7 +46,7 @@ def test_bytes_on_the_wire_are_those_of_the_formulas(level: int, ranks: int, mic
     than the formula says: their weights are read once a micro-batch (a tied embedding's twice), not twice."""
     plan = resolved(f"{SMALL} --num-layers 2 {SHAPES[shape]} --global-batch-size {ranks * micro} --zero-stage {level}", ranks)
     run = started(plan, ranks - 1, "fake")
-    run.step()
+    stepping(run).start()
     sizes = {name: stored(f, plan) for name, f in flats(plan, 0).items()}
     psi, blocks = sum(sizes.values()), sum(n for name, n in sizes.items() if name.startswith("layers."))
     tied = plan.architecture.tied
@@ -77,7 +66,7 @@ def test_bytes_on_the_wire_are_those_of_the_formulas(level: int, ranks: int, mic
 def test_the_plan_knows_bytes_and_memory_of_every_choice(words: str, rank: int) -> None:
     plan = resolved(f"{WORDS} {words}", 8 if "--tp 2" in words else 4)
     run = started(plan, rank, "fake")
-    run.step()
+    stepping(run).start()
     expected = traffic(plan, rank)
     assert {axis: run.wires.line.sent[axis] for axis in expected} == expected
     assert live(run) == {k: n for k, n in memory(plan, rank).items() if k not in ("activations", "logits")}
@@ -123,7 +112,7 @@ def test_live_bytes_per_parameter(level: int, ranks: int, dtype: str) -> None:
     2 + 16 / N, 18 / N; in fp32, without masters, 16, 8 + 8 / N, 4 + 12 / N, 16 / N. Borrowed whole buffers come on top: two of each kind of block."""
     plan = resolved(f"{SMALL} --num-layers 4 --global-batch-size 24 --zero-stage {level} --dtype {dtype}", ranks)
     run = started(plan, ranks - 1, "fake")
-    run.step()
+    stepping(run).start()
     psi, w = sum(stored(f, plan) for f in flats(plan, 0).values()), DTYPES[dtype].width
     g, slices = 4, 12 if w == 2 else 8                          # bytes of a gradient; of masters and moments
     per = {0: w + g + slices, 1: w + g + slices / ranks, 2: w + (g + slices) / ranks, 3: (w + g + slices) / ranks}[level]
@@ -165,9 +154,10 @@ def test_nothing_is_used_before_it_is_there(level: int, words: str, shape: str) 
 
 def weights_after(words: str, world: int, steps: int = 3) -> list[torch.Tensor]:
     run = started(resolved(words, world), int(os.environ["RANK"]), "gloo")
+    step = stepping(run)
     for _ in range(steps):
-        run.step()
-    run.settle()
+        step.start()
+    step.settle()
     return [u.master.clone() for u in run.units.values()]
 
 
@@ -190,9 +180,9 @@ def bad_on_one_rank(cases: list[str], world: int, who: int) -> list[str]:
         if plan.mesh not in wires:
             wires[plan.mesh] = connect(plan.mesh, rank, "gloo", 60)
         run = started(plan, rank, "gloo", wires[plan.mesh])
-        run.say = said.append  # type: ignore[method-assign, assignment]
-        run.step()
-        run.settle()
+        step = stepping(run)
+        step.start()
+        settled = [step.settle()]
 
         def add(weight: Weight, dy: torch.Tensor, x: torch.Tensor) -> None:
             plain(weight, dy, x)
@@ -200,19 +190,19 @@ def bad_on_one_rank(cases: list[str], world: int, who: int) -> list[str]:
                 weight.grad[1, 2] = torch.nan
 
         def state(run: Run = run) -> list[torch.Tensor]:
-            return [b.clone() for u in run.units.values() for b in (u.weight_slice, *run.buffers(u).values())] + [s.clone() for s in run.updater.steps]
+            return [b.clone() for u in run.units.values() for b in (u.weight_slice, *kept(run, u).values())] + [s.clone() for s in run.updater.steps]
 
         before = state()
         Weight.add_product = add  # type: ignore[method-assign]
         try:
-            run.step()
+            step.start()
         finally:
             Weight.add_product = plain  # type: ignore[method-assign]
         assert all(torch.equal(a, b) for a, b in zip(before, state(), strict=True)), words
-        run.step()
-        run.settle()
+        settled += [step.start(), step.settle()]
         assert not all(torch.equal(a, b) for a, b in zip(before, state(), strict=True)), words
-        assert [f["skipped"] for f in run.metrics.lines] == [False, True, False], words  # type: ignore[attr-defined]
+        assert [s.figures["skipped"] for s in settled if s] == [False, True, False], words
+        said += [s.told for s in settled if s and s.told]
     return said
 
 

@@ -8,7 +8,7 @@ its name when it is complete.
 """
 
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from megazero.plan import (
     zeros,
 )
 from megazero.settings import Config
-from megazero.state import Planned, Reader, Slice, planned, stream, write_alone
+from megazero.state import Planned, Reader, Slice, about, header, planned, stream, write_alone
 from megazero.units import TORCH_DTYPE
 
 Tensor = torch.Tensor
@@ -200,7 +200,7 @@ def _is_embedding(name: str, a: Architecture, family: Family, source: HfFolder) 
 def _index(a: Architecture, config: Mapping[str, Any], tokenizer: Tokenizer | None) -> dict[str, Any]:
     """What the index says, as that of a run of ours before its first step,
     and the special ids that only Hugging Face knows."""
-    return {"step": 0, "progress": asdict(Progress(loss_scale(Config()))), "config": flags(a), "optimizer": None,
-            "architecture": asdict(a), "tokenizer": tokenizer.identity() if tokenizer else None,
-            "layout": {"tp": 1, "pp": 1, "dp": 1, "zero_stage": 0},
+    facts = about(a, config=flags(a), optimizer=None, layout={"tp": 1, "pp": 1, "dp": 1, "zero_stage": 0},
+                  tokenizer=tokenizer, family=config["model_type"])
+    return {**header(Progress(loss_scale(Config())), facts),
             "special_ids": {f"{k}_token_id": config.get(f"{k}_token_id") for k in ("bos", "eos", "pad")}}

@@ -25,9 +25,13 @@ class Rotary:
     scaling: tuple[float, float, float, int] | None = None
 
 
+FREE = ("seq_length", "init_std", "attention_dropout", "hidden_dropout", "pad_rows")     # fields that change no weights
+
+
 @dataclass(frozen=True)
 class Architecture:
-    """A decoder, completely said: nothing is None that has a value."""
+    """A decoder, completely said: nothing is None that has a value. Sizes must be given, the others have the default of
+    their flags. The default of one that is added means what was true before it: checkpoints load for ever."""
 
     layers: int
     hidden: int
@@ -37,19 +41,19 @@ class Architecture:
     head_dim: int
     seq_length: int
     vocab_size: int
-    learned_positions: int              # rows; 0 for none
-    rotary: Rotary | None
-    norm: str                           # LayerNorm | RMSNorm
-    epsilon: float
-    activation: str                     # gelu | gelu_tanh | relu2 | swiglu
-    bias: bool                          # in linear layers and LayerNorms
-    qkv_bias: bool
-    qk_norm: bool
-    tied: bool
-    init_std: float
-    attention_dropout: float
-    hidden_dropout: float
-    pad_rows: int                       # the stored vocabulary is a multiple of this on each tensor-parallel rank
+    learned_positions: int = 0          # rows; 0 for none
+    rotary: Rotary | None = None
+    norm: str = "LayerNorm"             # LayerNorm | RMSNorm
+    epsilon: float = 1e-5
+    activation: str = "gelu"            # gelu | gelu_tanh | relu2 | swiglu
+    bias: bool = True                   # in linear layers and LayerNorms
+    qkv_bias: bool = True
+    qk_norm: bool = False
+    tied: bool = True
+    init_std: float = 0.02
+    attention_dropout: float = 0.0
+    hidden_dropout: float = 0.0
+    pad_rows: int = 128                 # the stored vocabulary is a multiple of this on each tensor-parallel rank
 
     @property
     def norm_bias(self) -> bool:

@@ -9,14 +9,14 @@ Architecture -> config.json -> Architecture must give the same, and the rows mus
 """
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
-from typing import Any, NamedTuple
+from dataclasses import MISSING, asdict, dataclass, fields
+from typing import Any, NamedTuple, TypeVar
 
 from megazero.base import UserError
-from megazero.plan.architecture import Architecture, Rotary, units
+from megazero.plan.architecture import FREE, Architecture, Rotary, units
 
+T = TypeVar("T")
 REQUIRED = object()                     # a key that config.json must have
-FREE = ("seq_length", "init_std", "attention_dropout", "hidden_dropout", "pad_rows")      # change no logits
 
 
 class Field(NamedTuple):
@@ -266,10 +266,24 @@ def family_of(a: Architecture) -> Family:
 
 
 def architecture_of(values: Mapping[str, Any]) -> Architecture:
-    """The architecture that a checkpoint's index holds (`asdict`, after JSON made lists of tuples)."""
-    r = values["rotary"]
-    rotary = None if r is None else Rotary(r["base"], r["channels"], tuple(r["scaling"]) if r["scaling"] else None)
-    return Architecture(**{**values, "rotary": rotary})
+    """The architecture that a checkpoint's index holds (`asdict`, after JSON made lists of tuples). A field that is not
+    there is what it was before there was one: its default. Raises UserError for fields that are not known here."""
+    rotary = values.get("rotary")
+    if rotary is not None:
+        rotary = _made(Rotary, {k: tuple(v) if isinstance(v, list) else v for k, v in rotary.items()})
+    return _made(Architecture, {**values, "rotary": rotary})
+
+
+def _made(kind: type[T], values: Mapping[str, Any]) -> T:
+    """A dataclass from the values that an index holds of it. Raises UserError."""
+    known = {f.name: f.default is MISSING for f in fields(kind)}  # type: ignore[arg-type]
+    unknown = [k for k in values if k not in known]
+    missing = [k for k, needed in known.items() if needed and k not in values]
+    if unknown or missing:
+        what = f"has {', '.join(unknown)}, which is not known here" if unknown else f"has no {', '.join(missing)}"
+        raise UserError(f"--load: the checkpoint's {kind.__name__.lower()} {what}; "
+                        "load it with the version that wrote it.")
+    return kind(**values)
 
 
 def flags(a: Architecture) -> dict[str, Any]:

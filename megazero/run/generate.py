@@ -9,7 +9,7 @@ from megazero.comm import Alone
 from megazero.data import Tokenizer, load_tokenizer
 from megazero.model import Batch, Decoder
 from megazero.plan import architecture_of, flat, head_chunk, units
-from megazero.state import Reader, fill, mismatches
+from megazero.state import Reader, mismatches, restore
 from megazero.units import TORCH_DTYPE, Unit
 
 Tensor = torch.Tensor
@@ -22,9 +22,7 @@ def build_from_checkpoint(reader: Reader, dtype: str = "fp32", device: torch.dev
     errors = mismatches(reader, [p for spec in units(a) for p in spec.parameters], ("weight",))
     if errors:
         raise UserError(*errors)
-    for unit in built.values():
-        fill(reader, unit.flat, unit.low, {"weight": unit.master})
-        unit.publish()
+    restore(reader, built.values(), {})
     return Decoder(a, built, Alone(), seed=0, recompute="none", device=device, chunk=head_chunk(a, 1))
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from megazero.base import UserError, clock, gib, say
+from megazero.base import UserError, clock, gib, say, whole
 from megazero.plan import device_of
 
 MFU = "MFU counts 6 N + 6 L h S FLOPs per token (causal attention, recompute not counted)"
@@ -142,9 +142,8 @@ def continued(path: Path, resumed: int) -> Any:
     elif path.exists():
         kept = [line for line in path.read_text(encoding="utf-8", errors="replace").splitlines()
                 if step_of(line) <= resumed]
-        draft = path.with_suffix(".draft")
-        draft.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-        draft.replace(path)
+        with whole(path) as file:
+            file.write("".join(line + "\n" for line in kept).encode())
     return path.open("a", encoding="utf-8")
 
 

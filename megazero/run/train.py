@@ -3,25 +3,26 @@
 import json
 import os
 import platform
-import signal
 import sys
 import traceback
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
-from typing import Any, NoReturn
+from typing import NoReturn
 
 import torch
 
 from megazero.base import UserError, gib, say
 from megazero.comm import Stuck, connect, environment, first_to_say
-from megazero.data import Tokenizer, configured_tokenizer, samples
-from megazero.plan import Plan, checks, describe, flops_per_token, memory, ranks_asked
+from megazero.data import Tokenizer, configured_tokenizer
+from megazero.plan import Plan, Progress, checks, describe, flops_per_token, loss_scale, memory, ranks_asked
+from megazero.run.feed import Feed, Splits, open_splits
+from megazero.run.loop import Loop, Wish
 from megazero.run.metrics import MFU, Metrics, peak_flops
-from megazero.run.run import Run, unfit
+from megazero.run.run import Run
+from megazero.run.step import Step
 from megazero.settings import Config, flatten
-from megazero.state import Reader, complete, set_aside
+from megazero.state import Reader, Record, Writer, about, changed, complete, restore, resumed, set_aside, unfit
 from megazero.units import TORCH_DTYPE
 
 
@@ -62,46 +63,48 @@ def main(config: Config) -> None:
         raise UserError(*errors)
     device = choose_device(config)
     tokenizer = configured_tokenizer(config)
-    resolved = Plan.of(config, world, max(tokenizer.vocab_size if tokenizer else 0, config.data.vocab_size or 0))
+    plan = Plan.of(config, world, max(tokenizer.vocab_size if tokenizer else 0, config.data.vocab_size or 0))
     if rank == 0:
-        say(describe(resolved))
-    look_ahead(resolved, tokenizer)
+        say(describe(plan))
+    splits, reader = look_ahead(plan, tokenizer)
     if world == here:
-        room(resolved, rank, device)
+        room(plan, rank, device)
     if config.check:
         return
-    wires = connect(resolved.mesh, rank, "nccl" if device.type == "cuda" else "gloo",
+    wires = connect(plan.mesh, rank, "nccl" if device.type == "cuda" else "gloo",
                     60 * config.parallel.distributed_timeout_minutes)
-    run = Run(resolved, tokenizer, device, wires)
-    start(run)
-    with signals(run):
-        run.train()
+    wish, progress = Wish(config.training), place(config, reader)
+    run = Run(plan.going_on(progress.step, progress.samples), device, wires)
+    record = recorded(run, tokenizer, reader, progress)
+    start(run, splits, reader, record)
+    feed, metrics = Feed(run, splits, tokenizer), measured(run, progress)
+    step = Step(run, feed.batches, progress)
+    with wish:
+        Loop(run, feed, step, metrics=metrics, record=record, wish=wish).train()
     wires.close()
 
 
-def look_ahead(plan: Plan, tokenizer: Tokenizer | None) -> None:
-    """Everything that can go wrong later and can be known now: data, checkpoint, folders.
-    Raises UserError; writes nothing."""
-    config, k = plan.config, plan.config.checkpoint
-    samples(plan, "train", tokenizer)
-    if config.training.eval_iters and plan.train_iters:
-        samples(plan, "valid", tokenizer)
-    if config.data.test_data_path:
-        samples(plan, "test", tokenizer)
-    reader = find_checkpoint(config, lambda _: None)
-    step = 0 if reader is None or k.finetune else int(reader.index["step"])
+def look_ahead(plan: Plan, tokenizer: Tokenizer | None) -> tuple[Splits, Reader | None]:
+    """Everything that can go wrong later and can be known now: data, checkpoint, folders. Returns what it opened: the
+    samples, and the checkpoint to begin with. Raises UserError; writes nothing."""
+    k = plan.config.checkpoint
+    splits, reader = open_splits(plan, tokenizer), find_checkpoint(plan.config)
     if reader is not None:
-        errors = unfit(reader, plan)
+        parameters = [p for u in plan.units for p in u.parameters]
+        optimizer = None if k.finetune else plan.config.optimizer.optimizer
+        errors = unfit(reader, plan.architecture, parameters, optimizer, tokenizer)
         if errors:
             raise UserError(*errors)
+    step = place(plan.config, reader).step
     later = [s for s, _ in complete(Path(k.save)) if s > step] if k.save else []
-    if later and not set_back(config):
+    if later and not set_back(plan.config):
         raise UserError(f"--save {k.save}: holds a checkpoint of step {later[-1]}, beyond step {step} where this run "
                         f"begins; go on from it with --load {k.save}{' and without --finetune' if k.finetune else ''}, "
                         "or name a new folder.")
-    for flag, folder in (("--save", k.save), ("--log-dir", config.logging.log_dir)):
+    for flag, folder in (("--save", k.save), ("--log-dir", plan.config.logging.log_dir)):
         if folder is not None and not writable(Path(folder)):
             raise UserError(f"{flag} {folder}: is not a folder that can be written to; name another.")
+    return splits, reader
 
 
 def room(plan: Plan, rank: int, device: torch.device) -> None:
@@ -118,35 +121,59 @@ def room(plan: Plan, rank: int, device: torch.device) -> None:
                         f"model, or {more}.")
 
 
-def start(run: Run) -> None:
-    """Weights and position, from a checkpoint or afresh; tells what was found."""
-    config, device = run.config, run.device
-    run.say(f"data        {run.train_samples.describe()}")
-    for what, evaluated in (("validation", run.valid_samples), ("test", run.test_samples)):
-        if evaluated is not None:
-            run.say(f"{what:<12}{evaluated.describe()}")
-    reader = find_checkpoint(config, run.say)
+def place(config: Config, reader: Reader | None) -> Progress:
+    """Where a run begins: where a checkpoint ends, or at its own beginning."""
+    fresh = loss_scale(config)
+    return Progress(fresh) if reader is None or config.checkpoint.finetune else resumed(reader.index["progress"], fresh)
+
+
+def recorded(run: Run, tokenizer: Tokenizer | None, reader: Reader | None, progress: Progress) -> Record | None:
+    """Where the run is saved, if it is. What it goes on from is there already where it loads from there."""
+    p, k = run.plan, run.config.checkpoint
+    if k.save is None:
+        return None
+    layout = {"tp": p.tp, "pp": p.pp, "dp": p.dp, "zero_stage": run.config.parallel.zero_stage,
+              "global_batch_size": p.global_batch}
+    facts = about(p.architecture, config=flatten(run.config), optimizer=run.config.optimizer.optimizer, layout=layout,
+                  tokenizer=tokenizer, family=reader.index.get("family") if reader is not None else None)
+    writer = Writer(Path(k.save), k.keep_last, k.async_save, run.wires.rank, run.wires["saved"])
+    return Record(writer, facts, tokenizer, progress.step if in_place(run.config) and not k.finetune else -1)
+
+
+def start(run: Run, splits: Splits, reader: Reader | None, record: Record | None) -> None:
+    """Weights, and all that the optimizer keeps, from a checkpoint or afresh; tells what was found."""
+    config, k = run.config, run.config.checkpoint
+    for line in splits.describe():
+        run.say(line)
     if reader is None:
+        if k.load is not None:
+            run.say(f"starting    afresh: --load {k.load} holds no complete checkpoint yet")
         run.initialise()
     else:
-        run.load(reader)
-        run.say(f"loaded      {reader.folder}{': weights alone' if config.checkpoint.finetune else ''}")
+        restore(reader, run.units.values(), {} if k.finetune else run.updater.state)
+        run.say(f"loaded      {reader.folder}{': weights alone' if k.finetune else ''}")
         # also where it follows
         before = reader.index["config"] | {"global_batch_size": reader.index["layout"].get("global_batch_size")}
         for line in changed(before, flatten(config) | {"global_batch_size": run.plan.global_batch}):
             run.say(f"changed     {line}")
     same_start(run, -1 if reader is None else int(reader.index["step"]))
-    if set_back(config) and run.writer is not None and run.wires.rank == 0:
-        for path in set_aside(run.writer.folder, run.progress.step):
-            run.say(f"set aside   {path}: later than step {run.progress.step}")
-    peak, source = peak_flops(device, config.dtype, TORCH_DTYPE[config.dtype])
+    if set_back(config) and record is not None and run.wires.rank == 0:
+        for path in set_aside(record.writer.folder, record.last):
+            run.say(f"set aside   {path}: later than step {record.last}")
+
+
+def measured(run: Run, progress: Progress) -> Metrics:
+    """The log of the run; tells what its speed is measured against."""
+    device, dtype = run.device, run.config.dtype
+    peak, source = peak_flops(device, dtype, TORCH_DTYPE[dtype])
     name = (torch.cuda.get_device_name(device) if device.type == "cuda"
             else f"{torch.get_num_threads()} threads of {platform.machine()}")
     run.say(f"device      {name}, torch {torch.__version__}; peak {peak / 1e12:.4g} TFLOP/s: {source}")
     run.say(f"            {MFU}")
-    run.metrics = Metrics(device, peak=peak, flops_per_token=flops_per_token(run.plan.architecture),
-                          world=run.plan.world, steps=run.plan.train_iters, interval=config.logging.log_interval,
-                          folder=config.logging.log_dir, resumed=run.progress.step, rank=run.wires.rank)
+    log = run.config.logging
+    return Metrics(device, peak=peak, flops_per_token=flops_per_token(run.plan.architecture), world=run.plan.world,
+                   steps=run.plan.train_iters, interval=log.log_interval, folder=log.log_dir, resumed=progress.step,
+                   rank=run.wires.rank)
 
 
 def writable(folder: Path) -> bool:
@@ -169,27 +196,6 @@ def leave(code: int) -> NoReturn:
     if environment()[1] > 1:
         os._exit(code)
     sys.exit(code)
-
-
-class signals:
-    """While it lasts, SIGTERM and SIGINT end the run at the end of its step (--exit-signal-handler).
-    A second one ends it at once."""
-
-    def __init__(self, run: Run) -> None:
-        self.run = run
-        self.before: dict[signal.Signals, Any] = {}
-
-    def __enter__(self) -> None:
-        if self.run.config.training.exit_signal_handler:
-            self.before = {s: signal.signal(s, self._handle) for s in (signal.SIGTERM, signal.SIGINT)}
-
-    def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.run.signalled = f"signal {signal.Signals(number).name}"
-        self.__exit__()
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
 
 
 def same_start(run: Run, step: int) -> None:
@@ -232,19 +238,9 @@ def set_back(config: Config) -> bool:
     return in_place(config) and config.checkpoint.ckpt_step is not None and not config.checkpoint.finetune
 
 
-def find_checkpoint(config: Config, say: Callable[[str], None]) -> Reader | None:
+def find_checkpoint(config: Config) -> Reader | None:
     """The checkpoint to load, if any. A run that loads from where it saves starts afresh the first time."""
     k = config.checkpoint
-    if k.load is None:
-        return None
-    if in_place(config) and k.ckpt_step is None and not complete(Path(k.load)):
-        say(f"starting    afresh: --load {k.load} holds no complete checkpoint yet")
+    if k.load is None or (in_place(config) and k.ckpt_step is None and not complete(Path(k.load))):
         return None
     return Reader(k.load, k.ckpt_step)
-
-
-def changed(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """What the configuration says otherwise than the one that was saved: nothing fails silently."""
-    own = {"load", "save", "config", "check", "exit_interval", "log_interval", "log_dir", "save_interval", "ckpt_step"}
-    return [f"--{k.replace('_', '-')} was {saved.get(k)}, is {v}"
-            for k, v in now.items() if k not in own and k in saved and saved[k] != v]

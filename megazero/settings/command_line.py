@@ -102,9 +102,18 @@ def parse(
 
 
 def build(cls: type[T], values: Mapping[str, Any]) -> T:
-    """The dataclass from flat values; what is not named keeps its default."""
+    """The dataclass from flat values; what is not named keeps its default. Raises UserError for what is no name of it.
+    """
+    unknown = sorted(values.keys() - {o.name for group in leaves(cls).values() for o in group})
+    if unknown:
+        raise UserError(f"--{', --'.join(unknown).replace('_', '-')}: is not known here; leave it out, "
+                        "or take the version that wrote it.")
+    return _nested(cls, values)
+
+
+def _nested(cls: type[T], values: Mapping[str, Any]) -> T:
     hints = typing.get_type_hints(cls)
-    chosen = {f.name: build(hints[f.name], values) if is_dataclass(hints[f.name]) else values[f.name]
+    chosen = {f.name: _nested(hints[f.name], values) if is_dataclass(hints[f.name]) else values[f.name]
               for f in fields(cls)  # type: ignore[arg-type]
               if is_dataclass(hints[f.name]) or f.name in values}
     return cls(**chosen)

@@ -1,7 +1,8 @@
 """What of a run outlives it: checkpoints."""
 
-from megazero.state.checkpoint import Reader, Slice, complete, fill, mismatches, owned
+from megazero.state.checkpoint import Reader, Slice, complete, mismatches
 from megazero.state.compare import check, checkpoints, log_lines, report, runs
 from megazero.state.merge import merge
+from megazero.state.record import Record, about, changed, header, restore, resumed, slices, unfit
 from megazero.state.saving import Writer, planned, set_aside, write_alone
 from megazero.state.tensor_files import CODES, OF_CODE, Planned, stream

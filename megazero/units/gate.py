@@ -4,7 +4,7 @@ The verdict is a number on the device: the fused kernels of torch take it (`foun
 undoes loss scale, token count and clipping (`grad_scale`), so a step needs no word from the host.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -46,7 +46,7 @@ class Ruling:
     scale: Tensor = field(default_factory=lambda: torch.ones(()))
     nominal: int = 1
     lr: Tensor = field(default_factory=lambda: torch.zeros(()))
-    stop: bool = False                  # does this rank want to stop after this step?
+    wish: Callable[[], object] = bool   # does this rank want to stop after this step? Asked when gradients are there
     told: dict[str, Tensor] = field(default_factory=dict)
     witness: dict[str, Tensor] = field(default_factory=dict)
     verdict: Verdict | None = None
@@ -69,14 +69,18 @@ class Gate:
         self.names, self._pieces = [name for name, _ in pieces], [part for _, part in pieces]
         self._none = torch.zeros(0, dtype=torch.float64, device=units[0].master.device)
 
+    def figures(self, ruling: Ruling) -> Tensor:
+        """What this rank tells of FIGURES, [2]: 0 where it knows nothing, or another rank tells the same."""
+        zero = torch.zeros((), dtype=torch.float64, device=self._none.device)
+        return torch.stack([ruling.told.get(figure, zero) if self.tells else zero for figure in FIGURES])
+
     def judge(self, ruling: Ruling) -> Verdict:
         """One reduction: squares of owned gradients, the figures that ranks told, and who was asked to stop, so that
         all stop after the same step. The factor makes the gradients those of the mean over valid tokens."""
         norms = (torch.stack(torch._foreach_norm(self._pieces, 2, dtype=self.wide)).double()
                  if self._pieces else self._none)
-        zero = torch.zeros((), dtype=torch.float64, device=norms.device)
-        told = [ruling.told.get(figure, zero) if self.tells else zero for figure in FIGURES]
-        mine = torch.stack((norms.square().sum(), *told, torch.full_like(zero, float(ruling.stop))))
+        squares = norms.square().sum()
+        mine = torch.stack((squares, *self.figures(ruling), torch.full_like(squares, bool(ruling.wish()))))
         squares, loss, tokens, stops = self.world.all_reduce(mine).wait().unbind()
         tokens = tokens.clamp(min=1)
         factor = ruling.nominal / tokens / ruling.scale.double()

@@ -1,0 +1,130 @@
+"""The loop: steps, evaluations, checkpoints, early exits."""
+
+import signal
+import time
+from types import FrameType
+from typing import Any
+
+import torch
+
+from megazero.base import UserError, clock
+from megazero.data import SampleSource
+from megazero.run.feed import Feed
+from megazero.run.metrics import Metrics
+from megazero.run.run import Run
+from megazero.run.step import Settled, Step
+from megazero.settings import Training
+from megazero.state import Record, slices
+from megazero.units import FIGURES
+
+EVALUATING = 16                         # micro-batches of an evaluation that may be in a pipeline
+
+
+class Wish:
+    """Why this rank should stop: its time is over, or while this lasts it was sent SIGTERM or SIGINT, of which a second
+    one ends it at once (--exit-signal-handler). Ranks may differ: the gate of the next step tells all of them."""
+
+    def __init__(self, settings: Training) -> None:
+        self.settings, self.started = settings, time.perf_counter()
+        self._heard = ""
+        self._before: dict[signal.Signals, Any] = {}
+
+    def reason(self) -> str:
+        """Nothing while there is none."""
+        minutes = self.settings.exit_duration_in_mins
+        over = minutes and self.seconds() > 60 * minutes
+        return self._heard or (f"--exit-duration-in-mins {minutes:g}" if over else "")
+
+    def seconds(self) -> float:
+        """Since the run began."""
+        return time.perf_counter() - self.started
+
+    def __enter__(self) -> None:
+        if self.settings.exit_signal_handler:
+            self._before = {s: signal.signal(s, self._handle) for s in (signal.SIGTERM, signal.SIGINT)}
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        self._heard = f"signal {signal.Signals(number).name}"
+        self.__exit__()
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+
+class Loop:
+    """A run from where it is to its end."""
+
+    def __init__(self, run: Run, feed: Feed, step: Step, metrics: Metrics, record: Record | None,
+                 wish: Wish) -> None:
+        """`record`: where it is saved, if it is."""
+        self.run, self.feed, self.step, self.metrics, self.record, self.wish = run, feed, step, metrics, record, wish
+        self.stop_reason = ""
+
+    def train(self) -> None:
+        """All of it, with evaluations, checkpoints and early exits."""
+        t, k, (_, valid, test) = self.run.config.training, self.run.config.checkpoint, self.feed.splits
+        at, end = self.step.progress.step, self.run.plan.train_iters
+        self.step.lap()
+        while at < end and not self.stop_reason:
+            self.tell(self.step.start(self.wish.reason))
+            at += 1
+            if self.record is not None:
+                self.record.writer.look()
+            if valid is not None and (at % t.eval_interval == 0 or at == end):
+                self.tell(self.step.settle(last=True))
+                self.metrics.evaluation(at, "valid", self.evaluate(valid))
+                self.step.lap()                                 # an evaluation is not part of the next step's time
+            if self.record is not None and k.save_interval and at % k.save_interval == 0:
+                self.save(self.record)
+            if t.exit_interval and at % t.exit_interval == 0:
+                self.stop_reason = f"--exit-interval {t.exit_interval}"
+        self.tell(self.step.settle(last=True))
+        if self.record is not None and self.record.last != self.step.progress.step:
+            self.save(self.record)
+        if test is not None and at == end:
+            self.metrics.evaluation(at, "test", self.evaluate(test))
+        if self.record is not None:
+            self.record.writer.wait()
+        self.feed.loader.close()
+        self.metrics.close()
+        why = f": {self.stop_reason}" if self.stop_reason else ""
+        self.run.say(f"done at step {self.step.progress.step:,}{why}, after {clock(self.wish.seconds())}")
+
+    def tell(self, done: Settled | None) -> None:
+        """Logs a step. Raises UserError after too many skipped ones."""
+        if done is None:
+            return
+        self.metrics.step(done.figures)
+        if done.stop:
+            self.stop_reason = self.wish.reason() or "another rank was asked to stop"
+        if not done.reason:
+            return
+        self.run.say(done.told)
+        limit, progress = self.run.config.training.max_skipped_steps, self.step.progress
+        if progress.skipped_in_a_row >= limit:
+            if self.record is not None:
+                self.record.writer.wait()                       # what is being saved in the background is good
+            raise UserError(f"--max-skipped-steps {limit}: {limit} steps in a row were not finite, the last because "
+                            f"{done.reason}; the weights are those of step {progress.step - limit}. Lower --lr, or "
+                            "look at the data of the last steps.")
+
+    def evaluate(self, split: SampleSource) -> float:
+        """Mean loss over the samples that an evaluation takes of a split."""
+        run = self.run
+        told = torch.zeros(len(FIGURES), dtype=torch.float64, device=run.device)
+        for turn, batch in enumerate(self.feed.evaluation(split)):
+            if turn % EVALUATING == EVALUATING - 1:
+                run.wires.barrier()                             # the first stage must not run far ahead of the last
+            told += run.gate.figures(run.executor.evaluate(run.evaluation, batch))
+        run.wires.line.doing = f"the end of the evaluation after step {self.step.progress.step}"
+        total, valid = run.wires["world"].all_reduce(told).wait()
+        return (total / valid).item()
+
+    def save(self, record: Record) -> None:
+        """Saves the run as it is after the last step."""
+        self.tell(self.step.settle(last=True))
+        path = record.save(self.step.progress, slices(self.run.units.values(), self.run.updater.state))
+        self.run.say(f"step {self.step.progress.step:,} | saved to {path}"
+                     + (" (writing in the background)" if record.writer.background else ""))
+        self.step.lap()

@@ -1,0 +1,135 @@
+"""What of a run outlives it, for whatever trains: units and moments as named logical tensors, its progress, what the
+index says of it, the tokenizer's files beside the checkpoints; and why a checkpoint does not fit."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megazero.base import UserError, whole
+from megazero.data import Tokenizer, same_tokenizer
+from megazero.plan import FREE, RULES, Architecture, LossScale, Parameter, Progress, architecture_of
+from megazero.state.checkpoint import Reader, Slice, fill, mismatches, owned
+from megazero.state.saving import Writer
+from megazero.units import Unit
+
+Moments = Mapping[str, Mapping[str, torch.Tensor]]      # unit -> moment -> flat buffer beside the unit's master
+# keys of a configuration that a run may change without a word
+SILENT = {"load", "save", "config", "check", "exit_interval", "log_interval", "log_dir", "save_interval", "ckpt_step"}
+
+
+# ---- tensors
+
+def buffers(unit: Unit, moments: Moments) -> dict[str, torch.Tensor]:
+    """Everything a checkpoint holds of a unit: kind -> this rank's slice of the flat buffer."""
+    unit.updated()
+    return {"weight": unit.master, **moments.get(unit.flat.name, {})}
+
+
+def slices(units: Iterable[Unit], moments: Moments) -> list[Slice]:
+    """What this rank writes of its units."""
+    return [s for u in units if u.owner for s in owned(u.flat, u.low, buffers(u, moments))]
+
+
+def restore(reader: Reader, units: Iterable[Unit], moments: Moments) -> None:
+    """Weights and those `moments` from a checkpoint, whatever layout wrote it. Raises UserError for damage."""
+    for unit in units:
+        fill(reader, unit.flat, unit.low, buffers(unit, moments))
+        unit.publish()
+
+
+# ---- words
+
+def about(a: Architecture, *, config: Mapping[str, Any], optimizer: str | None, layout: Mapping[str, int],
+          tokenizer: Tokenizer | None, family: str | None) -> dict[str, Any]:
+    """What every index of a run says. `optimizer`: None where weights alone are kept; `family`: the model_type that the
+    weights were imported from, if they were."""
+    return {"config": config, "optimizer": optimizer, "architecture": asdict(a),
+            "tokenizer": tokenizer.identity() if tokenizer else None, "layout": layout, "family": family}
+
+
+def header(progress: Progress, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What the index of one checkpoint says; `facts` as `about` gives them."""
+    return {"step": progress.step, "progress": asdict(progress), **facts}
+
+
+def resumed(saved: Mapping[str, Any], now: LossScale) -> Progress:
+    """Where a run goes on from the progress that an index holds: the loss scale where it was, by the rule of `now`."""
+    then = LossScale(**saved["loss_scale"])
+    if not (then.constant or now.constant):
+        now = replace(now, value=max(then.value, now.minimum), good=then.good, bad=min(then.bad, now.hysteresis - 1))
+    return Progress(**{**saved, "loss_scale": now})
+
+
+@dataclass
+class Record:
+    """Where a run is kept: a folder of checkpoints, and the tokenizer's files beside them."""
+
+    writer: Writer
+    facts: Mapping[str, Any]            # as `about` gives them
+    tokenizer: Tokenizer | None
+    last: int = -1                      # the run's newest step that is there; -1 for none
+
+    def save(self, progress: Progress, found: Sequence[Slice]) -> Path:
+        """Saves these slices as they are after the last step; the folder they go to. Raises UserError."""
+        path = self.writer.save(found, header(progress, self.facts))
+        if self.writer.rank == 0:
+            try:
+                save_tokenizer(self.writer.folder, self.tokenizer)
+            except OSError as error:
+                raise UserError(f"--save {self.writer.folder}: the tokenizer's files cannot be written there "
+                                f"({error.strerror}); the checkpoints are complete without them.") from error
+        self.last = progress.step
+        return path
+
+
+def save_tokenizer(folder: Path, tokenizer: Tokenizer | None) -> None:
+    """Copies the tokenizer's files beside the checkpoints, so that those are enough to generate and export."""
+    for name, path in (tokenizer.files() if tokenizer else {}).items():
+        target = folder / "tokenizer" / name
+        if not target.exists() or target.read_bytes() != path.read_bytes():
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with whole(target) as file:
+                file.write(path.read_bytes())
+
+
+# ---- what does not fit
+
+def unfit(reader: Reader, a: Architecture, parameters: Sequence[Parameter], optimizer: str | None,
+          tokenizer: Tokenizer | None) -> list[str]:
+    """Why a checkpoint is not of this model: a sentence for each field of the architecture, and for the first of the
+    weights. Where it fits and the run goes on with its `optimizer`: why that one or the tokenizer is another."""
+    then, now = asdict(architecture_of(reader.index["architecture"])), asdict(a)
+    different = [f"--load {reader.folder}: its {key.replace('_', ' ')} is {then[key]}, this model's {value}; "
+                 "give the flags it was trained with."
+                 for key, value in now.items() if key not in FREE and then[key] != value]
+    errors = [*different, *mismatches(reader, parameters, ("weight",))]
+    if errors or optimizer is None:
+        return errors
+    return (_wrong_optimizer(reader, optimizer) or _wrong_tokenizer(reader, tokenizer)
+            or mismatches(reader, parameters, ("weight", *RULES[optimizer].moments)))
+
+
+def _wrong_optimizer(reader: Reader, optimizer: str) -> list[str]:
+    missing = [k for k in RULES[optimizer].moments if k not in reader.kinds]
+    theirs = reader.index.get("optimizer")
+    saved = f"with {theirs}" if theirs else "without an optimizer"
+    return [f"--optimizer {optimizer}: {reader.folder} has no {' and no '.join(missing)} "
+            f"(it was saved {saved}); add --finetune to start the optimizer afresh."] if missing else []
+
+
+def _wrong_tokenizer(reader: Reader, tokenizer: Tokenizer | None) -> list[str]:
+    theirs = reader.index.get("tokenizer")
+    if theirs is None or tokenizer is None or same_tokenizer(theirs, tokenizer.identity()):
+        return []
+    return [f"--load {reader.folder}: was trained with another tokenizer ({theirs.get('type')}, other files than "
+            "now); give that one (its files are in the folder `tokenizer` beside the checkpoints), or --finetune "
+            "and a new --save."]
+
+
+def changed(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """What the configuration says otherwise than the one that was saved: nothing fails silently."""
+    return [f"--{k.replace('_', '-')} was {saved.get(k)}, is {v}"
+            for k, v in now.items() if k not in SILENT and k in saved and saved[k] != v]
