@@ -17,7 +17,6 @@ Sources: GPipe (Huang et al. 2019), 1F1B (Narayanan et al. 2019), interleaved (N
 breadth-first (Lamy-Poirier 2023), ZB-H1 (Qi et al. 2023, section 2.1).
 """
 
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -215,29 +214,3 @@ def _split(line: Sequence[Pass], delay: int) -> tuple[Pass, ...]:
         if len(waiting) > delay:
             out.append(waiting.pop(0))
     return (*out, *waiting)
-
-
-def shares(layers: int, stages: int, first: int | None = None, last: int | None = None) -> tuple[int, ...]:
-    """Layers of each stage: what `first` and `last` leave is shared as evenly as can be."""
-    fixed = {0: first, stages - 1: last} if stages > 1 else {}
-    free = [s for s in range(stages) if fixed.get(s) is None]
-    rest = layers - sum(n for n in fixed.values() if n is not None)
-    even = {s: rest * (i + 1) // len(free) - rest * i // len(free) for i, s in enumerate(free)}
-    return tuple(even[s] if s in even else int(fixed[s] or 0) for s in range(stages))
-
-
-def from_layout(text: str) -> tuple[int, ...]:
-    """Layers of each stage of a layout in Megatron's words: E embedding, t layer, L loss, | between stages, *n repeats
-    a letter or what is in brackets. Raises ValueError with what is wrong."""
-    plain = re.sub(r"[\s,]", "", text)
-    while plain != (once := re.sub(r"(\w)\*(\d+)|\(([^()]*)\)\*(\d+)",
-                                   lambda m: (m[1] or m[3]) * int(m[2] or m[4]), plain)):
-        plain = once
-    stages = plain.split("|")
-    if re.search(r"[^EtL|]", plain):
-        raise ValueError("holds something else than E, t, L, |, * and brackets")
-    if not (plain.startswith("E") and plain.endswith("L") and plain.count("E") == plain.count("L") == 1):
-        raise ValueError("must begin with the one E and end with the one L")
-    if not all(stages):
-        raise ValueError("has a stage with nothing in it")
-    return tuple(stage.count("t") for stage in stages)
