@@ -3,23 +3,26 @@ that a rank which hangs says where it stands."""
 
 import os
 import random
+import re
 import subprocess
 import sys
 from dataclasses import dataclass, replace
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from pool import Pool, RankError
-from support import SHAPES, TINY, resolved, stepping
+from support import SHAPES, TINY, resolved, stepping, tool, train
 from test_zero import started
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from megazero.base.errors import UserError
 from megazero.comm.wires import connect
 from megazero.model.decoder import Batch
 from megazero.pipeline.schedule import SCHEDULES, most_held
-from megazero.plan.action import Action, around
+from megazero.plan.action import Action, around, written
 from megazero.plan.cost import memory, traffic
 from megazero.plan.plan import Plan
 from megazero.plan.program import Part
@@ -100,7 +103,7 @@ def test_500_random_pipelines_are_sound() -> None:
 
 
 def faults(plan: Plan, programs: list[list[Action]]) -> list[str]:
-    return verify(programs, [plan.stages_of(rank) for rank in range(0, plan.world, plan.world // plan.pp)], plan.zero.level)
+    return verify(programs, [plan.stages_of(rank) for rank in range(0, plan.world, plan.world // plan.pp)], plan.zero.level, plan.micro_batches)
 
 
 def held(plan: Plan, program: list[Action]) -> int:
@@ -174,6 +177,53 @@ def test_verify_names_each_fault_of_a_program(spoil: str, said: str) -> None:
         program.insert(second, program.pop(first))
     found = faults(plan, programs)
     assert any(said in sentence for sentence in found), found
+
+
+ZB = f"{SMALL} --num-layers 4 --pp 2 --pipeline-schedule zb-h1 --global-batch-size 4 --zero-stage 2"
+
+
+def own_program(words: str) -> list[tuple[float, float]]:
+    """(loss, norm) of three steps by the schedule, and by a program that a file says: all W at the end, sums reduced once."""
+    found = []
+    for order in ("", "late"):
+        plan = resolved(words, 2)
+        if order:
+            late = replace(plan, config=replace(plan.config, parallel=replace(plan.config.parallel, reduce_every=99)))
+            last = [tuple(sorted(line, key=lambda p: p.kind == "W")) for line in plan.passes]
+            vars(late)["passes"] = tuple(last)
+            text = written([late.training(rank) for rank in range(2)])
+            assert text != written([plan.training(rank) for rank in range(2)])
+            plan = plan.programmed(text, "--pipeline-program file")
+        step = stepping(started(plan, int(os.environ["RANK"]), "gloo"))
+        for _ in range(3):
+            step.start()
+        assert step.pending
+        found.append((float(step.pending.verdict.loss), float(step.pending.verdict.norm)))
+    return found
+
+
+def test_a_program_from_a_file_is_the_same_run(pool: Pool) -> None:
+    for plain, own in pool.run(2, own_program, ZB):
+        assert own == pytest.approx(plain, rel=1e-12)
+
+
+def test_a_program_is_printed_and_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    words = f"{SMALL.replace('--train-iters 5', '--train-iters 3')} --num-layers 2 --global-batch-size 3 --zero-stage 0"
+    code, text, _ = tool(monkeypatch, capsys, "show_schedule.py", "program", *words.split())
+    file = tmp_path / "program"
+    file.write_text(text)
+    assert code == 0 and text.count("\n") == 1 and text.startswith("gather embedding | ")
+    assert [x["loss"] for x in train(f"{words} --pipeline-program {file} --save {tmp_path / 'ck'} --exit-interval 2", tmp_path / "a")] == [
+        x["loss"] for x in train(f"{words} --exit-interval 2", tmp_path / "b")]
+    resumed = [x["loss"] for x in train(f"{words} --load {tmp_path / 'ck'} --pipeline-schedule gpipe", tmp_path / "c")]
+    assert resumed == [x["loss"] for x in train(words, tmp_path / "d")][2:], "saving and resuming know nothing of the program"
+    for spoiled, said in ((text.replace("judge", "jugde"), f"--pipeline-program {file}: line 1: 'jugde' is no action; write a line"),
+                          (text.replace("W0,0 | ", "").replace("B1,0 | ", ""), f"--pipeline-program {file}: rank 0: B1,0 runs 0 times."),
+                          (text + text, f"--pipeline-program {file}: there are 2 programs for 1 pipeline ranks."),
+                          ("", f"--pipeline-program {file}: is empty; write a line for each rank")):
+        file.write_text(spoiled)
+        with pytest.raises(UserError, match=re.escape(said)):
+            train(f"{words} --pipeline-program {file}")
 
 
 @cache

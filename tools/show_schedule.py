@@ -1,14 +1,20 @@
 """Shows a pipeline schedule, its bubble and what it holds:
-python tools/show_schedule.py gpipe|breadth-first|1f1b|interleaved|zb-h1 --help"""
+python tools/show_schedule.py gpipe|breadth-first|1f1b|interleaved|zb-h1 --help
+
+Or prints the program of each pipeline rank of a run, as --pipeline-program reads them:
+python tools/show_schedule.py program THE FLAGS OF pretrain_gpt.py > FILE"""
 
 import math
+import sys
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
 from megazero.base import UserError
+from megazero.data import configured_tokenizer
 from megazero.pipeline import SCHEDULES, Costs, Timeline, draw, most_held, passes, simulate, svg
-from megazero.settings import commands, option, run
+from megazero.plan import ranks_asked, resolve, written
+from megazero.settings import commands, from_command_line, option, run
 
 MOST = 1_000_000            # passes, and places for them in the drawing, that still fit in memory and patience
 
@@ -75,6 +81,15 @@ def in_layers(held: tuple[int, ...], virtual: int) -> str:
     return " ".join(f"{count / virtual:g}" for count in held)
 
 
+def programs() -> None:
+    """One line for each rank of the first pipeline of the run that the flags ask for."""
+    config = from_command_line(sys.argv[2:])
+    tokenizer = configured_tokenizer(config)
+    vocabulary = max(tokenizer.vocab_size if tokenizer else 0, config.data.vocab_size or 0)
+    plan = resolve(config, ranks_asked(config), vocabulary)
+    print(written([plan.training(rank) for rank in range(0, plan.world, plan.world // plan.pp)]), end="")
+
+
 def write(path: Path, text: str) -> None:
     try:
         path.write_text(text, encoding="utf-8")
@@ -83,6 +98,12 @@ def write(path: Path, text: str) -> None:
                         "name a file in a folder that is there.") from None
 
 
+def main() -> None:
+    if sys.argv[1:2] == ["program"]:
+        programs()
+    else:
+        commands("show_schedule.py", __doc__ or "", {name: (Settings, partial(show, name)) for name in SCHEDULES})
+
+
 if __name__ == "__main__":
-    run(lambda: commands("show_schedule.py", __doc__ or "",
-                         {name: (Settings, partial(show, name)) for name in SCHEDULES}))
+    run(main)

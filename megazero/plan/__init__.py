@@ -1,6 +1,6 @@
 """What follows from the settings: pure values, no device and no process."""
 
-from megazero.plan.action import Action, around
+from megazero.plan.action import Action, around, written
 from megazero.plan.architecture import Architecture, FREE, Rotary, head_chunk, parameter_count, units
 from megazero.plan.checks import checks
 from megazero.plan.cost import memory

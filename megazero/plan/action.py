@@ -84,11 +84,13 @@ def written(programs: Sequence[Sequence[Action]]) -> str:
 
 def read_programs(text: str, flag: str) -> list[list[Action]]:
     """The programs of a file's text. Raises UserError that names line and action; `flag` says where it is from."""
+    instead = "write a line for each rank as tools/show_schedule.py program prints them."
     programs = []
     for number, line in enumerate(text.splitlines(), 1):
         try:
             programs.append([Action.parse(word.strip()) for word in line.split("|")])
         except ValueError as error:
-            raise UserError(f"{flag}: line {number}: {error}; write one program a line, as `tools/show_schedule.py "
-                            "program` prints them.") from None
+            raise UserError(f"{flag}: line {number}: {error}; {instead}") from None
+    if not programs:
+        raise UserError(f"{flag}: is empty; {instead}")
     return programs

@@ -1,13 +1,13 @@
 """What follows from a configuration and a number of ranks, as one value. Pure."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate, pairwise
 from typing import NamedTuple, Self
 
 from megazero.base import UserError
 from megazero.pipeline import Pass, from_layout, passes, shares
-from megazero.plan.action import Action
+from megazero.plan.action import Action, read_programs
 from megazero.plan.architecture import Architecture, architecture, head_chunk, parts, units
 from megazero.plan.checks import checks
 from megazero.plan.layout import UnitSpec, joined
@@ -16,6 +16,7 @@ from megazero.plan.program import Part, Stages, evaluation, training
 from megazero.plan.progress import Curve
 from megazero.plan.sizes import Sizes, sizes
 from megazero.plan.sums import Zero
+from megazero.plan.verify import verify
 from megazero.settings import Config
 
 
@@ -34,6 +35,7 @@ class Plan(Sizes):
 
     config: Config
     architecture: Architecture
+    programs: tuple[tuple[Action, ...], ...] = ()       # of the ranks of a pipeline, where a file says them
 
     @classmethod
     def of(cls, config: Config, world: int, vocab_size: int) -> Self:
@@ -132,7 +134,25 @@ class Plan(Sizes):
 
     def training(self, rank: int) -> list[Action]:
         """One training step of one rank."""
-        return training(self.passes[self.mesh.place(rank).pp], self.stages_of(rank), self.zero)
+        place = self.mesh.place(rank).pp
+        if self.programs:
+            return list(self.programs[place])
+        return training(self.passes[place], self.stages_of(rank), self.zero)
+
+    def programmed(self, text: str, flag: str) -> Self:
+        """With the programs of a file's text. Raises UserError, `flag` in front, for what is wrong with them."""
+        plan = replace(self, programs=tuple(map(tuple, read_programs(text, flag))))
+        wrong = plan.mistakes()
+        if wrong:
+            more = [f"{flag}: and {len(wrong) - 5} more like these."] if len(wrong) > 5 else []
+            raise UserError(*(f"{flag}: {sentence}." for sentence in wrong[:5]), *more)
+        return plan
+
+    def mistakes(self) -> list[str]:
+        """What is wrong with the programs of a pipeline's ranks, side by side."""
+        ranks = range(0, self.world, self.world // self.pp)
+        programs = self.programs or [self.training(rank) for rank in ranks]
+        return verify(programs, [self.stages_of(rank) for rank in ranks], self.zero.level, self.micro_batches)
 
     def evaluation(self, rank: int) -> list[Action]:
         """One rank's part of the loss of one micro-batch, without gradients."""

@@ -38,16 +38,18 @@ def _ranks(p: Plan) -> str:
     repeated = f", repeated {p.dp // p.shard} times" if p.shard < p.dp else ""
     shared = f" over {p.shard} ranks{repeated}" if parallel.zero_stage else ""
     return (f"{p.world} = tp {p.tp} x pp {p.pp} x dp {p.dp}, ZeRO {parallel.zero_stage}{shared}, "
-            f"schedule {parallel.pipeline_schedule}")
+            f"{f'program {parallel.pipeline_program}' if p.programs else f'schedule {parallel.pipeline_schedule}'}")
 
 
 def _stages(p: Plan) -> str:
     layers = [sum(0 < i <= p.architecture.layers for i in stage) for stage in p.stages]
     each = f"{layers[0]}" if len(set(layers)) == 1 else " ".join(map(str, layers))
+    told = f"{len(p.stages)} of {each} layers, {p.virtual} per rank"
+    if p.programs:
+        return told
     row = SCHEDULES[p.config.parallel.pipeline_schedule]
     idle = row.bubble(p.pp, p.micro_batches, p.virtual, Costs(1, 2)) / (p.micro_batches * p.virtual * 3)
-    return (f"{len(p.stages)} of {each} layers, {p.virtual} per rank; "
-            f"bubble {idle:.0%} of the computing time if all are alike")
+    return f"{told}; bubble {idle:.0%} of the computing time if all are alike"
 
 
 def _step(p: Plan) -> str:

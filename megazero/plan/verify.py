@@ -8,7 +8,7 @@ from megazero.plan.action import Action, around
 from megazero.plan.program import Stages
 
 
-def verify(programs: Sequence[Sequence[Action]], stages: Sequence[Stages], level: int) -> list[str]:
+def verify(programs: Sequence[Sequence[Action]], stages: Sequence[Stages], level: int, micro_batches: int) -> list[str]:
     """What is wrong with the programs of the pp ranks of one pipeline, which run side by side, a sentence each.
 
     Right is, on each rank: each part runs F and B, or F, I and W, or L, once for each micro-batch, in that order;
@@ -18,9 +18,8 @@ def verify(programs: Sequence[Sequence[Action]], stages: Sequence[Stages], level
     """
     if len(programs) != len(stages):
         return [f"there are {len(programs)} programs for {len(stages)} pipeline ranks"]
-    micros = {a.micro for program in programs for a in program if a.kind in KINDS}
     wrong = [f"rank {rank}: {sentence}" for rank, (program, own) in enumerate(zip(programs, stages, strict=True))
-             for sentence in (*_passes(program, own, len(micros)), *_spans(program, own, level), *_end(program, own))]
+             for sentence in (*_passes(program, own, micro_batches), *_spans(program, own, level), *_end(program, own))]
     return [*wrong, *undelivered(programs)]
 
 

@@ -64,12 +64,15 @@ def main(config: Config) -> None:
     device = choose_device(config)
     tokenizer = configured_tokenizer(config)
     plan = Plan.of(config, world, max(tokenizer.vocab_size if tokenizer else 0, config.data.vocab_size or 0))
+    if config.parallel.pipeline_program:
+        plan = programmed(plan, config.parallel.pipeline_program)
     if rank == 0:
         say(describe(plan))
     splits, reader = look_ahead(plan, tokenizer)
     if world == here:
         room(plan, rank, device)
     if config.check:
+        assert not (wrong := plan.mistakes()), wrong            # of our own making, or of a file that was looked at
         return
     wires = connect(plan.mesh, rank, "nccl" if device.type == "cuda" else "gloo",
                     60 * config.parallel.distributed_timeout_minutes)
@@ -82,6 +85,16 @@ def main(config: Config) -> None:
     with wish:
         Loop(run, feed, step, metrics=metrics, record=record, wish=wish).train()
     wires.close()
+
+
+def programmed(plan: Plan, file: str) -> Plan:
+    """The plan with the programs of a file. Raises UserError for one that cannot be read, or would not run."""
+    try:
+        text = Path(file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--pipeline-program {file}: cannot be read ({error}); name a file of "
+                        "programs.") from None
+    return plan.programmed(text, f"--pipeline-program {file}")
 
 
 def look_ahead(plan: Plan, tokenizer: Tokenizer | None) -> tuple[Splits, Reader | None]:

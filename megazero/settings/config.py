@@ -42,6 +42,9 @@ class Parallel:
                                     choices=tuple(SCHEDULES))
     num_virtual_stages_per_pipeline_rank: int = option(1, "stages on each rank, with --pipeline-schedule interleaved "
                                                        "or breadth-first", unit="stages")
+    pipeline_program: str | None = option(None, "what each pipeline rank does in a step, a line of actions for each, "
+                                          "instead of what a schedule makes; tools/show_schedule.py program prints one",
+                                          unit="file")
     decoder_first_pipeline_num_layers: int | None = option(None, "layers of the first stage; the others share the rest",
                                                            unit="layers")
     decoder_last_pipeline_num_layers: int | None = option(None, "layers of the last stage; the others share the rest",
