@@ -1,7 +1,6 @@
 """Pipeline schedules against their published formulas, published figures, torch's lists, and everything that could be wrong with one."""
 
-import random
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +12,7 @@ from support import ROOT, tool
 from torch.distributed.pipelining.schedules import ScheduleInterleaved1F1B
 
 from megazero.pipeline.schedule import SCHEDULES, Costs, Pass, most_held, needs, passes
-from megazero.pipeline.timeline import draw, mistakes_of, simulate
+from megazero.pipeline.timeline import draw, simulate
 
 Row = tuple[str, int, int, int]                     # schedule, pp, micro-batches, virtual
 
@@ -136,14 +135,6 @@ def test_interleaved_is_the_order_of_torch() -> None:
     assert compared == 652
 
 
-def test_random_orders_are_right() -> None:
-    choose = random.Random(5)
-    for _ in range(2000):
-        name = choose.choice(list(SCHEDULES))
-        case = name, choose.randint(1, 8), choose.randint(1, 32), choose.randint(1, 4) if SCHEDULES[name].looped else 1
-        assert mistakes_of(passes(*case), most_held(*case)) == [], case
-
-
 def test_stages_lie_in_a_loop() -> None:
     assert all(p.stage % 3 == rank for rank, line in enumerate(passes("interleaved", 3, 7, 4)) for p in line)
     assert [str(p) for p in needs(Pass("F", 0, 1), 3)] == []
@@ -153,7 +144,7 @@ def test_stages_lie_in_a_loop() -> None:
 
 
 def test_two_ranks_in_a_loop_need_a_wire_for_each_kind() -> None:
-    """Forward outputs and gradients that rank 1 sends to rank 0 may overtake each other, but `mistakes_of` finds each kind in order."""
+    """Forward outputs and gradients that rank 1 sends to rank 0 may overtake each other, but each kind in order."""
     receiver, sender = passes("interleaved", 2, 5, 2)
     sent = [p for p in sender if p[:2] != ("F", 3)]         # the last stage has nobody to send to
     taken = [n for p in receiver for n in needs(p, 4) if n in sender]
@@ -161,61 +152,21 @@ def test_two_ranks_in_a_loop_need_a_wire_for_each_kind() -> None:
     assert all([p for p in sent if p.kind == kind] == [p for p in taken if p.kind == kind] for kind in "FB")
 
 
-DEADLOCK = """\
-no rank can move:
-rank 0 stands before B0,0, which needs B1,0 of rank 1
-rank 1 stands before B1,0, which needs F1,0 of rank 1
-rank 2 stands before F2,0, which needs F1,0 of rank 1
-rank 0  a0 a1 a2 A0?
-rank 1  A0?......
-rank 2  a0?......"""
-
-
-@pytest.mark.parametrize("spoil, said", [
-    (lambda line, others: None, []),
-    (lambda line, others: line.pop(3), ["F1,2 runs 0 times"]),
-    (lambda line, others: line.insert(4, line[3]), ["F1,2 runs 2 times"]),
-    (lambda line, others: others.append(line.pop()), ["B1,3 runs on rank 0, but F1,3 on rank 1"]),
-    (lambda line, others: line.insert(2, line.pop(3)), ["rank 1 holds 3 activations, more than 2"]),
-    (lambda line, others: line.insert(0, line.pop(1)),
-     ["rank 1 takes F0,0 behind a later output of rank 0", "rank 2 takes F1,1 behind a later output of rank 1"]),
-    (lambda line, others: line.insert(0, line.pop(2)), [DEADLOCK]),
-])
-def test_what_is_wrong_with_an_order_is_said(spoil: Callable[[list[Pass], list[Pass]], None], said: list[str]) -> None:
-    """Changes of rank 1 of 1F1B, which runs F0 F1 B0 F2 B1 F3 B2 B3; the other line is rank 0's."""
-    order = [list(line) for line in passes("1f1b", 3, 4, 1)]
-    spoil(order[1], order[0])
-    assert mistakes_of(order, most_held("1f1b", 3, 4, 1)) == said
-
-
-def test_a_deadlock_before_the_first_pass_is_said() -> None:
-    assert mistakes_of([[Pass("B", 0, 0), Pass("F", 0, 0)]], [1]) == [
-        "no rank can move:\nrank 0 stands before B0,0, which needs F0,0 of rank 0\nrank 0  A0?"]
-
-
-def test_blocking_sends() -> None:
-    """With receives posted one pass ahead, a plain pipeline may block in its sends; in a loop two ranks can each wait to hand over."""
-    for pp in range(1, 9):
-        for micro_batches in range(1, 33, 3):
-            for name in ("gpipe", "1f1b"):
-                order = passes(name, pp, micro_batches, 1)
-                assert mistakes_of(order, most_held(name, pp, micro_batches, 1), ahead=1) == []
-                assert pp == 1 or simulate(order, Costs(), ahead=1).makespan >= simulate(order, Costs()).makespan
-    assert mistakes_of(passes("interleaved", 2, 8, 2), most_held("interleaved", 2, 8, 2), ahead=1) == ["\n".join([
-        "no rank can move:",
-        "rank 0 stands behind B2,0, until rank 1 comes to F1,2 and takes its output",
-        "rank 1 stands behind B3,1, until rank 0 comes to F0,3 and takes its output",
-        "rank 0  a0 a1 b0 b1 a2 ......B0?",
-        "rank 1  ...a0 a1 b0 B0    b1 B1?"])]
-    assert mistakes_of(passes("1f1b", 4, 8, 1), most_held("1f1b", 4, 8, 1), ahead=0)[0].startswith("no rank can move:\nrank 0 stands behind")
+def test_an_order_that_stands_still_is_told() -> None:
+    with pytest.raises(ValueError, match="ranks wait for ever before B0,0"):
+        simulate([[Pass("B", 0, 0), Pass("F", 0, 0)]], Costs())
+    crossed = [list(line) for line in passes("1f1b", 3, 4, 1)]
+    crossed[1].insert(0, crossed[1].pop(2))
+    with pytest.raises(ValueError, match="ranks wait for ever before B0,0, B1,0, F2,0"):
+        simulate(crossed, Costs())
 
 
 def test_drawings() -> None:
     assert draw(simulate(passes("interleaved", 2, 4, 2), Costs(1, 1))) == "\n".join([
         "rank 0  a0 a1 b0 b1 a2 B0 a3 B1 b2 A0 b3 A1 ...B2 ...B3 A2 A3",
         "rank 1  ...a0 a1 b0 B0 b1 B1 a2 A0 a3 A1 b2 B2 b3 B3 A2 A3 ..."])
-    assert draw(simulate(passes("1f1b", 2, 11, 1), Costs(1, 1.5, 0.25)), marked={Pass("B", 1, 1)}).splitlines()[1].startswith(
-        "rank 1  .....a0  A0    a1  A1?   ")
+    assert draw(simulate(passes("1f1b", 2, 11, 1), Costs(1, 1.5, 0.25))).splitlines()[1].startswith(
+        "rank 1  .....a0  A0    a1  A1    ")
 
 
 def test_the_page_shows_what_is_drawn() -> None:
