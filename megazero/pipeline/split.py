@@ -6,6 +6,7 @@ activations; of those the one with fewer layers on early stages.
 
 import re
 from collections.abc import Iterator
+from functools import cache
 from heapq import nsmallest
 from itertools import combinations
 from math import comb, inf
@@ -62,6 +63,7 @@ def ends_as_layers(layers: int, stages: int, embedding: int, loss: int) -> tuple
     return tuple(each - embedding * (s == 0) - loss * (s == stages - 1) for s in range(stages))
 
 
+@cache
 def by_cost(layers: int, schedule: str, pp: int, virtual: int, loads: Loads, first: int | None = None,
             last: int | None = None) -> tuple[int, ...]:
     """Least makespan, then fewest bytes on the fullest rank, then fewer layers on early stages. The first and the last

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import replace
 
-from megazero.pipeline import SCHEDULES, from_layout
+from megazero.pipeline import SCHEDULES, ends_as_layers, from_layout
 from megazero.plan.architecture import architecture, block
 from megazero.plan.sizes import ranks_asked, sizes
 from megazero.settings import Config
@@ -160,8 +160,21 @@ def _stages(c: Config) -> Iterator[Check]:
     for flag, n in given.items():
         yield text, f"{flag} {n}: cannot be combined with --pipeline-layout; keep one."
         yield n < 0 or stages == 1, f"{flag} {n}: must be 0 or more, and needs several stages (--pp)."
+    embedding, loss = p.account_for_embedding_in_pipeline_split, p.account_for_loss_in_pipeline_split
+    counted = [f"--account-for-{what}-in-pipeline-split"
+               for what, on in (("embedding", embedding), ("loss", loss)) if on]
+    other = "--pipeline-layout" if text else next(iter(given), "")
+    for flag in counted:
+        yield other, f"{flag}: cannot be combined with {other}; keep one."
+    rule = ["--pipeline-layout"] * bool(text) + counted
+    yield p.pipeline_split == "even" and rule, f"--pipeline-split even: has no effect with {''.join(rule[:1])}."
     if text:
         yield from _layout_text(text, stages, layers)
+    elif counted:
+        try:
+            ends_as_layers(layers, stages, embedding, loss)
+        except ValueError as error:
+            yield True, f"{' and '.join(counted)}: {error}; leave it out, or change --num-layers or --pp."
     else:
         rest, free = layers - sum(given.values()), stages - len(given)
         yield (rest < free or (free == 0 and rest),

@@ -6,12 +6,13 @@ from itertools import accumulate, pairwise
 from typing import NamedTuple, Self
 
 from megazero.base import UserError
-from megazero.pipeline import Pass, from_layout, passes, shares
+from megazero.pipeline import Load, Loads, Pass, by_cost, ends_as_layers, from_layout, passes, shares
 from megazero.plan.action import Action, read_programs
 from megazero.plan.architecture import Architecture, architecture, head_chunk, parts, units
 from megazero.plan.checks import checks
 from megazero.plan.layout import UnitSpec, joined
 from megazero.plan.mesh import Mesh
+from megazero.plan.operations import Micro, distinct, operations
 from megazero.plan.program import Part, Stages, evaluation, training
 from megazero.plan.progress import Curve
 from megazero.plan.sizes import Sizes, sizes
@@ -83,9 +84,7 @@ class Plan(Sizes):
     @cached_property
     def stages(self) -> tuple[range, ...]:
         """The parts of each stage: the embedding belongs to the first, the head to the last."""
-        p, layers = self.config.parallel, self.architecture.layers
-        counts = from_layout(p.pipeline_layout) if p.pipeline_layout else shares(
-            layers, self.pp * self.virtual, p.decoder_first_pipeline_num_layers, p.decoder_last_pipeline_num_layers)
+        layers, counts = self.architecture.layers, layers_of_stages(self.config, self.architecture)
         borders = [0, *(1 + n for n in accumulate(counts[:-1])), layers + 2]
         return tuple(range(a, b) for a, b in pairwise(borders))
 
@@ -157,6 +156,26 @@ class Plan(Sizes):
     def evaluation(self, rank: int) -> list[Action]:
         """One rank's part of the loss of one micro-batch, without gradients."""
         return evaluation(self.stages_of(rank), self.zero)
+
+
+def layers_of_stages(c: Config, a: Architecture) -> tuple[int, ...]:
+    """Blocks of each stage: as written, by Megatron's rule, even, or by cost. Neither the batch nor tp nor dp has a
+    say: a run's stages stay where they are when those change."""
+    p, m = c.parallel, Micro(1, a.seq_length, recompute=c.training.recompute_granularity)
+    pp, virtual = p.pipeline_model_parallel_size, p.num_virtual_stages_per_pipeline_rank
+    ends = p.decoder_first_pipeline_num_layers, p.decoder_last_pipeline_num_layers
+    if p.pipeline_layout:
+        return from_layout(p.pipeline_layout)
+    if p.account_for_embedding_in_pipeline_split or p.account_for_loss_in_pipeline_split:
+        return ends_as_layers(a.layers, pp * virtual, p.account_for_embedding_in_pipeline_split,
+                              p.account_for_loss_in_pipeline_split)
+    if p.pipeline_split == "even" or pp * virtual == 1:
+        return shares(a.layers, pp * virtual, *ends)
+    layer, embedding, head = (
+        Load(sum(row.flops for row in rows), distinct(rows, "kept"), distinct(rows, "between"))
+        for rows in (operations(a, part, m) for part in (1, 0, a.layers + 1)))
+    loads = Loads(layer, embedding, head, again=layer.forward if m.recompute == "full" else 0)
+    return by_cost(a.layers, p.pipeline_schedule, pp, virtual, loads, *ends)
 
 
 def resolve(config: Config, world: int, vocab_size: int) -> Plan:

@@ -44,7 +44,8 @@ def _ranks(p: Plan) -> str:
 def _stages(p: Plan) -> str:
     layers = [sum(0 < i <= p.architecture.layers for i in stage) for stage in p.stages]
     each = f"{layers[0]}" if len(set(layers)) == 1 else " ".join(map(str, layers))
-    told = f"{len(p.stages)} of {each} layers, {p.virtual} per rank"
+    by_cost = p.config.parallel.pipeline_split == "flops" and len(set(layers)) > 1
+    told = f"{len(p.stages)} of {each} layers{' by cost' if by_cost else ''}, {p.virtual} per rank"
     if p.programs:
         return told
     row = SCHEDULES[p.config.parallel.pipeline_schedule]

@@ -128,6 +128,8 @@ def room(plan: Plan, rank: int, device: torch.device) -> None:
     there = memory_of(device)
     if exact > there:
         more = "more machines" if device.type == "cpu" else "share it among more ranks with --tp, --pp or --zero-stage"
+        p = plan.config.parallel
+        more += ", or layers evenly with --pipeline-split even" if plan.pp > 1 and p.pipeline_split == "flops" else ""
         raise UserError(f"--hidden-size {plan.architecture.hidden}, --num-layers {plan.architecture.layers}: weights, "
                         f"gradients and optimizer take {gib(exact)} for {len(ranks)} "
                         f"rank{'s' if len(ranks) > 1 else ''}, this {device.type} has {gib(there)}; choose a smaller "

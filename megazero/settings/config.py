@@ -45,6 +45,11 @@ class Parallel:
     pipeline_program: str | None = option(None, "what each pipeline rank does in a step, a line of actions for each, "
                                           "instead of what a schedule makes; tools/show_schedule.py program prints one",
                                           unit="file")
+    pipeline_split: str = option("flops", "layers of each stage: flops makes the step shortest, head and loss counted; "
+                                 "even counts layers alone", choices=("flops", "even"))
+    account_for_embedding_in_pipeline_split: bool = option(False, "the embedding counts as a layer, and every stage "
+                                                           "has as many")
+    account_for_loss_in_pipeline_split: bool = option(False, "the loss counts as a layer, and every stage has as many")
     decoder_first_pipeline_num_layers: int | None = option(None, "layers of the first stage; the others share the rest",
                                                            unit="layers")
     decoder_last_pipeline_num_layers: int | None = option(None, "layers of the last stage; the others share the rest",
