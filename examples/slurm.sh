@@ -11,7 +11,7 @@
 set -euo pipefail
 : "${SLURM_JOB_NUM_NODES:?start this with sbatch}"
 export NODES=$SLURM_JOB_NUM_NODES RANKS_PER_NODE=${RANKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-8}}
-MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)                       # not head: it would break the pipe
 export MASTER_ADDR MASTER_PORT=${MASTER_PORT:-29500}
 words=("$@")
 if [ -n "${SLURM_JOB_END_TIME:-}" ]; then

@@ -124,7 +124,7 @@ WRONG = {
     "--log-dir setup.py": "--log-dir setup.py: is not a folder that can be written to; name another.",
     "--pp 3": "--num-layers 2: 2 layers are left for 3 stages of --pp 3; each needs at least one and none may be left over.",
     "--pp 2 --num-virtual-stages-per-pipeline-rank 2": "--num-virtual-stages-per-pipeline-rank 2: needs --pipeline-schedule interleaved or breadth-first, not 1f1b.",
-    "--pipeline-schedule interleave": "--pipeline-schedule interleave: must be one of gpipe, breadth-first, 1f1b, interleaved (did you mean interleaved?).",
+    "--pipeline-schedule interleave": "--pipeline-schedule interleave: must be one of gpipe, breadth-first, 1f1b, interleaved, zb-h1 (did you mean interleaved?).",
     "--pp 2 --pipeline-layout Et|tX": "--pipeline-layout Et|tX: holds something else than E, t, L, |, * and brackets; write something like Et*3|t*4|t*3L.",
     "--pp 2 --pipeline-layout Et|t": "--pipeline-layout Et|t: must begin with the one E and end with the one L; write something like Et*3|t*4|t*3L.",
     "--pp 2 --pipeline-layout Ett|tL": "--pipeline-layout Ett|tL: has 3 layers, --num-layers is 2.",

@@ -322,7 +322,7 @@ def test_around_shows_the_place() -> None:
 
 
 def test_llama_with_pipelines_has_every_weight_once() -> None:
-    plan = resolved(f"{SMALL} {SHAPES['llama']} --num-layers 7 --pp 2 --pipeline-schedule breadth-first --num-virtual-stages-per-pipeline-rank 3", 2)
+    plan = resolved(f"{SMALL} {SHAPES['llama']} --num-layers 7 --pp 2 --pipeline-split even --pipeline-schedule breadth-first --num-virtual-stages-per-pipeline-rank 3", 2)
     held = [u.name for rank in range(2) for u in plan.units_of(rank)]
     assert sorted(held) == sorted(u.name for u in plan.units) and [len(s) for s in plan.stages] == [2, 1, 1, 1, 1, 3]
 

@@ -14,6 +14,7 @@ from megazero.comm.wires import Wires, connect
 from megazero.plan.cost import flats, memory, stored, traffic
 from megazero.plan.plan import Plan
 from megazero.run.run import Run
+from megazero.state.record import slices
 from megazero.units.unit import Weight
 
 SMALL = TINY.replace("--num-layers 2 --hidden-size 64 --num-attention-heads 4 ", "--hidden-size 48 --num-attention-heads 6 --micro-batch-size 1 ")
@@ -147,6 +148,20 @@ def test_nothing_is_used_before_it_is_there(level: int, words: str, shape: str) 
         pytest.skip("has no effect at this level")
     plan = resolved(f"{SMALL} {SHAPES[shape]} --num-layers 3 --global-batch-size 24 --zero-stage {level} {words}", 4)
     assert plan.mistakes() == []
+
+
+@pytest.mark.parametrize("reader", ["gather", "open", "save"])
+def test_whoever_reads_weights_or_state_waits_for_the_update(reader: str) -> None:
+    """Under `late` an update runs when somebody asks for it: nothing else has changed until then, and all of its units have then."""
+    plan = resolved(f"{SMALL} --num-layers 1 --global-batch-size 2")
+    late, plain, fresh = started(plan, 0, "gloo+late"), started(plan, 0, "gloo"), started(plan, 0, "gloo")
+    for run in (late, plain):
+        stepping(run).start()
+    assert all(torch.equal(unit.master, fresh.units[name].master) for name, unit in late.units.items())
+    first = late.units["embedding"]
+    {"gather": first.gather, "open": first.open, "save": lambda: slices([first], late.updater.state)}[reader]()
+    for name, unit in late.units.items():
+        assert torch.equal(unit.master, plain.units[name].master) and not torch.equal(unit.master, fresh.units[name].master), name
 
 
 # ---- the same bits, whatever overlaps
