@@ -112,3 +112,13 @@ def test_every_function_has_types() -> None:
                 arguments = [a for a in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs) if a.arg not in ("self", "cls")]
                 assert node.returns is not None, f"{path.name}:{node.lineno} {node.name}"
                 assert all(a.annotation for a in arguments), f"{path.name}:{node.lineno} {node.name}"
+
+
+def test_one_noun_has_one_meaning() -> None:
+    """No two public classes or functions of the library share a name, whatever their files."""
+    homes: dict[str, list[str]] = {}
+    for path in LIBRARY:
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ClassDef | ast.FunctionDef) and not node.name.startswith("_"):
+                homes.setdefault(node.name, []).append(module(path))
+    assert not {name: places for name, places in homes.items() if len(places) > 1}

@@ -143,7 +143,7 @@ def test_padded_rows_of_the_vocabulary_stay_zero() -> None:
     for _ in range(3):
         one_step(step)
     weight = run.decoder.weight("embedding.weight")
-    assert weight.value.shape[0] == 128 and weight.rows.size[0] == 101
+    assert weight.value.shape[0] == 128 and weight.box.size[0] == 101
     assert weight.value[101:].count_nonzero() == 0 and weight.grad[101:].count_nonzero() == 0
 
 

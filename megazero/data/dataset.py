@@ -26,8 +26,8 @@ from megazero.data.order import (
     SPLITS,
     Blend,
     BlendSchedule,
+    BlendStage,
     ChunkOrder,
-    Stage,
     mix,
     split_ranges,
     stable_hash,
@@ -228,7 +228,7 @@ def open_stages(
         return Samples(which, parts, blends[0], vocab_size)
     numbers = [tuple(prefixes.index(p) for p in own) for _, own, _ in named]
     return Samples(which, parts,
-                   BlendSchedule([Stage(*s) for s in zip((n[0] for n in named), blends, numbers, strict=True)]),
+                   BlendSchedule([BlendStage(*s) for s in zip((n[0] for n in named), blends, numbers, strict=True)]),
                    vocab_size)
 
 

@@ -179,7 +179,7 @@ class Blend:
 
 
 @dataclass(frozen=True)
-class Stage:
+class BlendStage:
     """A blend from sample `first` of the run on.
     `datasets`: the number that each dataset of the blend has among all."""
 
@@ -192,7 +192,7 @@ class BlendSchedule:
     """Blends that follow one another. A dataset goes on with its own samples where the stage before left it, so a later
     stage changes nothing before it and repeats nothing."""
 
-    def __init__(self, stages: Sequence[Stage]) -> None:
+    def __init__(self, stages: Sequence[BlendStage]) -> None:
         """The first stage begins at sample 0, each later one after the one before."""
         assert stages[0].first == 0 and all(a.first < b.first for a, b in zip(stages, stages[1:], strict=False))
         self.stages = tuple(stages)

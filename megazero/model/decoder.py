@@ -112,7 +112,7 @@ class Block:
         self.o, self.o_bias = w(f"{at}.o.weight"), maybe(f"{at}.o.bias")
         self.up, self.up_bias = w(f"{mlp}.up.weight"), maybe(f"{mlp}.up.bias")
         self.down, self.down_bias = w(f"{mlp}.down.weight"), maybe(f"{mlp}.down.bias")
-        self.heads = self.qkv.operand.pieces[0].shard.box                                # rows of q on this rank
+        self.heads = self.qkv.logical[0].box                                             # rows of q on this rank
 
     def __call__(self, x: Tensor, batch: Batch) -> Tensor:
         x = x + self.d.dropped(self.attention(x, batch), batch, f"{self.name}.attention")
@@ -122,7 +122,7 @@ class Block:
         a, (b, s) = self.d.a, batch.tokens.shape
         # [b, s, n + 2 n_kv, d]
         qkv = self.column(x, self.norm, self.qkv, self.qkv_bias)[:b * s].view(b, s, -1, a.head_dim)
-        q, k, v = qkv.split([p.shard.box.size[0] // a.head_dim for p in self.qkv.operand.pieces], dim=2)
+        q, k, v = qkv.split([shard.box.size[0] // a.head_dim for shard in self.qkv.logical], dim=2)
         if self.qk_norm:
             q, k = self.qk_norm[0](q), self.qk_norm[1](k)
         if self.d.rotary:
@@ -181,7 +181,7 @@ class Head:
     def logits(self, x: Tensor) -> Tensor:
         """[t, h] -> [t, vocabulary], for generation on one rank."""
         with torch.no_grad():
-            return (self.norm(x) @ self.output.value.T)[:, :self.output.rows.size[0]]
+            return (self.norm(x) @ self.output.value.T)[:, :self.output.box.size[0]]
 
     def _loss(self, normal: Tensor, batch: Batch, scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
         targets, mask = self.d.padded(batch.targets.flatten()), self.d.padded(batch.mask.flatten())

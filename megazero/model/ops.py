@@ -205,9 +205,9 @@ class _Positions(torch.autograd.Function):
 
 def local_rows(tokens: Tensor, weight: Weight) -> tuple[Tensor, Tensor | None]:
     """Tokens as rows of this rank's part of the vocabulary, and which of them it holds (None: all)."""
-    box = weight.rows
+    box = weight.box
     low, count = box.offset[0], box.size[0]
-    if low == 0 and count == weight.operand.pieces[0].shard.parameter.shape[0]:
+    if low == 0 and count == weight.logical[0].parameter.shape[0]:
         return tokens, None
     index = tokens - low
     here = (index >= 0) & (index < count)
@@ -223,7 +223,7 @@ def cross_entropy(
     `scale` is what the sum of losses is multiplied by before backward (None: no gradients wanted). Forward and backward
     of a chunk happen together, so logits are computed once; the gradient for x is this rank's part of the vocabulary's.
     """
-    wide, rows = statistics(x.dtype), weight.rows.size[0]
+    wide, rows = statistics(x.dtype), weight.box.size[0]
     total = torch.zeros((), dtype=wide, device=x.device)
     dx = torch.empty_like(x) if scale is not None else None
     logits = torch.empty(min(chunk, len(x)), len(weight.value), dtype=x.dtype, device=x.device)

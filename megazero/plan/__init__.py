@@ -8,7 +8,7 @@ from megazero.plan.devices import device_of
 from megazero.plan.families import (
     Family, Row, architecture_of, family_of, flags, from_config, obstacles, rows, shapes, to_config, zeros)
 from megazero.plan.layout import (
-    Box, Flat, Operand, OperandSpec, Parameter, Piece, Shape, UnitSpec, cuts, flat, intersect)
+    Box, Flat, Operand, OperandSpec, Parameter, Piece, Shape, Shard, UnitSpec, cuts, flat, intersect)
 from megazero.plan.mesh import Coordinates, Mesh, all_reduce_bytes
 from megazero.plan.operations import flops_per_token
 from megazero.plan.plan import Plan, resolve

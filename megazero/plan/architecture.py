@@ -79,7 +79,8 @@ def architecture(config: Config, vocab_size: int) -> Architecture:
         learned_positions=(m.max_position_embeddings or length
                            if m.position_embedding_type == "learned_absolute" else 0),
         rotary=rotary if m.position_embedding_type == "rope" else None, norm=m.normalization, epsilon=m.norm_epsilon,
-        activation="swiglu" if m.swiglu else "relu2" if m.squared_relu else "gelu_tanh" if m.openai_gelu else "gelu",
+        activation=next((word for word, said in (("swiglu", m.swiglu), ("relu2", m.squared_relu),
+                                                 ("gelu_tanh", m.openai_gelu)) if said), "gelu"),
         bias=not m.disable_bias_linear, qkv_bias=m.add_qkv_bias or not m.disable_bias_linear, qk_norm=m.qk_layernorm,
         tied=not m.untie_embeddings_and_output_weights, init_std=m.init_method_std,
         attention_dropout=m.attention_dropout, hidden_dropout=m.hidden_dropout, pad_rows=m.make_vocab_size_divisible_by)

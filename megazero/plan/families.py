@@ -194,7 +194,9 @@ def _value(config: Mapping[str, Any], field: Field, values: Mapping[str, Any], e
         return 1
     if kind is bool and type(value) is not bool and not field.words:
         errors.append(f"config.json: {field.theirs} {value!r} must be true or false.")
-    return field.words[value] if field.words else float(value) if kind is float else value
+    if field.words:
+        return field.words[value]
+    return float(value) if kind is float else value
 
 
 def _rope_to_config(rotary: Rotary) -> dict[str, Any]:
@@ -250,8 +252,9 @@ def obstacles(a: Architecture, family: Family) -> list[str]:
     said = asdict(a)
     different = [f"{k.replace('_', ' ')} is {said[k]}, {family.model_type} has {v}" for k, v in asdict(back).items()
                  if k not in FREE and said[k] != v and not (k in ("bias", "qkv_bias") and v)]
-    return different or [f"{family.model_type} has no place for {n}" for n in ours if n not in theirs][:1] + [
-        f"{family.model_type} needs {n}" for n in theirs if n not in ours and zeros(n, ours) is None][:1]
+    homeless = [f"{family.model_type} has no place for {n}" for n in ours if n not in theirs]
+    missing = [f"{family.model_type} needs {n}" for n in theirs if n not in ours and zeros(n, ours) is None]
+    return different or [*homeless[:1], *missing[:1]]
 
 
 def family_of(a: Architecture) -> Family:
@@ -291,12 +294,14 @@ def flags(a: Architecture) -> dict[str, Any]:
     rope = a.rotary
     scaling = dict(zip(("rope_scaling_factor", "rope_low_freq_factor", "rope_high_freq_factor", "rope_original_length"),
                        rope.scaling, strict=True)) if rope and rope.scaling else {}
+    positions = "learned_absolute" if a.learned_positions else "none"
+    positions = "rope" if rope else positions
     return {
         "num_layers": a.layers, "hidden_size": a.hidden, "ffn_hidden_size": a.ffn, "num_attention_heads": a.heads,
         "num_query_groups": a.kv_heads, "kv_channels": a.head_dim,
         "seq_length": a.seq_length, "vocab_size": a.vocab_size,
         **({"max_position_embeddings": a.learned_positions} if a.learned_positions else {}),
-        "position_embedding_type": "learned_absolute" if a.learned_positions else "rope" if rope else "none",
+        "position_embedding_type": positions,
         **({"rotary_base": rope.base, "rotary_percent": rope.channels / a.head_dim} if rope else {}),
         "use_rope_scaling": bool(scaling), **scaling, "normalization": a.norm, "norm_epsilon": a.epsilon,
         "swiglu": a.activation == "swiglu", "squared_relu": a.activation == "relu2",

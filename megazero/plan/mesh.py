@@ -94,7 +94,7 @@ class Mesh:
         """(sender, receiver) of each neighbour pair of each pipeline, downstream; gradients take the same ways back."""
         pp = self.size("pp")
         ranks = self._ranks.reshape(pp, -1)
-        hops = 0 if pp == 1 else pp if self.looped else pp - 1
+        hops = 0 if pp == 1 else pp - (not self.looped)
         return [(int(a), int(b)) for i in range(hops) for a, b in zip(ranks[i], ranks[(i + 1) % pp], strict=True)]
 
     def describe(self) -> list[str]:

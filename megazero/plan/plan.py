@@ -67,9 +67,9 @@ class Plan(Sizes):
     @property
     def zero(self) -> Zero:
         p, level = self.config.parallel, self.config.parallel.zero_stage
-        lag = 0 if self.shard == 1 else 1 if level >= 2 or self.shard < self.dp else 2
+        lag = 1 if level >= 2 or self.shard < self.dp else 2
         return Zero(level, keep=p.keep_weights, every=p.reduce_every, prefetch=p.overlap_param_gather,
-                    lag=lag if p.overlap_grad_reduce else 0, replicas=1 if p.overlap_grad_reduce else 0)
+                    lag=lag if p.overlap_grad_reduce and self.shard > 1 else 0, replicas=int(p.overlap_grad_reduce))
 
     @property
     def head_chunk(self) -> int:

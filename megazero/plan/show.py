@@ -26,7 +26,7 @@ def describe(p: Plan) -> str:
 
 
 def _model(a: Architecture) -> str:
-    positions = "learned" if a.learned_positions else "rotary" if a.rotary else "no"
+    positions = next((word for word, said in (("learned", a.learned_positions), ("rotary", a.rotary)) if said), "no")
     groups = f" over {a.kv_heads} kv heads" if a.kv_heads != a.heads else ""
     return (f"{parameter_count(a):,} parameters: {a.layers} layers x {a.hidden}, {a.heads} heads x {a.head_dim}"
             f"{groups}, ffn {a.ffn} {a.activation}, {a.norm}, {positions} positions, vocabulary {a.vocab_size:,}, "

@@ -32,9 +32,9 @@ def _passes(program: Sequence[Action], stages: Stages, micro_batches: int) -> It
             if after and not ran[a._replace(kind=after)]:
                 yield f"{a} runs before {a._replace(kind=after)}: {around(program, i)}"
             ran[a] += 1
-    split, head = any(a.kind == "W" for a in ran), len(stages.parts) - 1
+    both, head = "FIW" if any(a.kind == "W" for a in ran) else "FB", len(stages.parts) - 1
     for part in (i for own in stages.own.values() for i in own):
-        for kind in "L" if part == head else "FIW" if split else "FB":
+        for kind in "L" if part == head else both:
             for micro in range(micro_batches):
                 if (times := ran.pop(Action(kind, part, micro), 0)) != 1:
                     yield f"{kind}{part},{micro} runs {times} times"

@@ -25,8 +25,9 @@ class Run:
             at = plan.placement(spec.name)
             sharing = Sharing(plan.zero.level, wires[at.shard], wires[at.replicate], wires[at.holders], buffers)
             self.units[spec.name] = Unit(flat(spec, wires.place), TORCH_DTYPE[c.dtype], device, sharing)
-        self.decoder = Decoder(a, self.units, wires["tp"], c.training.seed, c.training.recompute_granularity, device,
-                               plan.head_chunk, [i for own in stages.own.values() for i in own])
+        self.decoder = Decoder(a, self.units, wires["tp"], seed=c.training.seed,
+                               recompute=c.training.recompute_granularity, device=device, chunk=plan.head_chunk,
+                               own=[i for own in stages.own.values() for i in own])
         self.training, self.evaluation = plan.training(wires.rank), plan.evaluation(wires.rank)
         units = list(self.units.values())
         self.gate = Gate(units, c.optimizer.clip_grad, wires["world"], tells=wires.place.tp == 0)

@@ -238,7 +238,7 @@ class Config:
 
     @property
     def dtype(self) -> str:
-        return "bf16" if self.precision.bf16 else "fp16" if self.precision.fp16 else self.precision.dtype
+        return next((short for short in ("bf16", "fp16") if getattr(self.precision, short)), self.precision.dtype)
 
 
 _GPT2 = {"position_embedding_type": "learned_absolute", "openai_gelu": True, "seq_length": 1024}

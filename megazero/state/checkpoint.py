@@ -84,7 +84,7 @@ def complete(folder: Path) -> list[tuple[int, Path]]:
 
 
 @dataclass(frozen=True)
-class Part:
+class StoredBox:
     """A box of a logical tensor in a file, and the checksums of its runs of rows."""
 
     box: Box
@@ -110,7 +110,7 @@ class Reader:
             raise UserError(f"{self.folder / INDEX}: is not a {FORMAT} of version {VERSION}; {self._other()}.")
         if self.index.get("crc32") != text_checksum(self.index):
             raise UserError(f"{self.folder / INDEX}: is damaged (checksum differs); {self._other()}.")
-        self.tensors: dict[tuple[str, str], list[Part]] = {}
+        self.tensors: dict[tuple[str, str], list[StoredBox]] = {}
         self.shapes: dict[tuple[str, str], tuple[int, ...]] = {}
         for name, known in self.index["files"].items():
             self._list(self.folder / name, known)
@@ -133,7 +133,7 @@ class Reader:
             raise UserError(f"{path}: is of step {metadata['step']}, its index of step {self.index['step']}; "
                             f"{self._other()}.")
         for key, b in json.loads(metadata["boxes"]).items():
-            part = Part(Box(tuple(b["offset"]), tuple(b["size"])), stored[key], b["crc32"])
+            part = StoredBox(Box(tuple(b["offset"]), tuple(b["size"])), stored[key], b["crc32"])
             self.tensors.setdefault((b["kind"], b["name"]), []).append(part)
             self.shapes[b["kind"], b["name"]] = tuple(b["full"])
 
@@ -169,7 +169,7 @@ class Reader:
             raise UserError(f"{self.folder}: holds {filled} of {box.numel} elements of {kind}/{name}; {self._other()}.")
         return out
 
-    def _read(self, part: Part, common: Box) -> Tensor:
+    def _read(self, part: StoredBox, common: Box) -> Tensor:
         """What a file holds of `common`.
         The rows it lies in are read and checked, out to the borders of their checksums."""
         stored, (at, *_) = part.stored, common.moved(tuple(-o for o in part.box.offset))

@@ -38,7 +38,9 @@ class Difference:
 
 def shown(value: Any) -> str:
     """A value as text, every digit of a number."""
-    return "nothing" if value is None else value if isinstance(value, str) else repr(value)
+    if value is None:
+        return "nothing"
+    return value if isinstance(value, str) else repr(value)
 
 
 def plain(where: str, a: Any, b: Any, tolerance: float) -> Iterator[Difference]:
@@ -148,8 +150,7 @@ def runs(a: Path, b: Path, tolerance: float = 0.0) -> Iterator[Difference]:
 
 def log_of(path: Path) -> Path | None:
     """The log that a path means; None where it means checkpoints."""
-    inside = path / "metrics.jsonl"
-    return inside if inside.is_file() else path if path.is_file() else None
+    return next((file for file in (path / "metrics.jsonl", path) if file.is_file()), None)
 
 
 def report(found: Iterable[Difference], equal: str) -> None:

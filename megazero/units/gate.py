@@ -88,4 +88,4 @@ class Gate:
         if self.clip > 0:
             factor = factor * (self.clip / (norm + 1e-6)).clamp(max=1.0)
         found = ~(norm.isfinite() & loss.isfinite())
-        return Verdict(loss / tokens, norm, found.float(), factor, norms, stops)
+        return Verdict(loss=loss / tokens, norm=norm, found_inf=found.float(), factor=factor, norms=norms, stop=stops)

@@ -16,7 +16,7 @@ import torch
 
 from megazero.base import DTYPES
 from megazero.comm import Alone, Group, Work
-from megazero.plan import Box, Flat, Operand, Piece, cuts
+from megazero.plan import Box, Flat, Operand, Piece, Shard, cuts
 from megazero.units.random import fill_normal, key
 
 TORCH_DTYPE: dict[str, torch.dtype] = {name: getattr(torch, d.torch) for name, d in DTYPES.items()}
@@ -258,10 +258,15 @@ class Weight:
         return grads[o.start:o.stop].view(o.shape)
 
     @property
-    def rows(self) -> Box:
-        """The box of the logical tensor that is stored here (of an operand of one piece)."""
-        (piece,) = self.operand.pieces
-        return piece.shard.box
+    def logical(self) -> tuple[Shard, ...]:
+        """What it holds of each logical tensor, side by side."""
+        return tuple(piece.shard for piece in self.operand.pieces)
+
+    @property
+    def box(self) -> Box:
+        """That of its one logical tensor."""
+        (shard,) = self.logical
+        return shard.box
 
     def add_product(self, dy: Tensor, x: Tensor) -> None:
         """grad += dyT x, for dy [tokens, rows] and x [tokens, columns]; in one pass where the dtypes agree."""
