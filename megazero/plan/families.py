@@ -252,9 +252,11 @@ def obstacles(a: Architecture, family: Family) -> list[str]:
     said = asdict(a)
     different = [f"{k.replace('_', ' ')} is {said[k]}, {family.model_type} has {v}" for k, v in asdict(back).items()
                  if k not in FREE and said[k] != v and not (k in ("bias", "qkv_bias") and v)]
+    if different:
+        return different
     homeless = [f"{family.model_type} has no place for {n}" for n in ours if n not in theirs]
     missing = [f"{family.model_type} needs {n}" for n in theirs if n not in ours and zeros(n, ours) is None]
-    return different or [*homeless[:1], *missing[:1]]
+    return [*homeless[:1], *missing[:1]]
 
 
 def family_of(a: Architecture) -> Family:
