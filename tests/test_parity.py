@@ -142,6 +142,9 @@ FULL = [Row(tp, dp, shape, recompute, micro, optimizer, tokens=tokens, late=late
 ZERO = [Row(tp, dp, shape, recompute, micro, optimizer, late=late, level=level)
         for level in (0, 1, 2, 3) for tp in (1, 2) for dp in (2, 3, 4) for recompute in ("none", "selective", "full") for micro in (1, 2 if dp == 3 else 3)
         for shape, optimizer, late in (("gpt2", "sgd", True), ("llama", "adam", False))]
+SPLIT = [Row(tp, 2, shape, recompute, pp=2, schedule="zb-h1", level=level, layers=3, batch=2 * count, optimizer=optimizer, late=late)
+         for level in (0, 1, 2, 3) for tp in (1, 2) for recompute in ("none", "selective", "full") for count in (1, 3, 8)
+         for shape, optimizer, late in (("gpt2", "sgd", True), ("llama", "adam", False))]
 
 COLUMNS = {"tp": (1, 2, 4), "pp": (1, 2, 3, 4), "dp": (1, 2, 3), "level": (0, 1, 2, 3), "schedule": ("gpipe", "breadth-first", "1f1b", "interleaved", "zb-h1"),
            "recompute": ("none", "selective", "full"), "micro-batches": (1, 3, 8), "shape": ("gpt2", "gpt2-plain", "llama", "llama-tied-scaled")}
@@ -200,6 +203,6 @@ def test_equal_to_one_rank(row: Row, pool: Pool) -> None:
 
 
 @pytest.mark.full
-@pytest.mark.parametrize("row", FULL + ZERO, ids=str)
+@pytest.mark.parametrize("row", FULL + ZERO + SPLIT, ids=str)
 def test_equal_to_one_rank_in_full(row: Row, pool: Pool) -> None:
     compare(row, pool)
