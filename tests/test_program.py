@@ -149,34 +149,58 @@ def test_verify_finds_what_is_wrong() -> None:
     assert any("nobody takes send F1,3 of rank 1" in p for p in faults(plan, deaf))
     swapped = list(good[1])
     swapped[last[0]], swapped[last[1]] = swapped[last[1]], swapped[last[0]]
-    assert "rank 2 takes send F1,1 for recv F2,0" in faults(plan, [good[0], swapped, *good[2:]])[0]
+    found = faults(plan, [good[0], swapped, *good[2:]])
+    assert any("rank 2 takes send F1,1 for recv F2,0" in sentence for sentence in found) and "send F1,1 takes the output of part 2 and finds nothing" in found[0]
 
 
 @pytest.mark.parametrize("spoil, said", [
     ("drop F1,1", "rank 0: F1,1 runs 0 times"), ("drop W1,0", "rank 0: W1,0 runs 0 times"), ("double I1,0", "rank 0: I1,0 runs 2 times"),
-    ("before W1,0 I1,0", "rank 0: W1,0 runs before I1,0"), ("drop gather layers.0", "reads layers.0, which is not gathered"),
+    ("move W1,0 > I1,0", "rank 0: W1,0 runs before I1,0"), ("drop gather layers.0", "reads layers.0, which is not gathered"),
     ("drop release layers.0", "rank 0: gather layers.0 is out of turn"), ("drop open layers.0", "writes layers.0, which has no sum open"),
     ("drop reduce layers.0,0", "rank 0: land layers.0,0 is out of turn"), ("drop land layers.0,1", "the sum of layers.0 is left over"),
-    ("drop settle layers.0", "the sum of layers.0 goes land replicate finish"), ("drop judge", "goes land replicate settle finish finish update publish, not"),
-    ("before update judge", "finish update judge publish"), ("drop publish", "finish finish judge update, not"), ("drop expect F1,1", "recv F1,1 has no room"),
-    ("drop recv F1,1", "rank 1: expect F1,1 is never received"), ("double update", "judge update update publish"), ("drop finish tp", "settle finish judge"),
+    ("drop settle layers.0", "the sum of layers.0 goes land, replicate, finish tp"), ("drop judge", "settle, finish tp, finish kv, update, publish, not"),
+    ("move update > judge", "finish kv, update, judge, publish"), ("drop publish", "finish kv, judge, update, not"),
+    ("drop expect F1,1", "recv F1,1 has no room"), ("drop recv F1,1", "rank 1: expect F1,1 is never received"),
+    ("double update", "judge, update, update, publish"), ("drop finish tp", "settle, finish kv, judge"),
+    ("move F1,0 > F0,0", "F1,0 takes the output of part 0 and finds nothing"), ("move send F0,0 > F1,0", "send F0,0 takes the output of part 1 and finds"),
+    ("write land layers.0,1 > land layers.0,0", "rank 0: land layers.0,0 is out of turn"), ("write F1,1 > F99,1", "rank 0: F99,1 is not of this rank"),
+    ("write gather layers.0 > gather nonsense", "rank 0: gather nonsense is not of this rank"), ("write finish tp > finish kv", "finish kv, finish kv, judge"),
+    ("write F1,1 > F1,2", "its micro-batches are 3, this step has 2 on each rank"),
 ])
 def test_verify_names_each_fault_of_a_program(spoil: str, said: str) -> None:
-    plan = resolved(f"{SMALL} --num-layers 3 --pp 2 --dp 2 --zero-stage 3 --pipeline-schedule zb-h1 --global-batch-size 4 --untie-embeddings-and-output-weights", 4)
+    plan = resolved(f"{SMALL} --num-layers 3 --pp 2 --dp 2 --zero-stage 3 --pipeline-schedule zb-h1 --pipeline-split even --global-batch-size 4 "
+                    "--untie-embeddings-and-output-weights", 4)
     programs = pipeline(plan)
-    what, where = spoil.split(" ", 1)
-    rank = 1 if where.endswith(" F1,1") else 0
-    program = programs[rank]
-    places = [i for i, a in enumerate(program) if str(a) == where or a.kind == where]
+    what, first, _, second = re.fullmatch(r"(\w+) (.+?)( > (.+))?", spoil).groups()  # type: ignore[union-attr]
+    program = programs[spoil.endswith(("expect F1,1", "recv F1,1"))]
+
+    def at(word: str) -> int:
+        return next(i for i, a in enumerate(program) if word in (str(a), a.kind))
     if what == "drop":
-        del program[places[0]]
+        del program[at(first)]
     elif what == "double":
-        program.insert(places[0], program[places[0]])
+        program.insert(at(first), program[at(first)])
+    elif what == "move":
+        moved = program[at(first)]
+        program.remove(moved)
+        program.insert(at(second), moved)
     else:
-        first, second = (next(i for i, a in enumerate(program) if str(a).startswith(word)) for word in where.split(" "))
-        program.insert(second, program.pop(first))
+        program[at(first)] = Action.parse(second)
     found = faults(plan, programs)
     assert any(said in sentence for sentence in found), found
+
+
+def test_verify_knows_what_waits_for_other_stages() -> None:
+    """The last rank must not wait for the sum of a shared unit before it sends what the first needs to come to its own."""
+    plan = resolved(f"{SMALL} --num-layers 2 --pp 2 --global-batch-size 1", 2)
+    programs = pipeline(plan)
+    last = programs[1]
+    ties = [a for a in last if a.units == ("embedding",) and a.kind in ("reduce", "land", "replicate", "settle", "tie")]
+    assert [a.kind for a in ties] == ["reduce", "land", "replicate", "settle", "tie", "settle"] and faults(plan, programs) == []
+    early = [a for a in last if a not in ties]
+    behind = early.index(Action("L", 3, 0)) + 1
+    programs[1] = [*early[:behind], *ties, *early[behind:]]
+    assert any("rank 1 waits for ever" in sentence and "L3,0" in sentence for sentence in faults(plan, programs))
 
 
 ZB = f"{SMALL} --num-layers 4 --pp 2 --pipeline-schedule zb-h1 --global-batch-size 4 --zero-stage 2"

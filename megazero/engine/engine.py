@@ -38,6 +38,7 @@ from megazero.units import (
     Updater,
     Verdict,
     Weight,
+    later,
 )
 
 Tensor = torch.Tensor
@@ -115,7 +116,7 @@ class Engine:
         self.sums = Accumulation(units, zero, accumulation, self._do)
         self.ruling = Ruling()                                  # of this step: what its losses are
         self.steps = 0
-        self.verdict: Verdict | None = None                     # of the last step, until the host has read it
+        self.found_inf: Callable[[], list[float]] | None = None  # of the last step, until the host has read it
         self.graph = self.in_backward = False                   # graph: will backward follow this forward pass?
         self.saving: saved_tensors_hooks | None = None          # while the module's forward pass runs
         self.order: list[Submodule] = []                            # calls of the last forward pass:
@@ -160,12 +161,14 @@ class Engine:
                             "unfreeze them before.")
         loss = self.ruling.told["loss"]
         self.ruling.scale, self.ruling.nominal = torch.full_like(loss, self.scale.value), self.losses
-        self.ruling.lr = torch.tensor(self.lr, dtype=self.gate.wide)
+        self.ruling.lr = torch.full_like(loss, self.lr, dtype=self.gate.wide)
         self._do([*self.sums.reductions.finish(), *self.ending])
-        self.verdict, self.ruling = self.ruling.verdict, Ruling()
+        verdict, self.ruling = self.ruling.verdict, Ruling()
+        assert verdict is not None, "the ending judges"
+        self.found_inf = later(verdict.found_inf.view(1))
         self.sums.begin()
         self.steps += 1
-        return self.verdict
+        return verdict
 
     def _do(self, actions: Sequence[Action]) -> None:
         """As in a program."""
@@ -186,10 +189,10 @@ class Engine:
     def _settle(self) -> None:
         """Reads the last step's verdict, when the next step is well under way:
         tells of a skipped one, moves the loss scale."""
-        if self.verdict is None:
+        if self.found_inf is None:
             return
-        finite = not bool(self.verdict.found_inf)
-        self.scale, self.verdict = self.scale.after(finite), None
+        finite = self.found_inf() == [0]
+        self.scale, self.found_inf = self.scale.after(finite), None
         if not finite and self.wires.rank == 0:
             say(f"step {self.steps:,} skipped: its loss or a gradient is not finite; nothing was changed, "
                 f"loss scale {self.scale.value:g}")

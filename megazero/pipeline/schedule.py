@@ -11,7 +11,7 @@ forwards and a line of backwards. One rule merges the two: run a forward if ther
 else a backward; where backward is split, the W of an I follows it after `delay` more of them. A schedule is a row that
 says how many rounds there are, how much room, and how long W waits.
 
-No clock decides an order; timeline.py plays it on one, and looks for what is wrong with it.
+No clock decides an order; timeline.py plays it on one.
 
 Sources: GPipe (Huang et al. 2019), 1F1B (Narayanan et al. 2019), interleaved (Narayanan et al. 2021),
 breadth-first (Lamy-Poirier 2023), ZB-H1 (Qi et al. 2023, section 2.1).
@@ -29,7 +29,7 @@ class Kind:
 
     `way`       F or B: it takes what comes from the stage before (behind) it, and hands on; none: it talks to nobody
     `after`     the kind that must have run on the same stage and micro-batch
-    `takes`     what it uses up, and `leaves` what it leaves behind, by the kind that will need it
+    `leaves`    what it leaves behind, for the kind that comes after it
     `reads`     which units' weights of a part it reads: those of its forward or of its backward pass
     `writes`    does it add to gradients of weights?
     """

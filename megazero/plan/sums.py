@@ -1,4 +1,4 @@
-"""ZeRO: what data-parallel ranks share, and a step's sums of gradients on their way, as a value."""
+"""ZeRO: what data-parallel ranks share, and a step's sums of gradients on their way."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -15,8 +15,8 @@ class Zero:
     keep            level 3: passes over its stage for which a unit's weights stay once gathered
     every           levels 2 and 3: micro-batches whose gradients are summed before they travel
     prefetch        weights are gathered one part ahead of their use
-    lag             reductions that may be under way when the next one starts
-    replicas        sums over `replicate` that may be under way when the next one starts: the second half of an
+    lag             reductions that may be under way at a time; 0: each lands at once
+    replicas        sums over `replicate` that may be under way at a time: the second half of an
                     all-reduce travels when the first is waited for, so waiting for all of them at the end would leave
                     those halves without company
     """
@@ -48,8 +48,8 @@ class Reductions:
         return [*(self.land(0) if under_way else []), Action("open", units=(unit,))]
 
     def complete(self, unit: str) -> list[Action]:
-        """Its last gradient is there: it begins to travel, when all but `lag` of those before it have landed; without
-        overlap it lands at once."""
+        """Its last gradient is there: it begins to travel, when so many before it have landed that `lag` are under way;
+        without overlap it lands at once."""
         before = self.land(max(self.zero.lag - 1, 0))
         self.reducing.append(Action("reduce", micro=self.begun[unit], units=(unit,)))
         self.begun[unit] += 1
@@ -88,7 +88,7 @@ class Reductions:
 
 
 def ending(units: Sequence[str]) -> list[Action]:
-    """How a step ends when its sums are there: one kernel updates neighbours with one home and one rule."""
+    """How a step ends when its sums are there: what has one home and one rule is one kernel call."""
     together = tuple(units)
     return [Action("finish", way="tp"), Action("finish", way="kv"), Action("judge"),
             Action("update", units=together), Action("publish", units=together)]

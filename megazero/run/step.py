@@ -16,7 +16,7 @@ from megazero.model import Batch
 from megazero.plan import LossScale, Progress
 from megazero.run.executor import Turn
 from megazero.run.run import Run
-from megazero.units import Verdict
+from megazero.units import Verdict, later
 
 Tensor = torch.Tensor
 
@@ -122,23 +122,7 @@ class Step:
                     .nonzero().flatten().tolist())
             reason = f"the gradient of {last} is not finite ({len(culprits)} of {len(everyone)} parameters)"
             where = (f" on rank{'s' if len(seen) > 1 else ''} {', '.join(map(str, seen[:8]))}"
-                     if run.plan.world > 1 else "")
+                     if run.plan.world > 1 and seen else "")
         moved = (f", loss scale {before.value:g} -> {after.loss_scale.value:g}"
                  if after.loss_scale.value != before.value else "")
         return reason, f"step {after.step:,} skipped: {reason}{where}{moved}; nothing was changed"
-
-
-def later(figures: Tensor) -> Callable[[], list[float]]:
-    """The figures on their way to the host; the call waits until they are there,
-    and for nothing that was started after them."""
-    there = figures.to("cpu", non_blocking=True)                # from CUDA: into pinned memory
-    if not figures.is_cuda:
-        return there.tolist
-    arrived = torch.cuda.Event()
-    arrived.record()
-
-    def read() -> list[float]:
-        arrived.synchronize()
-        return there.tolist()
-
-    return read

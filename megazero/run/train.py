@@ -15,7 +15,7 @@ import torch
 from megazero.base import UserError, gib, say
 from megazero.comm import Stuck, connect, environment, first_to_say
 from megazero.data import Tokenizer, configured_tokenizer
-from megazero.plan import Plan, Progress, checks, describe, flops_per_token, loss_scale, memory, ranks_asked
+from megazero.plan import Plan, Progress, checks, describe, flops_per_token, loss_scale, memory, ranks_asked, written
 from megazero.run.feed import Feed, Splits, open_splits
 from megazero.run.loop import Loop, Wish
 from megazero.run.metrics import MFU, Metrics, peak_flops
@@ -152,7 +152,8 @@ def recorded(run: Run, tokenizer: Tokenizer | None, reader: Reader | None, progr
     facts = about(p.architecture, config=flatten(run.config), optimizer=run.config.optimizer.optimizer, layout=layout,
                   tokenizer=tokenizer, family=reader.index.get("family") if reader is not None else None)
     writer = Writer(Path(k.save), k.keep_last, k.async_save, run.wires.rank, run.wires["saved"])
-    return Record(writer, facts, tokenizer, progress.step if in_place(run.config) and not k.finetune else -1)
+    there = reader is not None and in_place(run.config) and not k.finetune
+    return Record(writer, facts, tokenizer, progress.step if there else -1)
 
 
 def start(run: Run, splits: Splits, reader: Reader | None, record: Record | None) -> None:
@@ -215,7 +216,7 @@ def leave(code: int) -> NoReturn:
 
 def same_start(run: Run, step: int) -> None:
     """Raises UserError unless all ranks found the same checkpoint (-1: none) and the same configuration."""
-    words = zlib.crc32(json.dumps(flatten(run.config), sort_keys=True).encode())
+    words = zlib.crc32((json.dumps(flatten(run.config), sort_keys=True) + written(run.plan.programs)).encode())
     told = torch.tensor([step, -step, words, -words], dtype=torch.float64, device=run.device)
     high, low, one, other = run.wires["world"].all_reduce(told, "max").wait().tolist()
     if high != -low:

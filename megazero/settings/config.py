@@ -1,7 +1,7 @@
 """What the user says: frozen dataclasses that are the command line, the configuration file, the help and the record
 in a checkpoint.
 
-The words are Megatron-LM's. What follows from them (sizes, counts, memory) is in plan.py; nothing here is derived
+The words are Megatron-LM's. What follows from them (sizes, counts, memory) is in plan/; nothing here is derived
 or read.
 """
 

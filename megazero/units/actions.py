@@ -56,7 +56,7 @@ class UnitActions:
         self.units[action.unit].land(self.under_way.pop(("reduce", action.unit)).wait(), first=action.micro == 0)
 
     def _replicate(self, action: Action, ruling: Ruling) -> None:
-        self._begin("replicate", action.unit, self.wires["replicate"])
+        self._begin("replicate", action.unit, self.units[action.unit].sharing.replicate)
 
     def _tie(self, action: Action, ruling: Ruling) -> None:
         self._begin("tie", action.unit, self.units[action.unit].sharing.holders)

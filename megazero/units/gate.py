@@ -89,3 +89,19 @@ class Gate:
             factor = factor * (self.clip / (norm + 1e-6)).clamp(max=1.0)
         found = ~(norm.isfinite() & loss.isfinite())
         return Verdict(loss=loss / tokens, norm=norm, found_inf=found.float(), factor=factor, norms=norms, stop=stops)
+
+
+def later(figures: Tensor) -> Callable[[], list[float]]:
+    """The figures on their way to the host; the call waits until they are there,
+    and for nothing that was started after them."""
+    there = figures.to("cpu", non_blocking=True)                # from CUDA: into pinned memory
+    if not figures.is_cuda:
+        return there.tolist
+    arrived = torch.cuda.Event()
+    arrived.record()
+
+    def read() -> list[float]:
+        arrived.synchronize()
+        return there.tolist()
+
+    return read

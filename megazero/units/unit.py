@@ -269,7 +269,11 @@ class Weight:
         return shard.box
 
     def add_product(self, dy: Tensor, x: Tensor) -> None:
-        """grad += dyT x, for dy [tokens, rows] and x [tokens, columns]; in one pass where the dtypes agree."""
+        """grad += dyT x, for dy [tokens, rows] and x [tokens, columns], now or in W; in one pass where dtypes
+        agree."""
+        self.unit.now_or_later(lambda: lambda: self._add_product(dy, x))()
+
+    def _add_product(self, dy: Tensor, x: Tensor) -> None:
         # 0 overwrites: what was there, NaN included, does not count
         keep = 0 if self.unit.claim(self.operand) else 1
         grad = self.grad
@@ -289,7 +293,11 @@ class Weight:
         self.add(dy.sum(0, dtype=self.unit.grad_slice.dtype))
 
     def add_rows(self, index: Tensor, rows: Tensor) -> None:
-        """grad[index] += rows, for index [n] and rows [n, columns]; rows that repeat add up, in a fixed order."""
+        """grad[index] += rows, for index [n] and rows [n, columns], now or in W; rows that repeat add up, in a fixed
+        order."""
+        self.unit.now_or_later(lambda: lambda: self._add_rows(index, rows))()
+
+    def _add_rows(self, index: Tensor, rows: Tensor) -> None:
         grad = self.grad
         if self.unit.claim(self.operand):
             grad.zero_()
