@@ -11,7 +11,7 @@ FLOORS: dict[str, tuple[int, str]] = {
     "base": (150, "errors text dtypes disk"),
     "pipeline": (750, "schedule timeline weighing split"),
     "settings": (750, "command_line config"),
-    "plan": (2600, "rules devices layout mesh sizes progress action sums program verify architecture operations checks plan cost show families"),
+    "plan": (2700, "rules devices layout mesh sizes progress action sums program verify architecture operations checks plan cost show families"),
     "comm": (1000, "group shared gloo nccl fake late wires"),
     "units": (700, "random unit gate rules actions"),
     "model": (700, "products ops attention decoder"),
