@@ -13,7 +13,7 @@ FLOORS: dict[str, tuple[int, str]] = {
     "settings": (750, "command_line config"),
     "plan": (2700, "rules devices layout mesh sizes progress action sums program verify architecture operations checks plan cost show families"),
     "comm": (1000, "group shared gloo nccl fake late wires"),
-    "units": (700, "random unit gate rules actions"),
+    "units": (750, "random unit gate rules actions"),
     "model": (700, "products ops attention decoder"),
     "data": (3500, "files indexed order tokenizer_base tokenizer_tiktoken tokenizers sidecar megatron_order dataset fim splits verify edit "
                    "sources preprocess"),
