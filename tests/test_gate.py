@@ -8,6 +8,7 @@ from support import TINY, built, kept, lines, named, stepping, train
 
 from megazero.base.errors import UserError
 from megazero.plan.progress import LossScale, loss_scale
+from megazero.plan.rules import RULES
 from megazero.run.step import Settled, Step
 from megazero.units.gate import Ruling
 from megazero.units.unit import Weight
@@ -31,7 +32,7 @@ def poison(monkeypatch: pytest.MonkeyPatch, steps: set[int], name: str = "layers
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+@pytest.mark.parametrize("optimizer", RULES)
 @pytest.mark.parametrize("dtype", ["fp64", "fp32", "bf16", "fp16"])
 def test_a_bad_step_changes_nothing(dtype: str, optimizer: str, value: float, monkeypatch: pytest.MonkeyPatch, tmp_path, capsys) -> None:
     """Step 1 (the optimizer's first) and step 3 are bad: the others must be those of a run that never saw them."""
@@ -50,7 +51,7 @@ def test_a_bad_step_changes_nothing(dtype: str, optimizer: str, value: float, mo
         assert "loss scale 65536 -> 32768" in told
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+@pytest.mark.parametrize("optimizer", RULES)
 @pytest.mark.parametrize("dtype", ["fp64", "fp32", "bf16", "fp16"])
 def test_every_bit_stays_as_it_was(dtype: str, optimizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
     poison(monkeypatch, {1, 3})

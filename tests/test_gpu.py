@@ -10,6 +10,7 @@ from support import SHAPES, TINY, batches, built, fed, gradients, kept, named, s
 from test_parity import Row, compare
 
 from megazero.model.decoder import Batch
+from megazero.plan.rules import RULES
 from megazero.state.checkpoint import Reader
 
 pytestmark = pytest.mark.gpu
@@ -28,7 +29,7 @@ def test_gradients_equal_those_of_the_cpu_in_float64(shape: str, recompute: str)
         assert (got.cpu() - want[name]).abs().max() <= 1e-11 * (own if own > 1e-12 * largest else largest), name
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+@pytest.mark.parametrize("optimizer", RULES)
 @pytest.mark.parametrize("dtype, tolerance", [("fp32", 1e-4), ("bf16", 5e-2), ("fp16", 1e-2)])
 def test_ten_steps_stay_near_the_cpu(dtype: str, tolerance: float, optimizer: str) -> None:
     """fp32 may use other matmul orders; half precisions round differently in each fused kernel: some 2^-8 (2^-11) of a loss of 5 a step."""

@@ -9,6 +9,7 @@ from megazero.comm.group import Alone
 from megazero.model.attention import attention, rotary_table
 from megazero.model.decoder import Batch
 from megazero.plan import architecture
+from megazero.plan.rules import RULES
 from megazero.run.executor import Turn
 from megazero.run.run import Run
 from megazero.run.step import Step
@@ -96,7 +97,7 @@ def test_loss_and_gradients_equal_plain_autograd(shape: str, recompute: str, mon
 
 @pytest.mark.parametrize("how", ["--pipeline-schedule gpipe", "--recompute-granularity selective", "--recompute-granularity full",
                                  "--micro-batch-size 1", "--micro-batch-size 4"])
-@pytest.mark.parametrize("optimizer", ["adam", "sgd"])
+@pytest.mark.parametrize("optimizer", RULES)
 def test_five_steps_do_not_depend_on_how_a_step_is_run(how: str, optimizer: str) -> None:
     words = (f"{TINY} {SHAPES['qwen']} --dtype fp64 --micro-batch-size 2 --global-batch-size 4 --hidden-dropout 0.1 --attention-dropout 0.1 "
              f"--optimizer {optimizer} --clip-grad 0.5 --weight-decay 0.1")
