@@ -6,7 +6,6 @@ neighbours on a node. Another axis is another row of the table.
 
 from dataclasses import dataclass
 from math import ceil, prod
-from typing import Self
 
 import numpy as np
 
@@ -44,7 +43,7 @@ class Mesh:
 
     @classmethod
     def of(cls, *, pp: int = 1, dp: int = 1, tp: int = 1, shard: int = 1, kv: int = 1, looped: bool = False,
-           tied: Tied = ()) -> Self:
+           tied: Tied = ()) -> "Mesh":
         """Of dp data-parallel ranks, `shard` neighbours share one copy of the ZeRO state; dp / shard replicate it."""
         return cls((("pp", pp), ("replicate", dp // shard), ("shard", shard), ("tp", tp)), kv, looped, tied)
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import accumulate, pairwise
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 from megazero.base import UserError
 from megazero.pipeline import Load, Loads, Pass, by_cost, ends_as_layers, from_layout, passes, shares
@@ -39,7 +39,7 @@ class Plan(Sizes):
     programs: tuple[tuple[Action, ...], ...] = ()       # of the ranks of a pipeline, where a file says them
 
     @classmethod
-    def of(cls, config: Config, world: int, vocab_size: int) -> Self:
+    def of(cls, config: Config, world: int, vocab_size: int) -> "Plan":
         """That of a configuration in which `checks` finds nothing wrong."""
         return cls(**vars(sizes(config, world)), config=config, architecture=architecture(config, vocab_size))
 
@@ -138,7 +138,7 @@ class Plan(Sizes):
             return list(self.programs[place])
         return training(self.passes[place], self.stages_of(rank), self.zero)
 
-    def programmed(self, text: str, flag: str) -> Self:
+    def programmed(self, text: str, flag: str) -> "Plan":
         """With the programs of a file's text. Raises UserError, `flag` in front, for what is wrong with them."""
         plan = replace(self, programs=tuple(map(tuple, read_programs(text, flag))))
         wrong = plan.mistakes()

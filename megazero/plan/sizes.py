@@ -3,9 +3,11 @@ Pure.
 """
 
 from dataclasses import dataclass, replace
-from typing import Self
+from typing import TypeVar
 
 from megazero.settings import Config
+
+S = TypeVar("S", bound="Sizes")
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class Sizes:
         """The step that reads a sample."""
         return sample // self.global_batch
 
-    def going_on(self, step: int, samples: int) -> Self:
+    def going_on(self: S, step: int, samples: int) -> S:
         """Those of a run that goes on after so many steps and samples. Steps so far may have been of another size; a
         run that was told by samples ends with them."""
         if self.train_samples is None:
