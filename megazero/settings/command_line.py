@@ -14,7 +14,6 @@ the file.
 import argparse
 import difflib
 import itertools
-import json
 import re
 import sys
 import types
@@ -24,9 +23,10 @@ from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from megazero.base import UserError
+from megazero.base import UserError, load
 
 T = TypeVar("T")
+LONGEST = 2**24             # bytes of a configuration file
 
 
 def option(
@@ -131,15 +131,13 @@ def flatten(settings: Any) -> dict[str, Any]:
 def read_file(path: Path, options: Mapping[str, Option], elsewhere: Mapping[str, str] | None = None) -> dict[str, Any]:
     """The values a TOML, YAML or JSON file gives, flat, checked against the options. Raises UserError."""
     try:
-        data = _load(path)
+        data = load(path, most=LONGEST)
     except OSError as error:
         raise UserError(
             f"--config {path}: cannot be read ({error.strerror}); name a .toml, .yaml or .json file.") from None
     except ValueError as error:
         raise UserError(
             f"--config {path}: is not valid {path.suffix[1:].upper()} ({' '.join(str(error).split())}).") from None
-    if not isinstance(data, dict):
-        raise UserError(f"--config {path}: holds a {type(data).__name__}, not keys and values.")
     names = {alias.replace("-", "_"): o.name
              for o in options.values() for alias in (o.name, *o.field.metadata.get("alias", ()))}
     values: dict[str, Any] = {}
@@ -342,22 +340,3 @@ def _flat_items(data: Mapping[str, Any]) -> typing.Iterator[tuple[str, Any]]:
             yield from _flat_items(value)
         else:
             yield str(key), value
-
-
-def _load(path: Path) -> Any:
-    text = path.read_text(encoding="utf-8")
-    if path.suffix == ".json":
-        return json.loads(text)
-    if path.suffix in (".yaml", ".yml"):
-        import yaml
-        try:
-            return yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ValueError(str(error)) from None
-    if path.suffix == ".toml":
-        try:
-            import tomllib
-        except ModuleNotFoundError:               # Python 3.10
-            import tomli as tomllib  # type: ignore[no-redef]
-        return tomllib.loads(text)
-    raise ValueError("its name must end in .toml, .yaml or .json")

@@ -1,0 +1,166 @@
+"""What strangers' files say, looked at before it is believed: JSON, YAML and TOML without keys that stand twice, of a
+size that is known before it is read; and the form that what was read must have."""
+
+import json
+import re
+import stat
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+LONGEST = 2**28             # bytes of a file that is read at once: indexes, configurations, tokenizers are far below
+
+# What a value must be: a type (float: any finite number), a range of whole numbers, a pattern that a string matches as
+# a whole, [form] for a list, {str: form} for a mapping by names, {"key": form, "key?": form} for known keys (others are
+# left to whoever knows them), None, or a tuple of alternatives.
+Form = Any
+
+
+def read_bytes(path: Path, most: int = LONGEST) -> bytes:
+    """A regular file as a whole. Raises OSError, or ValueError if it is something else or longer than `most`."""
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):
+        raise ValueError("is not a regular file")
+    if found.st_size > most:
+        raise ValueError(f"has {found.st_size:,} bytes, more than {most:,}")
+    with path.open("rb") as file:
+        return file.read(most)
+
+
+def load(path: Path, form: Form = dict, most: int = LONGEST) -> Any:
+    """What a .json, .yaml or .toml file holds, of this form. Raises OSError, or ValueError that says what is wrong."""
+    return checked(loads(read_bytes(path, most), path.suffix), form)
+
+
+def loads(text: str | bytes, kind: str = ".json") -> Any:
+    """What a text holds. Raises ValueError that says what is wrong: keys that stand twice too."""
+    if kind not in PARSERS:
+        raise ValueError("its name must end in .toml, .yaml or .json")
+    try:
+        plain = text if isinstance(text, str) else text.decode()
+        value = PARSERS[kind](plain)
+        if re.search(r"\\u[dD][89a-fA-F]|\\U0000[dD]", plain):
+            json.dumps(value, ensure_ascii=False, default=str).encode()         # half a character stands for none
+        return value
+    except UnicodeError:
+        raise ValueError("is not UTF-8 text") from None
+    except RecursionError:
+        raise ValueError("is nested too deeply") from None
+
+
+def _once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in found:
+            raise ValueError(f"key {key!r} stands twice")
+        found[key] = value
+    return found
+
+
+def _no_number(word: str) -> Any:
+    raise ValueError(f"{word} is not a number in JSON")
+
+
+def _json(text: str) -> Any:
+    return json.loads(text, object_pairs_hook=_once, parse_constant=_no_number)
+
+
+def _yaml(text: str) -> Any:
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        """Without aliases: a text of some lines could stand for gigabytes."""
+
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            if self.check_event(yaml.AliasEvent):
+                raise ValueError(f"line {self.peek_event().start_mark.line + 1} repeats an anchor; write it out")
+            return super().compose_node(parent, index)
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            return _once([(self.construct_object(k, deep=True), self.construct_object(v, deep=True))
+                          for k, v in node.value])
+
+    try:
+        return yaml.load(text, Loader)                          # noqa: S506 (a SafeLoader)
+    except (yaml.YAMLError, TypeError) as error:                # TypeError: a key that is a list
+        raise ValueError(str(error)) from None
+
+
+def _toml(text: str) -> Any:
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    return tomllib.loads(text)
+
+
+PARSERS: Mapping[str, Callable[[str], Any]] = {".json": _json, ".yaml": _yaml, ".yml": _yaml, ".toml": _toml}
+
+
+def checked(value: Any, form: Form) -> Any:
+    """The value, if it has the form. Raises ValueError that names the first place where it has not."""
+    wrong = next(faults(value, form), None)
+    if wrong:
+        raise ValueError(wrong)
+    return value
+
+
+def faults(value: Any, form: Form, at: str = "") -> Iterator[str]:
+    """Where a value has not the form: `files.a.bytes is -3, not a whole number from 0`."""
+    if isinstance(form, tuple):
+        if all(next(faults(value, one), None) for one in form):
+            yield _sentence(value, form, at)
+    elif isinstance(form, Mapping):
+        if not isinstance(value, Mapping):
+            yield _sentence(value, form, at)
+        elif str in form:
+            for key, inner in value.items():
+                yield from faults(key, str, f"a key of {at or 'it'}")
+                yield from faults(inner, form[str], f"{at}.{key}".lstrip("."))
+        else:
+            for key, inner in form.items():
+                name = key.rstrip("?")
+                if name in value:
+                    yield from faults(value[name], inner, f"{at}.{name}".lstrip("."))
+                elif name == key:
+                    yield f"{at or 'it'} has no {name}"
+    elif isinstance(form, list):
+        if isinstance(value, list):
+            for i, inner in enumerate(value):
+                yield from faults(inner, form[0], f"{at}[{i}]")
+        else:
+            yield _sentence(value, form, at)
+    elif not _is(value, form):
+        yield _sentence(value, form, at)
+
+
+def _is(value: Any, form: Form) -> bool:
+    if form is None or isinstance(value, bool):
+        return value is form or form is type(value)
+    if isinstance(form, range):
+        return isinstance(value, int) and value in form
+    if isinstance(form, re.Pattern):
+        return isinstance(value, str) and form.fullmatch(value) is not None
+    if form is float:
+        return isinstance(value, (int, float)) and isfinite(value)
+    return isinstance(value, form)
+
+
+def _sentence(value: Any, form: Form, at: str) -> str:
+    shown = repr(value)
+    return f"{at or 'it'} is {shown if len(shown) <= 60 else shown[:57] + '...'}, not {_words(form)}"
+
+
+def _words(form: Form) -> str:
+    if isinstance(form, tuple):
+        return " or ".join(map(_words, form))
+    if isinstance(form, range):
+        return f"a whole number from {form.start}" + (f" to {form.stop - 1}" if form.stop < 2**62 else "")
+    if isinstance(form, re.Pattern):
+        return f"a word like {form.pattern}"
+    if isinstance(form, (list, Mapping)):
+        return "a list" if isinstance(form, list) else "a mapping"
+    return {None: "null", int: "a whole number", float: "a number", str: "a word", bool: "true or false",
+            dict: "a mapping", list: "a list"}.get(form, "something else")

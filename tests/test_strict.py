@@ -1,0 +1,71 @@
+"""Files that strangers wrote: read once, without a second meaning, and of the form that is asked for."""
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from megazero.base import load
+from megazero.base.strict import checked, loads
+
+BAD: dict[str, tuple[str, str, str]] = {            # what -> (suffix, text, what is said)
+    "a key twice": (".json", '{"a": 1, "b": {"c": 1, "c": 2}}', "key 'c' stands twice"),
+    "a key twice in YAML": (".yaml", "a:\n  b: 1\n  b: 2\n", "key 'b' stands twice"),
+    "a key twice in TOML": (".toml", "a = 1\na = 2\n", "overwrite"),
+    "no number": (".json", '{"a": NaN}', "NaN is not a number"),
+    "deep lists": (".json", "[" * 100_000, "nested too deeply"),
+    "deep YAML": (".yml", "[" * 5_000, "nested too deeply"),
+    "half a character": (".json", r'{"a": "\ud800"}', "is not UTF-8"),
+    "an alias": (".yaml", "a: &x [1, 1]\nb: [*x, *x]\n", "line 2 repeats an anchor"),
+    "a list as a key": (".yaml", "? [1, 2]\n: 3\n", "unhashable"),
+    "an object": (".yaml", "a: !!python/object/apply:os.system [true]\n", "could not determine a constructor"),
+    "no JSON": (".json", "{", "Expecting"),
+    "a long number": (".json", "9" * 5000, "digits"),
+    "no format": (".ini", "a", "must end in"),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_what_has_two_meanings_or_none_is_refused(what: str) -> None:
+    kind, text, said = BAD[what]
+    with pytest.raises(ValueError, match=re.escape(said)):
+        loads(text, kind)
+
+
+def test_pairs_of_surrogates_and_plain_values_are_read() -> None:
+    assert loads(r'{"a": "\ud83d\ude00", "b": [1, 2.5, null, true]}') == {"a": "😀", "b": [1, 2.5, None, True]}
+    assert loads("a: {b: [1, x]}\nc: null\n", ".yaml") == {"a": {"b": [1, "x"]}, "c": None}
+
+
+def test_only_regular_files_of_a_known_size_are_read(tmp_path: Path) -> None:
+    """A pipe would wait for ever, and a long file fill the memory."""
+    os.mkfifo(tmp_path / "pipe.json")
+    (tmp_path / "long.json").write_text('{"a": "' + "x" * 1000 + '"}')
+    with pytest.raises(ValueError, match="not a regular file"):
+        load(tmp_path / "pipe.json")
+    with pytest.raises(ValueError, match="has 1,009 bytes, more than 1,000"):
+        load(tmp_path / "long.json", most=1000)
+    assert load(tmp_path / "long.json") == {"a": "x" * 1000}
+
+
+FORM = {"step": range(2**62), "name?": re.compile("[a-z]+"), "files": {str: {"bytes": range(2**62)}}, "sizes": [int], "rate": (float, None)}
+GOOD = {"step": 3, "files": {"a": {"bytes": 4}}, "sizes": [1, -2], "rate": 1, "more": object()}
+
+
+@pytest.mark.parametrize(("change", "said"), {
+    "step=-1": "step is -1, not a whole number from 0", "step=True": "step is True, not a whole number", "step=3.0": "step is 3.0, not",
+    "name=A1": "name is 'A1', not a word like [a-z]+", "files=[]": "files is [], not a mapping",
+    "files={'b': {'bytes': 'x'}}": "files.b.bytes is 'x', not", "files={'b': {}}": "files.b has no bytes",
+    "sizes=[1, None]": "sizes[1] is None, not a whole number", "sizes=3": "sizes is 3, not a list",
+    "rate='x'": "rate is 'x', not a number or null", "rate=1e999": "rate is inf", "rate=True": "rate is True, not a number or null",
+}.items())
+def test_a_value_has_its_form_or_the_place_is_named(change: str, said: str) -> None:
+    key, _, text = change.partition("=")
+    value: Any = text if text[0].isupper() and text not in ("True", "None") else eval(text)
+    assert checked(GOOD, FORM) is GOOD
+    with pytest.raises(ValueError, match="^" + re.escape(said)):
+        checked({**GOOD, key: value}, FORM)
+    with pytest.raises(ValueError, match="it has no step"):
+        checked({k: v for k, v in GOOD.items() if k != "step"}, FORM)
