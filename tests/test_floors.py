@@ -12,7 +12,7 @@ FLOORS: dict[str, tuple[int, str]] = {
     "pipeline": (750, "schedule timeline weighing split"),
     "settings": (750, "command_line config"),
     "plan": (2700, "rules devices layout mesh sizes progress action sums program verify architecture operations checks plan cost show families"),
-    "comm": (1000, "group shared gloo nccl fake late wires"),
+    "comm": (1150, "group shared gloo nccl fake late rendezvous wires"),
     "units": (750, "random unit gate rules actions"),
     "model": (700, "products ops attention decoder"),
     "data": (3500, "files indexed order tokenizer_base tokenizer_tiktoken tokenizers sidecar megatron_order dataset fim splits verify edit "
@@ -25,7 +25,7 @@ FLOORS: dict[str, tuple[int, str]] = {
 PURE = ("base", "pipeline", "settings", "plan")             # no device, no process
 SPINE = 3900                            # lines that a newcomer reads in an afternoon
 SPINE_FILES = ("run/train run/loop run/step run/run run/executor model/decoder model/ops units/unit plan/layout plan/program pipeline/schedule plan/plan "
-               "plan/architecture comm/group comm/shared comm/gloo comm/nccl comm/fake comm/late comm/wires comm/__init__")
+               "plan/architecture comm/group comm/shared comm/gloo comm/nccl comm/fake comm/late comm/rendezvous comm/wires comm/__init__")
 WIDTH = 120
 LIBRARY = sorted((ROOT / "megazero").rglob("*.py"))
 OURS = [*LIBRARY, *sorted((ROOT / "tools").glob("*.py")), *sorted((ROOT / "benchmarks").glob("*.py")), ROOT / "pretrain_gpt.py"]

@@ -6,6 +6,7 @@ one host use memory that they share instead of messages (shared.py).
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -13,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from megazero.comm.group import Done, Line, Several, Stuck, Work, placed
-from megazero.comm.shared import Letter, Memory, supported
+from megazero.comm.shared import CARD, Letter, Memory, supported
 
 Tensor = torch.Tensor
 
@@ -131,10 +132,12 @@ class Gloo(Several):
 
 def _memory(process_group: dist.ProcessGroup, seconds: float) -> Memory | None:
     """Memory shared by all ranks of a group of one host; None where they are on several, or have no such memory."""
-    ranks = dist.get_world_size(process_group)
-    memory = Memory(dist.get_rank(process_group), ranks, seconds) if supported() else None
-    cards = torch.zeros(ranks, 4, dtype=torch.int64)
-    dist.all_gather(list(cards), memory.card() if memory else torch.zeros(4, dtype=torch.int64), process_group)
+    rank, ranks = dist.get_rank(process_group), dist.get_world_size(process_group)
+    memory, card, cards = None, torch.zeros(CARD, dtype=torch.int64), torch.zeros(ranks, CARD, dtype=torch.int64)
+    with suppress(OSError):                                     # no /proc, or not ours
+        memory = Memory(rank, ranks, seconds) if supported() else None
+        card = memory.card() if memory else card
+    dist.all_gather(list(cards), card, process_group)
     met = torch.tensor(bool(memory and memory.meet(cards)), dtype=torch.int64)
     dist.all_reduce(met, dist.ReduceOp.MIN, process_group)
     return memory if met else None

@@ -11,6 +11,7 @@ large enough the file grows. So nobody waits for a reader, and a training step, 
 finds all the slots it needs.
 """
 
+import hashlib
 import mmap
 import os
 import select
@@ -22,6 +23,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
 from functools import partial
+from pathlib import Path
 from typing import BinaryIO
 
 import torch
@@ -30,6 +32,7 @@ Tensor = torch.Tensor
 
 PAGE = mmap.ALLOCATIONGRANULARITY
 ALIGN = 64                      # bytes: a cache line
+NAME, CARD = "megazero", 5      # of our files; numbers that say where one is
 ROOM = 1024                     # letters of one rank to another that may be unread
 # seconds: to ask without a pause, a pause, and a pause once the wait has become long
 SPIN, NAP, NIGHT = 2e-4, 5e-5, 1e-3
@@ -37,6 +40,12 @@ SPIN, NAP, NIGHT = 2e-4, 5e-5, 1e-3
 
 def supported() -> bool:
     return hasattr(os, "memfd_create") and hasattr(os, "pidfd_open")
+
+
+def domain() -> int:
+    """Of this boot and this numbering of processes: in another container a number is another process, or none."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text() + os.readlink("/proc/self/ns/pid")
+    return int.from_bytes(hashlib.sha256(boot.encode()).digest()[:7], "little")
 
 
 @dataclass
@@ -70,7 +79,7 @@ class Memory:
     def __init__(self, rank: int, ranks: int, seconds: float = 600.0) -> None:
         """`seconds`: how long to wait for a reader that is ROOM letters behind."""
         self.rank, self.ranks, self.seconds = rank, ranks, seconds
-        self.own = os.fdopen(os.memfd_create("megazero"), "r+b", buffering=0)
+        self.own = os.fdopen(os.memfd_create(NAME), "r+b", buffering=0)
         self.proof = struct.unpack("qq", os.urandom(16))
         self.own.write(struct.pack("qq", *self.proof))
         self.end = PAGE + _pages(ranks * ROOM * 32)
@@ -80,16 +89,20 @@ class Memory:
         self.peers: dict[int, Peer] = {}
 
     def card(self) -> Tensor:
-        """What the others need to find this rank's file: int64 [4]."""
-        return torch.tensor([os.getpid(), self.own.fileno(), *self.proof])
+        """What the others need to find this rank's file: int64 [CARD]. Raises OSError where there is no telling."""
+        return torch.tensor([domain(), os.getpid(), self.own.fileno(), *self.proof])
 
     def meet(self, cards: Tensor) -> bool:
-        """Opens everyone's file, from the cards [ranks, 4].
-        False if one is out of reach: a rank on another host, say."""
-        for rank, (pid, number, *proof) in enumerate(cards.tolist()):
+        """Opens everyone's file, from the cards [ranks, CARD].
+        False if one is out of reach: a rank on another host, say, or in another container."""
+        for rank, (where, pid, number, *proof) in enumerate(cards.tolist()):
             try:
+                path = f"/proc/{pid}/fd/{number}"
+                # looked at before it is opened: to open somebody's pipe would wait, and to read it would take from it
+                if where != domain() or not os.readlink(path).startswith(f"/memfd:{NAME}"):
+                    return False
                 # open as long as the group is
-                file = open(f"/proc/{pid}/fd/{number}", "r+b", buffering=0)             # noqa: SIM115
+                file = open(path, "r+b", buffering=0)                                   # noqa: SIM115
                 if file.read(16) != struct.pack("qq", *proof):
                     return False
                 self.peers[rank] = Peer(file, _letters(file, self.ranks),

@@ -1,7 +1,5 @@
 """One rank's groups and channels, made once, over the backend that was asked for."""
 
-import os
-import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -15,6 +13,7 @@ from megazero.comm.gloo import Gloo, GlooChannel
 from megazero.comm.group import Alone, Channel, Group, Line
 from megazero.comm.late import Late, LateChannel
 from megazero.comm.nccl import Nccl, NcclChannel
+from megazero.comm.rendezvous import join, unreachable
 from megazero.plan import Coordinates, Mesh
 
 PATIENCE = 6            # times longer than elsewhere do ranks wait for another that writes its part of a checkpoint
@@ -62,25 +61,36 @@ class Wires:
             dist.destroy_process_group()
 
 
-def connect(mesh: Mesh, rank: int, backend: str, seconds: float) -> Wires:
-    """Joins the ranks (as torchrun's environment says) and makes the groups. `gloo+late` wraps gloo for tests."""
+def connect(mesh: Mesh, rank: int, backend: str, seconds: float, words: str = "") -> Wires:
+    """Joins the ranks (as torchrun's environment says) and makes the groups. `gloo+late` wraps gloo for tests.
+    `words`: what all ranks must have in common. Raises UserError where they have not, or one does not come; Stuck where
+    they cannot reach each other."""
     line = Line(rank, seconds)
     kind, _, wrap = backend.partition("+")
     started = kind != "fake" and mesh.world > 1 and not dist.is_initialized()
     if started:
-        dist.init_process_group(kind, timeout=timedelta(seconds=seconds))
+        join(kind, seconds, words)
+    try:
+        groups, channels = _groups(kind, mesh, line), _channels(kind, mesh, line)
+    except RuntimeError as error:
+        raise unreachable(rank, kind, error) from error
+    if wrap == "late":
+        groups = {axis: Late(group) if group.size > 1 else group for axis, group in groups.items()}
+        channels = {key: LateChannel(channel) for key, channel in channels.items()}
+    return Wires(mesh, rank, groups=groups, channels=channels, line=line, backend=kind, late=wrap == "late",
+                 started=started)
+
+
+def _groups(kind: str, mesh: Mesh, line: Line) -> dict[str, Group]:
+    """This rank's groups by axis."""
     made: dict[str, Group] = {}
+    slow = Line(line.rank, PATIENCE * line.seconds, "saving a checkpoint", line.sent)
     for axis, rows in mesh.groups().items():
         for ranks in rows:
-            own = Line(rank, PATIENCE * seconds, "saving a checkpoint", line.sent) if axis == "saved" else line
-            group = _make(kind, axis, ranks, own)
-            if rank in ranks:
-                made[axis] = Late(group) if wrap == "late" and len(ranks) > 1 else group
-    channels = _channels(kind, mesh, line)
-    if wrap == "late":
-        channels = {key: LateChannel(channel) for key, channel in channels.items()}
-    return Wires(mesh, rank, groups=made, channels=channels, line=line, backend=kind, late=wrap == "late",
-                 started=started)
+            group = _make(kind, axis, ranks, slow if axis == "saved" else line)
+            if line.rank in ranks:
+                made[axis] = group
+    return made
 
 
 def _make(kind: str, axis: str, ranks: tuple[int, ...], line: Line) -> Group:
@@ -123,22 +133,3 @@ def _greet(sender: int, receiver: int, rank: int, group: dist.ProcessGroup) -> N
     else:
         dist.recv(message, sender, group)
     torch.cuda.synchronize()
-
-
-def first_to_say(what: str) -> bool:
-    """Is this the first rank of the run to say this?
-    So that a mistake all ranks make, or a failure that spreads, is told once."""
-    if environment()[1] == 1:
-        return True
-    try:
-        host, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
-        socket.create_connection((host, port), timeout=2).close()       # c10d is noisy when nobody is there
-        store = dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=5))
-        return store.add(f"megazero/said/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{what}", 1) == 1
-    except (OSError, RuntimeError, KeyError):           # the store is gone, or not there yet: better twice than never
-        return True
-
-
-def environment() -> tuple[int, int]:
-    """(rank, world size) as torchrun says; (0, 1) without it."""
-    return int(os.environ.get("RANK") or 0), int(os.environ.get("WORLD_SIZE") or 1)

@@ -1,11 +1,11 @@
 """The program: everything that can be wrong is looked for first, then the run is built, started and trained."""
 
+import hashlib
 import json
 import os
 import platform
 import sys
 import traceback
-import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
@@ -13,7 +13,7 @@ from typing import NoReturn
 import torch
 
 from megazero.base import UserError, gib, say
-from megazero.comm import Stuck, connect, environment, first_to_say
+from megazero.comm import Stuck, connect, environment, leave_with_launcher, say_each, say_first
 from megazero.data import Tokenizer, configured_tokenizer
 from megazero.plan import Plan, Progress, checks, describe, flops_per_token, loss_scale, memory, ranks_asked, written
 from megazero.run.feed import Feed, Splits, open_splits
@@ -29,27 +29,21 @@ from megazero.units import TORCH_DTYPE
 def launch(config: Callable[[], Config]) -> NoReturn:
     """Runs the program on this rank. A mistake or a failure is told once, by the rank that met it first;
     exit codes 2 and 1."""
-    rank = environment()[0]
+    leave_with_launcher()
     try:
         main(config())
     except UserError as error:
-        first_to_say("failure")                                 # peers that lose this rank have nothing to add
-        for sentence in error.sentences:
-            if first_to_say(sentence):
-                print(f"error: {sentence}", file=sys.stderr, flush=True)
+        say_each("failure", [f"error: {sentence}" for sentence in error.sentences])
         leave(2)
     except Stuck as error:
-        if first_to_say("failure"):
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        say_first("failure", f"error: {error}")
         leave(1)
     except KeyboardInterrupt:
-        if first_to_say("failure"):
-            print("interrupted: what came after the last checkpoint is lost; "
-                  "--exit-signal-handler saves before it stops", file=sys.stderr, flush=True)
+        say_first("failure", "interrupted: what came after the last checkpoint is lost; --exit-signal-handler saves "
+                             "before it stops")
         leave(130)
     except Exception:
-        if first_to_say("failure"):
-            print(f"rank {rank} failed:\n{traceback.format_exc()}", file=sys.stderr, flush=True)
+        say_first("failure", f"rank {environment()[0]} failed:\n{traceback.format_exc()}")
         leave(1)
     sys.exit(0)
 
@@ -75,7 +69,7 @@ def main(config: Config) -> None:
         assert not (wrong := plan.mistakes()), wrong            # of our own making, or of a file that was looked at
         return
     wires = connect(plan.mesh, rank, "nccl" if device.type == "cuda" else "gloo",
-                    60 * config.parallel.distributed_timeout_minutes)
+                    60 * config.parallel.distributed_timeout_minutes, words=common(plan))
     wish, progress = Wish(config.training), place(config, reader)
     run = Run(plan.going_on(progress.step, progress.samples), device, wires)
     record = recorded(run, tokenizer, reader, progress)
@@ -214,18 +208,20 @@ def leave(code: int) -> NoReturn:
     sys.exit(code)
 
 
+def common(plan: Plan) -> str:
+    """What all ranks must have in common before they are joined: flags and files, told in few letters."""
+    text = json.dumps(flatten(plan.config), sort_keys=True) + written(plan.programs)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
 def same_start(run: Run, step: int) -> None:
-    """Raises UserError unless all ranks found the same checkpoint (-1: none) and the same configuration."""
-    words = zlib.crc32((json.dumps(flatten(run.config), sort_keys=True) + written(run.plan.programs)).encode())
-    told = torch.tensor([step, -step, words, -words], dtype=torch.float64, device=run.device)
-    high, low, one, other = run.wires["world"].all_reduce(told, "max").wait().tolist()
+    """Raises UserError unless all ranks found the same checkpoint (-1: none)."""
+    told = torch.tensor([step, -step], dtype=torch.float64, device=run.device)
+    high, low = run.wires["world"].all_reduce(told, "max").wait().tolist()
     if high != -low:
         first = "none" if low == 1 else f"step {-low:g}"
         raise UserError(f"--load {run.config.checkpoint.load}: ranks do not see the same checkpoint, but {first} to "
                         f"step {high:g}; it must lie on a file system that all of them share.")
-    if one != -other:
-        raise UserError("--config: ranks were started with different flags or files; "
-                        "start all of them with the same command.")
 
 
 def choose_device(config: Config) -> torch.device:

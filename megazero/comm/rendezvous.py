@@ -1,0 +1,197 @@
+"""How the ranks of a run find each other: through a store that torchrun keeps, or rank 0 of ranks that were started by
+hand; and what is told through it once, though many ranks could tell it."""
+
+import os
+import socket
+import sys
+import time
+from collections.abc import Sequence
+from datetime import timedelta
+from threading import Thread
+
+import torch.distributed as dist
+
+from megazero.base import UserError, say
+from megazero.comm.group import Stuck
+
+QUIET = 5.0                 # seconds that a rank waits for others before it says so
+TICKET = 1.0                # seconds that a rank leaves to another that wants to say the same
+
+
+def environment() -> tuple[int, int]:
+    """(rank, world size) as torchrun says; (0, 1) without it."""
+    return int(os.environ.get("RANK") or 0), int(os.environ.get("WORLD_SIZE") or 1)
+
+
+def address() -> tuple[str, int]:
+    """Host and port of the store. Raises UserError."""
+    host, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
+    if not host or not port.isdigit() or not 0 < int(port) < 2**16:
+        raise UserError(f"MASTER_ADDR {host or '(none)'}, MASTER_PORT {port or '(none)'}: ranks cannot meet there; "
+                        "start them with torchrun, and give --master_port a number from 1 to 65535.")
+    return host, int(port)
+
+
+def join(kind: str, seconds: float, words: str) -> None:
+    """Joins all ranks of the run over a backend of torch. `words`: what all of them must have in common. Raises
+    UserError where they have not, or do not come; Stuck where they cannot reach each other."""
+    rank, world = environment()
+    end = time.monotonic() + seconds
+    store = _opened(rank, end)
+    _gathered(store, rank, world, end, words)
+    try:
+        dist.init_process_group(kind, store=store, rank=rank, world_size=world, timeout=timedelta(seconds=seconds))
+    except RuntimeError as error:
+        raise unreachable(rank, kind, error) from error
+
+
+def unreachable(rank: int, kind: str, error: Exception) -> Stuck:
+    return Stuck(f"rank {rank} and its peers cannot reach each other over {kind} ({first_line(error)}); all must be on "
+                 f"one network: {kind.upper()}_SOCKET_IFNAME names it where a host has several")
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:160]
+
+
+def _opened(rank: int, end: float) -> dist.Store:
+    """The store, where keys of this start of the run are apart from those of earlier ones (a restarted rank must not
+    find the addresses of dead ones)."""
+    host, port = address()
+    own = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    if not own:
+        _reach(host, port, rank, end)
+    try:
+        store = dist.TCPStore(host, port, is_master=own, timeout=timedelta(seconds=max(end - time.monotonic(), 1)),
+                              wait_for_workers=False, multi_tenant=own)
+    except RuntimeError as error:
+        why = ("is in use here; choose another with --master_port" if own else
+               "does not answer as a store of torch; is another program there?")
+        raise UserError(f"MASTER_PORT {port}: {why} ({first_line(error)}).") from None
+    return _of_this_start(store)
+
+
+def _of_this_start(store: dist.Store) -> dist.Store:
+    run, start = (os.environ.get(f"TORCHELASTIC_{word}", "") for word in ("RUN_ID", "RESTART_COUNT"))
+    return dist.PrefixStore(f"megazero/{run}/{start}", store)
+
+
+def _reach(host: str, port: int, rank: int, end: float) -> None:
+    """Returns when somebody listens there: torch's own attempts are noisy, and say nothing for minutes."""
+    told = time.monotonic() + QUIET
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=2).close()
+            return
+        except OSError as error:
+            why = error.strerror or first_line(error)
+        if time.monotonic() > end:
+            raise UserError(f"MASTER_ADDR {host}, MASTER_PORT {port}: rank {rank} finds nobody there ({why}); start "
+                            "rank 0 on that host, and let no firewall lie between.")
+        if time.monotonic() > told and os.environ.get("LOCAL_RANK", "0") == "0":
+            say(f"rank {rank}: waiting for somebody at {host}:{port} ({why})")
+            told = end + 1
+        time.sleep(0.2)
+
+
+def _gathered(store: dist.Store, rank: int, world: int, end: float, words: str) -> None:
+    """Returns when all ranks are here. Rank 0 says for whom it waits."""
+    if store.compare_set("words", "", words) != words.encode():
+        store.set("differ", str(rank))
+    store.set(f"here/{rank}", "")
+    if store.add("here", 1) == world:
+        store.set("all", "")
+    wait, told, place = QUIET, False, ":".join(map(str, address()))
+    while not _comes(store, "all", min(wait, end - time.monotonic())):
+        absent = [r for r in range(world) if not store.check([f"here/{r}"])] if rank == 0 else []
+        names = ", ".join(map(str, absent[:8])) + (" ..." if len(absent) > 8 else "")
+        if time.monotonic() > end:
+            missing = f"{len(absent)} of {world} ranks ({names})" if absent else "other ranks"
+            raise UserError(f"--distributed-timeout-minutes: rank {rank} waited at {place} in vain for {missing}; "
+                            "start all of them, at most that long after the first.")
+        if absent and not told:
+            say(f"waiting for {len(absent)} of {world} ranks at {place}: {names}")
+        wait, told = 60.0, True
+    if store.check(["differ"]):
+        raise UserError("--config: ranks were started with different flags or files; start all of them with the same "
+                        "command.")
+
+
+def _comes(store: dist.Store, key: str, seconds: float) -> bool:
+    """Is the key there within this time?"""
+    try:
+        store.wait([key], timedelta(seconds=max(seconds, 0.001)))
+    except RuntimeError:
+        return False
+    return True
+
+
+# ---- what is told once
+
+def say_first(what: str, text: str) -> None:
+    """Tells people something that many ranks may have met: the first one does; where nothing was said a second later
+    (it died, or a stranger took the word) everybody does."""
+    store = _board()
+    if store is None or _first(store, what):
+        print(text, file=sys.stderr, flush=True)
+        _done(store, what)
+
+
+def say_each(what: str, texts: Sequence[str]) -> None:
+    """The same for several sentences of one failure; ranks that lose this one have nothing to add to it."""
+    store = _board()
+    if store is not None:
+        store.add(f"word/{what}", 1)
+    for text in texts:
+        say_first(text, text)
+    _done(store, what)
+
+
+def _board() -> dist.Store | None:
+    """Nobody listens, or not any more: better twice than never."""
+    if environment()[1] == 1:
+        return None
+    try:
+        host, port = address()
+        socket.create_connection((host, port), timeout=2).close()       # c10d is noisy when nobody is there
+        return _of_this_start(dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=5)))
+    except (OSError, RuntimeError, UserError):
+        return None
+
+
+def _first(store: dist.Store, what: str) -> bool:
+    try:
+        if store.add(f"word/{what}", 1) == 1:
+            return True
+        end = time.monotonic() + TICKET
+        while time.monotonic() < end:
+            if store.check([f"said/{what}"]):
+                return False
+            time.sleep(0.02)
+    except RuntimeError:                                        # the store went away meanwhile
+        pass
+    return True
+
+
+def _done(store: dist.Store | None, what: str) -> None:
+    try:
+        if store is not None:
+            store.set(f"said/{what}", "")
+    except RuntimeError:
+        pass
+
+
+def leave_with_launcher() -> None:
+    """A killed torchrun cannot end its ranks: each watches for it, and ends by itself."""
+    launcher = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == launcher:
+            time.sleep(0.5)
+        if os.environ.get("LOCAL_RANK", "0") == "0":
+            say_first("failure", f"error: torchrun (process {launcher}) is gone; its ranks leave. What came after "
+                                 "the last checkpoint is lost.")
+        os._exit(1)
+
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        Thread(target=watch, name="launcher-watch", daemon=True).start()
