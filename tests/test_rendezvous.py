@@ -79,12 +79,12 @@ def ended(pid: int) -> bool:
 def test_a_lost_rank_is_started_again_and_the_run_goes_on_bitwise(tmp_path: Path) -> None:
     """torchrun keeps one store over all starts: the second must not find the addresses of the first."""
     with torchrun(tmp_path / "run") as run:
-        until(lambda: (tmp_path / "run" / "step-00000020").exists())
+        until(lambda: (tmp_path / "run" / "step-00000020" / "index.json").exists())
         os.kill(max(ranks_of(run.pid)), signal.SIGKILL)
         told, _ = run.communicate(timeout=90)
     assert run.returncode == 0, told
     assert told.count("error: ") == 1 and re.search(r"rank 0 gave up .* rank 1 is gone", told), told
-    assert re.search(r"loaded      .*step-000000[2-8]0|loaded .*step-00000100", told) and "done at step 160" in told, told
+    assert re.search(r"loaded +\S+/step-\d+\n", told) and "done at step 160" in told, told
     pool = Pool()
     pool.run(2, train, f"{WORDS} --save {tmp_path / 'whole'}")
     pool.close()
@@ -95,7 +95,7 @@ def test_a_lost_rank_is_started_again_and_the_run_goes_on_bitwise(tmp_path: Path
 
 def test_ranks_of_a_killed_launcher_leave(tmp_path: Path) -> None:
     with torchrun(tmp_path / "run") as run:
-        until(lambda: (tmp_path / "run" / "step-00000020").exists())
+        until(lambda: (tmp_path / "run" / "step-00000020" / "index.json").exists())
         ranks = ranks_of(run.pid)
         run.kill()
         until(lambda: all(map(ended, ranks)), 10)
