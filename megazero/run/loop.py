@@ -2,12 +2,13 @@
 
 import signal
 import time
+from collections.abc import Sequence
 from types import FrameType
 from typing import Any
 
 import torch
 
-from megazero.base import UserError, clock
+from megazero.base import Lease, UserError, clock
 from megazero.data import SampleSource
 from megazero.run.feed import Feed
 from megazero.run.metrics import Metrics
@@ -56,8 +57,9 @@ class Loop:
     """A run from where it is to its end."""
 
     def __init__(self, run: Run, feed: Feed, step: Step, metrics: Metrics, record: Record | None,
-                 wish: Wish) -> None:
-        """`record`: where it is saved, if it is."""
+                 wish: Wish, leases: Sequence[Lease] = ()) -> None:
+        """`record`: where it is saved, if it is. `leases`: on what it writes to; without them it ends."""
+        self.leases = leases
         self.run, self.feed, self.step, self.metrics, self.record, self.wish = run, feed, step, metrics, record, wish
         self.stop_reason = ""
 
@@ -69,6 +71,8 @@ class Loop:
         while at < end and not self.stop_reason:
             self.tell(self.step.start(self.wish.reason))
             at += 1
+            for lease in self.leases:
+                lease.look()
             if self.record is not None:
                 self.record.writer.look()
             if valid is not None and (at % t.eval_interval == 0 or at == end):

@@ -6,14 +6,15 @@ import os
 import platform
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
 import torch
 
-from megazero.base import UserError, gib, say
-from megazero.comm import Stuck, connect, environment, leave_with_launcher, say_each, say_first
+from megazero.base import Lease, UserError, gib, say
+from megazero.comm import Stuck, Wires, connect, environment, leave_with_launcher, say_each, say_first
 from megazero.data import Tokenizer, configured_tokenizer
 from megazero.plan import Plan, Progress, checks, describe, flops_per_token, loss_scale, memory, ranks_asked, written
 from megazero.run.feed import Feed, Splits, open_splits
@@ -70,15 +71,26 @@ def main(config: Config) -> None:
         return
     wires = connect(plan.mesh, rank, "nccl" if device.type == "cuda" else "gloo",
                     60 * config.parallel.distributed_timeout_minutes, words=common(plan))
+    with leased(config, rank) as leases:
+        train(plan, device, wires, tokenizer, splits, reader, leases)
+    wires.close()
+
+
+def train(plan: Plan, device: torch.device, wires: Wires, tokenizer: Tokenizer | None, splits: Splits,
+          reader: Reader | None, leases: Mapping[Path, Lease]) -> None:
+    """Builds the run, starts it and trains it."""
+    config = plan.config
     wish, progress = Wish(config.training), place(config, reader)
+    if leases:
+        nothing_later(config, progress.step)                    # another run may just have ended there
     run = Run(plan.going_on(progress.step, progress.samples), device, wires)
-    record = recorded(run, tokenizer, reader, progress)
+    lease = leases.get(Path(config.checkpoint.save).resolve()) if config.checkpoint.save else None
+    record = recorded(run, tokenizer, reader, progress, lease)
     start(run, splits, reader, record)
     feed, metrics = Feed(run, splits, tokenizer), measured(run, progress)
     step = Step(run, feed.batches, progress)
     with wish:
-        Loop(run, feed, step, metrics=metrics, record=record, wish=wish).train()
-    wires.close()
+        Loop(run, feed, step, metrics=metrics, record=record, wish=wish, leases=[*leases.values()]).train()
 
 
 def programmed(plan: Plan, file: str) -> Plan:
@@ -102,16 +114,43 @@ def look_ahead(plan: Plan, tokenizer: Tokenizer | None) -> tuple[Splits, Reader 
         errors = unfit(reader, plan.architecture, parameters, optimizer, tokenizer)
         if errors:
             raise UserError(*errors)
-    step = place(plan.config, reader).step
-    later = [s for s, _ in complete(Path(k.save)) if s > step] if k.save else []
-    if later and not set_back(plan.config):
-        raise UserError(f"--save {k.save}: holds a checkpoint of step {later[-1]}, beyond step {step} where this run "
-                        f"begins; go on from it with --load {k.save}{' and without --finetune' if k.finetune else ''}, "
-                        "or name a new folder.")
+    nothing_later(plan.config, place(plan.config, reader).step)
     for flag, folder in (("--save", k.save), ("--log-dir", plan.config.logging.log_dir)):
         if folder is not None and not writable(Path(folder)):
             raise UserError(f"{flag} {folder}: is not a folder that can be written to; name another.")
     return splits, reader
+
+
+def nothing_later(config: Config, step: int) -> None:
+    """Raises UserError if what the run would save over goes on beyond the step where it begins."""
+    k = config.checkpoint
+    later = [s for s, _ in complete(Path(k.save)) if s > step] if k.save else []
+    if later and not set_back(config):
+        raise UserError(f"--save {k.save}: holds a checkpoint of step {later[-1]}, beyond step {step} where this run "
+                        f"begins; go on from it with --load {k.save}{' and without --finetune' if k.finetune else ''}, "
+                        "or name a new folder.")
+
+
+@contextmanager
+def leased(config: Config, rank: int) -> Iterator[dict[Path, Lease]]:
+    """The folders that this run writes to, which are rank 0's to guard: nobody else writes there meanwhile. Raises
+    UserError if somebody does. A log that cannot be written is not worth a run."""
+    held: dict[Path, Lease] = {}
+    try:
+        for flag, folder in (("--save", config.checkpoint.save), ("--log-dir", config.logging.log_dir)):
+            if folder is None or rank > 0 or (path := Path(folder).resolve()) in held:
+                continue
+            try:
+                path.mkdir(parents=True, exist_ok=True)
+                held[path] = Lease(path / "lease.json", f"{flag} {folder}")
+            except OSError as error:
+                if flag == "--save":
+                    raise UserError(f"--save {folder}: cannot be written ({error.strerror}); name a folder that can "
+                                    "be.") from None
+        yield held
+    finally:
+        for lease in held.values():
+            lease.close()
 
 
 def room(plan: Plan, rank: int, device: torch.device) -> None:
@@ -136,7 +175,8 @@ def place(config: Config, reader: Reader | None) -> Progress:
     return Progress(fresh) if reader is None or config.checkpoint.finetune else resumed(reader.index["progress"], fresh)
 
 
-def recorded(run: Run, tokenizer: Tokenizer | None, reader: Reader | None, progress: Progress) -> Record | None:
+def recorded(run: Run, tokenizer: Tokenizer | None, reader: Reader | None, progress: Progress,
+             lease: Lease | None) -> Record | None:
     """Where the run is saved, if it is. What it goes on from is there already where it loads from there."""
     p, k = run.plan, run.config.checkpoint
     if k.save is None:
@@ -145,7 +185,7 @@ def recorded(run: Run, tokenizer: Tokenizer | None, reader: Reader | None, progr
               "global_batch_size": p.global_batch}
     facts = about(p.architecture, config=flatten(run.config), optimizer=run.config.optimizer.optimizer, layout=layout,
                   tokenizer=tokenizer, family=reader.index.get("family") if reader is not None else None)
-    writer = Writer(Path(k.save), k.keep_last, k.async_save, run.wires.rank, run.wires["saved"])
+    writer = Writer(Path(k.save), k.keep_last, k.async_save, run.wires.rank, run.wires["saved"], lease)
     there = reader is not None and in_place(run.config) and not k.finetune
     return Record(writer, facts, tokenizer, progress.step if there else -1)
 

@@ -5,9 +5,10 @@
     DIR/tokenizer/                              the tokenizer's files
 
 A file's header says of each tensor which box of which logical tensor it is, and its checksums; the layout of the run
-that wrote it appears nowhere else, so any layout can read what it needs. The index is written last and renamed into
-place: a folder without one was cut short and is ignored. Saving a step that is there already goes to a folder of its
-own (step-00000100.1), so that no save ever takes a good checkpoint apart. Here is how one is read; saving.py writes it.
+that wrote it appears nowhere else, so any layout can read what it needs. The index is written last, and then the folder
+takes its name: what was cut short is called draft-RUN-step-00000100, and a folder without an index is ignored. Saving
+a step that is there already goes to a folder of its own (step-00000100.1), so that no save ever takes a good checkpoint
+apart. Here is how one is read; saving.py writes it.
 """
 
 import json

@@ -1,6 +1,8 @@
-"""How a checkpoint is written: each rank its file, then one of them the index; beside training if asked."""
+"""How a checkpoint is written: each rank its file, then one of them the index, in a folder that bears the run's name
+until all is there and it takes its own; beside training if asked."""
 
 import json
+import secrets
 import shutil
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -10,21 +12,23 @@ from typing import Any
 
 import torch
 
-from megazero.base import UserError, sync, whole
+from megazero.base import Lease, UserError, sync, whole
 from megazero.comm import Alone, Group
 from megazero.plan import Box
 from megazero.state.checkpoint import FORMAT, INDEX, VERSION, Slice, complete, facts, text_checksum
 from megazero.state.tensor_files import Planned, RowSums, header_of, stream
 
 Tensor = torch.Tensor
+DRAFT = "draft"                         # what a checkpoint is called that is not complete: draft-RUN-step-00000100
 
 
 class Writer:
     """Saves to a folder. With `background`, `save` returns when the slices are copied and a thread writes them."""
 
     def __init__(self, folder: Path, keep_last: int | None, background: bool, rank: int = 0,
-                 group: Group | None = None) -> None:
+                 group: Group | None = None, lease: Lease | None = None) -> None:
         """`group` are the ranks that save together (default: this one alone); nothing else may use it meanwhile.
+        `lease`: rank 0's on the folder.
 
         Makes the folder, so that one that cannot be written is told before the first step and not at the first save.
         """
@@ -35,6 +39,7 @@ class Writer:
                             "name a folder that can be written to.") from None
         self.folder, self.keep_last, self.background, self.rank, self.group = (
             folder, keep_last, background, rank, group or Alone())
+        self.lease, self.run = lease, lease.holder.run if lease else secrets.token_hex(4)
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -42,7 +47,7 @@ class Writer:
         """Saves step header["step"].
         Raises UserError when the folder cannot be written; the previous checkpoint stays."""
         self.wait()
-        target = _fresh_folder(self.folder, header["step"])
+        target = self._agreed(header["step"])
         if not self.background:
             self._commit(target, list(slices), header)
             return target
@@ -51,14 +56,26 @@ class Writer:
         self._thread.start()
         return target
 
+    def _agreed(self, step: int) -> Path:
+        """Where all ranks save a step, and under which run's name until it is there: as rank 0 says."""
+        own = [_saves(self.folder, step), int(self.run, 16)] if self.rank == 0 else [0, 0]
+        saves, run = self.group.all_reduce(torch.tensor(own), "max").wait().tolist()
+        self.run = f"{run:08x}"
+        return _folder(self.folder, step, saves)
+
     def _commit(self, target: Path, slices: list[Slice], header: Mapping[str, Any]) -> None:
-        write(target, slices, header, self.rank, self.group)
+        write(target, slices, header, self.rank, self.group, self.run, self._still_ours)
         if self.rank == 0:
             try:
                 prune(self.folder, self.keep_last, target)
             except OSError as error:
                 raise UserError(f"--save {self.folder}: a checkpoint that is not to be kept cannot be removed "
                                 f"({error.strerror}); {target} is complete.") from error
+
+    def _still_ours(self) -> None:
+        if self.lease is not None:
+            self.lease.renew()
+            self.lease.look()
 
     def _write(self, target: Path, slices: list[Slice], header: Mapping[str, Any]) -> None:
         try:
@@ -90,33 +107,37 @@ def on_host(slice_: Slice) -> Tensor:
     return slice_.tensor.detach().to("cpu")
 
 
-def write(folder: Path, slices: Sequence[Slice], header: Mapping[str, Any], rank: int = 0,
-          group: Group | None = None) -> None:
-    """This rank's part of a checkpoint: file, fsync; when all ranks have done that, rank 0 writes the index."""
-    group = group or Alone()
+def write(target: Path, slices: Sequence[Slice], header: Mapping[str, Any], rank: int = 0, group: Group | None = None,
+          run: str = "alone", ready: Callable[[], None] = lambda: None) -> None:
+    """This rank's part of a checkpoint: file, fsync; when all ranks have done that, rank 0 writes the index and gives
+    the folder its name. `ready` is asked before, and raises what stands against it."""
+    group, draft = group or Alone(), target.with_name(f"{DRAFT}-{run}-{target.name}")
     names = [f"rank-{r:05d}.safetensors" for r in range(group.size)]
     try:
         if rank == 0:
-            shutil.rmtree(folder, ignore_errors=True)           # what a save that was cut short left here
-        group.all_reduce(torch.zeros(1)).wait()                 # all have chosen this folder before any writes into it
-        folder.mkdir(parents=True, exist_ok=True)
-        write_file(folder / names[rank], slices, header["step"])
+            for left in [target, *target.parent.glob(f"{DRAFT}-*")]:            # of saves that were cut short
+                shutil.rmtree(left, ignore_errors=True)
+        group.all_reduce(torch.zeros(1)).wait()
+        draft.mkdir(parents=True, exist_ok=True)
+        write_file(draft / names[rank], slices, header["step"])
         group.all_reduce(torch.zeros(1)).wait()
         if rank == 0:
-            write_index(folder, header, names)
+            write_index(draft, header, names)
+            ready()
+            draft.rename(target)
+            sync(target.parent)
         group.all_reduce(torch.zeros(1)).wait()
     except OSError as error:
         with suppress(OSError):
-            if not (folder / INDEX).exists():
-                (folder / names[rank]).unlink(missing_ok=True)  # a full disk has better use for it
-        raise UserError(f"--save {folder}: cannot be written ({error.strerror}); "
+            (draft / names[rank]).unlink(missing_ok=True)       # a full disk has better use for it
+        raise UserError(f"--save {target}: cannot be written ({error.strerror}); "
                         "the checkpoints before it are untouched.") from error
 
 
 def write_alone(folder: Path, slices: Sequence[Slice], header: Mapping[str, Any],
                 load: Callable[[Slice], Tensor]) -> Path:
     """A checkpoint in one file, each tensor loaded when its turn comes; its folder. Raises OSError."""
-    target = _fresh_folder(folder, header["step"])
+    target = _folder(folder, header["step"], _saves(folder, header["step"]))
     shutil.rmtree(target, ignore_errors=True)                   # what was cut short left here
     target.mkdir(parents=True)
     write_file(target / "rank-00000.safetensors", slices, header["step"], load)
@@ -139,7 +160,7 @@ def write_file(path: Path, slices: Sequence[Slice], step: int, load: Callable[[S
 
 
 def write_index(folder: Path, header: Mapping[str, Any], names: Sequence[str]) -> None:
-    """The commit: after the rename the checkpoint exists, before it does not."""
+    """What makes a folder with files a checkpoint."""
     files = {name: facts(folder / name, header_of(folder / name)) for name in names}
     index = {"format": FORMAT, "version": VERSION, **header, "files": files}
     with whole(folder / INDEX) as file:
@@ -147,12 +168,14 @@ def write_index(folder: Path, header: Mapping[str, Any], names: Sequence[str]) -
     sync(folder.parent)
 
 
-def _fresh_folder(folder: Path, step: int) -> Path:
-    """Where to save a step: a folder that holds no complete checkpoint,
-    and comes after those of the same step that do."""
-    name = f"step-{step:08d}"
-    there = [int(path.suffix[1:] or 0) for s, path in complete(folder) if s == step]
-    return folder / (f"{name}.{max(there) + 1}" if there else name)
+def _saves(folder: Path, step: int) -> int:
+    """How often a step has been saved here."""
+    return max((int(path.suffix[1:] or 0) + 1 for s, path in complete(folder) if s == step), default=0)
+
+
+def _folder(folder: Path, step: int, saves: int) -> Path:
+    """Where to save a step that was saved so often before: no save takes a good checkpoint apart."""
+    return folder / (f"step-{step:08d}.{saves}" if saves else f"step-{step:08d}")
 
 
 def set_aside(folder: Path, step: int) -> list[Path]:
