@@ -2,13 +2,14 @@
 
 import os
 import re
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from megazero.base import load
-from megazero.base.strict import checked, loads
+from megazero.base.strict import checked, loads, made
 
 BAD: dict[str, tuple[str, str, str]] = {            # what -> (suffix, text, what is said)
     "a key twice": (".json", '{"a": 1, "b": {"c": 1, "c": 2}}', "key 'c' stands twice"),
@@ -16,6 +17,9 @@ BAD: dict[str, tuple[str, str, str]] = {            # what -> (suffix, text, wha
     "a key twice in TOML": (".toml", "a = 1\na = 2\n", "overwrite"),
     "no number": (".json", '{"a": NaN}', "NaN is not a number"),
     "deep lists": (".json", "[" * 100_000, "nested too deeply"),
+    "not so deep lists": (".json", "[" * 102 + "]" * 102, "nested too deeply"),
+    "YAML that ends on two lines": (".yaml", "a: [1,\n  b: c", "while parsing a flow"),
+    "a strange key twice": (".json", r'{"\u001b[2J": 1, "\u001b[2J": 2}', r"key '\x1b[2J' stands twice"),
     "deep YAML": (".yml", "[" * 5_000, "nested too deeply"),
     "half a character": (".json", r'{"a": "\ud800"}', "is not UTF-8"),
     "an alias": (".yaml", "a: &x [1, 1]\nb: [*x, *x]\n", "line 2 repeats an anchor"),
@@ -50,8 +54,9 @@ def test_only_regular_files_of_a_known_size_are_read(tmp_path: Path) -> None:
     assert load(tmp_path / "long.json") == {"a": "x" * 1000}
 
 
-FORM = {"step": range(2**62), "name?": re.compile("[a-z]+"), "files": {str: {"bytes": range(2**62)}}, "sizes": [int], "rate": (float, None)}
-GOOD = {"step": 3, "files": {"a": {"bytes": 4}}, "sizes": [1, -2], "rate": 1, "more": object()}
+FORM = {"step": range(2**62), "name?": re.compile("[a-z]+"), "files": {str: {"bytes": range(2**62)}}, "sizes": [int], "rate": (float, None),
+        "more": (None, {"a": int})}
+GOOD = {"step": 3, "files": {"a": {"bytes": 4}}, "sizes": [1, -2], "rate": 1, "more": None}
 
 
 @pytest.mark.parametrize(("change", "said"), {
@@ -60,6 +65,7 @@ GOOD = {"step": 3, "files": {"a": {"bytes": 4}}, "sizes": [1, -2], "rate": 1, "m
     "files={'b': {'bytes': 'x'}}": "files.b.bytes is 'x', not", "files={'b': {}}": "files.b has no bytes",
     "sizes=[1, None]": "sizes[1] is None, not a whole number", "sizes=3": "sizes is 3, not a list",
     "rate='x'": "rate is 'x', not a number or null", "rate=1e999": "rate is inf", "rate=True": "rate is True, not a number or null",
+    "rate=10**400": "rate is 1000", "files={'\\x1b[2J': {}}": r"files.\x1b[2J has no bytes", "more={'a': 'b'}": "more.a is 'b', not a whole number",
 }.items())
 def test_a_value_has_its_form_or_the_place_is_named(change: str, said: str) -> None:
     key, _, text = change.partition("=")
@@ -69,3 +75,17 @@ def test_a_value_has_its_form_or_the_place_is_named(change: str, said: str) -> N
         checked({**GOOD, key: value}, FORM)
     with pytest.raises(ValueError, match="it has no step"):
         checked({k: v for k, v in GOOD.items() if k != "step"}, FORM)
+
+
+@dataclass(frozen=True)
+class Point:
+    x: int
+    y: int = 0
+
+
+def test_a_dataclass_is_made_of_fields_that_it_has() -> None:
+    form = {"x": int, "y?": int}
+    assert made(Point, {"x": 1}, form) == Point(1) and made(Point, {"x": 1, "y": 2}, form) == Point(1, 2)
+    for values, said in (({"x": 1, "z": 2}, "the point has z, which is not known here"), ({"y": 1}, "the point has no x"), ({"x": "1"}, "the point.x is '1'")):
+        with pytest.raises(ValueError, match=said):
+            made(Point, values, form, "the point")

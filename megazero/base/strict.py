@@ -6,11 +6,13 @@ import re
 import stat
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from math import isfinite
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+T = TypeVar("T")
 LONGEST = 2**28             # bytes of a file that is read at once: indexes, configurations, tokenizers are far below
+DEEPEST = 100               # levels of lists and mappings: whoever walks or writes the value again has room for them
 
 # What a value must be: a type (float: any finite number), a range of whole numbers, a pattern that a string matches as
 # a whole, [form] for a list, {str: form} for a mapping by names, {"key": form, "key?": form} for known keys (others are
@@ -40,7 +42,7 @@ def loads(text: str | bytes, kind: str = ".json") -> Any:
         raise ValueError("its name must end in .toml, .yaml or .json")
     try:
         plain = text if isinstance(text, str) else text.decode()
-        value = PARSERS[kind](plain)
+        value = _shallow(PARSERS[kind](plain))
         if re.search(r"\\u[dD][89a-fA-F]|\\U0000[dD]", plain):
             json.dumps(value, ensure_ascii=False, default=str).encode()         # half a character stands for none
         return value
@@ -50,11 +52,21 @@ def loads(text: str | bytes, kind: str = ".json") -> Any:
         raise ValueError("is nested too deeply") from None
 
 
+def _shallow(value: Any) -> Any:
+    level = [value]
+    for _ in range(DEEPEST + 1):
+        level = [inner for outer in level if isinstance(outer, (dict, list))
+                 for inner in (outer.values() if isinstance(outer, dict) else outer) if isinstance(inner, (dict, list))]
+    if level:
+        raise ValueError("is nested too deeply")
+    return value
+
+
 def _once(pairs: Sequence[tuple[str, Any]]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for key, value in pairs:
         if key in found:
-            raise ValueError(f"key {key!r} stands twice")
+            raise ValueError(f"key {said(key)} stands twice")
         found[key] = value
     return found
 
@@ -85,7 +97,7 @@ def _yaml(text: str) -> Any:
     try:
         return yaml.load(text, Loader)                          # noqa: S506 (a SafeLoader)
     except (yaml.YAMLError, TypeError) as error:                # TypeError: a key that is a list
-        raise ValueError(str(error)) from None
+        raise ValueError(" ".join(str(error).split())) from None
 
 
 def _toml(text: str) -> Any:
@@ -99,26 +111,36 @@ def _toml(text: str) -> Any:
 PARSERS: Mapping[str, Callable[[str], Any]] = {".json": _json, ".yaml": _yaml, ".yml": _yaml, ".toml": _toml}
 
 
-def checked(value: Any, form: Form) -> Any:
-    """The value, if it has the form. Raises ValueError that names the first place where it has not."""
-    wrong = next(faults(value, form), None)
+def checked(value: Any, form: Form, what: str = "") -> Any:
+    """The value, if it has the form. Raises ValueError that names the first place where it has not, in `what`."""
+    wrong = next(faults(value, form, what), None)
     if wrong:
         raise ValueError(wrong)
     return value
+
+
+def made(kind: type[T], values: Any, form: Form, what: str = "") -> T:
+    """A dataclass of what a file says of its fields. Raises ValueError, also for a field that is not known here."""
+    known = {f.name for f in fields(kind)}  # type: ignore[arg-type]
+    unknown = next((key for key in checked(values, form, what) if key not in known), None)
+    if unknown is not None:
+        raise ValueError(f"{what or 'it'} has {_name(unknown)}, which is not known here")
+    return kind(**values)
 
 
 def faults(value: Any, form: Form, at: str = "") -> Iterator[str]:
     """Where a value has not the form: `files.a.bytes is -3, not a whole number from 0`."""
     if isinstance(form, tuple):
         if all(next(faults(value, one), None) for one in form):
-            yield _sentence(value, form, at)
+            near = next((one for one in form if isinstance(one, type(value))), None)
+            yield from [_sentence(value, form, at)] if near is None else faults(value, near, at)
     elif isinstance(form, Mapping):
         if not isinstance(value, Mapping):
             yield _sentence(value, form, at)
         elif str in form:
             for key, inner in value.items():
                 yield from faults(key, str, f"a key of {at or 'it'}")
-                yield from faults(inner, form[str], f"{at}.{key}".lstrip("."))
+                yield from faults(inner, form[str], f"{at}.{_name(key)}".lstrip("."))
         else:
             for key, inner in form.items():
                 name = key.rstrip("?")
@@ -144,13 +166,22 @@ def _is(value: Any, form: Form) -> bool:
     if isinstance(form, re.Pattern):
         return isinstance(value, str) and form.fullmatch(value) is not None
     if form is float:
-        return isinstance(value, (int, float)) and isfinite(value)
+        return isinstance(value, (int, float)) and abs(value) <= sys.float_info.max
     return isinstance(value, form)
 
 
 def _sentence(value: Any, form: Form, at: str) -> str:
+    return f"{at or 'it'} is {said(value)}, not {_words(form)}"
+
+
+def said(value: Any) -> str:
+    """A stranger's value as a sentence may show it: in quotes if it is text, on one line, not long."""
     shown = repr(value)
-    return f"{at or 'it'} is {shown if len(shown) <= 60 else shown[:57] + '...'}, not {_words(form)}"
+    return shown if len(shown) <= 60 else shown[:57] + "..."
+
+
+def _name(key: Any) -> str:
+    return said(key).strip("'\"")
 
 
 def _words(form: Form) -> str:
