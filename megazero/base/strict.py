@@ -85,10 +85,17 @@ def _yaml(text: str) -> Any:
     class Loader(yaml.SafeLoader):
         """Without aliases: a text of some lines could stand for gigabytes."""
 
+        deep = 0
+
         def compose_node(self, parent: Any, index: Any) -> Any:
             if self.check_event(yaml.AliasEvent):
                 raise ValueError(f"line {self.peek_event().start_mark.line + 1} repeats an anchor; write it out")
-            return super().compose_node(parent, index)
+            self.deep += 1
+            if self.deep > DEEPEST + 1:                         # here already: its scanner is slow in the depth
+                raise ValueError("is nested too deeply")
+            node = super().compose_node(parent, index)
+            self.deep -= 1
+            return node
 
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
             return _once([(self.construct_object(k, deep=True), self.construct_object(v, deep=True))
