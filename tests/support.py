@@ -94,7 +94,7 @@ def kept(run: Run, unit: Unit) -> dict[str, torch.Tensor]:
 def load(run: Run, reader: Reader) -> Progress:
     """Weights and moments of a checkpoint; where it was."""
     record.restore(reader, run.units.values(), run.updater.state)
-    return record.resumed(reader.index["progress"], loss_scale(run.config))
+    return record.resumed(reader.progress, loss_scale(run.config))
 
 
 def header(run: Run, progress: Progress | None = None) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import json
 import os
 import random
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ from support import TINY, built, header, kept, load, named, train
 
 from megazero.base.errors import UserError
 from megazero.plan.layout import Box
+from megazero.plan.progress import Progress, loss_scale
+from megazero.settings.config import Config
 from megazero.state import checkpoint, saving
 from megazero.state.checkpoint import INDEX, Reader, complete, find, owned
 from megazero.state.saving import Writer, write
@@ -63,13 +66,25 @@ def test_slices_of_several_ranks_make_one_tensor(tmp_path: Path) -> None:
     whole = torch.randn(10, 6)
     pieces = [checkpoint.Slice("weight", "w", (10, 6), Box(o, s), whole[Box(o, s).slices].contiguous())
               for o, s in (((0, 0), (4, 6)), ((4, 0), (1, 2)), ((4, 2), (1, 4)), ((5, 0), (5, 6)))]
-    write(tmp_path / "step-00000001", pieces, {"step": 1})
+    words = header(built(f"{TINY} --num-layers 1".replace("--num-layers 2 ", "")))
+    write(tmp_path / "step-00000000", pieces, words)
     reader = Reader(tmp_path)
     assert torch.equal(reader.read("weight", "w"), whole)
     assert torch.equal(reader.read("weight", "w", Box((3, 1), (3, 4))), whole[3:6, 1:5])
-    write(tmp_path / "step-00000002", pieces[:-1], {"step": 2})
-    with pytest.raises(UserError, match="holds 30 of 60 elements of weight/w; load another with --ckpt-step 1"):
-        Reader(tmp_path).read("weight", "w")
+    for number, (wrong, said) in enumerate((
+            (pieces[:-1], "holds 30 of 60 elements of weight/w"), ([*pieces, moved(pieces[0], (6, 0))], "holds 84 of 60 elements of weight/w"),
+            ([moved(pieces[0], (6, 0)), *pieces[1:]], "holds elements of weight/w twice"))):
+        write(tmp_path / f"step-00000000.{number + 1}", wrong, words)
+        with pytest.raises(UserError, match=f"step-00000000.{number + 1}: {said}; load another with --ckpt-step 0"):
+            Reader(tmp_path)
+
+
+def moved(piece: checkpoint.Slice, offset: tuple[int, ...]) -> checkpoint.Slice:
+    return replace(piece, box=Box(offset, piece.box.size))
+
+
+def at(step: int) -> Progress:
+    return Progress(loss_scale(Config()), step, step)
 
 
 def test_keep_last_and_saving_a_step_again(tmp_path: Path) -> None:
@@ -77,12 +92,12 @@ def test_keep_last_and_saving_a_step_again(tmp_path: Path) -> None:
     assert [s for s, _ in complete(tmp_path)] == [4, 5]
     run = built(f"{TINY} --seed 7")
     slices = [s for u in run.units.values() for s in owned(u.flat, u.low, kept(run, u))]
-    Writer(tmp_path, None, False).save(slices, header(run) | {"step": 5})
+    Writer(tmp_path, None, False).save(slices, header(run, at(5)))
     assert [p.name for _, p in complete(tmp_path)] == ["step-00000004", "step-00000005.1"], "the same step again goes beside, then replaces"
     assert Reader(tmp_path).index["config"]["seed"] == 7
-    Writer(tmp_path, None, False).save(slices, header(run) | {"step": 5, "third": True})
+    Writer(tmp_path, None, False).save(slices, header(run, at(5)) | {"third": True})
     assert Reader(tmp_path).index["third"] and [s for s, _ in complete(tmp_path)] == [4, 5], "the last saved counts, however often"
-    Writer(tmp_path, 1, False).save(slices, header(run) | {"step": 2})
+    Writer(tmp_path, 1, False).save(slices, header(run, at(2)))
     assert [step for step, _ in complete(tmp_path)] == [2, 5], "what was just saved stays"
 
 

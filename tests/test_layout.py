@@ -9,7 +9,7 @@ import torch
 from support import SHAPES, TINY, resolved
 
 from megazero.plan.architecture import units
-from megazero.plan.layout import ALIGN, Box, Cut, Parameter, boxes, cuts, divisible, flat, intersect, shard
+from megazero.plan.layout import ALIGN, Box, Cut, Parameter, boxes, cuts, divisible, flat, intersect, shard, tiles
 from megazero.plan.mesh import Mesh
 
 
@@ -38,6 +38,27 @@ def test_intersect_is_the_common_elements() -> None:
         if common:
             mark[common.slices] = True
         assert (mark == both).all(), (a, b)
+
+
+def test_boxes_tile_a_tensor_if_each_element_is_in_one() -> None:
+    """Of pieces that do, and of the same with one changed, doubled or lost."""
+    rng, seen = random.Random(3), set()
+    for _ in range(1500):
+        shape = tuple(rng.randint(1, 5) for _ in range(rng.randint(1, 4)))
+        edges = sorted({0, prod(shape), *(rng.randint(0, prod(shape)) for _ in range(3))})
+        parts = [box for a, b in zip(edges, edges[1:], strict=False) for box in boxes(shape, a, b)]
+        for _ in range(rng.choice((0, 0, 1, 1, 2))):
+            some = rng.choice(parts)
+            parts.remove(some)
+            parts += rng.choice(([], [some, some], [some.moved(tuple(rng.randint(-1, 1) for _ in shape))]))
+            parts = [p for p in parts if min(p.offset) >= 0] or [some]
+        count = np.zeros(tuple(n + 2 for n in shape), int)
+        for part in parts:
+            count[part.slices] += 1
+        right = count[tuple(slice(n) for n in shape)].min() == 1 and count.sum() == prod(shape)
+        assert tiles(shape, parts) == right, (shape, parts)
+        seen.add((right, sum(p.numel for p in parts) == prod(shape)))
+    assert len(seen) == 3, "some are wrong though their sizes add up"
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -97,7 +97,7 @@ def test_a_run_remembers_the_family_its_weights_came_from(tmp_path: Path) -> Non
 
 def test_a_loss_scale_goes_on_by_the_rule_of_now() -> None:
     then = LossScale(8.0, 1.0, 1000, 3, constant=False, good=5, bad=2)
-    saved = {"step": 9, "applied": 7, "samples": 18, "skipped_in_a_row": 1, "loss_scale": vars(then)}
+    saved = Progress(then, 9, 7, 18, 1)
     now = LossScale(64.0, 16.0, 10, 2, constant=False)
     assert resumed(saved, now) == Progress(LossScale(16.0, 16.0, 10, 2, False, good=5, bad=1), 9, 7, 18, 1)
     still = LossScale(4.0, 1.0, 10, 2, constant=True)

@@ -16,6 +16,7 @@ BAD: dict[str, tuple[str, str, str]] = {            # what -> (suffix, text, wha
     "a key twice in YAML": (".yaml", "a:\n  b: 1\n  b: 2\n", "key 'b' stands twice"),
     "a key twice in TOML": (".toml", "a = 1\na = 2\n", "overwrite"),
     "no number": (".json", '{"a": NaN}', "NaN is not a number"),
+    "too large a number": (".json", '{"a": 1e999}', "1e999 is not a number"),
     "deep lists": (".json", "[" * 100_000, "nested too deeply"),
     "not so deep lists": (".json", "[" * 102 + "]" * 102, "nested too deeply"),
     "YAML that ends on two lines": (".yaml", "a: [1,\n  b: c", "while parsing a flow"),

@@ -51,7 +51,7 @@ def main() -> None:
         raise UserError(f"--prompt {s.prompt!r}: is empty, and this tokenizer has no token that starts a document; "
                         "give some text.")
     decoder = build_from_checkpoint(reader, device=torch.device(
-        "cuda" if s.device != "cpu" and torch.cuda.is_available() else "cpu"))
+        "cuda" if s.device != "cpu" and torch.cuda.is_available() else "cpu"), longest=len(ids) + s.max_new_tokens)
     if max(ids) >= decoder.a.vocab_size:
         raise UserError(f"--prompt: holds token {max(ids)}, this model knows {decoder.a.vocab_size}; "
                         "write the prompt without it.")

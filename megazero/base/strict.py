@@ -75,8 +75,12 @@ def _no_number(word: str) -> Any:
     raise ValueError(f"{word} is not a number in JSON")
 
 
+def _finite(digits: str) -> float:
+    return float(digits) if abs(float(digits)) <= sys.float_info.max else _no_number(digits[:60])
+
+
 def _json(text: str) -> Any:
-    return json.loads(text, object_pairs_hook=_once, parse_constant=_no_number)
+    return json.loads(text, object_pairs_hook=_once, parse_constant=_no_number, parse_float=_finite)
 
 
 def _yaml(text: str) -> Any:

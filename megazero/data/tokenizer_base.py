@@ -1,7 +1,7 @@
 """What every tokenizer can do, and what their files have in common."""
 
 import hashlib
-import json
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -11,8 +11,11 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from megazero.base import UserError
+from megazero.base import Form, UserError, load
 
+# what `identity` says of a tokenizer
+IDENTITY: Form = {"type": re.compile(r"\w{1,60}"), "vocab_size": range(1, 2**31), "eod": (None, range(2**31)),
+                  "files": {str: re.compile("[0-9a-f]{64}")}}
 END_OF_TEXT = "<|endoftext|>"
 USUAL_ENDS = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "[EOS]")
 
@@ -78,6 +81,6 @@ def existing(flag: str, path: str, what: str, folder: bool = False) -> Path:
 def tokenizer_json(flag: str, path: Path) -> Any:
     """What a JSON file holds. Raises UserError."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        return load(path, object)
+    except (OSError, ValueError) as error:
         raise UserError(f"{flag} {path}: is not valid JSON ({error}).") from None

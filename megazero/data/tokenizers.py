@@ -16,14 +16,16 @@ No tokenizer but Megatron's Llama2Tokenizer adds anything of its own to a text: 
 A library is imported by the type that needs it.
 """
 
+import hashlib
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from megazero.base import UserError
+from megazero.base import UserError, read_bytes, said
 from megazero.data.tokenizer_base import END_OF_TEXT, USUAL_ENDS, Tokenizer, existing, flattened, tokenizer_json
 from megazero.data.tokenizer_tiktoken import TiktokenTokenizer
 
@@ -238,17 +240,36 @@ def build_tokenizer(
 def load_tokenizer(identity: Mapping[str, Any], folder: str | Path) -> Tokenizer:
     """The tokenizer whose `identity()` and `files()` were kept, the files in `folder`.
     Raises UserError if they have changed."""
-    cls, at = TYPES[identity["type"]], Path(folder)
+    cls, at = TYPES.get(identity["type"]), Path(folder)
+    if cls is None:
+        raise UserError(f"{at}: is of type {identity['type']}, which is not known here; "
+                        "load it with the version that wrote it.")
+    kept = kept_files(identity, at)
     flags: dict[str, Any] = {flag: str(at / name) for flag, name in cls.needs.items()}
     if "vocab_size" in flags:
         flags["vocab_size"] = identity["eod"]                 # NullTokenizer's ids end where its end of document stands
     tokenizer = build_tokenizer(identity["type"], **flags)
-    now = tokenizer.identity()["files"]
-    changed = [name for name, digest in identity["files"].items() if now.get(name) != digest]
-    if changed:
-        raise UserError(f"{at / changed[0]}: is not the tokenizer file that was kept here (another sha256); "
-                        "restore it.")
+    more = [name for name in tokenizer.files() if name not in kept]
+    if more:
+        raise UserError(f"{at / more[0]}: is no file of the tokenizer that was kept here; remove it.")
+    if (tokenizer.vocab_size, tokenizer.eod) != (identity["vocab_size"], identity["eod"]):
+        raise UserError(f"{at}: is not the tokenizer that was kept here (other ids); restore it.")
     return tokenizer
+
+
+def kept_files(identity: Mapping[str, Any], folder: Path) -> dict[str, Path]:
+    """The files of a tokenizer that were kept in a folder, each as it was. Raises UserError."""
+    for name, digest in identity["files"].items():
+        if not re.fullmatch(r"\w[\w.-]{0,99}", name):
+            raise UserError(f"{folder}: cannot hold a tokenizer's file {said(name)}; load another checkpoint.")
+        try:
+            found = hashlib.sha256(read_bytes(folder / name)).hexdigest()
+        except (OSError, ValueError) as error:
+            raise UserError(f"{folder / name}: cannot be read ({error}); restore it.") from None
+        if found != digest:
+            raise UserError(f"{folder / name}: is not the tokenizer file that was kept here (another sha256); "
+                            "restore it.")
+    return {name: folder / name for name in identity["files"]}
 
 
 def same_tokenizer(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:

@@ -8,12 +8,12 @@ from megazero.plan.devices import device_of
 from megazero.plan.families import (
     Family, Row, architecture_of, family_of, flags, from_config, obstacles, rows, shapes, to_config, zeros)
 from megazero.plan.layout import (
-    Box, Flat, Operand, OperandSpec, Parameter, Piece, Shape, Shard, UnitSpec, cuts, flat, intersect)
+    Box, Flat, Operand, OperandSpec, Parameter, Piece, Shape, Shard, UnitSpec, cuts, flat, intersect, tiles)
 from megazero.plan.mesh import Coordinates, Mesh, all_reduce_bytes
 from megazero.plan.operations import flops_per_token
 from megazero.plan.plan import Plan, resolve
 from megazero.plan.program import Part
-from megazero.plan.progress import LossScale, Progress, loss_scale
+from megazero.plan.progress import LossScale, Progress, loss_scale, progress_of
 from megazero.plan.rules import GROUPS, RULES
 from megazero.plan.show import describe
 from megazero.plan.sizes import Sizes, ranks_asked

@@ -6,9 +6,12 @@
     loss = cross_entropy(norm(x) outputT)                     unit `head`; a tied output is unit `embedding` again
 """
 
-from dataclasses import dataclass, replace
+import re
+from collections.abc import Iterator
+from dataclasses import MISSING, dataclass, fields, replace
 from math import prod, sqrt
 
+from megazero.base import Form
 from megazero.plan.layout import Cut, OperandSpec, Parameter, UnitSpec, ragged_rows
 from megazero.plan.program import Part
 from megazero.settings import Config, Model
@@ -63,6 +66,39 @@ class Architecture:
     def gated(self) -> bool:
         return self.activation == "swiglu"
 
+
+# ---- what strangers say of one
+
+SIZE = range(1, 2**31)
+ROTARY: Form = {"base": float, "channels": range(2, 2**31, 2), "scaling?": (None, [float])}
+FIELDS: dict[str, Form] = {             # each field's form
+    "layers": range(1, 10**5 + 1), "hidden": SIZE, "ffn": SIZE, "heads": SIZE, "kv_heads": SIZE, "head_dim": SIZE,
+    "seq_length": SIZE, "vocab_size": SIZE, "learned_positions": range(2**31), "rotary": (None, ROTARY),
+    "norm": re.compile("LayerNorm|RMSNorm"), "epsilon": float, "activation": re.compile("gelu|gelu_tanh|relu2|swiglu"),
+    "bias": bool, "qkv_bias": bool, "qk_norm": bool, "tied": bool, "init_std": float, "attention_dropout": float,
+    "hidden_dropout": float, "pad_rows": SIZE}
+ARCHITECTURE: Form = {f.name + ("" if f.default is MISSING else "?"): FIELDS[f.name] for f in fields(Architecture)}
+
+
+def impossible(a: Architecture) -> Iterator[str]:
+    """Why no decoder can be like this, though each of its fields has the form."""
+    if a.heads % a.kv_heads:
+        yield f"its {a.heads} heads cannot share {a.kv_heads} key-value heads"
+    if 0 < a.learned_positions < a.seq_length:
+        yield f"its sequences of {a.seq_length} have {a.learned_positions} positions"
+    if a.epsilon <= 0 or a.init_std < 0 or not (0 <= a.attention_dropout < 1 and 0 <= a.hidden_dropout < 1):
+        yield "its epsilon is not above 0, its deviation below 0, or a dropout not at least 0 and below 1"
+    if a.rotary and not (a.rotary.base > 0 and a.rotary.channels % 2 == 0 and a.rotary.channels <= a.head_dim):
+        yield f"its heads of {a.head_dim} cannot turn {a.rotary.channels} channels on the base {a.rotary.base:g}"
+    if a.rotary and a.rotary.scaling is not None and not _stretches(a.rotary.scaling):
+        yield "its rotary scaling is not a factor, a low and a higher frequency, and a length, all above 0"
+
+
+def _stretches(scaling: tuple[float, ...]) -> bool:
+    return len(scaling) == 4 and min(scaling) > 0 and scaling[1] < scaling[2]
+
+
+# ---- what a configuration says
 
 def architecture(config: Config, vocab_size: int) -> Architecture:
     """The decoder a configuration asks for. A size that nobody gives is 0: checks() tells it."""

@@ -9,13 +9,12 @@ Architecture -> config.json -> Architecture must give the same, and the rows mus
 """
 
 from collections.abc import Mapping
-from dataclasses import MISSING, asdict, dataclass, fields
-from typing import Any, NamedTuple, TypeVar
+from dataclasses import asdict, dataclass, replace
+from typing import Any, NamedTuple
 
-from megazero.base import UserError
-from megazero.plan.architecture import FREE, Architecture, Rotary, units
+from megazero.base import Form, UserError, checked, faults, made, said
+from megazero.plan.architecture import ARCHITECTURE, FIELDS, FREE, SIZE, Architecture, Rotary, impossible, units
 
-T = TypeVar("T")
 REQUIRED = object()                     # a key that config.json must have
 
 
@@ -150,18 +149,20 @@ def to_config(a: Architecture, family: Family) -> dict[str, Any]:
 
 def from_config(config: Mapping[str, Any]) -> tuple[Architecture, Family]:
     """The architecture that a config.json describes. Raises UserError for what this decoder cannot be."""
-    try:
-        return _from_config(config)
-    except (TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"config.json: holds a value of the wrong kind ({error}); fetch it again.") from None
+    found, family = _from_config(config)
+    wrong = [*faults({**asdict(found), "rotary": None}, ARCHITECTURE), *impossible(found)]
+    if wrong:
+        raise UserError(f"config.json: is a model that cannot be: {'; '.join(wrong)}.")
+    return found, family
 
 
 def _from_config(config: Mapping[str, Any]) -> tuple[Architecture, Family]:
-    family = FAMILIES.get(config.get("model_type", ""))
+    """The same, of numbers that may not go together."""
+    family = FAMILIES.get(str(config.get("model_type")))
     if family is None:
-        raise UserError(f"config.json: model_type {config.get('model_type')} is not known here; "
+        raise UserError(f"config.json: model_type {_word(config.get('model_type'))} is not known here; "
                         f"there are {', '.join(FAMILIES)}.")
-    errors = [f"config.json: {k} is {config[k]}, this decoder has {v}; such a model cannot be imported."
+    errors = [f"config.json: {k} is {said(config[k])}, this decoder has {v}; such a model cannot be imported."
               for k, v in family.only.items() if config.get(k, v) != v]
     values: dict[str, Any] = {"pad_rows": 128}
     for field in family.fields:
@@ -175,6 +176,10 @@ def _from_config(config: Mapping[str, Any]) -> tuple[Architecture, Family]:
     return Architecture(**values), family
 
 
+def _word(value: Any) -> str:
+    return value if isinstance(value, str) and value.isidentifier() and len(value) < 40 else said(value)
+
+
 def _value(config: Mapping[str, Any], field: Field, values: Mapping[str, Any], errors: list[str]) -> Any:
     """One field of ours, checked; appends what is wrong with it."""
     if field.ours == "rotary":
@@ -185,18 +190,17 @@ def _value(config: Mapping[str, Any], field: Field, values: Mapping[str, Any], e
     if value is REQUIRED:
         errors.append(f"config.json: {field.theirs} is missing.")
         return 1
-    if field.words is not None and value not in field.words:
-        errors.append(f"config.json: {field.theirs} {value} is not known here; there are {', '.join(field.words)}.")
-        return value
-    kind = {f.name: f.type for f in fields(Architecture)}[field.ours]
-    if kind is int and not (type(value) is int and (value > 0 or field.ours == "learned_positions")):
-        errors.append(f"config.json: {field.theirs} {value!r} must be a whole number greater than 0.")
-        return 1
-    if kind is bool and type(value) is not bool and not field.words:
-        errors.append(f"config.json: {field.theirs} {value!r} must be true or false.")
-    if field.words:
+    if field.words is not None:
+        if not isinstance(value, str) or value not in field.words:
+            errors.append(f"config.json: {field.theirs} {_word(value)} is not known here; "
+                          f"there are {', '.join(field.words)}.")
+            return value
         return field.words[value]
-    return float(value) if kind is float else value
+    wrong = [f"config.json: {fault}." for fault in faults(value, FIELDS[field.ours], field.theirs)]
+    errors += wrong
+    if wrong:
+        return 1
+    return float(value) if FIELDS[field.ours] is float else value
 
 
 def _rope_to_config(rotary: Rotary) -> dict[str, Any]:
@@ -207,21 +211,28 @@ def _rope_to_config(rotary: Rotary) -> dict[str, Any]:
             "rope_parameters": {"rope_theta": rotary.base, **(scaling or {"rope_type": "default"})}}
 
 
+ROPE: Form = {"rope_theta?": float, "rope_type?": str, "type?": str}
+ROPES: Form = {"rope_scaling?": (None, ROPE), "rope_parameters?": (None, ROPE), "rope_theta?": (None, float)}
+SCALING: Form = {"factor": float, "low_freq_factor": float, "high_freq_factor": float,
+                 "original_max_position_embeddings": SIZE}
+
+
 def _rope_from_config(config: Mapping[str, Any], channels: int, errors: list[str]) -> Rotary:
-    said = {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
-    base, kind = (float(said.get("rope_theta", config.get("rope_theta", 10000.0))),
-                  said.get("rope_type", said.get("type", "default")))
-    try:
-        scaling = (float(said["factor"]), float(said["low_freq_factor"]), float(said["high_freq_factor"]),
-                   int(said["original_max_position_embeddings"])) if kind == "llama3" else None
-    except KeyError as missing:
-        errors.append(f"config.json: rope_parameters: {missing.args[0]} is missing.")
-        scaling = None
-    if not base > 0:
-        errors.append(f"config.json: rope_theta {base:g} must be greater than 0.")
-    if kind not in ("default", "llama3"):
-        errors.append(f"config.json: rope_parameters: rope_type {kind} is not known here; there are default, llama3.")
-    return Rotary(base, channels, scaling)
+    """Both forms; appends what is wrong with it."""
+    wrong = list(faults(config, ROPES))
+    told = {} if wrong else {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
+    base, kind = (told.get("rope_theta", config.get("rope_theta") or 10000.0),
+                  told.get("rope_type", told.get("type", "default")))
+    if kind == "llama3":
+        wrong += faults(told, SCALING, "rope_parameters")
+    elif kind != "default":
+        wrong.append(f"rope_parameters: rope_type {_word(kind)} is not known here; there are default, llama3")
+    errors += [f"config.json: {fault}." for fault in wrong]
+    if wrong:
+        return Rotary(1.0, channels)
+    scaling = (float(told["factor"]), float(told["low_freq_factor"]), float(told["high_freq_factor"]),
+               told["original_max_position_embeddings"]) if kind == "llama3" else None
+    return Rotary(float(base), channels, scaling)
 
 
 # ---- which family, which rows
@@ -247,7 +258,8 @@ def zeros(name: str, ours: Mapping[str, tuple[int, ...]]) -> tuple[int, ...] | N
 def obstacles(a: Architecture, family: Family) -> list[str]:
     """What keeps this family from expressing this architecture exactly;
     biases it has beyond the model's are no obstacle."""
-    back, ours = from_config(to_config(a, family))[0], shapes(a)
+    a = replace(a, layers=1)                                    # one is like the other
+    back, ours = _from_config(to_config(a, family))[0], shapes(a)
     theirs = [name for row in rows(a, family) for name in row.ours]
     said = asdict(a)
     different = [f"{k.replace('_', ' ')} is {said[k]}, {family.model_type} has {v}" for k, v in asdict(back).items()
@@ -270,25 +282,22 @@ def family_of(a: Architecture) -> Family:
                     f"{'; '.join(nearest)}.")
 
 
-def architecture_of(values: Mapping[str, Any]) -> Architecture:
+def architecture_of(values: Any) -> Architecture:
     """The architecture that a checkpoint's index holds (`asdict`, after JSON made lists of tuples). A field that is not
-    there is what it was before there was one: its default. Raises UserError for fields that are not known here."""
-    rotary = values.get("rotary")
-    if rotary is not None:
-        rotary = _made(Rotary, {k: tuple(v) if isinstance(v, list) else v for k, v in rotary.items()})
-    return _made(Architecture, {**values, "rotary": rotary})
-
-
-def _made(kind: type[T], values: Mapping[str, Any]) -> T:
-    """A dataclass from the values that an index holds of it. Raises UserError."""
-    known = {f.name: f.default is MISSING for f in fields(kind)}  # type: ignore[arg-type]
-    unknown = [k for k in values if k not in known]
-    missing = [k for k, needed in known.items() if needed and k not in values]
-    if unknown or missing:
-        what = f"has {', '.join(unknown)}, which is not known here" if unknown else f"has no {', '.join(missing)}"
-        raise UserError(f"--load: the checkpoint's {kind.__name__.lower()} {what}; "
-                        "load it with the version that wrote it.")
-    return kind(**values)
+    there is what it was before there was one: its default. Raises UserError for fields that are not known here or
+    cannot be."""
+    what = "the checkpoint's architecture"
+    try:
+        rotary = checked(values, ARCHITECTURE, what).get("rotary")
+        if rotary is not None:
+            plain = {k: tuple(v) if isinstance(v, list) else v for k, v in rotary.items()}
+            rotary = made(Rotary, plain, {}, "the checkpoint's rotary")
+        found = made(Architecture, {**values, "rotary": rotary}, {}, what)
+    except ValueError as error:
+        raise UserError(f"--load: {error}; load it with the version that wrote it.") from None
+    for wrong in impossible(found):
+        raise UserError(f"--load: {what} cannot be: {wrong}; load another checkpoint.")
+    return found
 
 
 def flags(a: Architecture) -> dict[str, Any]:

@@ -9,9 +9,11 @@ of a unit (a transformer block, an embedding) lie in one `Flat` buffer:
             ^ 0 matrices, then tables                      ^ vectors                              ^ size
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import product
 from math import ceil, prod
 from typing import NamedTuple
 
@@ -49,6 +51,16 @@ def intersect(a: Box, b: Box) -> Box | None:
     high = tuple(min(i + n, j + m) for i, n, j, m in zip(a.offset, a.size, b.offset, b.size, strict=True))
     return (Box(low, tuple(h - o for o, h in zip(low, high, strict=True)))
             if all(o < h for o, h in zip(low, high, strict=True)) else None)
+
+
+def tiles(shape: Shape, parts: Iterable[Box]) -> bool:
+    """Do these boxes hold each element of the tensor exactly once? In time linear in their number: the corners of a
+    box, with signs that alternate along each edge, say all of it, and corners of boxes side by side cancel."""
+    left: Counter[Shape] = Counter()
+    for sign, box in ((-1, Box((0,) * len(shape), shape)), *((1, box) for box in parts)):
+        for corner in product(*(((o, 1), (o + n, -1)) for o, n in zip(box.offset, box.size, strict=True))):
+            left[tuple(at for at, _ in corner)] += sign * prod(s for _, s in corner)
+    return not any(left.values())
 
 
 def boxes(shape: Shape, start: int, stop: int) -> Iterator[Box]:

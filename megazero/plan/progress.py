@@ -3,8 +3,12 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
+from megazero.base import Form, checked, made
 from megazero.settings import Config
+
+COUNT = range(2**53)
 
 FALLS: dict[str, Callable[[float], float]] = {          # how much is left of a rate when this part of its fall is over
     "linear": lambda part: 1 - part,
@@ -96,6 +100,12 @@ def loss_scale(config: Config) -> LossScale:
     return LossScale(value, p.min_loss_scale, p.loss_scale_window, p.hysteresis, constant)
 
 
+# what an index must say of it
+SCALE: Form = {"value": float, "minimum": float, "window": range(1, 2**53), "hysteresis": range(1, 2**53),
+               "constant": bool, "good?": COUNT, "bad?": COUNT}
+PROGRESS: Form = {"step": COUNT, "applied": COUNT, "samples": COUNT, "skipped_in_a_row?": COUNT, "loss_scale": SCALE}
+
+
 @dataclass(frozen=True)
 class Progress:
     """Where a run is. `step` counts all steps, `applied` those that changed the weights;
@@ -110,3 +120,15 @@ class Progress:
     def after(self, finite: bool, samples: int) -> "Progress":
         return Progress(self.loss_scale.after(finite), self.step + 1, self.applied + finite, self.samples + samples,
                         0 if finite else self.skipped_in_a_row + 1)
+
+
+def progress_of(values: Any) -> Progress:
+    """The progress that a checkpoint's index holds, as `asdict` made it. Raises ValueError."""
+    checked(values, PROGRESS, "progress")
+    scale = made(LossScale, values["loss_scale"], SCALE, "progress.loss_scale")
+    found = made(Progress, {**values, "loss_scale": scale}, {}, "progress")
+    if found.applied + found.skipped_in_a_row > found.step:
+        raise ValueError(f"progress.step is {found.step}, less than the steps that were applied and skipped")
+    if scale.value <= 0 or scale.minimum <= 0:
+        raise ValueError("progress.loss_scale has a value that is not greater than 0")
+    return found

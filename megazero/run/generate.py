@@ -1,6 +1,7 @@
 """Text from a checkpoint: the decoder is built from the index alone, then asked for one token after the other."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 
 import torch
 
@@ -8,20 +9,23 @@ from megazero.base import UserError
 from megazero.comm import Alone
 from megazero.data import Tokenizer, load_tokenizer
 from megazero.model import Batch, Decoder
-from megazero.plan import architecture_of, flat, head_chunk, units
+from megazero.plan import flat, head_chunk, units
 from megazero.state import Reader, mismatches, restore
 from megazero.units import TORCH_DTYPE, Unit
 
 Tensor = torch.Tensor
 
 
-def build_from_checkpoint(reader: Reader, dtype: str = "fp32", device: torch.device | None = None) -> Decoder:
-    """The decoder of a checkpoint with its weights, on one device, for logits and not for training."""
-    a, device = architecture_of(reader.index["architecture"]), device or torch.device("cpu")
-    built = {spec.name: Unit(flat(spec), TORCH_DTYPE[dtype], device, trained=False) for spec in units(a)}
+def build_from_checkpoint(reader: Reader, dtype: str = "fp32", device: torch.device | None = None,
+                          longest: int | None = None) -> Decoder:
+    """The decoder of a checkpoint with its weights, on one device, for logits and not for training: of `longest` tokens
+    at most, where that is less than it was trained on. Nothing is made before its sizes are those of the files."""
+    then, device = reader.architecture, device or torch.device("cpu")
+    a = replace(then, seq_length=min(then.seq_length, longest or then.seq_length), pad_rows=1)
     errors = mismatches(reader, [p for spec in units(a) for p in spec.parameters], ("weight",))
     if errors:
         raise UserError(*errors)
+    built = {spec.name: Unit(flat(spec), TORCH_DTYPE[dtype], device, trained=False) for spec in units(a)}
     restore(reader, built.values(), {})
     return Decoder(a, built, Alone(), seed=0, recompute="none", device=device, chunk=head_chunk(a, 1))
 

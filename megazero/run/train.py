@@ -172,7 +172,7 @@ def room(plan: Plan, rank: int, device: torch.device) -> None:
 def place(config: Config, reader: Reader | None) -> Progress:
     """Where a run begins: where a checkpoint ends, or at its own beginning."""
     fresh = loss_scale(config)
-    return Progress(fresh) if reader is None or config.checkpoint.finetune else resumed(reader.index["progress"], fresh)
+    return Progress(fresh) if reader is None or config.checkpoint.finetune else resumed(reader.progress, fresh)
 
 
 def recorded(run: Run, tokenizer: Tokenizer | None, reader: Reader | None, progress: Progress,

@@ -16,17 +16,28 @@ import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, prod
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from megazero.base import UserError
-from megazero.plan import Box, Flat, Parameter, Piece, intersect
-from megazero.state.tensor_files import Stored, checksums, contents, header_of
+from megazero.base import Form, UserError, checked, load, loads, said
+from megazero.data import IDENTITY
+from megazero.plan import Box, Flat, Parameter, Piece, architecture_of, intersect, progress_of, tiles
+from megazero.state.tensor_files import CODES, Stored, checksums, contents, header_of
 
 FORMAT, VERSION, INDEX = "megazero-checkpoint", 2, "index.json"
+STEP, FILE = re.compile(r"^step-(\d+)(?:\.\d+)?$"), re.compile(r"rank-\d{5,9}\.safetensors")
+CRC, COUNT = range(2**32), range(2**53)
+WORD, PLAIN = re.compile(r"\w{1,60}"), (None, bool, float, str)
+WORDS: Form = {                         # of an index; about architecture and progress plan/ knows more
+    "step": COUNT, "progress": dict, "config": {str: (*PLAIN, [PLAIN])}, "optimizer": (None, WORD),
+    "architecture": dict, "layout": {str: COUNT}, "tokenizer": (None, IDENTITY), "family?": (None, WORD),
+    "special_ids?": {str: (None, int, [int])}, "files": {str: {"bytes": COUNT, "header_crc32": CRC}}}
+SIZES = [range(1, 2**53)]
+BOXES: Form = {str: {"kind": WORD, "name": re.compile(r"[\w.:+/-]{1,500}"), "full": SIZES, "offset": [COUNT],
+                     "size": SIZES, "crc32": list}}
 Tensor = torch.Tensor
 
 
@@ -42,8 +53,12 @@ class Slice:
 
     @property
     def key(self) -> str:
-        whole = self.box.size == self.full
-        return f"{self.kind}/{self.name}" + ("" if whole else "@" + ",".join(map(str, self.box.offset)))
+        return key_of(self.kind, self.name, self.full, self.box)
+
+
+def key_of(kind: str, name: str, full: tuple[int, ...], box: Box) -> str:
+    """The name of a box in its file."""
+    return f"{kind}/{name}" + ("" if box.size == full else "@" + ",".join(map(str, box.offset)))
 
 
 def held(flat: Flat, low: int, buffers: Mapping[str, Tensor]) -> Iterator[tuple[Piece, Slice]]:
@@ -97,46 +112,97 @@ class Reader:
     """One complete checkpoint, read by logical name and box:
     only the rows that are needed are read, and all that is read is checked.
 
-    Raises UserError, naming file and place, for everything that is missing or damaged.
+    Whoever wrote it is not believed: that its words have their form, that files are as long as they say and hold each
+    element of each tensor once is seen here, before anything is made of it. Raises UserError, naming file and place,
+    for everything that is missing, damaged or cannot be.
     """
 
     def __init__(self, folder: str | Path, step: int | None = None, flag: str = "--load") -> None:
         self.folder = find(Path(folder), step, flag)
-        try:
-            self.index: dict[str, Any] = json.loads((self.folder / INDEX).read_text(encoding="utf-8"))
-        except (ValueError, OSError) as error:
-            raise UserError(f"{self.folder / INDEX}: cannot be read ({error}); {self._other()}.") from None
-        if (not isinstance(self.index, dict) or self.index.get("format") != FORMAT
-                or self.index.get("version") != VERSION):
-            raise UserError(f"{self.folder / INDEX}: is not a {FORMAT} of version {VERSION}; {self._other()}.")
-        if self.index.get("crc32") != text_checksum(self.index):
-            raise UserError(f"{self.folder / INDEX}: is damaged (checksum differs); {self._other()}.")
+        self.index = self._words()
+        self.architecture = architecture_of(self.index["architecture"])
         self.tensors: dict[tuple[str, str], list[StoredBox]] = {}
         self.shapes: dict[tuple[str, str], tuple[int, ...]] = {}
         for name, known in self.index["files"].items():
             self._list(self.folder / name, known)
+        self._complete()
+
+    def _words(self) -> dict[str, Any]:
+        """The index, of which each word was looked at."""
+        path = self.folder / INDEX
+        try:
+            index = load(path, object)
+        except (ValueError, OSError) as error:
+            raise self._bad(path, f"cannot be read ({error})") from None
+        if not isinstance(index, dict) or index.get("format") != FORMAT or index.get("version") != VERSION:
+            raise self._bad(path, f"is not a {FORMAT} of version {VERSION}")
+        if index.get("crc32") != text_checksum(index):
+            raise self._bad(path, "is damaged (checksum differs)")
+        try:
+            self.progress = progress_of(checked(index, WORDS)["progress"])
+            steps = [index["step"], self.progress.step, *(int(n) for n in STEP.findall(self.folder.name))]
+            if len(set(steps)) > 1:
+                raise ValueError(f"is of the steps {', '.join(map(str, steps))} at once")
+            for name in index["files"]:
+                checked(name, FILE, "a name in files")
+        except ValueError as error:
+            raise self._bad(path, f"cannot be: {error}") from None
+        return index
 
     def _list(self, path: Path, known: Mapping[str, int]) -> None:
         """Notes what a file's header says it holds."""
         try:
+            found = path.stat().st_size
+            if found != known["bytes"]:
+                raise ValueError(f"has {found:,} bytes instead of {known['bytes']:,}")
             header = header_of(path)
-            found = facts(path, header)
+            if zlib.crc32(header) != known["header_crc32"]:
+                raise ValueError("its header is damaged (checksum differs)")
+            stored, metadata = contents(path, header)
+            if metadata.get("step") != str(self.index["step"]):
+                raise ValueError(f"is of step {said(metadata.get('step'))}, its index of step {self.index['step']}")
+            boxes = checked(loads(metadata.get("boxes", "")), BOXES, "boxes")
+            if boxes.keys() != stored.keys():
+                raise ValueError("its boxes are not those of its tensors")
+            for key, box in boxes.items():
+                self._note(stored[key], box)
         except FileNotFoundError:
-            raise UserError(f"{path}: is missing; {self._other()}.") from None
+            raise self._bad(path, "is missing") from None
         except OSError as error:
-            raise UserError(f"{path}: cannot be read ({error.strerror}); {self._other()}.") from None
-        if found["bytes"] != known["bytes"]:
-            raise UserError(f"{path}: has {found['bytes']:,} bytes instead of {known['bytes']:,}; {self._other()}.")
-        if found != known:
-            raise UserError(f"{path}: its header is damaged (checksum differs); {self._other()}.")
-        stored, metadata = contents(path, header)
-        if int(metadata["step"]) != self.index["step"]:
-            raise UserError(f"{path}: is of step {metadata['step']}, its index of step {self.index['step']}; "
-                            f"{self._other()}.")
-        for key, b in json.loads(metadata["boxes"]).items():
-            part = StoredBox(Box(tuple(b["offset"]), tuple(b["size"])), stored[key], b["crc32"])
-            self.tensors.setdefault((b["kind"], b["name"]), []).append(part)
-            self.shapes[b["kind"], b["name"]] = tuple(b["full"])
+            raise self._bad(path, f"cannot be read ({error.strerror})") from None
+        except ValueError as error:
+            raise self._bad(path, str(error)) from None
+
+    def _note(self, stored: Stored, b: Mapping[str, Any]) -> None:
+        """One tensor of a file. Raises ValueError."""
+        which, full, box = (b["kind"], b["name"]), tuple(b["full"]), Box(tuple(b["offset"]), tuple(b["size"]))
+        if not len(full) == len(box.offset) == len(box.size) or any(
+                o + n > f for o, n, f in zip(*box, full, strict=True)):
+            raise ValueError(f"the box of {said(stored.name)} is not inside its tensor")
+        if box.size != stored.shape or stored.name != key_of(*which, full, box) or stored.dtype not in CODES:
+            raise ValueError(f"{said(stored.name)} is not what its box says")
+        sums = b["crc32"]                                       # a million of them may be: no form, a quick look
+        if len(sums) != ceil(box.size[0] / stored.run) or not all(type(c) is int and 0 <= c < 2**32 for c in sums):
+            raise ValueError(f"{said(stored.name)} has checksums that none could have")
+        others = self.tensors.setdefault(which, [])
+        if self.shapes.setdefault(which, full) != full or (others and others[0].stored.dtype != stored.dtype):
+            raise ValueError(f"{stored.name} is part of another shape or dtype than in other files")
+        others.append(StoredBox(box, stored, sums))
+
+    def _complete(self) -> None:
+        """Do the boxes of each tensor hold each of its elements once, and has the model no more layers than weights?"""
+        for (kind, name), parts in self.tensors.items():
+            full, held = self.shapes[kind, name], sum(part.box.numel for part in parts)
+            if held != prod(full):
+                raise self._bad(self.folder, f"holds {held} of {prod(full)} elements of {kind}/{name}")
+            if not tiles(full, [part.box for part in parts]):
+                raise self._bad(self.folder, f"holds elements of {kind}/{name} twice")
+        weights = sum(kind == "weight" for kind, _ in self.shapes)
+        if self.architecture.layers > weights:
+            raise self._bad(self.folder / INDEX, f"cannot be: {self.architecture.layers:,} layers of {weights} weights")
+
+    def _bad(self, path: Path, what: str) -> UserError:
+        return UserError(f"{path}: {what}; {self._other()}.")
 
     def _other(self) -> str:
         """What to do instead: the newest other checkpoint."""
@@ -153,7 +219,9 @@ class Reader:
     def read(self, kind: str, name: str, box: Box | None = None) -> Tensor:
         """A box (default: the whole) of a logical tensor."""
         box = box or Box((0,) * len(self.shapes[kind, name]), self.shapes[kind, name])
-        out, filled = None, 0
+        if box.numel == 0:                                      # a rank beyond the end of the vocabulary
+            return torch.empty(box.size)
+        out = torch.empty(0)
         for part in self.tensors[kind, name]:
             common = intersect(box, part.box)
             if common is None:
@@ -161,14 +229,9 @@ class Reader:
             found = self._read(part, common)
             if common == box:
                 return found
-            out = torch.empty(box.size, dtype=found.dtype) if out is None else out
+            out = out if out.shape == box.size else torch.empty(box.size, dtype=found.dtype)
             out[common.moved(tuple(-o for o in box.offset)).slices] = found
-            filled += common.numel
-        if box.numel == 0:                                      # a rank beyond the end of the vocabulary
-            return torch.empty(box.size)
-        if filled != box.numel or out is None:
-            raise UserError(f"{self.folder}: holds {filled} of {box.numel} elements of {kind}/{name}; {self._other()}.")
-        return out
+        return out                                              # all of it: the boxes tile the tensor
 
     def _read(self, part: StoredBox, common: Box) -> Tensor:
         """What a file holds of `common`.
@@ -178,21 +241,16 @@ class Reader:
         try:
             rows = stored.rows(low * stored.run, min(high * stored.run, stored.shape[0]))
         except OSError as error:
-            raise UserError(f"{stored.path}: cannot be read ({error.strerror}); {self._other()}.") from None
+            raise self._bad(stored.path, f"cannot be read ({error.strerror})") from None
         if checksums(rows) != part.crc32[low:high]:
-            raise UserError(f"{stored.path}: the bytes of {stored.name} are damaged (checksum differs); "
-                            f"{self._other()}.")
+            raise self._bad(stored.path, f"the bytes of {stored.name} are damaged (checksum differs)")
         return rows[Box((at[0] - low * stored.run, *at[1:]), common.size).slices]
 
     def verify(self, progress: Callable[[str], object] = lambda _: None) -> int:
-        """Reads everything and checks every checksum, and that the boxes cover each tensor; returns the bytes read."""
+        """Reads everything and checks every checksum; returns the bytes read."""
         total = 0
         for (kind, name), parts in self.tensors.items():
             progress(f"{kind}/{name}")
-            covered = sum(part.box.numel for part in parts)
-            if covered != Box((), self.shapes[kind, name]).numel:
-                raise UserError(f"{self.folder}: its files hold {covered} elements of {kind}/{name} instead of "
-                                f"{Box((), self.shapes[kind, name]).numel}; {self._other()}.")
             total += sum(self._read(part, part.box).nbytes for part in parts)
         return total
 

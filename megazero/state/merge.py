@@ -1,6 +1,5 @@
 """One file of what many ranks saved, tensor by tensor."""
 
-import copy
 import shutil
 from collections.abc import Callable
 from math import prod
@@ -9,6 +8,7 @@ from pathlib import Path
 import torch
 
 from megazero.base import UserError, draft_of
+from megazero.data import kept_files
 from megazero.state.checkpoint import Reader, Slice
 from megazero.state.saving import planned, write_alone
 
@@ -42,13 +42,15 @@ def merge(reader: Reader, output: Path, optimizer: bool = False,
         told(done, total)
         return tensor
 
-    header = {k: v for k, v in copy.deepcopy(reader.index).items() if k not in ("format", "version", "files", "crc32")}
-    header["layout"] |= {"tp": 1, "pp": 1, "dp": 1, "zero_stage": 0}
+    header = {k: v for k, v in reader.index.items() if k not in ("format", "version", "files", "crc32")}
+    header["layout"] = {**header["layout"], "tp": 1, "pp": 1, "dp": 1, "zero_stage": 0}
     if not optimizer:
         header["optimizer"] = None
+    tokenizer = reader.folder.parent / "tokenizer"
+    kept = kept_files(header["tokenizer"] or {"files": {}}, tokenizer) if tokenizer.is_dir() else {}
     with draft_of(output) as draft:
         write_alone(draft, slices, header, load)
-        tokenizer = reader.folder.parent / "tokenizer"
-        if tokenizer.is_dir():
-            shutil.copytree(tokenizer, draft / "tokenizer")
+        for name, path in kept.items():                         # whatever else lies there was not the run's
+            (draft / "tokenizer").mkdir(exist_ok=True)
+            shutil.copyfile(path, draft / "tokenizer" / name)
     return total

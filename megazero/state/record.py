@@ -10,7 +10,7 @@ import torch
 
 from megazero.base import UserError, whole
 from megazero.data import Tokenizer, same_tokenizer
-from megazero.plan import FREE, RULES, Architecture, LossScale, Parameter, Progress, architecture_of
+from megazero.plan import FREE, RULES, Architecture, LossScale, Parameter, Progress
 from megazero.state.checkpoint import Reader, Slice, fill, mismatches, owned
 from megazero.state.saving import Writer
 from megazero.units import Unit
@@ -55,12 +55,12 @@ def header(progress: Progress, facts: Mapping[str, Any]) -> dict[str, Any]:
     return {"step": progress.step, "progress": asdict(progress), **facts}
 
 
-def resumed(saved: Mapping[str, Any], now: LossScale) -> Progress:
-    """Where a run goes on from the progress that an index holds: the loss scale where it was, by the rule of `now`."""
-    then = LossScale(**saved["loss_scale"])
+def resumed(saved: Progress, now: LossScale) -> Progress:
+    """Where a run goes on from the progress of a checkpoint: the loss scale where it was, by the rule of `now`."""
+    then = saved.loss_scale
     if not (then.constant or now.constant):
         now = replace(now, value=max(then.value, now.minimum), good=then.good, bad=min(then.bad, now.hysteresis - 1))
-    return Progress(**{**saved, "loss_scale": now})
+    return replace(saved, loss_scale=now)
 
 
 @dataclass
@@ -101,7 +101,7 @@ def unfit(reader: Reader, a: Architecture, parameters: Sequence[Parameter], opti
           tokenizer: Tokenizer | None) -> list[str]:
     """Why a checkpoint is not of this model: a sentence for each field of the architecture, and for the first of the
     weights. Where it fits and the run goes on with its `optimizer`: why that one or the tokenizer is another."""
-    then, now = asdict(architecture_of(reader.index["architecture"])), asdict(a)
+    then, now = asdict(reader.architecture), asdict(a)
     different = [f"--load {reader.folder}: its {key.replace('_', ' ')} is {then[key]}, this model's {value}; "
                  "give the flags it was trained with."
                  for key, value in now.items() if key not in FREE and then[key] != value]

@@ -7,6 +7,8 @@ runs of whole rows, about 1 MiB each, so that a part of a tensor can be read and
 """
 
 import json
+import re
+import stat
 import struct
 import zlib
 from collections.abc import Callable, Mapping, Sequence
@@ -18,13 +20,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from megazero.base import DTYPES, sync
+from megazero.base import DTYPES, Form, checked, loads, said, sync
 
 Tensor = torch.Tensor
 RowSums = Mapping[str, list[int]]          # tensor -> the checksums of its runs of rows
 CODES: dict[torch.dtype, str] = {getattr(torch, d.torch): d.code for d in DTYPES.values()}
 OF_CODE = {code: dtype for dtype, code in CODES.items()}
 RUN = 2**20                             # bytes that share a checksum, unless one row is longer
+LONGEST, DIMENSIONS = 10**8, 8          # of a header (bytes, as in the library) and of a shape
+ENTRY: Form = {"dtype": re.compile(r"\w{1,20}"), "shape": [range(2**62)], "data_offsets": [range(2**62)]}
+# what a file may hold, ours or not
+READABLE = OF_CODE | {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "U16": torch.uint16, "U32": torch.uint32,
+    "U64": torch.uint64}
 
 
 @dataclass(frozen=True)
@@ -105,15 +114,33 @@ def _header(plan: Sequence[Planned], metadata: dict[str, str]) -> bytes:
 
 
 def header_of(path: Path) -> bytes:
-    """The header of a safetensors file with the eight bytes before it, which say how long it is."""
+    """The header of a safetensors file with the eight bytes before it, which say how long it is. Raises OSError, or
+    ValueError."""
+    found = path.stat()
+    if not stat.S_ISREG(found.st_mode):                         # a pipe would wait for ever
+        raise ValueError("is not a regular file")
     with path.open("rb") as file:
         head = file.read(8)
-        return head + file.read(min(int.from_bytes(head, "little"), path.stat().st_size))
+        length = int.from_bytes(head, "little")
+        if len(head) < 8 or not 2 <= length <= min(found.st_size - 8, LONGEST):
+            raise ValueError(f"its header cannot have {length:,} bytes")
+        return head + file.read(length)
 
 
 def contents(path: Path, header: bytes) -> tuple[dict[str, Stored], dict[str, str]]:
-    """The tensors that a good header lists, and its metadata."""
-    listed = json.loads(header[8:])
-    metadata = listed.pop("__metadata__", {})
-    return {key: Stored(key, tuple(t["shape"]), OF_CODE[t["dtype"]], path, len(header) + t["data_offsets"][0])
-            for key, t in listed.items()}, metadata
+    """The tensors that a header lists, which fill the file to its last byte, and its metadata. Raises OSError, or
+    ValueError for a header that says something else."""
+    listed = checked(loads(header[8:]), dict, "its header")
+    metadata = checked(listed.pop("__metadata__", {}), {str: str}, "__metadata__")
+    at, stored = 0, {}
+    for key, t in sorted(checked(listed, {str: ENTRY}).items(), key=lambda entry: entry[1]["data_offsets"]):
+        if t["dtype"] not in READABLE:
+            raise ValueError(f"{said(key)} is of dtype {t['dtype']}, which is not known here")
+        found = Stored(key, tuple(t["shape"]), READABLE[t["dtype"]], path, len(header) + at)
+        if len(found.shape) > DIMENSIONS or t["data_offsets"] != [at, at + found.nbytes]:
+            raise ValueError(f"{said(key)} does not lie where the tensor before it ends, or has not the bytes of its "
+                             f"shape {said(t['shape'])}")
+        stored[key], at = found, at + found.nbytes
+    if len(header) + at != path.stat().st_size:
+        raise ValueError(f"has {path.stat().st_size:,} bytes, its tensors need {len(header) + at:,}")
+    return stored, metadata
