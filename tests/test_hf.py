@@ -207,7 +207,7 @@ DAMAGES: dict[str, tuple[Any, str]] = {
     "no weights": (lambda d: (d / "model.safetensors").unlink(), "holds no model.safetensors"),
     "cut": (lambda d: (d / "model.safetensors").write_bytes((d / "model.safetensors").read_bytes()[:-9]), "cannot be read"),
     "no config": (lambda d: (d / "config.json").unlink(), "config.json: cannot be read"),
-    "bad json": (lambda d: (d / "config.json").write_text("{"), "is not valid JSON"),
+    "bad json": (lambda d: (d / "config.json").write_text("{"), "config.json: cannot be read .Expecting"),
     "family": (lambda d: edit(d / "config.json", model_type="opt"), "model_type opt is not known here; there are gpt2, llama"),
     "rope": (lambda d: edit(d / "config.json", rope_parameters={"rope_type": "yarn"}), "rope_type yarn is not known"),
     "activation": (lambda d: edit(d / "config.json", hidden_act="gelu"), "hidden_act gelu is not known here; there are silu"),

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from megazero.base import DTYPES, UserError, draft_of, write_json
+from megazero.base import DTYPES, Form, UserError, draft_of, write_json
 from megazero.data import Tokenizer
 from megazero.hf.files import INDEX, HfFolder, read_json, shards
 from megazero.hf.tokenizer import export_tokenizer, import_tokenizer
@@ -23,7 +23,6 @@ from megazero.plan import (
     Family,
     Progress,
     Row,
-    architecture_of,
     family_of,
     flags,
     from_config,
@@ -41,6 +40,9 @@ from megazero.units import TORCH_DTYPE
 Tensor = torch.Tensor
 Told = Callable[[int, int], None]       # (bytes written so far, bytes in all)
 SHARD = 5 * 10**9                       # bytes of one file of an export
+ID = (None, int, [int])
+# what is read of a config.json beside what a family's fields say
+CONFIG: Form = {"model_type?": str, "bos_token_id?": ID, "eos_token_id?": ID, "pad_token_id?": ID}
 
 
 # ---- ours -> theirs
@@ -48,7 +50,7 @@ SHARD = 5 * 10**9                       # bytes of one file of an export
 def export_folder(reader: Reader, output: Path, dtype: str | None = None, shard: int = SHARD,
                   told: Told = lambda *_: None) -> Family:
     """Writes a Hugging Face folder of the checkpoint's weights, in `dtype` (None: as they are stored)."""
-    a = architecture_of(reader.index["architecture"])
+    a = reader.architecture
     family, ours = family_of(a), shapes(a)
     missing = [n for n in ours if reader.shapes.get(("weight", n)) != ours[n]]
     if missing:
@@ -133,17 +135,18 @@ def import_folder(folder: Path, output: Path, told: Told = lambda *_: None) -> t
     """Writes a checkpoint at step 0 of a Hugging Face folder's weights, as they are, in fp32 (fp64 if they are)."""
     if not folder.is_dir():
         raise UserError(f"--input {folder}: there is no such folder.")
-    config = read_json(folder / "config.json")
-    if not isinstance(config, dict) or not isinstance(config.get("model_type", ""), str):
-        raise UserError(f"{folder / 'config.json'}: is not a model's configuration, an object with a model_type; "
-                        "fetch it again.")
+    config = read_json(folder / "config.json", CONFIG)
     a, family = from_config(config)
     reasons = obstacles(a, family)
     if reasons:
         raise UserError(f"{folder / 'config.json'}: is a model that this decoder cannot be: {'; '.join(reasons)}.")
-    source, ours = HfFolder(folder, family.base, family.buffers), shapes(a)
+    source = HfFolder(folder, family.base, family.buffers)
+    if a.layers > len(source.tensors):                          # before a row is made for each
+        raise UserError(f"--input {folder}: its config.json asks for {a.layers:,} layers, "
+                        f"its files hold {len(source.tensors):,} tensors; fetch it again.")
+    ours = shapes(a)
     parts = _match(a, family, source, ours)
-    dtype = torch.float64 if torch.float64 in source.dtypes.values() else torch.float32
+    dtype = torch.float64 if torch.float64 in {t.dtype for t in source.tensors.values()} else torch.float32
     slices = [planned("weight", n, shape, dtype) for n, shape in ours.items()]
     total, done = sum(s.tensor.nbytes for s in slices), 0
 
@@ -170,8 +173,8 @@ def _match(a: Architecture, family: Family, source: HfFolder, ours: Mapping[str,
         seen.add(name)
         if name is None:
             errors.append(f"--input {source.folder}: has no {row.theirs}, which its config.json asks for.")
-        elif source.shapes[name] != shape:
-            errors.append(f"--input {source.folder}: {name} has shape {list(source.shapes[name])}, "
+        elif source.tensors[name].shape != shape:
+            errors.append(f"--input {source.folder}: {name} has shape {list(source.tensors[name].shape)}, "
                           f"its config.json asks for {list(shape)}.")
         else:
             at = 0
@@ -183,7 +186,7 @@ def _match(a: Architecture, family: Family, source: HfFolder, ours: Mapping[str,
                     parts[n] = part
                 elif source.read(row.theirs, part.low, part.high, row.transpose).count_nonzero():
                     errors.append(f"--input {source.folder}: {name} is not zero, and this decoder has no such bias.")
-    errors += [f"--input {source.folder}: holds {n}, which its config.json does not mention." for n in source.files
+    errors += [f"--input {source.folder}: holds {n}, which its config.json does not mention." for n in source.tensors
                if n not in seen and not (n == "lm_head.weight" and a.tied and _is_embedding(n, a, family, source))]
     if errors:
         raise UserError(*errors[:5], *([f"--input {source.folder}: and {len(errors) - 5} more like these."]
@@ -194,6 +197,8 @@ def _match(a: Architecture, family: Family, source: HfFolder, ours: Mapping[str,
 def _is_embedding(name: str, a: Architecture, family: Family, source: HfFolder) -> bool:
     """Is this the tied matrix again? Some files hold it under both names."""
     row = next(r for r in rows(a, family) if r.ours == ("embedding.weight",))
+    if source.tensors[name].shape != (a.vocab_size, a.hidden):
+        return False
     return torch.equal(source.read(name, 0, a.vocab_size), source.read(row.theirs, 0, a.vocab_size))
 
 

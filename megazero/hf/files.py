@@ -1,19 +1,18 @@
 """The files of a Hugging Face folder: how an export is cut into files, and the tensors of what others wrote."""
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 
-from megazero.base import UserError
-from megazero.state import OF_CODE, Planned
+from megazero.base import Form, UserError, load, said
+from megazero.state import CODES, OF_CODE, Planned, Stored, contents, header_of
 
 Tensor = torch.Tensor
 INDEX = "model.safetensors.index.json"
+FILE, NAME = re.compile(r"\w[\w.-]{0,99}\.safetensors"), re.compile(r"[\w.:+/-]{1,500}")    # of what an index may name
 
 
 def shards(plan: Sequence[Planned], limit: int) -> dict[str, list[Planned]]:
@@ -31,17 +30,12 @@ def shards(plan: Sequence[Planned], limit: int) -> dict[str, list[Planned]]:
     return {f"model-{i:05d}-of-{len(parts):05d}.safetensors": part for i, part in enumerate(parts, 1)}
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises UserError."""
+def read_json(path: Path, form: Form = dict) -> dict[str, Any]:
+    """A JSON object of this form. Raises UserError."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}).") from None
-    except ValueError as error:
-        raise UserError(f"{path}: is not valid JSON ({error}).") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: is not a JSON object.")
-    return value
+        return dict(load(path, form))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); fetch it again.") from None
 
 
 class HfFolder:
@@ -53,49 +47,57 @@ class HfFolder:
 
     def __init__(self, folder: Path, base: str, buffers: str) -> None:
         self.folder, self.base = folder, base
-        self.files: dict[str, Path] = {}
-        self.shapes: dict[str, tuple[int, ...]] = {}
-        self.dtypes: dict[str, torch.dtype] = {}
-        for path in self._paths():
-            with self._open(path) as file:
-                for name in file.keys():  # noqa: SIM118
-                    if not re.fullmatch(buffers, name):
-                        self._note(path, name, file.get_slice(name))
+        self.tensors: dict[str, Stored] = {}
+        for path, named in self._paths().items():
+            held = self._held(path)
+            lost = [name for name in named if name not in held]
+            if lost:
+                raise UserError(f"{path}: has no {said(lost[0])}, which {INDEX} looks for there; fetch it again.")
+            for name, stored in held.items():
+                if not re.fullmatch(buffers, name):
+                    self._note(name, stored)
 
-    def _paths(self) -> list[Path]:
+    def _paths(self) -> dict[Path, list[str]]:
+        """The files, and which tensors the index says of each."""
         if (self.folder / INDEX).is_file():
-            names = read_json(self.folder / INDEX).get("weight_map")
-            if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
-                raise UserError(f"{self.folder / INDEX}: has no weight_map; fetch it again.")
-            return [self.folder / name for name in sorted(set(names.values()))]
+            paths: dict[Path, list[str]] = {}
+            for name, file in read_json(self.folder / INDEX, {"weight_map": {str: FILE}})["weight_map"].items():
+                paths.setdefault(self.folder / file, []).append(name)
+            return dict(sorted(paths.items()))
         if (self.folder / "model.safetensors").is_file():
-            return [self.folder / "model.safetensors"]
+            return {self.folder / "model.safetensors": []}
         pickled = any(self.folder.glob("*.bin"))
         raise UserError(f"--input {self.folder}: holds no model.safetensors; " + (
             "its .bin files are pickles, which could run any code and are never opened: "
             "save it again with transformers' save_pretrained."
             if pickled else "give a folder that transformers' save_pretrained wrote."))
 
-    def _note(self, path: Path, name: str, part: Any) -> None:
-        if part.get_dtype() not in OF_CODE:
-            raise UserError(f"{path}: {name} is {part.get_dtype()}; only {', '.join(OF_CODE)} can be imported.")
-        self.files[name], self.shapes[name] = path, tuple(part.get_shape())
-        self.dtypes[name] = OF_CODE[part.get_dtype()]
-
-    def _open(self, path: Path) -> Any:
+    def _held(self, path: Path) -> dict[str, Stored]:
         try:
-            return safe_open(path, framework="pt")
-        except (SafetensorError, OSError) as error:
+            return contents(path, header_of(path))[0]
+        except (OSError, ValueError) as error:
             raise UserError(f"{path}: cannot be read ({error}); fetch it again.") from None
+
+    def _note(self, name: str, stored: Stored) -> None:
+        if not re.fullmatch(NAME, name):
+            raise UserError(f"{stored.path}: holds {said(name)}, which is no name of a weight; fetch it again.")
+        if name in self.tensors:
+            raise UserError(f"{stored.path}: holds {name}, as {self.tensors[name].path.name} does; fetch it again.")
+        if stored.dtype not in CODES:
+            raise UserError(f"{stored.path}: {name} is {str(stored.dtype).removeprefix('torch.')}; "
+                            f"only {', '.join(OF_CODE)} can be imported.")
+        self.tensors[name] = stored
 
     def name(self, theirs: str) -> str | None:
         """The name a tensor has here, if it is here."""
-        return next((n for n in (theirs, theirs.removeprefix(self.base)) if n in self.files), None)
+        return next((n for n in (theirs, theirs.removeprefix(self.base)) if n in self.tensors), None)
 
     def read(self, theirs: str, low: int, high: int, transpose: bool = False) -> Tensor:
-        """Rows [low, high) of a tensor, or of its transpose."""
+        """Rows [low, high) of a tensor, or of its transpose. Raises UserError."""
         name = self.name(theirs)
         assert name is not None, theirs
-        with self._open(self.files[name]) as file:
-            part = file.get_slice(name)
-            return part[:, low:high].T if transpose else part[low:high]
+        stored = self.tensors[name]
+        try:
+            return stored.rows(0, stored.shape[0])[:, low:high].T if transpose else stored.rows(low, high)
+        except OSError as error:
+            raise UserError(f"{stored.path}: cannot be read ({error.strerror}); fetch it again.") from None

@@ -5,4 +5,4 @@ from megazero.state.compare import check, checkpoints, log_lines, report, runs
 from megazero.state.merge import merge
 from megazero.state.record import Record, about, changed, header, restore, resumed, slices, unfit
 from megazero.state.saving import Writer, planned, set_aside, write_alone
-from megazero.state.tensor_files import CODES, OF_CODE, Planned, stream
+from megazero.state.tensor_files import CODES, OF_CODE, Planned, Stored, contents, header_of, stream
