@@ -3,6 +3,7 @@
 import os
 import re
 import runpy
+import signal
 import socket
 import subprocess
 import sys
@@ -14,6 +15,7 @@ from support import ROOT, lines, program, train
 from tokenizers import Tokenizer, models
 
 from megazero.data.indexed import IndexedWriter
+from megazero.state.checkpoint import complete
 
 EXAMPLES = {"quickstart": 1, "laptop": 1, "gpt2-124m": 1, "llama-7b": 8, "gpt3-175b": 1024}
 
@@ -55,6 +57,12 @@ for id in "${ids[@]}"; do wait "$id" || exit 1; done
 """
 
 
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return int(free.getsockname()[1])
+
+
 def test_slurm_script_runs_two_nodes_as_one_run(place: Path, tmp_path: Path) -> None:
     """Two nodes of one process each, through both scripts; the losses are those of one process."""
     stubs = tmp_path / "bin"
@@ -64,16 +72,34 @@ def test_slurm_script_runs_two_nodes_as_one_run(place: Path, tmp_path: Path) -> 
         (stubs / name).chmod(0o755)
     small = (f"--num-layers 1 --hidden-size 32 --num-attention-heads 2 --seq-length 32 --vocab-size 300 --data-path {place}/run/data_text_document "
              "--split 1 --lr 1e-3 --train-iters 3 --eval-iters 0 --global-batch-size 4 --dtype fp64 --device cpu --log-interval 1")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
     env = {**os.environ, "PATH": f"{stubs}:{Path(sys.executable).parent}:{os.environ['PATH']}", "SLURM_JOB_NUM_NODES": "2", "RANKS_PER_NODE": "1",
-           "SLURM_JOB_NODELIST": "a,b", "SLURM_JOB_END_TIME": "4102444800", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+           "SLURM_JOB_NODELIST": "a,b", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(["bash", "examples/slurm.sh", *small.split(), "--zero-stage", "1", "--log-dir", str(tmp_path / "two")], cwd=ROOT, env=env,
                           capture_output=True, text=True, timeout=300)
     assert done.returncode == 0 and "ranks       2 = tp 1 x pp 1 x dp 2" in done.stdout, done.stdout + done.stderr
     one = [r["loss"] for r in train(small, tmp_path / "one")]
     assert [r["loss"] for r in lines(tmp_path / "two")] == pytest.approx(one, rel=1e-12) and len(one) == 3
+
+
+def test_slurm_script_saves_and_is_queued_again_when_time_is_nearly_over(tmp_path: Path) -> None:
+    stubs, queued = tmp_path / "bin", tmp_path / "queued"
+    stubs.mkdir()
+    for name, text in (("srun", SRUN.replace("0 1", "0")), ("scontrol", f'#!/usr/bin/env bash\n[ "$1" = requeue ] && echo "$@" > {queued}\necho 127.0.0.1\n')):
+        (stubs / name).write_text(text)
+        (stubs / name).chmod(0o755)
+    words = ("--num-layers 1 --hidden-size 16 --num-attention-heads 2 --seq-length 16 --vocab-size 30 --mock-data --lr 1e-3 --train-iters 1000000 --eval-iters 0 "
+             f"--global-batch-size 1 --device cpu --log-interval 1 --save {tmp_path / 'run'}")
+    env = {**os.environ, "PATH": f"{stubs}:{Path(sys.executable).parent}:{os.environ['PATH']}", "SLURM_JOB_NUM_NODES": "1", "RANKS_PER_NODE": "1",
+           "SLURM_JOB_NODELIST": "a", "SLURM_JOB_ID": "17", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
+    job = subprocess.Popen(["bash", "examples/slurm.sh", *words.split()], cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True)
+    assert job.stdout
+    for line in job.stdout:
+        if line.startswith("step 3/"):
+            break
+    job.send_signal(signal.SIGUSR1)
+    told = job.stdout.read()
+    assert job.wait(60) == 0 and "signal SIGUSR1, after" in told, told
+    assert queued.read_text() == "requeue 17\n" and len(complete(tmp_path / "run")) == 1
 
 
 def test_scripts_say_what_they_need() -> None:

@@ -11,6 +11,8 @@ import pytest
 import torch
 from support import ROOT, byte_dataset, lines, train
 
+from megazero.run.loop import Wish
+from megazero.settings.config import Training
 from megazero.state.checkpoint import Reader, complete
 
 WORDS = ("--num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 32 --micro-batch-size 2 --global-batch-size 4 --lr 5e-3 "
@@ -58,7 +60,7 @@ def test_a_killed_run_forgets_what_it_had_not_saved(tmp_path: Path) -> None:
     assert exact(tmp_path / "log") == exact(tmp_path / "log2")
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR2])
 def test_a_signal_saves_and_ends_at_a_step(number: signal.Signals, tmp_path: Path) -> None:
     words = f"{WORDS} --data-path {byte_dataset(tmp_path)} --save {tmp_path / 'ck'} --log-dir {tmp_path / 'log'} --exit-signal-handler"
     endless = words.replace("--train-iters 12", "--train-iters 100000 --lr-decay-iters 12").split()
@@ -101,3 +103,26 @@ def test_a_fresh_run_keeps_an_older_log_aside(tmp_path: Path) -> None:
     train(words + " --exit-interval 4", tmp_path)
     train(words + " --exit-interval 3", tmp_path)
     assert len(lines(tmp_path)) == 3 and (tmp_path / "metrics-1.jsonl").exists()
+
+
+def test_sigterm_alone_says_a_line(tmp_path: Path) -> None:
+    words = f"{WORDS} --data-path {byte_dataset(tmp_path)}".replace("--train-iters 12", "--train-iters 100000 --lr-decay-iters 12").split()
+    process = subprocess.Popen([sys.executable, str(ROOT / "pretrain_gpt.py"), *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert process.stdout and process.stderr
+    for line in process.stdout:
+        if line.startswith("step 4/"):
+            break
+    process.terminate()
+    assert process.wait(60) == 128 + signal.SIGTERM
+    assert process.stderr.read() == ("terminated (SIGTERM): what came after the last checkpoint is lost; --exit-signal-handler saves before it stops\n")
+    process.stdout.close()
+
+
+def test_signals_that_ask_are_heard_while_a_wish_lasts() -> None:
+    for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2"):
+        wish, before = Wish(Training(exit_signal_handler=True)), signal.getsignal(getattr(signal, name))
+        with wish:
+            assert not wish.reason()
+            signal.raise_signal(getattr(signal, name))
+            assert wish.reason() == f"signal {name}" and signal.getsignal(getattr(signal, name)) == before, "a second one ends it"

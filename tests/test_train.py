@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support import TINY, built, byte_dataset, gradients, lines, load, named, python_source, stepping, train
+from support import TINY, built, byte_dataset, gradients, load, named, python_source, stepping, train
 from test_step import close, expected
 
 from megazero.base.errors import UserError
@@ -120,19 +120,3 @@ def test_a_resumed_loss_scale_follows_the_rule_it_is_given_now(tmp_path: Path) -
     assert LossScale(**Reader(tmp_path).index["progress"]["loss_scale"]).good == 3
     records = train(f"{words} --loss-scale-window 2", tmp_path / "log")
     assert [r["loss_scale"] for r in records] == [65536, 131072], "three good steps are enough for a window of two"
-
-
-def test_a_log_that_cannot_be_written_does_not_end_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    from megazero.run.metrics import Metrics
-    plain = Metrics.step
-
-    def step(self: Metrics, figures: dict[str, object]) -> dict[str, object]:
-        if figures["step"] == 3:
-            self.file.close()
-            self.file = Path("/dev/full").open("w")  # noqa: SIM115
-        return plain(self, figures)
-
-    monkeypatch.setattr(Metrics, "step", step)
-    train(TINY, tmp_path)
-    assert "cannot be written (No space left on device); nothing more is logged there" in capsys.readouterr().out
-    assert len(lines(tmp_path)) == 2

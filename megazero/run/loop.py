@@ -21,9 +21,14 @@ from megazero.units import FIGURES
 EVALUATING = 16                         # micro-batches of an evaluation that may be in a pipeline
 
 
+# What asks a run to stop: of a person, of torchrun, of a terminal that closes, of a batch system some minutes ahead
+ASKING = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2")
+
+
 class Wish:
-    """Why this rank should stop: its time is over, or while this lasts it was sent SIGTERM or SIGINT, of which a second
-    one ends it at once (--exit-signal-handler). Ranks may differ: the gate of the next step tells all of them."""
+    """Why this rank should stop: its time is over, or while this lasts it was sent one of these signals, of which a
+    second one ends it at once (--exit-signal-handler). Ranks may differ: the gate of the next step tells all of
+    them."""
 
     def __init__(self, settings: Training) -> None:
         self.settings, self.started = settings, time.perf_counter()
@@ -42,7 +47,8 @@ class Wish:
 
     def __enter__(self) -> None:
         if self.settings.exit_signal_handler:
-            self._before = {s: signal.signal(s, self._handle) for s in (signal.SIGTERM, signal.SIGINT)}
+            numbers = [getattr(signal, name) for name in ASKING if hasattr(signal, name)]
+            self._before = {s: signal.signal(s, self._handle) for s in numbers}
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self._heard = f"signal {signal.Signals(number).name}"

@@ -2,7 +2,6 @@
 and one line per interval to the screen."""
 
 import itertools
-import json
 import resource
 import sys
 import time
@@ -12,8 +11,9 @@ from typing import Any
 
 import torch
 
-from megazero.base import UserError, clock, gib, say, whole
+from megazero.base import clock, gib, say
 from megazero.plan import device_of
+from megazero.state import board_log, metrics_log
 
 MFU = "MFU counts 6 N + 6 L h S FLOPs per token (causal attention, recompute not counted)"
 
@@ -69,18 +69,8 @@ class Metrics:
         self.device, self.peak, self.steps, self.interval = device, peak, steps, interval
         self.flops = flops_per_token / world                    # of one device, per token of all
         self.window: list[Mapping[str, Any]] = []
-        self.file: Any = None
-        self.board: Any = None
         self.tells = rank == 0
-        if folder is not None and self.tells:
-            from torch.utils.tensorboard import SummaryWriter
-            try:
-                Path(folder).mkdir(parents=True, exist_ok=True)
-                self.file = continued(Path(folder) / "metrics.jsonl", resumed)
-                self.board = SummaryWriter(str(Path(folder) / "tensorboard"), purge_step=resumed + 1)
-            except OSError as error:
-                raise UserError(f"--log-dir {folder}: cannot be written ({error.strerror}); "
-                                "name a folder that can.") from None
+        self.logs = [log(Path(folder), resumed) for log in (metrics_log, board_log)] if folder and self.tells else []
 
     def step(self, figures: dict[str, Any]) -> dict[str, Any]:
         """Logs one step; adds what follows from its time. Returns the whole record."""
@@ -88,7 +78,7 @@ class Metrics:
         flops = rate * self.flops
         record = figures | {"tokens_per_second": rate, "tflops_per_device": flops / 1e12, "mfu": flops / self.peak,
                             "memory_bytes": memory_bytes(self.device)}
-        self._write(record, record["step"])
+        self._write(record)
         self.window.append(record)
         if record["step"] % self.interval == 0 or record["step"] == self.steps:
             if self.tells:
@@ -97,22 +87,13 @@ class Metrics:
         return record
 
     def evaluation(self, step: int, split: str, loss: float) -> None:
-        self._write({"step": step, "split": split, "loss": loss}, step, prefix=f"{split}/")
+        self._write({"step": step, "split": split, "loss": loss})
         if self.tells:
             say(f"step {step:,} | {split} loss {loss:.4f}")
 
-    def _write(self, record: Mapping[str, Any], step: int, prefix: str = "train/") -> None:
-        if self.file is not None and self.board is not None:
-            try:
-                self.file.write(json.dumps(record) + "\n")
-                self.file.flush()
-            except OSError as error:                            # a full disk must not end the run
-                say(f"warning: {self.file.name} cannot be written ({error.strerror}); nothing more is logged there")
-                self.file = None
-                return
-            for name, value in record.items():
-                if name not in ("step", "split"):
-                    self.board.add_scalar(prefix + name, float(value), step)
+    def _write(self, record: Mapping[str, Any]) -> None:
+        for log in self.logs:
+            log.add(record)
 
     def _line(self) -> str:
         """The means of an interval, as people read them."""
@@ -129,27 +110,5 @@ class Metrics:
                 f"{clock(seconds * (self.steps - last['step']))} left")
 
     def close(self) -> None:
-        for sink in (self.file, self.board):
-            if sink is not None:
-                sink.close()
-
-
-def continued(path: Path, resumed: int) -> Any:
-    """The file opened for appending after the lines up to step `resumed`;
-    a run that starts afresh keeps an older file aside."""
-    if path.exists() and resumed == 0:
-        path.rename(next(p for n in range(1, 100_000) if not (p := path.with_name(f"metrics-{n}.jsonl")).exists()))
-    elif path.exists():
-        kept = [line for line in path.read_text(encoding="utf-8", errors="replace").splitlines()
-                if step_of(line) <= resumed]
-        with whole(path) as file:
-            file.write("".join(line + "\n" for line in kept).encode())
-    return path.open("a", encoding="utf-8")
-
-
-def step_of(line: str) -> float:
-    """The step of a line of metrics.jsonl; infinity for one that was torn when its run was killed."""
-    try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
-        return float("inf")
+        for log in self.logs:
+            log.close()

@@ -4,7 +4,9 @@ import hashlib
 import json
 import os
 import platform
+import signal
 import sys
+import threading
 import traceback
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +19,7 @@ from megazero.base import Lease, UserError, gib, say
 from megazero.comm import Stuck, Wires, connect, environment, leave_with_launcher, say_each, say_first
 from megazero.data import Tokenizer, configured_tokenizer
 from megazero.plan import Plan, Progress, checks, describe, flops_per_token, loss_scale, memory, ranks_asked, written
+from megazero.run.failures import Failure, failure
 from megazero.run.feed import Feed, Splits, open_splits
 from megazero.run.loop import Loop, Wish
 from megazero.run.metrics import MFU, Metrics, peak_flops
@@ -32,11 +35,14 @@ def launch(config: Callable[[], Config]) -> NoReturn:
     exit codes 2 and 1."""
     leave_with_launcher()
     try:
-        main(config())
+        asked = config()
+        if not asked.training.exit_signal_handler:
+            told_when_terminated()
+        main(asked)
     except UserError as error:
         say_each("failure", [f"error: {sentence}" for sentence in error.sentences])
         leave(2)
-    except Stuck as error:
+    except (Stuck, Failure) as error:
         say_first("failure", f"error: {error}")
         leave(1)
     except KeyboardInterrupt:
@@ -71,8 +77,13 @@ def main(config: Config) -> None:
         return
     wires = connect(plan.mesh, rank, "nccl" if device.type == "cuda" else "gloo",
                     60 * config.parallel.distributed_timeout_minutes, words=common(plan))
-    with leased(config, rank) as leases:
-        train(plan, device, wires, tokenizer, splits, reader, leases)
+    try:
+        with leased(config, rank) as leases:
+            train(plan, device, wires, tokenizer, splits, reader, leases)
+    except (OSError, MemoryError, RuntimeError) as error:
+        if (told := failure(error, plan, wires)) is not None:
+            raise told from error
+        raise
     wires.close()
 
 
@@ -238,6 +249,24 @@ def memory_of(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def told_when_terminated() -> None:
+    """SIGTERM ends the process as ever, but says so: though the main thread may wait for peers, where no handler of
+    Python runs."""
+    out, into = os.pipe()
+    os.set_blocking(into, False)
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    signal.set_wakeup_fd(into)
+
+    def watch() -> None:
+        while os.read(out, 1)[0] != signal.SIGTERM:
+            pass
+        say_first("failure", "terminated (SIGTERM): what came after the last checkpoint is lost; --exit-signal-handler "
+                             "saves before it stops")
+        os._exit(128 + signal.SIGTERM)
+
+    threading.Thread(target=watch, name="terminated", daemon=True).start()
 
 
 def leave(code: int) -> NoReturn:

@@ -196,6 +196,14 @@ def run(main: Callable[[], None]) -> NoReturn:
     except BrokenPipeError:                       # `... | head` closed our output: not worth a traceback
         sys.stderr.close()
         sys.exit(1)
+    except OSError as error:
+        if error.filename is None or error.strerror is None:
+            raise
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr)
+        sys.exit(1)
+    except MemoryError as error:
+        print(f"error: out of memory ({error})".replace(" ()", ""), file=sys.stderr)
+        sys.exit(1)
     sys.exit(0)
 
 

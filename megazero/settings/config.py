@@ -118,7 +118,8 @@ class Training:
     full_validation: bool = option(False, "evaluate over the whole validation set, each sample once, in order")
     exit_interval: int | None = option(None, "save and stop when the step is a multiple of this", unit="steps")
     exit_duration_in_mins: float | None = option(None, "save and stop after this long", unit="minutes")
-    exit_signal_handler: bool = option(False, "save and stop at SIGTERM or SIGINT, on all ranks after the same step")
+    exit_signal_handler: bool = option(False, "save and stop at SIGTERM, SIGINT, SIGHUP, SIGUSR1 or SIGUSR2, all "
+                                       "ranks after the same step")
     seed: int = option(1234, "of weights, sample order and dropout")
     recompute_granularity: str = option("none", "activations computed again in backward: selective (norms and MLP "
                                         "activations) or full (whole blocks)", choices=("none", "selective", "full"))
