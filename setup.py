@@ -28,7 +28,7 @@ setup(
         "data": ["pyarrow", "zstandard", "tiktoken"],
         "remote": ["fsspec"],
         "dev": ["pytest", "ruff", "mypy", "transformers", "types-PyYAML", "types-tqdm",
-                "pyarrow", "zstandard", "tiktoken", "fsspec"],
+                "pyarrow", "zstandard", "tiktoken", "fsspec", "ctranslate2"],
         "plot": ["matplotlib"],
     },
 )

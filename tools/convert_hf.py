@@ -1,5 +1,6 @@
 """Checkpoints to Hugging Face folders and back: python tools/convert_hf.py export|import --help"""
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,9 +32,12 @@ class Import:
 
 def export(s: Export) -> None:
     reader = Reader(s.load, s.ckpt_step)
-    family = export_folder(reader, Path(s.output), s.dtype, told=Bar())
-    print(f"exported {reader.folder} to {s.output}: {family.class_name}, " + (
-        f"tokenizer {reader.index['tokenizer']['type']}" if reader.index["tokenizer"] else "no tokenizer"))
+    family, without = export_folder(reader, Path(s.output), s.dtype, told=Bar())
+    identity = None if without else reader.index["tokenizer"]
+    print(f"exported {reader.folder} to {s.output}: {family.class_name}, "
+          f"{'tokenizer ' + identity['type'] if identity else 'no tokenizer'}")
+    if without:
+        print(f"warning: {without}", file=sys.stderr)
 
 
 def import_(s: Import) -> None:

@@ -52,6 +52,11 @@ class Tokenizer(ABC):
         ids = self.encode_batch([name])[0]
         return ids[0] if len(ids) == 1 else None
 
+    def words(self) -> dict[str, Any]:
+        """The content of a tokenizer.json that gives the same ids, as far as we know: try it.
+        Raises UserError where there is none."""
+        raise UserError(f"a tokenizer.json cannot say what a {type(self).__name__} does")
+
     def files(self) -> dict[str, Path]:
         """The files it was made from, under the names a checkpoint keeps them by; see `load_tokenizer`."""
         return {}

@@ -3,13 +3,14 @@
 import base64
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from megazero.base import UserError
 from megazero.data.files import library
 from megazero.data.tokenizer_base import END_OF_TEXT, USUAL_ENDS, Tokenizer, existing, flattened
+from megazero.data.tokenizer_words import byte_words
 
 
 class Encoding(NamedTuple):
@@ -58,6 +59,7 @@ class TiktokenTokenizer(Tokenizer):
         known = ENCODINGS.get(len(ranks), Encoding(_CL100K, {END_OF_TEXT: max(ranks.values()) + 1}))
         self._inner = tiktoken.Encoding(self._path.name, pat_str=known.pattern, mergeable_ranks=ranks,
                                         special_tokens=dict(known.specials))
+        self._ranks, self._encoding = ranks, known
         self._specials, self._known = set(known.specials), {*ranks.values(), *known.specials.values()}
         self.vocab_size = max(*known.specials.values(), *ranks.values()) + 1
         self.eod = next(known.specials[name] for name in USUAL_ENDS if name in known.specials)
@@ -72,6 +74,10 @@ class TiktokenTokenizer(Tokenizer):
     def decode(self, ids: Sequence[int]) -> str:
         # ids have holes, and a young model may draw one
         return self._inner.decode([int(i) for i in ids if int(i) in self._known])
+
+    def words(self) -> dict[str, Any]:
+        pattern = self._encoding.pattern.replace("}+", "}").replace("$", r"\z")         # Oniguruma's words for the same
+        return byte_words(self._ranks, self._encoding.specials, pattern)
 
     def files(self) -> dict[str, Path]:
         return {"tokenizer.tiktoken": self._path}

@@ -17,6 +17,7 @@ A library is imported by the type that needs it.
 """
 
 import hashlib
+import json
 import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
@@ -28,6 +29,7 @@ import numpy as np
 from megazero.base import UserError, read_bytes, said
 from megazero.data.tokenizer_base import END_OF_TEXT, USUAL_ENDS, Tokenizer, existing, flattened, tokenizer_json
 from megazero.data.tokenizer_tiktoken import TiktokenTokenizer
+from megazero.data.tokenizer_words import byte_words, sentencepiece_words
 
 if TYPE_CHECKING:
     import tokenizers
@@ -63,6 +65,9 @@ class SentencePieceTokenizer(Tokenizer):
         found = self._model.piece_to_id(name)                   # encoding the name might put a prefix before it
         return found if found != self._model.unk_id() else None
 
+    def words(self) -> dict[str, Any]:
+        return sentencepiece_words(self._path.read_bytes(), self._begins)
+
     def files(self) -> dict[str, Path]:
         return {"tokenizer.model": self._path}
 
@@ -83,6 +88,12 @@ class _LibraryTokenizer(Tokenizer):
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._inner.decode([int(i) for i in ids], skip_special_tokens=False)
+
+    def id_of(self, name: str) -> int | None:
+        return self._inner.token_to_id(name)
+
+    def words(self) -> dict[str, Any]:
+        return {**json.loads(self._inner.to_str()), "post_processor": None}          # which puts tokens around a text
 
     def _adopt(self, inner: "tokenizers.Tokenizer") -> None:
         inner.no_truncation()
@@ -156,6 +167,11 @@ class ByteTokenizer(Tokenizer):
 
     def decode(self, ids: Sequence[int]) -> str:
         return bytes(int(i) for i in ids if i < 256).decode("utf-8", errors="replace")
+
+    def words(self) -> dict[str, Any]:
+        said = byte_words({bytes([b]): b for b in range(256)}, {}, "")
+        said["model"]["vocab"][END_OF_TEXT] = 256                       # which no text becomes
+        return said
 
 
 class CharTokenizer(Tokenizer):
@@ -235,6 +251,14 @@ def build_tokenizer(
         raise UserError(f"--vocab-size {vocab_size}: this {tokenizer_type} has {tokenizer.vocab_size} ids; "
                         "leave the flag out.")
     return tokenizer
+
+
+def tokenizer_in(folder: Path, tokenizer_type: object) -> Tokenizer | None:
+    """The tokenizer of a type from the files in a folder, under the names that a checkpoint keeps them by; None where
+    one is not there, or there is no such type."""
+    needs = TYPES[tokenizer_type].needs if isinstance(tokenizer_type, str) and tokenizer_type in TYPES else {"": ""}
+    there = all(name and (folder / name).is_file() for name in needs.values())
+    return TYPES[str(tokenizer_type)](**{flag: str(folder / name) for flag, name in needs.items()}) if there else None
 
 
 def load_tokenizer(identity: Mapping[str, Any], folder: str | Path) -> Tokenizer:

@@ -17,7 +17,7 @@ import torch
 from megazero.base import DTYPES, Form, UserError, draft_of, write_json
 from megazero.data import Tokenizer
 from megazero.hf.files import INDEX, HfFolder, read_json, shards
-from megazero.hf.tokenizer import export_tokenizer, import_tokenizer
+from megazero.hf.tokenizer import TOKENIZER_CLASS, export_tokenizer, import_tokenizer, special_ids
 from megazero.plan import (
     Architecture,
     Family,
@@ -48,8 +48,9 @@ CONFIG: Form = {"model_type?": str, "bos_token_id?": ID, "eos_token_id?": ID, "p
 # ---- ours -> theirs
 
 def export_folder(reader: Reader, output: Path, dtype: str | None = None, shard: int = SHARD,
-                  told: Told = lambda *_: None) -> Family:
-    """Writes a Hugging Face folder of the checkpoint's weights, in `dtype` (None: as they are stored)."""
+                  told: Told = lambda *_: None) -> tuple[Family, str | None]:
+    """Writes a Hugging Face folder of the checkpoint's weights, in `dtype` (None: as they are stored).
+    Returns its family, and where its tokenizer could not be written the sentence that says why."""
     a = reader.architecture
     family, ours = family_of(a), shapes(a)
     missing = [n for n in ours if reader.shapes.get(("weight", n)) != ours[n]]
@@ -75,9 +76,9 @@ def export_folder(reader: Reader, output: Path, dtype: str | None = None, shard:
         if len(files) > 1:
             where = {p.name: file for file, part in files.items() for p in part}
             write_json(draft / INDEX, {"metadata": {"total_size": total}, "weight_map": where}, indent=2)
-        tokenizer = export_tokenizer(reader, draft, a.seq_length)
+        tokenizer, without = export_tokenizer(reader, draft, a.seq_length)
         _write_configs(draft, to_config(a, family), reader, tokenizer, DTYPES[name].torch)
-    return family
+    return family, without
 
 
 def stored_dtype(reader: Reader) -> str:
@@ -109,13 +110,12 @@ def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _write_configs(folder: Path, config: dict[str, Any], reader: Reader, tokenizer: Tokenizer | None,
                    dtype: str) -> None:
-    """config.json and generation_config.json. An import keeps its special ids; a run of ours starts documents with the
-    id that ended the one before, unless its tokenizer begins every text."""
-    eod, bos = (tokenizer.eod, tokenizer.bos) if tokenizer else (None, None)
-    ids = reader.index.get("special_ids") or {
-        "bos_token_id": eod if bos is None else bos, "eos_token_id": eod, "pad_token_id": None}
-    write_json(folder / "config.json", {**config, **ids, "dtype": dtype, "torch_dtype": dtype, "use_cache": True},
-               indent=2)
+    """config.json and generation_config.json. Where no tokenizer lies beside them, transformers is told a class that
+    needs its file, or it would make an empty one for GPT-2 and say nothing."""
+    ids = special_ids(reader, tokenizer)
+    without = {} if (folder / "tokenizer.json").exists() else {"tokenizer_class": TOKENIZER_CLASS}
+    write_json(folder / "config.json", {
+        **config, **ids, **without, "dtype": dtype, "torch_dtype": dtype, "use_cache": True}, indent=2)
     write_json(folder / "generation_config.json",
                {"_from_model_config": True, **{k: v for k, v in ids.items() if v is not None}}, indent=2)
 

@@ -1,70 +1,137 @@
-"""A checkpoint's tokenizer as Hugging Face's files, and theirs as a checkpoint's."""
+"""A checkpoint's tokenizer as Hugging Face's files, and theirs as a checkpoint's.
 
+What would be written is tried first: hard texts, lines of this program and every piece of the vocabulary, cut by the
+run's tokenizer and, from those files, by the `tokenizers` library. Where one id differs no tokenizer is written, and a
+sentence says so: a file that loads and is wrong would be worse than none.
+"""
+
+import json
 import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from megazero.base import write_json
-from megazero.data import Tokenizer, build_tokenizer, load_tokenizer
+from megazero.base import UserError, write_json
+from megazero.data import Tokenizer, load_tokenizer, tokenizer_in
+from megazero.hf.files import read_json
 from megazero.state import Reader
 
+CONFIG = "tokenizer_config.json"
+TOKENIZER_CLASS = "PreTrainedTokenizerFast"             # transformers' that takes a tokenizer.json as it is
+KIND = "megazero_type"                  # the key of it that names our type, so that an import finds the same again
 
-def export_tokenizer(reader: Reader, output: Path, longest: int) -> Tokenizer | None:
-    """Copies the checkpoint's tokenizer files,
-    and writes the tokenizer_config.json by which transformers finds its class."""
+# Texts that tell tokenizers apart.
+HARD = (
+    "", " ", "  ", "   ", "a", " a", "a ", "  a", "a  ", "a  b", "a   b    c     d", " Hello", "Hello  ", "Hello world",
+    "\u2581", "\u2581x", "x\u2581", " \u2581 ", "\n", "\n\n", " \n ", "a\n  b", "\n\n\n  x", "\r\n", "a\r\nb", "\t",
+    "a\tb", "\t\tx", "x \t y", "\u00a0", "a\u00a0b", "\u3000x", "\u2028", "a\u200bb", "\ufeffx", "a\x00b", "\ufffd",
+    "e\u0301", "\u00e9", "\u1ec7", "e\u0323\u0302", "\uff76\uff9e", "\u1112\u1161\u11ab", "ﬁ ① Ａ ～ ™ ½", "日本語 😀",
+    "नमस्ते", "Ünïcödé", "ไทยน้ำ", "한국어", "العربية", "שלום",
+    "\U0001f468\u200d\U0001f469\u200d\U0001f467 \u2764\ufe0f",
+    "<s>", "</s>", "a</s>b", "<unk>", "<pad>", "<0x0A>", "<|endoftext|>", "x<|endoftext|> y",
+    "1000000.00 + 0000000 = 12345678", "-----", "=" * 40, "|---|---|---|", "....", "!!!!!!!", "hahahahaha", "a" * 25,
+    "def f(x):\n    return  x + 1\n", "  naïve — 漢字 \n\n\tend", "http://x.y/z?a=b#e",
+    "I'll DON'T", *(" " * n + "x" for n in range(4, 40)))
+
+
+def export_tokenizer(reader: Reader, output: Path, longest: int) -> tuple[Tokenizer | None, str | None]:
+    """Writes the checkpoint's tokenizer for transformers.
+    Returns it, and where it could not be written the sentence that says why."""
     identity = reader.index["tokenizer"]
     if identity is None:
-        return None
+        return None, None
     tokenizer = load_tokenizer(identity, reader.folder.parent / "tokenizer")
+    imported = "special_ids" in reader.index and "tokenizer.json" in tokenizer.files()
+    try:
+        said = None if imported else _tried(tokenizer)
+    except UserError as error:
+        return tokenizer, (f"{type(tokenizer).__name__}: {error}; no tokenizer was written, "
+                           "since one that gives other ids than in training would be wrong without a word.")
     for name, path in tokenizer.files().items():
         shutil.copyfile(path, output / name)
-    config = _tokenizer_config(tokenizer)
-    if config and not (output / "tokenizer_config.json").exists():
-        write_json(output / "tokenizer_config.json", {**config, "model_max_length": longest}, indent=2)
-    return tokenizer
+    if said is not None:
+        write_json(output / "tokenizer.json", said)
+        (output / "special_tokens_map.json").unlink(missing_ok=True)    # an older form of what the configuration says
+    if said is not None or not (output / CONFIG).exists():
+        _write_config(output, special_ids(reader, tokenizer), longest, None if imported else tokenizer)
+    return tokenizer, None
 
 
-def _tokenizer_config(tokenizer: Tokenizer) -> dict[str, Any]:
-    """Empty where transformers has no class that would give the same ids."""
-    kind, path = type(tokenizer).__name__, tokenizer.files().get("tokenizer.model")
-    if kind == "SentencePieceTokenizer" and path is not None:
-        return _sentencepiece_config(path)
-    if kind in ("GPT2BPETokenizer", "HuggingFaceTokenizer"):
-        end = tokenizer.decode([tokenizer.eod]) if tokenizer.eod is not None else None
-        special = {"bos_token": end, "eos_token": end, "unk_token": end} if end else {}
-        return {"tokenizer_class": {"GPT2BPETokenizer": "GPT2Tokenizer"}.get(kind, "PreTrainedTokenizerFast"),
-                **special}
-    return {}
+def special_ids(reader: Reader, tokenizer: Tokenizer | None) -> dict[str, int | None]:
+    """An import keeps its own; a run of ours starts documents with the id that ended the one before, unless its
+    tokenizer begins every text."""
+    eod, bos = (tokenizer.eod, tokenizer.bos) if tokenizer else (None, None)
+    return reader.index.get("special_ids") or {
+        "bos_token_id": eod if bos is None else bos, "eos_token_id": eod, "pad_token_id": None}
 
 
-def _sentencepiece_config(path: Path) -> dict[str, Any]:
-    """transformers reads Llama's kind of model alone: pairs merged, text as it is.
-    Others would get other ids without a word."""
-    from sentencepiece import sentencepiece_model_pb2
-    model = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
-    model.ParseFromString(path.read_bytes())
-    if model.trainer_spec.model_type != model.trainer_spec.BPE or model.normalizer_spec.name != "identity":
-        return {}
-    ids = {"bos_token": model.trainer_spec.bos_id, "eos_token": model.trainer_spec.eos_id,
-           "unk_token": model.trainer_spec.unk_id}
-    return {"tokenizer_class": "LlamaTokenizer", "add_bos_token": False, "add_eos_token": False, "legacy": False,
-            "add_prefix_space": model.normalizer_spec.add_dummy_prefix, "clean_up_tokenization_spaces": False,
-            **{k: model.pieces[i].piece for k, i in ids.items() if i >= 0}}
+def _tried(tokenizer: Tokenizer) -> dict[str, Any]:
+    """The content of a tokenizer.json that gives the same ids for every probe. Raises UserError where none does."""
+    import tokenizers
+    said = tokenizer.words()
+    library = tokenizers.Tokenizer.from_str(json.dumps(said))
+    texts = list(probes(tokenizer, library))
+    for text, ours, theirs in zip(texts, tokenizer.encode_batch(texts), library.encode_batch(texts), strict=True):
+        if ours != theirs.ids:
+            raise UserError(f"{_short(text)} is {_short(ours)} here and would be {_short(theirs.ids)} in transformers")
+    return said
+
+
+def _short(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
+def probes(tokenizer: Tokenizer, library: Any) -> Iterator[str]:
+    """Hard texts, lines and pages of this program, and each id: its text, its name, and its text beside another's."""
+    yield from HARD
+    lines = "".join(path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parent.glob("*.py"))).split("\n")
+    yield from lines
+    yield "\n".join(lines)
+    pieces = [tokenizer.decode([i]) for i in range(tokenizer.vocab_size)]
+    for i, piece in enumerate(pieces):
+        yield piece
+        yield piece + pieces[(i * 7919 + 1) % len(pieces)]
+        yield library.id_to_token(i) or ""
+
+
+def _write_config(output: Path, ids: Mapping[str, Any], longest: int, tokenizer: Tokenizer | None) -> None:
+    """tokenizer_config.json, by which transformers takes tokenizer.json as it is, names the special tokens that
+    config.json has the ids of. `tokenizer`: None for an imported one, which may put what it likes around a text."""
+    import tokenizers
+    library = tokenizers.Tokenizer.from_file(str(output / "tokenizer.json"))
+    first = {k.removesuffix("_id"): i[0] if isinstance(i, list) else i for k, i in ids.items()}
+    names = {k: library.id_to_token(i) for k, i in first.items() if i is not None}
+    unknown = _unknown(library) or names.get("eos_token")
+    # where no special token comes from text here, none does there
+    whole = not any(token.special for token in library.get_added_tokens_decoder().values())
+    ours = {"add_bos_token": tokenizer.bos is not None, "add_eos_token": False, "split_special_tokens": whole,
+            KIND: type(tokenizer).__name__} if tokenizer else {}
+    said = read_json(output / CONFIG) if (output / CONFIG).exists() else {}
+    kept = {k: v for k, v in said.items() if k not in ("bos_token", "eos_token")}
+    write_json(output / CONFIG, {
+        **kept, "tokenizer_class": TOKENIZER_CLASS, **names, **({"unk_token": unknown} if unknown else {}),
+        **ours, "clean_up_tokenization_spaces": False, "model_max_length": longest}, indent=2)
+
+
+def _unknown(library: Any) -> str | None:
+    model = json.loads(library.to_str())["model"]
+    i = model.get("unk_id")
+    return model.get("unk_token") if i is None else model["vocab"][i][0]
 
 
 def import_tokenizer(folder: Path, output: Path) -> Tokenizer | None:
-    """Keeps the folder's tokenizer beside the checkpoint, in the first form found that this program reads."""
-    names = ("tokenizer.json", "vocab.json", "merges.txt", "tokenizer.model")
-    there = {name: str(folder / name) for name in names if (folder / name).is_file()}
-    if "tokenizer.json" in there:
-        tokenizer = build_tokenizer("HuggingFaceTokenizer", tokenizer_model=there["tokenizer.json"])
-    elif "vocab.json" in there and "merges.txt" in there:
-        tokenizer = build_tokenizer("GPT2BPETokenizer", vocab_file=there["vocab.json"], merge_file=there["merges.txt"])
-    elif "tokenizer.model" in there:
-        tokenizer = build_tokenizer("SentencePieceTokenizer", tokenizer_model=there["tokenizer.model"])
-    else:
-        return None
-    (output / "tokenizer").mkdir()
-    for name, path in tokenizer.files().items():
-        shutil.copyfile(path, output / "tokenizer" / name)
+    """Keeps the folder's tokenizer beside the checkpoint: of the type that an export of ours names, or in the first
+    form found that this program reads."""
+    tokenizer = _found(folder)
+    if tokenizer is not None:
+        (output / "tokenizer").mkdir()
+        for name, path in tokenizer.files().items():
+            shutil.copyfile(path, output / "tokenizer" / name)
     return tokenizer
+
+
+def _found(folder: Path) -> Tokenizer | None:
+    said = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
+    kinds = (said.get(KIND), "HuggingFaceTokenizer", "GPT2BPETokenizer", "SentencePieceTokenizer")
+    return next((found for kind in kinds if (found := tokenizer_in(folder, kind)) is not None), None)
