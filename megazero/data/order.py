@@ -18,7 +18,7 @@ import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import TypeVar
 
 import numpy as np
@@ -31,8 +31,10 @@ MASK = (1 << 64) - 1
 ROUNDS = 8
 DENOMINATOR = 126_000   # 2^4 3^2 5^3 7: halves, thirds, sevenths, percents and their tenths are exact shares of a blend
 SPLITS = ("train", "valid", "test")
+KEPT = 4096             # hashes: the datasets of a blend take turns
 
 
+@lru_cache(maxsize=KEPT, typed=True)
 def stable_hash(*parts: int | str) -> int:
     """64 bits that are the same on every machine and in every version."""
     text = "\0".join(map(str, parts)).encode()
@@ -54,7 +56,7 @@ def permute(index: Index, size: int, key: int) -> Index:
     """
     rows = math.isqrt(size - 1) + 1
     columns = -(-size // rows)
-    keys = [mix(key + r * 0x9E3779B97F4A7C15 & MASK) for r in range(1, ROUNDS + 1)]
+    keys = _round_keys(key)
     if isinstance(index, np.ndarray):
         out = _feistel(index.astype(np.uint64), rows, columns, keys)
         while (outside := out >= size).any():
@@ -65,6 +67,11 @@ def permute(index: Index, size: int, key: int) -> Index:
     while out >= size:
         out = _feistel(out, rows, columns, keys)
     return out
+
+
+@lru_cache(maxsize=KEPT)
+def _round_keys(key: int) -> list[int]:
+    return [mix(key + r * 0x9E3779B97F4A7C15 & MASK) for r in range(1, ROUNDS + 1)]
 
 
 def _feistel(x: Index, rows: int, columns: int, keys: Sequence[int]) -> Index:
