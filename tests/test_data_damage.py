@@ -1,16 +1,22 @@
 """Damaged datasets: found at open, when read, or by verify; always one sentence, never a crash, never other tokens."""
 
 import json
+import os
 import random
 import struct
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from support import ROOT, TINY
 from test_indexed import IDX_DAMAGE
 
 from megazero.base.errors import UserError
 from megazero.data.dataset import Reading, open_stages
+from megazero.data.edit import document_lengths, merge_datasets
 from megazero.data.indexed import IndexedDataset, IndexedWriter
 from megazero.data.preprocess import PreprocessSettings, preprocess
 from megazero.data.verify import problems
@@ -141,3 +147,34 @@ def test_each_kind_that_only_verify_finds(tmp_path: Path, whole: dict[str, bytes
     assert f"{prefix}.json: tells of 5 tokens, {prefix}.idx of {told['tokens']}" in "\n".join(problems(prefix))
     Path(f"{prefix}.json").write_text(json.dumps({"vocab_size": 257}))
     assert "d.bin: its sidecar holds no checksum" in "\n".join(problems(prefix))
+
+
+def test_a_run_whose_file_is_cut_ends_with_a_sentence(tmp_path: Path) -> None:
+    """Not with SIGBUS, nor with a traceback."""
+    with IndexedWriter(tmp_path / "d", np.dtype("u2")) as writer:
+        writer.add_document([np.arange(20_000) % 101])
+    words = [*TINY.replace("--mock-data --train-iters 5", "--train-iters 1000000").split(), "--train-data-path", str(tmp_path / "d"),
+             "--log-dir", str(tmp_path / "log")]
+    run = subprocess.Popen([sys.executable, "pretrain_gpt.py", *words], cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    log = tmp_path / "log" / "metrics.jsonl"
+    while run.poll() is None and not (log.exists() and log.stat().st_size):
+        time.sleep(0.05)
+    os.truncate(tmp_path / "d.bin", 3)
+    _, said = run.communicate(timeout=60)
+    assert run.returncode == 2 and "Traceback" not in said, said
+    assert f"error: {tmp_path}/d.bin: gave " in said and "it had 40000 when it was opened; was it cut or replaced while in use?" in said, said
+
+
+def test_whoever_reads_boundaries_looks_at_them(tmp_path: Path, whole: dict[str, bytes]) -> None:
+    for end, data in whole.items():
+        Path(f"{tmp_path}/d.{end}").write_bytes(data)
+    with open(tmp_path / "d.idx", "r+b") as index:
+        index.seek(34 + 12 * S + 56)
+        index.write(struct.pack("<q", 10**15))
+    dataset, said = IndexedDataset(tmp_path / "d"), "document 6 runs from sequence 5 to 1000000000000000, expected"
+    for read in (lambda: list(document_lengths(dataset)), lambda: dataset.document(6), lambda: dataset.boundaries(0, D),
+                 lambda: merge_datasets([str(tmp_path / "d")], str(tmp_path / "new"))):
+        with pytest.raises(UserError) as caught:
+            read()
+        assert said in str(caught.value) or "document 7 starts at sequence 1000000000000000" in str(caught.value)
+    assert not list(tmp_path.glob("new*"))

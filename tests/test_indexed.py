@@ -61,7 +61,7 @@ def test_reads_what_another_writer_wrote(tmp_path: Path, documents: list) -> Non
     assert (dataset.document_count, dataset.sequence_count) == (len(documents), sum(map(len, documents)))
     assert dataset.token_count == sum(map(len, flat)) and dataset.dtype == np.uint16
     assert [dataset.document(i).tolist() for i in range(len(documents))] == flat
-    assert dataset.tokens.tolist() == [t for document in flat for t in document]
+    assert dataset.tokens[:].tolist() == [t for document in flat for t in document]
     assert [dataset.document_token_boundaries(i) for i in range(len(documents) + 1)] == np.cumsum([0, *map(len, flat)]).tolist()
 
 
@@ -259,3 +259,55 @@ def test_a_trillion_tokens_open_at_once(tmp_path: Path) -> None:
     assert dataset.token_count == 10**12 and middle.sum() == 0
     assert dataset.document_token_boundaries(77_777) == 77_777 * length
     assert seconds < 0.1
+
+
+def test_a_file_cut_while_in_use_is_one_sentence(tmp_path: Path) -> None:
+    """A map of it would end the process with SIGBUS."""
+    dataset = IndexedDataset(write(tmp_path / "d", DOCUMENTS))
+    os.truncate(tmp_path / "d.bin", 100)
+    assert dataset.tokens[:50].tolist() == [1, 2, 3, 4, 65535, 0, *[7] * 44]
+    with pytest.raises(UserError, match=r"d.bin: gave 20 of 40 bytes at byte 80, it had 2012 when it was opened; was it cut or replaced while in use"):
+        dataset.tokens[40:60]
+    os.truncate(tmp_path / "d.idx", 84)
+    with pytest.raises(UserError, match=r"d.idx: gave 0 of 8 bytes at byte 98, it had 130 when"):
+        dataset.document(2)
+
+
+def test_a_dataset_in_use_is_the_one_that_was_opened(tmp_path: Path) -> None:
+    dataset = IndexedDataset(write(tmp_path / "d", DOCUMENTS))
+    write(tmp_path / "d", [[[9]]])
+    assert dataset.document(2).tolist() == [65535, 0] and IndexedDataset(tmp_path / "d").document(0).tolist() == [9]
+
+
+def test_an_error_of_the_disk_names_file_and_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dataset = IndexedDataset(write(tmp_path / "d", DOCUMENTS))
+
+    def fails(*_: object) -> bytes:
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "pread", fails)
+    with pytest.raises(UserError, match=r"d.bin: cannot be read at byte 20 \(Input/output error\)."):
+        dataset.tokens[10:20]
+
+
+def test_what_is_no_file_is_refused_at_open(tmp_path: Path) -> None:
+    prefix = write(tmp_path / "d", DOCUMENTS)
+    for end in ("bin", "idx"):
+        good = tmp_path / "good"
+        os.rename(f"{prefix}.{end}", good)
+        os.mkfifo(f"{prefix}.{end}")                           # whoever opens it would wait
+        with pytest.raises(UserError, match=rf"d.{end}: cannot be read \(is not a regular file\)"):
+            IndexedDataset(prefix)
+        os.rename(good, f"{prefix}.{end}")
+
+
+def test_an_array_of_a_file_is_like_numpys(tmp_path: Path) -> None:
+    """Its ends, too: what lies outside is an error, not another entry."""
+    numbers = IndexedDataset(write(tmp_path / "d", DOCUMENTS)).lengths
+    expected = np.array([3, 1, 2, 1000])
+    assert numbers[-1] == 1000 and numbers[0] == 3 and len(numbers) == 4 and numbers.nbytes == 16
+    for part in (slice(None), slice(1, 3), slice(3, 1), slice(-2, 99), slice(7, 9)):
+        assert numbers[part].tolist() == expected[part].tolist()
+    for outside in (4, -5, 10**15):
+        with pytest.raises(IndexError):
+            numbers[outside]

@@ -1,4 +1,4 @@
-"""Samples for training and evaluation: memory-mapped tokens in the order of order.py, or in Megatron's.
+"""Samples for training and evaluation: tokens in the order of order.py, or in Megatron's.
 
     samples = open_split(["0.7", "books_text_document", "0.3", "code_text_document"], "969,30,1", "train",
                          sequence_length=1024, seed=1234, shuffle=True)
@@ -6,7 +6,7 @@
 
     sample k of the run --blend.locate--> (dataset, its own sample j) --order.ranges--> ranges of its tokens
 
-Every rank reads its own samples from the map; the whole state of a loader is the number of samples consumed.
+Every rank reads its own samples from the files; the whole state of a loader is the number of samples consumed.
 """
 
 from bisect import bisect_right
@@ -137,13 +137,13 @@ class Samples:
 
     def _read(self, part: DatasetPart, ranges: Sequence[tuple[int, int]], name: str) -> np.ndarray:
         pieces = [part.dataset.tokens[low:high] for low, high in ranges]
-        tokens = (pieces[0] if len(pieces) == 1 else np.concatenate(pieces)).astype(np.int64)
+        tokens = pieces[0] if len(pieces) == 1 else np.concatenate(pieces)
         low, high = int(tokens.min()), int(tokens.max())
         if low < 0 or (self.vocab_size is not None and high >= self.vocab_size):
             raise UserError(f"{part.dataset.prefix}: {name} of {self.which} holds token {low if low < 0 else high}, "
                             f"expected 0 to {(self.vocab_size or 0) - 1}; "
                             "train with the tokenizer the dataset was made with.")
-        return tokens
+        return tokens.astype(np.int64)
 
 
 class MockSamples:

@@ -76,15 +76,11 @@ def _copy(dataset: IndexedDataset, first: int, last: int, writer: IndexedWriter)
     start, end = (dataset.document_token_boundaries(i) for i in (first, last))
     low, high = int(dataset.documents[first]), int(dataset.documents[last])
     for at in range(start, end, BLOCK):
-        writer.add(np.asarray(dataset.tokens[at:min(at + BLOCK, end)]), NONE, NONE)
+        writer.add(dataset.tokens[at:min(at + BLOCK, end)], NONE, NONE)
     for at in range(low, high, BLOCK):
         writer.add(NONE.astype(dataset.dtype), dataset.sequence_lengths(at, min(at + BLOCK, high)), NONE)
     for at in range(first, last, BLOCK):
-        counts = np.diff(dataset.documents[at:min(at + BLOCK, last) + 1])
-        if counts.min() < 0:
-            raise dataset.damaged(f"document {at + int(counts.argmin())} ends before it starts",
-                                  "boundaries that never go down")
-        writer.add(NONE.astype(dataset.dtype), NONE, counts)
+        writer.add(NONE.astype(dataset.dtype), NONE, np.diff(dataset.boundaries(at, min(at + BLOCK, last))))
 
 
 def _finish(writer: IndexedWriter, sidecar: dict[str, Any] | None, inputs: Sequence[str]) -> IndexedDataset:
@@ -101,6 +97,6 @@ def _finish(writer: IndexedWriter, sidecar: dict[str, Any] | None, inputs: Seque
 def document_lengths(dataset: IndexedDataset) -> Iterator[np.ndarray]:
     """The tokens of each document, a block at a time [documents]. Raises UserError for damaged entries."""
     for low in range(0, dataset.document_count, BLOCK):
-        bounds = np.asarray(dataset.documents[low:low + BLOCK + 1])
+        bounds = dataset.boundaries(low, min(low + BLOCK, dataset.document_count))
         lengths = dataset.sequence_lengths(int(bounds[0]), int(bounds[-1]))
         yield np.diff(np.concatenate([[0], np.cumsum(lengths)])[bounds - bounds[0]])

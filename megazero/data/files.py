@@ -5,6 +5,7 @@ told by their last suffix. A library that is not always there is imported by the
 """
 
 import bz2
+import errno
 import glob
 import gzip
 import importlib
@@ -12,6 +13,7 @@ import io
 import lzma
 import os
 import re
+import stat
 import sys
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -200,54 +202,87 @@ def is_damage(error: BaseException) -> bool:
             or type(error).__name__ in ("ZstdError", "ArrowInvalid"))
 
 
-class RemoteArray:
-    """Numbers of a remote file as an array that fetches what is asked for and nothing else:
-    `a[i]`, `a[i:j]`, `len(a)`."""
+class LocalFile:
+    """A file of this disk, held open: whatever takes its name later is another file.
 
-    def __init__(self, path: str, dtype: np.dtype, at: int = 0, count: int | None = None) -> None:
-        """`count` numbers from byte `at`; without, bytes to the end. Raises OSError."""
-        self.path, self.dtype, self.at = path, np.dtype(dtype), at
+    It is read, not mapped: to touch a page of a map behind which a file was cut, or a disk failed, ends the process.
+    """
+
+    def __init__(self, path: str) -> None:
+        """Raises OSError."""
+        self.path = path
+        self._handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK)               # a pipe would wait for its writer
+        found = os.fstat(self._handle)
+        self.size = found.st_size
+        if not stat.S_ISREG(found.st_mode):
+            raise OSError(errno.EINVAL, "is not a regular file")
+
+    def read(self, at: int, count: int) -> bytes:
+        raw = os.pread(self._handle, count, at)
+        while len(raw) < count and (more := os.pread(self._handle, count - len(raw), at + len(raw))):
+            raw += more                                         # a call gives 2 GB at most
+        return raw
+
+    def __del__(self) -> None:
+        if hasattr(self, "_handle"):
+            os.close(self._handle)
+
+
+class RemoteFile:
+    """A file behind a URL."""
+
+    def __init__(self, path: str) -> None:
+        """Raises OSError."""
+        self.path = path
         self._fs, self._there = system(path)
-        self.size = int(self._fs.size(self._there)) - at if count is None else count
+        self.size = int(self._fs.size(self._there))
+
+    def read(self, at: int, count: int) -> bytes:
+        return self._fs.cat_file(self._there, at, at + count)
+
+
+class Numbers:
+    """Numbers of a file as an array that reads what is asked for and nothing else: `a[i]`, `a[i:j]`, `len(a)`."""
+
+    def __init__(self, file: LocalFile | RemoteFile, dtype: np.dtype | str, at: int = 0, count: int = 0) -> None:
+        """`count` numbers from byte `at`."""
+        self.file, self.dtype, self.at, self.size = file, np.dtype(dtype), at, count
+        self._width = self.dtype.itemsize
 
     @property
     def nbytes(self) -> int:
-        return self.size * self.dtype.itemsize
+        return self.size * self._width
 
     def __len__(self) -> int:
         return self.size
 
     def __getitem__(self, index: int | slice) -> Any:
         if not isinstance(index, slice):
-            return self[index % self.size:index % self.size + 1][0]
+            return self._read(range(self.size)[index], 1)[0]
         start, stop, step = index.indices(self.size)
-        if step != 1 or stop <= start:
-            assert step == 1, "a remote array is read in order"
-            return np.empty(0, self.dtype)
-        width = self.dtype.itemsize
+        assert step == 1, "a file is read in order"
+        return self._read(start, max(stop - start, 0))
+
+    def _read(self, first: int, count: int) -> np.ndarray:
+        """Raises UserError where the file no longer holds them."""
+        at, size = self.at + first * self._width, count * self._width
         try:
-            raw = self._fs.cat_file(self._there, self.at + start * width, self.at + stop * width)
+            raw = self.file.read(at, size) if size else b""
         except Exception as error:                                   # each backend has errors of its own
-            raise UserError(f"{self.path}: cannot be read ({error}).") from None
-        if len(raw) != (stop - start) * width:
-            raise UserError(f"{self.path}: gave {len(raw)} bytes at byte {self.at + start * width}, "
-                            f"expected {(stop - start) * width}; it was cut short.")
+            why = getattr(error, "strerror", None) or error
+            raise UserError(f"{self.file.path}: cannot be read at byte {at} ({why}).") from None
+        if len(raw) != size:
+            raise UserError(f"{self.file.path}: gave {len(raw)} of {size} bytes at byte {at}, it had {self.file.size} "
+                            "when it was opened; was it cut or replaced while in use? Make it whole and start again.")
         return np.frombuffer(raw, self.dtype)
 
 
-Numbers = np.ndarray | RemoteArray
-
-
 def bytes_of(path: str) -> Numbers:
-    """A file's bytes, mapped or remote, not read [bytes]. Raises OSError."""
-    if is_remote(path):
-        return RemoteArray(path, np.dtype(np.uint8))
-    # mapping nothing is an error of the system; a dataset of empty documents is none
-    return np.memmap(path, np.uint8, "r") if os.path.getsize(path) else np.empty(0, np.uint8)
+    """A file's bytes, not read [bytes]. Raises OSError."""
+    file = RemoteFile(path) if is_remote(path) else LocalFile(path)
+    return Numbers(file, "u1", 0, file.size)
 
 
 def window(raw: Numbers, at: int, count: int, dtype: np.dtype | str) -> Numbers:
     """`count` numbers of `dtype` from byte `at` of a file's bytes, still not read [count]."""
-    if isinstance(raw, RemoteArray):
-        return RemoteArray(raw.path, np.dtype(dtype), at, count)
-    return np.ndarray(count, dtype, raw, at)
+    return Numbers(raw.file, dtype, at, count)

@@ -24,7 +24,7 @@ from collections.abc import Iterator, Sequence
 from glob import escape, glob
 from pathlib import Path
 from types import TracebackType
-from typing import Any, BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -224,15 +224,13 @@ class IndexedWriter:
 
 
 class IndexedDataset:
-    """A dataset opened for reading through memory maps.
+    """A dataset opened for reading: arrays that read what is asked of them, from this disk or behind a URL.
 
     dtype        of a token
     lengths      i32[sequence_count], tokens of each sequence
     offsets      i64[sequence_count], bytes
     documents    i64[document_count + 1], boundaries in sequences
     tokens       [token_count], the whole .bin: documents lie back to back, so this is the token stream
-
-    With a URL as prefix these arrays fetch what is asked of them.
     """
 
     def __init__(self, prefix: str | Path) -> None:
@@ -248,12 +246,12 @@ class IndexedDataset:
         raw = _opened(f"{self.prefix}.bin")
         self._check_ends(raw.size)
         self.token_count = raw.size // self.dtype.itemsize
-        self.tokens: Any = window(raw, 0, self.token_count, self.dtype)
+        self.tokens = window(raw, 0, self.token_count, self.dtype)
 
     def document(self, i: int) -> np.ndarray:
-        """The tokens of document i, a view of the file [tokens]."""
+        """The tokens of document i [tokens]."""
         first, last = self.document_token_boundaries(i), self.document_token_boundaries(i + 1)
-        lengths = self.lengths[int(self.documents[i]):int(self.documents[i + 1])]
+        lengths = self.lengths[slice(*self.boundaries(i, i + 1).tolist())]
         told, least = int(lengths.sum(dtype=np.int64)), int(lengths.min(initial=0))
         if least < 0:
             raise self.damaged(f"a sequence of document {i} has {least} tokens", "0 or more")
@@ -262,10 +260,28 @@ class IndexedDataset:
                                f"{last - first}, as its offsets say")
         return self.tokens[first:last]
 
+    def boundaries(self, first: int, last: int) -> np.ndarray:
+        """The sequences at which documents [first, last) start, and the one after the last; none before the one before
+        it [n + 1]."""
+        found = self.documents[first:last + 1]
+        wrong = np.flatnonzero((np.diff(found) < 0) | (found[:-1] < 0) | (found[1:] > self.sequence_count))
+        if len(wrong):
+            i = int(wrong[0])
+            raise self.damaged(f"document {first + i} runs from sequence {found[i]} to {found[i + 1]}",
+                               f"its end not before its start, both of 0 to {self.sequence_count}")
+        return found
+
     def sequence_lengths(self, first: int, last: int) -> np.ndarray:
         """The lengths of sequences [first, last) in tokens, none negative,
         each sequence ending where the next one starts [n]."""
-        lengths, size = np.asarray(self.lengths[first:last], np.int64), self.dtype.itemsize
+        found = np.empty(last - first, np.int64)
+        for at in range(first, last, BLOCK):
+            upto = min(at + BLOCK, last)
+            found[at - first:upto - first] = self._lengths(at, upto)
+        return found
+
+    def _lengths(self, first: int, last: int) -> np.ndarray:
+        lengths, size = self.lengths[first:last].astype(np.int64), self.dtype.itemsize
         starts = np.append(self.offsets[first:last], self.sequence_start(last) * size)
         wrong = np.flatnonzero((lengths < 0) | (starts[:-1] + lengths * size != starts[1:]))
         if len(wrong):

@@ -290,7 +290,7 @@ MEGATRON_WORDS = {
     "data-cache-path": "is not needed: there are no index files; leave it out",
     "num-workers": "is not needed: a thread reads a step ahead; leave it out",
     "num-dataset-builder-threads": "is not needed: nothing is built; leave it out",
-    "no-mmap-bin-files": "is not needed: files behind a URL are read piece by piece, others are mapped; leave it out",
+    "no-mmap-bin-files": "is not needed: files are read piece by piece, never mapped; leave it out",
     "no-create-attention-mask-in-dataloader": ALWAYS_ON,
     "fim-data": "is said by --fim-rate alone",
     "ckpt-format": "is not needed: there is one format; leave it out",
