@@ -149,6 +149,32 @@ def test_each_kind_that_only_verify_finds(tmp_path: Path, whole: dict[str, bytes
     assert "d.bin: its sidecar holds no checksum" in "\n".join(problems(prefix))
 
 
+@pytest.mark.parametrize(("text", "said"), {
+    "null": "it is None, not a mapping", "{}": "it has no vocab_size", '{"vocab_size": 0}': "vocab_size is 0", '{"vocab_size": 3.5}': "vocab_size is 3.5",
+    '{"vocab_size": 99999999999}': "vocab_size is 99999999999", '{"vocab_size": 9, "vocab_size": 257}': "key 'vocab_size' stands twice", "[" * 9999: "deep",
+    '{"vocab_size": 257, "sums": {"block": 1, "bin": [-1], "idx": []}}': "sums.bin[0] is -1", '{"vocab_size": 257, "tokens": -1}': "tokens is -1",
+    '{"vocab_size": 257, "tokenizer": {"type": "ByteTokenizer"}}': "tokenizer has no vocab_size", '{"vocab_size": 257, "sources": [3]}': "sources[0] is 3",
+}.items())
+def test_a_sidecar_has_its_form(tmp_path: Path, whole: dict[str, bytes], text: str, said: str) -> None:
+    for end in ("bin", "idx"):
+        (tmp_path / f"d.{end}").write_bytes(whole[end])
+    (tmp_path / "d.json").write_text(text)
+    prefix = str(tmp_path / "d")
+    for use in (lambda: open_stages([(0, [prefix])], None, "train", Reading(16, 1, True), 257), lambda: merge_datasets([prefix], f"{prefix}2")):
+        with pytest.raises(UserError) as caught:
+            use()
+        assert f"{prefix}.json: is no sidecar (" in str(caught.value) and said in str(caught.value), caught.value
+    assert [f"{prefix}.json: is no sidecar" in sentence for sentence in problems(prefix)] == [True]
+
+
+def test_another_datasets_sidecar_is_told_at_open(tmp_path: Path, whole: dict[str, bytes]) -> None:
+    for end, data in whole.items():
+        (tmp_path / f"d.{end}").write_bytes(data)
+    (tmp_path / "d.json").write_text(json.dumps(json.loads(whole["json"]) | {"tokens": 5}))
+    with pytest.raises(UserError, match="d.json: tells of 5 tokens, .*d.idx of [0-9]+; they belong to different datasets"):
+        open_stages([(0, [str(tmp_path / "d")])], None, "train", Reading(16, 1, True), 257)
+
+
 def test_a_run_whose_file_is_cut_ends_with_a_sentence(tmp_path: Path) -> None:
     """Not with SIGBUS, nor with a traceback."""
     with IndexedWriter(tmp_path / "d", np.dtype("u2")) as writer:

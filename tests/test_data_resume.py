@@ -177,7 +177,20 @@ def test_only_the_same_command_goes_on(tmp_path: Path, small_steps: None) -> Non
             preprocess(settings(tmp_path, **other))
     kept = note.read_text()
     note.write_text(kept[:40])
-    with pytest.raises(UserError, match="d.progress.json: is damaged; remove it to begin again"):
+    with pytest.raises(UserError, match="d.progress.json: is damaged .*; remove it to begin again"):
+        preprocess(settings(tmp_path))
+    told = json.loads(kept)
+    for change, said in {"place=[0, 0]": "place is not a file, a byte and a line", "place=[9, 0, 1]": r"its place is \(9, 0, 1\) of [0-9]+ files", "place=[0, -1, 1]": "from 0",
+                         "seconds=-1": "after -1 s", "bytes='x'": "bytes is 'x', not a whole number", "written={}": "it tells of nothing, not of text, note",
+                         "written={k: [1, 2, 3, [1, 2]] for k in ('text', 'note')}": "2 checksums for 3 tokens of text",
+                         "written={'text': [1]}": "written.text is not three counts", "finished=0": "finished is 0, not true or false"}.items():
+        key, _, value = change.partition("=")
+        note.write_text(json.dumps({**told, key: eval(value)}))
+        with pytest.raises(UserError, match=f"d.progress.json: is damaged .*{said}.*; remove it to begin again"):
+            preprocess(settings(tmp_path))
+    forged = {k: [d, s - 1, *rest] for k, (d, s, *rest) in told["written"].items()}
+    note.write_text(json.dumps({**told, "written": forged}))
+    with pytest.raises(UserError, match=r"d_text_document.documents.partial: ends at sequence [0-9]+, the unfinished run wrote [0-9]+; begin again"):
         preprocess(settings(tmp_path))
     note.write_text(kept)
     (tmp_path / "out" / "d_text_document.bin.partial").write_bytes(b"")

@@ -32,7 +32,7 @@ from megazero.data.order import (
     split_ranges,
     stable_hash,
 )
-from megazero.data.sidecar import check_sidecar
+from megazero.data.sidecar import check_sidecar, miscounts
 
 
 class SampleSource(Protocol):
@@ -281,12 +281,15 @@ def _number(word: str) -> float | None:
 
 
 def _open_part(
-    prefix: str, has_sidecar: bool, count: int | None, split: str | None, which: str, reading: Reading
+    prefix: str, sidecar: Mapping[str, Any] | None, count: int | None, split: str | None, which: str, reading: Reading
 ) -> DatasetPart:
     dataset, s = IndexedDataset(prefix), reading.sequence_length
     if dataset.dtype.kind not in "iu":
         raise UserError(f"{prefix}.idx: holds {dataset.dtype} numbers, expected whole ones; "
                         "this is no dataset of tokens.")
+    wrong = list(miscounts(dataset, sidecar)) if sidecar is not None else []
+    if wrong:
+        raise UserError(*wrong)
     documents, first, last = _split_of(dataset, split, which, reading.megatron)
     if last - first <= s:
         asked = f"--split {split} gives {which}" if split else f"{which} has"
@@ -297,7 +300,7 @@ def _open_part(
     if reading.megatron:
         order = MegatronOrder(dataset.sequence_lengths(*_sequences(dataset, split, which)), s, reading.seed, count)
     return DatasetPart(dataset, documents, first, last - first, order,
-                ChunkOrder(last - first, s, reading.seed, shuffle=False), has_sidecar)
+                ChunkOrder(last - first, s, reading.seed, shuffle=False), sidecar is not None)
 
 
 def _split_of(dataset: IndexedDataset, split: str | None, which: str, megatron: bool) -> tuple[int, int, int]:

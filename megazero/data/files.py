@@ -22,7 +22,7 @@ from typing import Any, BinaryIO, cast
 
 import numpy as np
 
-from megazero.base import UserError
+from megazero.base import LONGEST, UserError, read_bytes
 
 STDIN = "-"
 
@@ -275,6 +275,16 @@ class Numbers:
             raise UserError(f"{self.file.path}: gave {len(raw)} of {size} bytes at byte {at}, it had {self.file.size} "
                             "when it was opened; was it cut or replaced while in use? Make it whole and start again.")
         return np.frombuffer(raw, self.dtype)
+
+
+def content(path: str) -> bytes:
+    """A small file as a whole. Raises OSError, or ValueError if it is none."""
+    if not is_remote(path):
+        return read_bytes(Path(path))
+    file = RemoteFile(path)
+    if file.size > LONGEST:
+        raise ValueError(f"has {file.size:,} bytes, more than {LONGEST:,}")
+    return file.read(0, file.size)
 
 
 def bytes_of(path: str) -> Numbers:

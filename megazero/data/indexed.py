@@ -38,6 +38,8 @@ DTYPES = {code: np.dtype(name)
 BLOCK = 1 << 20                               # lengths turned into offsets at a time: memory stays flat for any corpus
 LONGEST = (1 << 31) - 1                       # tokens of a sequence
 SUMMED = 1 << 26                              # bytes of a checksum
+COUNT, CRC = range(2**62), range(2**32)       # what files may say of a count, of a checksum
+AFRESH = "begin again under another --output-prefix, or remove the files of this one."
 
 
 def best_dtype(vocab_size: int) -> np.dtype:
@@ -102,6 +104,10 @@ class IndexedWriter:
                             "name a writable folder.") from None
         if resume is None:
             self._files["documents"].write(struct.pack("<q", 0))
+        elif (last := self._last_boundary()) != at.sequences:
+            self.suspend()
+            raise UserError(f"{self._partial('documents')}: ends at sequence {last}, the unfinished run wrote "
+                            f"{at.sequences}; {AFRESH}")
 
     def add_document(self, sequences: Sequence[np.ndarray | Sequence[int]]) -> None:
         """Appends one document of any number of sequences (each [tokens]).
@@ -193,12 +199,16 @@ class IndexedWriter:
             os.replace(published, path)                         # the process ended between the two renames of close
         there = path.stat().st_size if path.exists() else 0
         if there < size:
-            raise UserError(f"{path}: has {there} bytes, the unfinished run wrote {size}; begin again under another "
-                            "--output-prefix, or remove the files of this one.")
+            raise UserError(f"{path}: has {there} bytes, the unfinished run wrote {size}; {AFRESH}")
         file = open(path, "r+b")                                # noqa: SIM115  (suspend closes it)
         file.truncate(size)
         file.seek(size)
         return file
+
+    def _last_boundary(self) -> int:
+        """What the documents so far end with."""
+        self._files["documents"].seek(-8, os.SEEK_END)
+        return int(struct.unpack("<q", self._files["documents"].read(8))[0])
 
     def _checked(self, tokens: np.ndarray) -> np.ndarray:
         """The tokens in the dataset's dtype, none of them changed by the cast."""
@@ -221,6 +231,9 @@ class IndexedWriter:
             ends = start + np.cumsum(np.frombuffer(block, "<i4"), dtype="<i8") * self.dtype.itemsize
             yield np.concatenate([np.array([start], "<i8"), ends[:-1]])
             start = int(ends[-1])
+        if start != self._sums.size:
+            raise UserError(f"{self._partial('bin')}: has {self._sums.size} bytes, {self._partial('lengths')} tells of "
+                            f"{start}; {AFRESH}")
 
 
 class IndexedDataset:

@@ -31,15 +31,17 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from megazero.base import UserError, write_json
+from megazero.base import Form, UserError, load, write_json
 from megazero.data.files import STDIN, size_of, stamp_of
-from megazero.data.indexed import IndexedWriter, Written, best_dtype
+from megazero.data.indexed import COUNT, CRC, SUMMED, IndexedWriter, Written, best_dtype
 from megazero.data.sidecar import MANY, read_sidecar, sums
 from megazero.data.sources import CHUNK, FORMATS, Chunk, Input, Place, Unreadable, documents, find_sources, read_chunks
 from megazero.data.tokenizers import TYPES, Tokenizer, build_tokenizer
 from megazero.settings import option
 
 SAVE_SECONDS = 10.0
+NOTE: Form = {"job": str, "place": [COUNT], "skipped": COUNT, "bytes": COUNT, "seconds": float, "finished": bool,
+              "written": {str: [(COUNT, [CRC])]}}
 
 
 @dataclass(frozen=True)
@@ -171,7 +173,7 @@ def preprocess(settings: PreprocessSettings) -> list[Report]:
     tokenizer = _checked(settings)
     sources = find_sources(settings.input, settings.json_keys, settings.input_format)
     note, job = Path(f"{settings.output_prefix}.progress.json"), _job(settings, tokenizer, sources)
-    state = _read_note(note, job)
+    state = _read_note(note, job, settings.json_keys, len(sources), best_dtype(tokenizer.vocab_size).itemsize)
     prefixes = {key: f"{settings.output_prefix}_{key}_document" for key in settings.json_keys}
     if not note.exists():
         _keep_others(prefixes, tokenizer, settings, sources)
@@ -309,21 +311,44 @@ def _write_note(path: Path, job: str, state: State) -> None:
     write_json(Path(path), {"job": job, **asdict(state)})
 
 
-def _read_note(path: Path, job: str) -> State:
+def _read_note(path: Path, job: str, keys: Sequence[str], sources: int, width: int) -> State:
     """Where an earlier run of this command ended. Raises UserError when the note is of another command."""
-    if not path.exists():
-        return State()
     try:
-        told = json.loads(path.read_text(encoding="utf-8"))
-        same = told.pop("job") == job
-        state = State(**told | {"place": Place(*told["place"]),
-                                "written": {k: Written(*w) for k, w in told["written"].items()}})
-    except (ValueError, KeyError, TypeError):
-        raise UserError(f"{path}: is damaged; remove it to begin again.") from None
+        told = load(path, NOTE)
+        same, state = told["job"] == job, _state(told)
+        if same:
+            _fits(state, keys, sources, width)
+    except (FileNotFoundError, NotADirectoryError):
+        return State()
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: is damaged ({error}); remove it to begin again.") from None
     if not same:
         raise UserError(f"{path}: is of an unfinished run with other inputs, tokenizer or flags; "
                         "give those to go on with it, or remove this file to begin again.")
     return state
+
+
+def _state(told: Mapping[str, Any]) -> State:
+    """Raises ValueError for other entries than a note has."""
+    if len(told["place"]) != 3:
+        raise ValueError("place is not a file, a byte and a line")
+    strange = [key for key, entry in told["written"].items() if [*map(type, entry)] != [int, int, int, list]]
+    if strange:
+        raise ValueError(f"written.{strange[0]} is not three counts and a list of checksums")
+    written = {key: Written(d, s, t, tuple(sums)) for key, (d, s, t, sums) in told["written"].items()}
+    return State(Place(*told["place"]), told["skipped"], told["bytes"], told["seconds"], told["finished"], written)
+
+
+def _fits(state: State, keys: Sequence[str], sources: int, width: int) -> None:
+    """Raises ValueError for a note whose numbers cannot be of a run with these keys and sources, tokens of `width`
+    bytes."""
+    if state.seconds < 0 or state.place.source > sources or state.place.line < 1:
+        raise ValueError(f"its place is {tuple(state.place)} of {sources} files after {state.seconds} s")
+    if state.written.keys() != set(keys):
+        raise ValueError(f"it tells of {', '.join(state.written) or 'nothing'}, not of {', '.join(keys)}")
+    for key, written in state.written.items():
+        if len(written.sums) != -(-written.tokens * width // SUMMED):
+            raise ValueError(f"it has {len(written.sums)} checksums for {written.tokens} tokens of {key}")
 
 
 def _keep_others(

@@ -8,16 +8,19 @@
     sources           [path, bytes] of each file, or what --input said when there are more than MANY
 """
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from megazero.base import UserError
-from megazero.data.files import is_remote, system
-from megazero.data.indexed import SUMMED, Sums
+from megazero.base import Form, UserError, checked, loads
+from megazero.data.files import content
+from megazero.data.indexed import COUNT, CRC, SUMMED, IndexedDataset, Sums
+from megazero.data.tokenizer_base import IDENTITY
 from megazero.data.tokenizers import same_tokenizer
 
+SIDECAR: Form = {"tokenizer?": (None, IDENTITY), "vocab_size": range(1, 2**31), "append_eod?": (None, bool),
+                 "input_format?": str, "documents?": COUNT, "sequences?": COUNT, "tokens?": COUNT, "skipped?": COUNT,
+                 "sums?": {"block": COUNT, "bin": [CRC], "idx": [CRC]}, "sources?": [(str, [(str, COUNT)])]}
 MANY = 1000                     # files: beyond, their list would be longer than many a dataset's index
 
 
@@ -39,33 +42,34 @@ def read_sidecar(prefix: str) -> dict[str, Any] | None:
     """What PREFIX.json says; None where there is none. Raises UserError when it is no sidecar."""
     path = f"{prefix}.json"
     try:
-        if is_remote(path):
-            fs, there = system(path)
-            text = fs.cat_file(there).decode() if fs.exists(there) else None
-        else:
-            text = Path(path).read_text(encoding="utf-8") if Path(path).exists() else None
-        sidecar = None if text is None else json.loads(text)
-        if sidecar is not None:
-            int(sidecar["vocab_size"])
-        return sidecar
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
-        raise UserError(f"{path}: is no sidecar with a vocab_size; "
+        return checked(loads(content(path)), SIDECAR)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: is no sidecar ({getattr(error, 'strerror', None) or error}); "
                         "make the dataset again or remove this file.") from None
 
 
-def check_sidecar(prefix: str, vocab_size: int | None, tokenizer: Mapping[str, Any] | None) -> bool:
-    """Is there one? Raises UserError when it tells of ids the model does not know, or of another tokenizer."""
+def check_sidecar(prefix: str, vocab_size: int | None, tokenizer: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """The sidecar. Raises UserError when it tells of ids the model does not know, or of another tokenizer."""
     sidecar = read_sidecar(prefix)
     if sidecar is None:
-        return False
-    told, made_with, name = int(sidecar["vocab_size"]), sidecar.get("tokenizer"), Path(prefix).name + ".json"
+        return None
+    told, made_with, name = sidecar["vocab_size"], sidecar.get("tokenizer"), Path(prefix).name + ".json"
     if vocab_size is not None and told > vocab_size:
         raise UserError(f"{prefix}: was made with a vocabulary of {told} ids (see {name}), the model has {vocab_size}; "
                         "train with the tokenizer the dataset was made with.")
-    if tokenizer is not None and isinstance(made_with, dict) and not same_tokenizer(made_with, tokenizer):
-        raise UserError(f"{prefix}: was made with a {made_with.get('type')} that is not this {tokenizer['type']} "
+    if tokenizer is not None and made_with is not None and not same_tokenizer(made_with, tokenizer):
+        raise UserError(f"{prefix}: was made with a {made_with['type']} that is not this {tokenizer['type']} "
                         f"(see {name}: other files or another type); "
                         "train with the tokenizer the dataset was made with.")
-    return True
+    return sidecar
 
 
+def miscounts(dataset: IndexedDataset, sidecar: Mapping[str, Any]) -> Iterator[str]:
+    """A sentence for each count in which a dataset's sidecar is not its own."""
+    there = {"documents": dataset.document_count, "sequences": dataset.sequence_count, "tokens": dataset.token_count}
+    for name, count in there.items():
+        if sidecar.get(name, count) != count:
+            yield (f"{dataset.prefix}.json: tells of {sidecar[name]} {name}, {dataset.prefix}.idx of {count}; "
+                   "they belong to different datasets, make them again.")

@@ -14,7 +14,7 @@ import numpy as np
 from megazero.base import UserError
 from megazero.data.files import bytes_of
 from megazero.data.indexed import BLOCK, SUMMED, IndexedDataset
-from megazero.data.sidecar import read_sidecar
+from megazero.data.sidecar import miscounts, read_sidecar
 
 Progress = Callable[[int], object]              # told the bytes that were read
 
@@ -33,7 +33,7 @@ def problems(prefix: str, progress: Progress = lambda _: None) -> Iterator[str]:
             yield from error.sentences
     yield from _tokens(dataset, sidecar)
     if sidecar is not None:
-        yield from _counts(dataset, sidecar)
+        yield from miscounts(dataset, sidecar)
         for name in ("bin", "idx"):
             yield from _sums(f"{prefix}.{name}", sidecar, name, progress)
 
@@ -50,7 +50,7 @@ def _sequences(dataset: IndexedDataset) -> None:
 
 def _tokens(dataset: IndexedDataset, sidecar: dict[str, Any] | None) -> Iterator[str]:
     """Tokens below 0, or beyond the vocabulary that the sidecar tells."""
-    size = None if sidecar is None else int(sidecar["vocab_size"])
+    size = None if sidecar is None else sidecar["vocab_size"]
     if dataset.dtype.kind not in "iu":
         return
     for low in range(0, dataset.token_count, BLOCK):
@@ -64,17 +64,9 @@ def _tokens(dataset: IndexedDataset, sidecar: dict[str, Any] | None) -> Iterator
             return
 
 
-def _counts(dataset: IndexedDataset, sidecar: dict[str, Any]) -> Iterator[str]:
-    there = {"documents": dataset.document_count, "sequences": dataset.sequence_count, "tokens": dataset.token_count}
-    for name, count in there.items():
-        if sidecar.get(name, count) != count:
-            yield (f"{dataset.prefix}.json: tells of {sidecar[name]} {name}, {dataset.prefix}.idx of {count}; "
-                   "they belong to different datasets, make them again.")
-
-
 def _sums(path: str, sidecar: dict[str, Any], name: str, progress: Progress) -> Iterator[str]:
     raw, told = bytes_of(path), sidecar.get("sums")
-    if not isinstance(told, dict) or told.get("block") != SUMMED or len(told.get(name, ())) != -(-len(raw) // SUMMED):
+    if told is None or told["block"] != SUMMED or len(told[name]) != -(-len(raw) // SUMMED):
         yield (f"{path}: its sidecar holds no checksum for each {SUMMED} of its {len(raw)} bytes; "
                "make the dataset again.")
         return
@@ -86,5 +78,5 @@ def _sums(path: str, sidecar: dict[str, Any], name: str, progress: Progress) -> 
             found = zlib.crc32(part.data, found)
             progress(len(part))
         if found != expected:
-            yield (f"{path}: bytes {low} to {high - 1} have CRC-32 {found:08x}, expected {int(expected):08x} "
+            yield (f"{path}: bytes {low} to {high - 1} have CRC-32 {found:08x}, expected {expected:08x} "
                    "as the sidecar says; the file is damaged, make it again.")

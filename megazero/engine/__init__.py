@@ -1,1 +1,3 @@
 """Any nn.Module, trained the same way."""
+
+

@@ -2,4 +2,4 @@
 
 from megazero.settings.command_line import Option, commands, flatten, leaves, option, parse, run
 from megazero.settings.config import (
-    Config, Data, MEGATRON_WORDS, Model, Optimization, PRESETS, TOKENIZERS, Training, from_command_line)
+    MEGATRON_WORDS, PRESETS, TOKENIZERS, Config, Data, Model, Optimization, Training, from_command_line)
