@@ -5,14 +5,20 @@ import gzip
 import io
 import json
 import lzma
+import multiprocessing
+import os
+import signal
 import sys
+import tracemalloc
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from megazero.base.errors import UserError
-from megazero.data import sources
+from megazero.data import files, sources
 from megazero.data.files import suffix_of
+from megazero.data.preprocess import PreprocessSettings, preprocess
 from megazero.data.sources import Place, Unreadable, documents, find_sources, read_chunks
 
 TEXTS = ["first", "", "emoji 😀", "nul \0 nul", "cr\r\nlf", "line\u2028separator", "x" * 20_000, *map(str, range(3000)), "last"]
@@ -145,7 +151,94 @@ def test_urls(tmp_path: Path) -> None:
 
 def test_a_missing_library_is_one_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "a.parquet").write_bytes(b"")
-    for name in ("pyarrow", "pyarrow.parquet"):
-        monkeypatch.setitem(sys.modules, name, None)
+    (tmp_path / "pyarrow.py").write_text("raise ModuleNotFoundError('as if it were not there')")
+    monkeypatch.syspath_prepend(str(tmp_path))                 # for the process that reads tables
     with pytest.raises(UserError, match=r"a.parquet: needs pyarrow; pip install 'megazero\[data\]'."):
         read(tmp_path / "a.parquet")
+
+
+LONG = {"a.jsonl": b"".join(json.dumps({"text": text}).encode() + b"\n" for text in ("one", "x" * 5000, "two", "y" * 700, "three")),
+        "a.txt": b"one\n\n" + b"long \n" * 900 + b"\n \ntwo\n\n" + b"y" * 700 + b"\n\nthree\n"}
+
+
+@pytest.mark.parametrize("chunk", [1, 40, 800])
+@pytest.mark.parametrize("end", ["", ".gz"])
+def test_a_document_that_is_too_long_is_named_and_the_rest_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int, end: str) -> None:
+    """Wherever chunks are cut, and from any of them on."""
+    for name, value in {"CHUNK": chunk, "PIECE": 64, "LONGEST": 1000}.items():
+        monkeypatch.setattr(sources, name, value)
+    for name, line, how in (("a.jsonl", 2, "auto"), ("a.txt", 3, "blocks")):
+        path = tmp_path / (name + end)
+        path.write_bytes(gzip.compress(LONG[name]) if end else LONG[name])
+        texts, said = read(path, input_format=how)
+        assert [text[:1] + text[-1:] for text in texts] == ["oe", "to", "yy", "te"]
+        assert said == [f"{path}:{line}: is longer than 1,000 bytes; cut it in pieces"]
+        chunks = list(read_chunks(find_sources([str(path)], input_format=how), ["text"], Place()))
+        assert max(len(c.raw) for c in chunks) <= chunk + 1000
+        for i, c in enumerate(chunks):
+            later = read_chunks(find_sources([str(path)], input_format=how), ["text"], c.after)
+            assert [d for c in later for d in documents(c, ["text"])] == [d for c in chunks[i + 1:] for d in documents(c, ["text"])]
+    (tmp_path / f"b.txt{end}").write_bytes(gzip.compress(b"z" * 1001) if end else b"z" * 1001)
+    assert read(tmp_path / f"b.txt{end}") == ([], [f"{tmp_path}/b.txt{end}: is longer than 1,000 bytes; cut it in pieces"])
+
+
+def test_a_row_that_is_too_long_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arrow = pytest.importorskip("pyarrow")
+    import pyarrow.parquet
+    monkeypatch.setattr(sources, "LONGEST", 1000)
+    pyarrow.parquet.write_table(arrow.table({"text": ["a", "x" * 1001, "b"] + ["same"] * 5000}), tmp_path / "t.parquet")
+    texts, said = read(tmp_path / "t.parquet")
+    assert texts == ["a", "b"] + ["same"] * 5000 and len(said) == 1 and said[0].startswith(f"{tmp_path}/t.parquet:2: is longer than 1,000 bytes")
+
+
+@pytest.mark.parametrize("end", PACKED)
+def test_a_few_bytes_that_stand_for_many_are_unpacked_in_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str) -> None:
+    monkeypatch.setattr(sources, "LONGEST", 1 << 20)
+    packed = PACKED[end](bytes(1 << 28 if end == ".zst" else 1 << 26))
+    (tmp_path / f"a.jsonl{end}").write_bytes(packed)
+    tracemalloc.start()
+    texts, said = read(tmp_path / f"a.jsonl{end}")
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert texts == [] and said == [f"{tmp_path}/a.jsonl{end}:1: is longer than 1,048,576 bytes; cut it in pieces"] and len(packed) < 300_000
+    assert peak < (100_000_000 if end in ('.zst', '.xz') else 10_000_000)
+
+
+def test_an_archive_that_asks_for_much_memory_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(files, "UNPACKING", 1 << 20)
+    (tmp_path / "a.txt.xz").write_bytes(lzma.compress(b"text"))
+    assert "is damaged, nothing after this can be read (Memory usage limit exceeded)" in read(tmp_path / "a.txt.xz")[1][0]
+    monkeypatch.setattr(files, "UNPACKING", 1 << 29)
+    (tmp_path / "a.txt.xz").write_bytes(lzma.compress(b"text") + bytes(8) + lzma.compress(b" more") + bytes(4))
+    assert read(tmp_path / "a.txt.xz") == (["text more"], [])
+
+
+def test_the_death_of_what_reads_tables_is_survived(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "CHUNK", 9_000)
+    every = find_sources([str(path) for path in tables(tmp_path)[:2]])
+    with closing(read_chunks(every, ["text"], Place())) as chunks:
+        assert next(documents(next(chunks), ["text"])) == {"text": ["first"]}
+        child, = multiprocessing.active_children()
+        os.kill(child.pid, signal.SIGKILL)
+        rest = [document for chunk in chunks for document in documents(chunk, ["text"])]
+    said = [d.sentence for d in rest if isinstance(d, Unreadable)]
+    assert len(said) == 1 and "a.parquet:" in said[0] and "is damaged, nothing after this can be read (what reads it ended with SIGKILL)" in said[0]
+    assert [d["text"] for d in rest[-len(TEXTS):]] == [[text] for text in TEXTS] and not multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_damaged_tables_are_counted_like_other_damage(tmp_path: Path, capfd: pytest.CaptureFixture, workers: int) -> None:
+    for path in tables(tmp_path):
+        whole = path.read_bytes()
+        path.write_bytes(whole[:len(whole) // 2] + bytes(64) + whole[len(whole) // 2 + 64:len(whole) - 9])
+    (tmp_path / "z.jsonl").write_bytes(b'{"text": "after"}\n')
+    report, = preprocess(PreprocessSettings((f"{tmp_path}/*",), str(tmp_path / "out" / "d"), "ByteTokenizer", workers=workers))
+    said = [line for line in capfd.readouterr().err.split("\n") if line.startswith("skipped ")]
+    assert report.skipped == len(said) >= 5 and all(any(f"{name}:" in line for line in said) for name in ("a.parquet", "c.arrow", "d.arrow", "e.feather"))
+
+
+def test_a_place_beyond_the_end_is_told(tmp_path: Path) -> None:
+    for end in ("", ".gz"):
+        (tmp_path / f"a.jsonl{end}").write_bytes(gzip.compress(JSONL) if end else JSONL)
+        assert "is damaged, nothing after this can be read (it ends" in read(tmp_path / f"a.jsonl{end}", start=Place(0, 10**9, 3))[1][0]
+        assert read(tmp_path / f"a.jsonl{end}", start=Place(0, len(JSONL), 3)) == ([], [])

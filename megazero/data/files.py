@@ -25,6 +25,8 @@ import numpy as np
 from megazero.base import LONGEST, UserError, read_bytes
 
 STDIN = "-"
+PACKED = 1 << 10                # bytes that are unpacked at once: of a .zst they stand for 32 MiB at most
+UNPACKING = 1 << 29             # bytes of memory that an .xz may ask for; `xz -9` asks for 2^26
 
 
 def library(name: str, extra: str, why: str) -> Any:
@@ -107,23 +109,27 @@ def _expand_remote(word: str) -> tuple[list[str], bool]:
         raise UserError(f"{word}: cannot be listed ({error}).") from None
 
 
-class _Zstd(io.RawIOBase):
-    """Frames of Zstandard one after the other.
-    The library's own reader takes a file that was cut short for a whole one."""
+class _Frames(io.RawIOBase):
+    """Compressed frames one after the other, unpacked a little at a time: some bytes may stand for gigabytes.
+    A file that was cut short is told; Zstandard's own reader takes it for a whole one."""
 
-    def __init__(self, file: BinaryIO) -> None:
-        self._new = library("zstandard", "data", "a .zst file").ZstdDecompressor().decompressobj
-        self._file, self._frame, self._packed, self._ready = file, self._new(), b"", memoryview(b"")
+    def __init__(self, file: BinaryIO, new: Callable[[], Any], padding: bytes = b"") -> None:
+        """`new` makes the decompressor of a frame; `padding` may follow one."""
+        self._new, self._padding = new, padding
+        self._file, self._frame, self._packed, self._ready = file, new(), b"", memoryview(b"")
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, into: Any) -> int:
         while not self._ready:
-            self._packed = self._packed or self._file.read(1 << 17)
+            self._packed = self._packed or self._file.read(PACKED)
             if not self._packed:
                 return self._end()
             if self._frame.eof:
+                self._packed = self._packed.lstrip(self._padding)
+                if not self._packed:
+                    continue
                 self._frame = self._new()
             self._ready = memoryview(self._frame.decompress(self._packed))
             self._packed = self._frame.unused_data if self._frame.eof else b""
@@ -137,11 +143,20 @@ class _Zstd(io.RawIOBase):
         return 0
 
 
+def _zstd(file: BinaryIO) -> BinaryIO:
+    zstandard = library("zstandard", "data", "a .zst file")
+    return io.BufferedReader(_Frames(file, zstandard.ZstdDecompressor().decompressobj), 1 << 17)
+
+
+def _xz(file: BinaryIO) -> BinaryIO:
+    return io.BufferedReader(_Frames(file, lambda: lzma.LZMADecompressor(memlimit=UNPACKING), b"\0"), 1 << 17)
+
+
 COMPRESSIONS: Mapping[str, Callable[[BinaryIO], BinaryIO]] = {
     ".gz": lambda file: cast(BinaryIO, gzip.GzipFile(fileobj=file)),
     ".bz2": lambda file: cast(BinaryIO, bz2.BZ2File(file)),
-    ".xz": lambda file: cast(BinaryIO, lzma.LZMAFile(file)),        # noqa: SIM115  (Opened closes what is below)
-    ".zst": lambda file: cast(BinaryIO, io.BufferedReader(_Zstd(file), 1 << 17)),
+    ".xz": _xz,
+    ".zst": _zstd,
 }
 
 
@@ -176,14 +191,16 @@ class Opened:
         return self._file.tell() if self._seekable else 0
 
     def skip(self, count: int) -> None:
-        """To byte `count` of what is inside."""
+        """To byte `count` of what is inside. Raises EOFError."""
         if count and self._seekable and self.bytes is self._file:
+            if self._file.seek(0, os.SEEK_END) < count:
+                raise EOFError(f"it ends before byte {count:,}")
             self._file.seek(count)
             return
         while count > 0:
             part = self.bytes.read(min(count, 1 << 20))
             if not part:
-                return
+                raise EOFError(f"it ends {count:,} bytes before the place to go on from")
             count -= len(part)
 
     def __enter__(self) -> "Opened":
@@ -194,12 +211,15 @@ class Opened:
             self._file.close()
 
 
+class Damage(Exception):
+    """What the reader of a table says of a broken file."""
+
+
 def is_damage(error: BaseException) -> bool:
-    """Is this what a decompressor or pyarrow says of a broken file?"""
+    """Is this what a decompressor or the reader of a table says of a broken file?"""
     if isinstance(error, OSError):
         return error.errno is None                                   # the system's own errors have a number
-    return (isinstance(error, (EOFError, zlib.error, lzma.LZMAError))
-            or type(error).__name__ in ("ZstdError", "ArrowInvalid"))
+    return (isinstance(error, (EOFError, zlib.error, lzma.LZMAError, Damage)) or type(error).__name__ == "ZstdError")
 
 
 class LocalFile:

@@ -8,20 +8,27 @@
     arrow      .arrow .feather .ipc                 a row                       FILE:row
 
 All but the tables may be compressed (.gz .zst .bz2 .xz), and all may be URLs. Whoever reads holds one chunk; what to do
-with it (parse, encode) can happen in another process.
+with it (parse, encode) can happen in another process. No document is longer than LONGEST: a few packed bytes could
+stand for more than there is memory.
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing
 from functools import partial
 from typing import Any, NamedTuple
 
 import orjson
 
 from megazero.base import UserError
-from megazero.data.files import STDIN, Opened, expand, is_damage, library, suffix_of
+from megazero.data.files import STDIN, Opened, expand, is_damage, suffix_of
+from megazero.data.tables import Question, TableReader, strings
 
 CHUNK = 1 << 18                 # bytes: a worker's round trip costs nothing, and a few of them keep all workers busy
+LONGEST = 1 << 30               # bytes of a document
+PIECE = 1 << 20                 # bytes of a line that are read at once
+BLANK = re.compile(rb"^[^\S\n]*\n", re.MULTILINE)
 KINDS: Mapping[str, str] = {".jsonl": "lines", ".ndjson": "lines", ".json": "lines", ".parquet": "parquet",
                             ".arrow": "arrow", ".feather": "arrow", ".ipc": "arrow"}
 FORMATS = ("auto", "jsonl", "text", "blocks", "parquet", "arrow")
@@ -91,122 +98,101 @@ def _kind(file: str, is_folder: bool, input_format: str) -> str:
 def read_chunks(sources: Sequence[Input], keys: Sequence[str], start: Place) -> Iterator[Chunk]:
     """The documents of the sources from a place on, in order; of tables the columns `keys`.
     Raises UserError for a file that cannot be opened."""
-    for number in range(start.source, len(sources)):
-        source, place = sources[number], start if number == start.source else Place(number)
-        last = place
-        try:
-            for chunk in READERS[source.kind](source, place, keys):
-                last = chunk.after
-                yield chunk
-        except OSError as error:
-            if not is_damage(error):
-                raise UserError(f"--input {source.path}: cannot be read ({error.strerror}).") from None
-            yield _unreadable(source, last, error)
-        except Exception as error:
-            if not is_damage(error):
-                raise
-            yield _unreadable(source, last, error)
+    with closing(TableReader()) as tables:
+        for number in range(start.source, len(sources)):
+            source, place = sources[number], start if number == start.source else Place(number)
+            chunks = READERS[source.kind](source, place) if source.kind in READERS else _rows(
+                source, place, keys, tables)
+            yield from _to_damage(source, place, chunks)
 
 
-def _unreadable(source: Input, at: Place, error: Exception) -> Chunk:
-    why = f"is damaged, nothing after this can be read ({' '.join(str(error).split())})"
-    return Chunk(source, at.line, b"", Place(at.source + 1), 0, why)
+def _to_damage(source: Input, last: Place, chunks: Iterator[Chunk]) -> Iterator[Chunk]:
+    """The chunks, and where something is broken, one that says so."""
+    try:
+        for chunk in chunks:
+            last = chunk.after
+            yield chunk
+    except Exception as error:
+        if is_damage(error):
+            why = f"is damaged, nothing after this can be read ({' '.join(str(error).split())})"
+            yield Chunk(source, last.line, b"", Place(last.source + 1), 0, why)
+        elif isinstance(error, OSError):
+            raise UserError(f"--input {source.path}: cannot be read ({error.strerror}).") from None
+        else:
+            raise
 
 
-def _lines(source: Input, at: Place, keys: Sequence[str]) -> Iterator[Chunk]:
+def _too_long() -> str:
+    return f"is longer than {LONGEST:,} bytes; cut it in pieces"
+
+
+def _lines(source: Input, at: Place) -> Iterator[Chunk]:
     """Only \\n ends a line, not U+2028 or a lone \\r."""
-    yield from _pieces(source, at, lambda file: b"")
+    return _pieces(source, at, lambda raw: raw.rfind(b"\n") + 1, lambda is_blank: True)
 
 
-def _blocks(source: Input, at: Place, keys: Sequence[str]) -> Iterator[Chunk]:
-    yield from _pieces(source, at, lambda file: b"".join(_to_blank(file)))
-
-
-def _to_blank(file: Any) -> Iterator[bytes]:
+def _blocks(source: Input, at: Place) -> Iterator[Chunk]:
     """Lines up to a blank one."""
-    while line := file.readline():
-        yield line
-        if line.isspace():
-            return
+    return _pieces(source, at, lambda raw: max((m.end() for m in BLANK.finditer(raw)), default=0),
+                   lambda is_blank: is_blank)
 
 
-def _pieces(source: Input, at: Place, rest: Callable[[Any], bytes]) -> Iterator[Chunk]:
-    """About CHUNK bytes at a time, and then the rest of the line and of what else was cut."""
+def _pieces(
+    source: Input, at: Place, last: Callable[[bytes], int], ends: Callable[[bool], bool]
+) -> Iterator[Chunk]:
+    """About CHUNK bytes at a time, and then the rest of the document that was cut. `last`: where the last document of
+    some bytes begins; `ends`: does a line, blank or not, end it?"""
     with Opened(source.path) as file:
         file.skip(at.offset)
-        offset, line = at.offset, at.line
         while raw := file.bytes.read(CHUNK):
-            raw += file.bytes.readline() + rest(file.bytes)
-            first, offset, line = line, offset + len(raw), line + raw.count(b"\n")
-            yield Chunk(source, first, raw, Place(at.source, offset, line), file.tell())
-
-
-def _text(source: Input, at: Place, keys: Sequence[str]) -> Iterator[Chunk]:
-    with Opened(source.path) as file:
-        yield Chunk(source, 0, file.bytes.read(), Place(at.source + 1), file.tell())
-
-
-def _parquet(source: Input, at: Place, keys: Sequence[str]) -> Iterator[Chunk]:
-    """Row groups one after the other; those before the place are not read."""
-    parquet = library("pyarrow.parquet", "data", source.path)
-    with Opened(source.path) as opened:
-        file, row = parquet.ParquetFile(opened.bytes, pre_buffer=False), 0
-        present = [key for key in keys if key in file.schema_arrow.names]
-        for group in range(file.num_row_groups):
-            about = file.metadata.row_group(group)
-            if row + about.num_rows <= at.offset:
-                row += about.num_rows
+            cut, begun = last(raw), at
+            rest, size, lines = _rest(file.bytes, raw.endswith(b"\n"), ends, LONGEST - len(raw) + cut)
+            at = Place(at.source, at.offset + len(raw) + size, at.line + raw.count(b"\n") + lines)
+            if rest is not None:
+                yield Chunk(source, begun.line, raw + rest, at, file.tell())
                 continue
-            size = _rows(about.total_byte_size, about.num_rows)
-            yield from _batches(source, at, row, file.iter_batches(size, [group], present), opened)
-            row += about.num_rows
+            before = Place(at.source, begun.offset + cut, begun.line + raw.count(b"\n", 0, cut))
+            yield Chunk(source, begun.line, raw[:cut], before, file.tell())
+            yield Chunk(source, before.line, b"", at, file.tell(), _too_long())
 
 
-def _arrow(source: Input, at: Place, keys: Sequence[str]) -> Iterator[Chunk]:
-    ipc = library("pyarrow", "data", source.path).ipc
-    with Opened(source.path) as opened:
-        is_file = opened.bytes.read(6) == b"ARROW1"
-        opened.bytes.seek(0)
-        if is_file:
-            reader = ipc.open_file(opened.bytes)
-            batches = (reader.get_batch(i) for i in range(reader.num_record_batches))
+def _rest(file: Any, begins: bool, ends: Callable[[bool], bool], room: int) -> tuple[bytes | None, int, int]:
+    """(bytes up to the end of a document, None where they are more than `room`; how many they are; their lines).
+    `begins`: is the next byte the first of a line?"""
+    parts: list[bytes] = []
+    size, lines, blank = 0, 0, begins
+    while part := file.readline(PIECE):
+        size, blank = size + len(part), blank and part.isspace()
+        if size <= room:
+            parts.append(part)
         else:
-            batches = iter(ipc.open_stream(opened.bytes))
-        own = (batch.select([key for key in keys if key in batch.schema.names]) for batch in batches)
-        yield from _batches(source, at, 0, _smaller(own), opened)
+            parts.clear()
+        if part.endswith(b"\n"):
+            lines += 1
+            if ends(blank):
+                break
+            blank = True
+    return b"".join(parts) if size <= room else None, size, lines
 
 
-def _rows(size: int, rows: int) -> int:
-    """Rows that make about a chunk."""
-    return max(1, min(rows, CHUNK * rows // max(size, 1)))
+def _text(source: Input, at: Place) -> Iterator[Chunk]:
+    with Opened(source.path) as file:
+        parts, size = [], 0
+        while size <= LONGEST and (part := file.bytes.read(PIECE)):
+            parts.append(part)
+            size += len(part)
+        is_longer = size > LONGEST
+        yield Chunk(source, 0, b"" if is_longer else b"".join(parts), Place(at.source + 1), file.tell(),
+                    _too_long() if is_longer else "")
 
 
-def _smaller(batches: Iterable[Any]) -> Iterator[Any]:
-    for batch in batches:
-        step = _rows(batch.nbytes, batch.num_rows) if batch.num_rows else 1
-        yield from (batch.slice(low, step) for low in range(0, batch.num_rows, step))
+def _rows(source: Input, at: Place, keys: Sequence[str], tables: TableReader) -> Iterator[Chunk]:
+    question = Question(source.kind, source.path, at.offset, tuple(keys), CHUNK, LONGEST)
+    for rows in tables.rows(question):
+        yield Chunk(source, rows.first + 1, rows.raw, Place(at.source, rows.end, rows.end + 1), rows.read)
 
 
-def _batches(source: Input, at: Place, row: int, batches: Iterable[Any], opened: Opened) -> Iterator[Chunk]:
-    """Record batches as chunks of Arrow's stream format, those before the place left out."""
-    for batch in batches:
-        first, row = row, row + batch.num_rows
-        if row > at.offset:
-            batch = batch.slice(max(at.offset - first, 0))
-            first = row - batch.num_rows
-            yield Chunk(source, first + 1, _packed(batch), Place(at.source, row, row + 1), opened.tell())
-
-
-def _packed(batch: Any) -> bytes:
-    arrow = library("pyarrow", "data", "a table")
-    sink = arrow.BufferOutputStream()
-    with arrow.ipc.new_stream(sink, batch.schema) as stream:
-        stream.write_batch(batch)
-    return sink.getvalue().to_pybytes()
-
-
-READERS: Mapping[str, Callable[[Input, Place, Sequence[str]], Iterator[Chunk]]] = {
-    "lines": _lines, "text": _text, "blocks": _blocks, "parquet": _parquet, "arrow": _arrow}
+READERS: Mapping[str, Callable[[Input, Place], Iterator[Chunk]]] = {"lines": _lines, "text": _text, "blocks": _blocks}
 
 
 # ---- parsing
@@ -264,9 +250,8 @@ def _parse_blocks(chunk: Chunk, keys: Sequence[str]) -> Iterator[Texts | Unreada
 
 
 def _parse_rows(chunk: Chunk, keys: Sequence[str]) -> Iterator[Texts | Unreadable]:
-    for batch in library("pyarrow", "data", "a table").ipc.open_stream(chunk.raw):
-        for row in range(batch.num_rows):
-            yield _tried(chunk, chunk.first + row, partial(_from_row, batch, row, keys))
+    for number, texts in enumerate(orjson.loads(chunk.raw), start=chunk.first):
+        yield texts if isinstance(texts, dict) else Unreadable(f"{_place(chunk, number)}: {texts}")
 
 
 PARSERS: Mapping[str, Callable[[Chunk, Sequence[str]], Iterator[Texts | Unreadable]]] = {
@@ -299,24 +284,4 @@ def _from_json(line: bytes, keys: Sequence[str]) -> Texts:
     missing = [key for key in keys if key not in data]
     if missing:
         raise ValueError(f"has no key {missing[0]!r}")
-    return {key: _strings(data[key], key) for key in keys}
-
-
-def _from_row(batch: Any, row: int, keys: Sequence[str]) -> Texts:
-    missing = [key for key in keys if key not in batch.schema.names]
-    if missing:
-        raise ValueError(f"has no column {missing[0]!r}")
-    return {key: _strings(batch.column(key)[row].as_py(), key) for key in keys}
-
-
-def _strings(value: object, key: str) -> list[str]:
-    texts: list[str] = []
-    for text in value if isinstance(value, list) else [value]:
-        if not isinstance(text, str):
-            raise ValueError(f"has a {type(text).__name__} under {key!r}, expected a text")
-        try:
-            text.encode("utf-8")
-        except UnicodeEncodeError as error:
-            raise ValueError(f"has a lone surrogate under {key!r} at character {error.start}") from None
-        texts.append(text)
-    return texts
+    return {key: strings(data[key], key) for key in keys}
