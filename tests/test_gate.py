@@ -5,11 +5,13 @@ from collections.abc import Callable
 import pytest
 import torch
 from support import TINY, built, kept, lines, named, stepping, train
+from torch._subclasses import FakeTensorMode
 
 from megazero.base.errors import UserError
 from megazero.plan.progress import LossScale, loss_scale
 from megazero.plan.rules import RULES
 from megazero.run.step import Settled, Step
+from megazero.units import rules
 from megazero.units.gate import Ruling
 from megazero.units.unit import Weight
 
@@ -143,3 +145,29 @@ def test_a_bad_step_leaves_nothing_between_operands(dtype: str, monkeypatch: pyt
         assert sum(p.stop - p.start for p in unit.flat.pieces) < len(unit.master) or unit.flat.name == "positions"
         for buffer in (unit.master, unit.grads, *run.updater.state[unit.flat.name].values()):
             assert buffer is not None and buffer.isfinite().all(), unit.flat.name
+
+
+@pytest.mark.parametrize("optimizer", RULES)
+def test_plain_kernels_equal_the_fused_ones_in_float64(optimizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They stand in for CUDA's fused ones, which take the rate in fp32: to the last digits, skipped steps (1 and 3) too. A rate that was
+    rounded to fp32 would show at 1e-9 of a step."""
+    words, seen = f"{TINY} --dtype fp64 --optimizer {optimizer} --lr 1e-3 --weight-decay 0.1", []
+    for fused in (True, False):
+        with monkeypatch.context() as here:
+            here.setattr(rules, "precise", lambda master, fused=fused: fused)
+            poison(here, {1, 3})
+            run = built(words)
+            step, started = stepping(run), named(run, "master")["layers.0.mlp.up.weight"].clone()
+            step.start()
+            assert torch.equal(named(run, "master")["layers.0.mlp.up.weight"], started) and all(float(n) == 0 for n in run.updater.steps)
+            for _ in range(4):
+                step.start()
+            seen.append(torch.cat([t.flatten() for u in run.units.values() for t in (u.master, *run.updater.state[u.flat.name].values())]))
+            assert {float(n) for n in run.updater.steps} == ({3.0} if optimizer == "adam" else {0.0})
+    assert not torch.equal(seen[0], torch.zeros_like(seen[0])) and (seen[0] - seen[1]).abs().max() < 1e-14
+
+
+def test_which_masters_the_fused_kernels_are_too_coarse_for() -> None:
+    with FakeTensorMode():
+        found = [rules.precise(torch.empty(1, dtype=d, device=at)) for at in ("cuda", "cpu") for d in (torch.float64, torch.float32)]
+    assert found == [False, True, True, True]

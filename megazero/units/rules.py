@@ -1,7 +1,8 @@
 """Updates over the slices of the units that a rank updates: the kernels of the rules in plan/rules.py.
 
 AdamW (Loshchilov and Hutter 2019) and SGD with momentum are torch's own fused kernels, one call for all flat buffers
-that an update names.
+that an update names. They take the verdict from the device. CUDA's take the rate in fp32, which is too coarse for fp64:
+there torch's plain kernels run, which read rate and step on the host.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -15,18 +16,32 @@ from megazero.units.gate import Verdict
 from megazero.units.unit import Unit
 
 Tensor = torch.Tensor
-Kernel = Callable[[list[dict[str, Any]], Optimization], torch.optim.Optimizer]
+Kernel = Callable[[list[dict[str, Any]], Optimization, bool], torch.optim.Optimizer]
 
 
-def _adam(groups: list[dict[str, Any]], o: Optimization) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(groups, betas=(o.adam_beta1, o.adam_beta2), eps=o.adam_eps, fused=True)
+def _adam(groups: list[dict[str, Any]], o: Optimization, fused: bool) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(groups, betas=(o.adam_beta1, o.adam_beta2), eps=o.adam_eps, fused=fused, foreach=False)
 
 
-def _sgd(groups: list[dict[str, Any]], o: Optimization) -> torch.optim.Optimizer:
-    return torch.optim.SGD(groups, momentum=o.sgd_momentum, fused=True)
+def _sgd(groups: list[dict[str, Any]], o: Optimization, fused: bool) -> torch.optim.Optimizer:
+    return torch.optim.SGD(groups, momentum=o.sgd_momentum, fused=fused, foreach=False)
 
 
 KERNELS: Mapping[str, Kernel] = {"adam": _adam, "sgd": _sgd}
+
+
+def precise(master: Tensor) -> bool:
+    """Do the fused kernels compute in the precision of these masters?"""
+    return not (master.is_cuda and master.dtype == torch.float64)
+
+
+def plainly(kernel: torch.optim.Optimizer, found_inf: Tensor) -> None:
+    """A step of kernels that know no verdict: if it is skipped, all that they changed is put back."""
+    changed = [t for p, state in kernel.state.items() for t in (p, *state.values())]
+    before = [t.clone() for t in changed]
+    kernel.step()
+    for now, old in zip(changed, before, strict=True):
+        now.copy_(torch.where(found_inf == 0, now, old))
 
 
 class Updater:
@@ -39,9 +54,8 @@ class Updater:
                       for name, u in self.units.items()}
         self.steps: list[Tensor] = []
         master = units[0].master
-        self.wide = master.dtype
-        # CUDA's kernels read fp32
-        self.lr = torch.zeros((), dtype=torch.float32 if master.is_cuda else self.wide, device=master.device)
+        self.wide, self.fused = master.dtype, precise(master)
+        self.lr = torch.zeros((), dtype=self.wide, device=master.device)
         self.kernels = {names: self._kernel([self.units[n] for n in names]) for names in together}
 
     def update(self, names: tuple[str, ...], verdict: Verdict, lr: Tensor) -> None:
@@ -55,9 +69,12 @@ class Updater:
                 self.units[name].grad_slice.mul_(factor)
         else:
             kernel.grad_scale = (1 / verdict.factor).float()
-        kernel.found_inf = verdict.found_inf
         with torch.no_grad():
-            kernel.step()
+            if self.fused:
+                kernel.found_inf = verdict.found_inf
+                kernel.step()
+            else:
+                plainly(kernel, verdict.found_inf)
 
     def set_steps(self, applied: int) -> None:
         """Continues after `applied` steps: Adam's bias correction counts from there."""
@@ -73,7 +90,8 @@ class Updater:
             p.grad = unit.grad_slice[a:b]
         groups = [{"params": [p for p, s in zip(params, slices, strict=True) if s[0] == decayed], "weight_decay": decay}
                   for decayed, decay in ((True, self.settings.weight_decay), (False, 0.0))]
-        kernel = KERNELS[self.settings.optimizer]([g for g in groups if g["params"]], self.settings)
+        kernel = KERNELS[self.settings.optimizer]([g for g in groups if g["params"]], self.settings,
+                                                         self.fused)
         for group in kernel.param_groups:                       # given to the constructor, it would be read by the host
             group["lr"] = self.lr
         for p, (_, unit, a, b) in zip(params, slices, strict=True):
