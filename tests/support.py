@@ -63,15 +63,15 @@ def byte_dataset(folder: Path) -> str:
     return prefix
 
 
-def resolved(words: str, world: int = 1) -> Plan:
+def resolved(words: str, world: int = 1, device: str = "cpu") -> Plan:
     """The plan of a command line that gives --vocab-size."""
     c = config.from_command_line(words.split())
-    return resolve(c, world, c.data.vocab_size or 0)
+    return resolve(c, world, c.data.vocab_size or 0, device)
 
 
 def built(words: str, device: str = "cpu") -> Run:
     """An initialised run of a command line that gives --vocab-size."""
-    run = Run(resolved(words), torch.device(device), connect(Mesh.of(), 0, "gloo", 60))
+    run = Run(resolved(words, 1, device), torch.device(device), connect(Mesh.of(), 0, "gloo", 60))
     run.initialise()
     return run
 

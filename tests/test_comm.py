@@ -20,6 +20,7 @@ from megazero.comm.group import Group
 from megazero.comm.late import Late
 from megazero.comm.shared import Memory, supported
 from megazero.comm.wires import connect
+from megazero.plan import architecture
 from megazero.plan.cost import traffic
 from megazero.plan.mesh import Mesh
 from megazero.run.run import Run
@@ -182,7 +183,7 @@ LAYOUTS = [
 @pytest.mark.parametrize("logits", [1 << 24, 128 * 10])
 def test_the_plan_knows_the_bytes_on_the_wire(words: str, logits: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """One step of one rank of each layout, without its peers."""
-    monkeypatch.setattr("megazero.plan.architecture.LOGITS", logits)
+    monkeypatch.setitem(architecture.LOGITS, "cpu", logits)
     words = f"{TINY} --hidden-size 48 --num-attention-heads 24 --global-batch-size 12 {words}"
     sizes = words.split()
     world = int(sizes[sizes.index("--tp") + 1] if "--tp" in sizes else 1) * int(sizes[sizes.index("--dp") + 1] if "--dp" in sizes else 1)

@@ -15,6 +15,7 @@ from torch.utils._pytree import tree_leaves
 from megazero.comm.wires import connect
 from megazero.model.decoder import ACTIVATIONS, Batch, Block
 from megazero.model.ops import column, row
+from megazero.plan import architecture
 from megazero.plan.action import Action
 from megazero.plan.cost import memory, micro, peak
 from megazero.plan.operations import Operation, distinct, table
@@ -269,10 +270,11 @@ class Alive(TorchDispatchMode):
 
 
 @pytest.mark.parametrize("dtype", ["fp64", "fp32", "bf16"])
-@pytest.mark.parametrize("tp", [1, 2])
-def test_logits_are_those_of_the_plan(dtype: str, tp: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """One chunk in each dtype in which it exists, and nothing else of its size (gradients of the output matrix are smaller here)."""
-    monkeypatch.setattr("megazero.plan.architecture.LOGITS", 1024 * 40 // tp)
+@pytest.mark.parametrize("tp, wide", [(1, 40), (2, 40), (1, 24), (2, 24)])
+def test_logits_are_those_of_the_plan(dtype: str, tp: int, wide: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One chunk, and of half precisions some tokens in fp32; nothing else of its size (gradients of the output matrix are smaller here)."""
+    monkeypatch.setitem(architecture.LOGITS, "cpu", 1024 * 40 // tp)
+    monkeypatch.setattr(architecture, "WIDE_LOGITS", 1024 * wide // tp)
     plan = resolved(f"{TINY} --hidden-size 16 --vocab-size 1000 --micro-batch-size 2 --dtype {dtype} --tp {tp}", tp)
     run, batch = started(plan, tp - 1), batch_of(plan)
     run.initialise()
@@ -280,6 +282,6 @@ def test_logits_are_those_of_the_plan(dtype: str, tp: int, monkeypatch: pytest.M
     x = torch.zeros(plan.micro_batch * plan.architecture.seq_length // tp, plan.architecture.hidden, dtype=run.decoder.dtype)
     for unit in run.units.values():
         unit.open()
-    with Alive(40 * 1024 // tp * x.element_size()) as alive:
+    with Alive(24 * 1024 // tp * x.element_size()) as alive:
         run.decoder.head.forward_backward(x, batch, torch.ones(()))
     assert alive.most == memory(plan, tp - 1)["logits"]

@@ -75,7 +75,7 @@ Result = tuple[list[tuple[float, float]], list[tuple[str, Any, torch.Tensor]], l
 def play(words: str, world: int, backend: str, device: str = "cpu") -> Result:
     """Five steps on this rank: (loss, norm) of each; gradients of the first and weights after the last as (name, box, tensor)."""
     import os
-    plan = resolved(words, world)
+    plan = resolved(words, world, device)
     rank = int(os.environ["RANK"]) if world > 1 else 0
     run = Run(plan, torch.device(device), connect(plan.mesh, rank, backend, 60))
     run.initialise()

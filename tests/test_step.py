@@ -3,12 +3,13 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from support import SHAPES, TINY, batches, built, gradients, named, stepping
+from support import SHAPES, TINY, batches, built, gradients, named, resolved, stepping
 
 from megazero.comm.group import Alone
 from megazero.model.attention import attention, rotary_table
 from megazero.model.decoder import Batch
 from megazero.plan import architecture
+from megazero.plan.cost import memory
 from megazero.plan.rules import RULES
 from megazero.run.executor import Turn
 from megazero.run.run import Run
@@ -80,7 +81,7 @@ def close(got: dict[str, Tensor], want: dict[str, Tensor], tolerance: float) -> 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_loss_and_gradients_equal_plain_autograd(shape: str, recompute: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(architecture, "LOGITS", 128 * 7)             # several chunks of logits, the last one short
+    monkeypatch.setitem(architecture.LOGITS, "cpu", 128 * 7)             # several chunks of logits, the last one short
     run = built(f"{TINY} {SHAPES[shape]} --dtype fp64 --micro-batch-size 2 --global-batch-size 6 --recompute-granularity {recompute}")
     torch.manual_seed(2)
     for weight in named(run).values():                          # no weight at a special value: a gradient without its factor 1 shows
@@ -93,6 +94,26 @@ def test_loss_and_gradients_equal_plain_autograd(shape: str, recompute: str, mon
     close(named(run, "grad_slice"), want, 1e-12)
     assert abs(gradients(run, data) - loss) < 1e-13             # a second step overwrites the first one's gradients
     close(named(run, "grad_slice"), want, 1e-12)
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_logits_that_are_widened_in_pieces_give_the_same_bits(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The logits of 7 tokens of a micro-batch of 48 at a time, or of all."""
+    words, seen = f"{TINY} --dtype {dtype} --micro-batch-size 2", []
+    for wide in (1 << 24, 128 * 7):
+        monkeypatch.setattr(architecture, "WIDE_LOGITS", wide)
+        run = built(words)
+        seen.append((gradients(run, batches(run, masked=True)), named(run, "grad_slice")))
+    assert seen[0][0] == seen[1][0] and all(torch.equal(g, seen[1][1][name]) for name, g in seen[0][1].items())
+
+
+def test_the_kind_of_device_says_how_many_logits_exist() -> None:
+    """On CUDA the 4,096 tokens of an 8B model are one product; on the CPU a number that is kind to its cache, as it always was."""
+    words = f"{TINY} --hidden-size 64".replace("--vocab-size 101", "--vocab-size 128256")
+    assert [resolved(words, 1, device).head_chunk for device in ("cpu", "cuda")] == [(1 << 24) // 128256, (1 << 29) // 128256]
+    assert resolved(words, 1, "cuda").head_chunk >= 4096
+    small, large = (memory(resolved(f"{words} --bf16 --micro-batch-size 200", 1, device))["logits"] for device in ("cpu", "cuda"))
+    assert small == 128256 * 130 * (2 + 4) and large == 128256 * (4185 * 2 + 130 * 4)
 
 
 @pytest.mark.parametrize("how", ["--pipeline-schedule gpipe", "--recompute-granularity selective", "--recompute-granularity full",

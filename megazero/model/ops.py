@@ -19,6 +19,7 @@ import torch.nn.functional as F
 
 from megazero.comm import Done, Group
 from megazero.model.products import input_gradient, product, weight_gradient
+from megazero.plan import wide_tokens
 from megazero.units import Weight
 
 Tensor = torch.Tensor
@@ -222,30 +223,46 @@ def cross_entropy(
     `scale` is what the sum of losses is multiplied by before backward (None: no gradients wanted). Forward and backward
     of a chunk happen together, so logits are computed once; the gradient for x is this rank's part of the vocabulary's.
     """
-    wide, rows = statistics(x.dtype), weight.box.size[0]
-    total = torch.zeros((), dtype=wide, device=x.device)
+    rows, total = weight.box.size[0], torch.zeros((), dtype=statistics(x.dtype), device=x.device)
     dx = torch.empty_like(x) if scale is not None else None
-    logits = torch.empty(min(chunk, len(x)), len(weight.value), dtype=x.dtype, device=x.device)
-    precise = logits if x.dtype == wide else torch.empty_like(logits, dtype=wide)
+    room = torch.empty(min(chunk, len(x)), len(weight.value), dtype=x.dtype, device=x.device)
     index, here = local_rows(targets, weight)
     for low in range(0, len(x), chunk):
         part = slice(low, min(low + chunk, len(x)))
-        raw = torch.mm(x[part], weight.value.T, out=logits[:part.stop - low])       # [c, rows], refilled for each chunk
-        raw[:, rows:] = -torch.inf                                                  # padding is never predicted
-        z = raw if precise is logits else precise[:part.stop - low].copy_(raw)
-        top = group.all_reduce(z.amax(-1), "max").wait()
-        hit = z.gather(-1, index[part, None])[:, 0]
-        hit = hit if here is None else torch.where(here[part], hit, 0)
-        e = z.sub_(top[:, None]).exp_()
-        norm = e.sum(-1)
-        both = group.all_reduce(torch.stack((
-            norm, torch.where(here[part], hit - top, 0) if here is not None else hit - top))).wait()
-        total += ((both[0].log() - both[1]) * mask[part]).sum()
-        if scale is not None and dx is not None:
-            factor = mask[part] * scale
-            p = e.mul_((factor / both[0])[:, None])                                 # softmax x factor
-            p[torch.arange(len(p), device=p.device), index[part]] -= factor if here is None else factor * here[part]
-            dz = p if precise is logits else raw.copy_(p)
-            input_gradient(dz, weight, out=dx[part])
-            weight.add_product(dz, x[part])
+        logits = torch.mm(x[part], weight.value.T, out=room[:part.stop - low])      # [c, rows], refilled for each chunk
+        logits[:, rows:] = -torch.inf                                               # padding is never predicted
+        factor = None if scale is None else mask[part] * scale
+        losses = softmax_loss(logits, index[part], None if here is None else here[part], group, factor)
+        total += (losses * mask[part]).sum()
+        if dx is not None:
+            input_gradient(logits, weight, out=dx[part])
+            weight.add_product(logits, x[part])
     return total, dx
+
+
+def softmax_loss(logits: Tensor, index: Tensor, here: Tensor | None, group: Group, factor: Tensor | None) -> Tensor:
+    """Cross entropy of each token [c], in fp32 or wider, from logits [c, rows], which become the gradient of factor [c]
+    x loss (None: of no use). Half precisions are widened a few tokens at a time, once more for the gradient."""
+    wide = statistics(logits.dtype)
+    count = max(len(logits), 1) if logits.dtype == wide else wide_tokens(logits.shape[1])
+    room = logits if logits.dtype == wide else torch.empty(
+        min(count, len(logits)), logits.shape[1], dtype=wide, device=logits.device)
+    pieces = [slice(low, min(low + count, len(logits))) for low in range(0, len(logits), count)]
+    top = group.all_reduce(logits.amax(-1).to(wide), "max").wait()
+    hit = logits.gather(-1, index[:, None])[:, 0].to(wide) - top
+
+    def exponents(p: slice) -> Tensor:
+        return torch.sub(logits[p], top[p, None], out=room[:p.stop - p.start]).exp_()
+
+    sums = [(e := exponents(p)).sum(-1) for p in pieces]
+    both = torch.stack((torch.cat(sums), hit if here is None else torch.where(here, hit, 0)))
+    norm, hit = group.all_reduce(both).wait()
+    if factor is None:
+        return norm.log() - hit
+    for p in pieces:
+        e = e if len(pieces) == 1 else exponents(p)
+        e.mul_((factor[p] / norm[p])[:, None])                                      # softmax x factor
+        e[torch.arange(len(e), device=e.device), index[p]] -= factor[p] if here is None else factor[p] * here[p]
+        if room is not logits:
+            logits[p] = e
+    return norm.log() - hit

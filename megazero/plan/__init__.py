@@ -1,7 +1,7 @@
 """What follows from the settings: pure values, no device and no process."""
 
 from megazero.plan.action import Action, around, written
-from megazero.plan.architecture import FREE, Architecture, Rotary, head_chunk, parameter_count, units
+from megazero.plan.architecture import FREE, Architecture, Rotary, head_chunk, parameter_count, units, wide_tokens
 from megazero.plan.checks import checks
 from megazero.plan.cost import memory
 from megazero.plan.devices import device_of

@@ -16,7 +16,10 @@ from megazero.plan.layout import Cut, OperandSpec, Parameter, UnitSpec, ragged_r
 from megazero.plan.program import Part
 from megazero.settings import Config, Model
 
-LOGITS = 1 << 24                    # elements of logits that exist at a time in head and loss
+# Elements of logits that exist at a time in head and loss. The kind of device says it, not its free memory, on which no
+# bit may depend. CUDA's are 4,096 tokens of 128,256: the output matrix and its gradient are read once, not 32 times.
+LOGITS = {"cpu": 1 << 24, "cuda": 1 << 29}
+WIDE_LOGITS = 1 << 24               # of half precisions, those of them that exist in fp32 too
 
 
 @dataclass(frozen=True)
@@ -200,6 +203,11 @@ def parameter_count(a: Architecture) -> int:
     return sum(prod(p.shape) for u in units(a) for p in u.parameters)
 
 
-def head_chunk(a: Architecture, ranks: int) -> int:
+def head_chunk(a: Architecture, ranks: int, device: str) -> int:
     """Tokens whose logits exist at a time on each of `ranks` tensor-parallel ranks, in head and loss."""
-    return max(LOGITS // ragged_rows(a.vocab_size, ranks, a.pad_rows), 1)
+    return max(LOGITS[device] // ragged_rows(a.vocab_size, ranks, a.pad_rows), 1)
+
+
+def wide_tokens(rows: int) -> int:
+    """Tokens whose logits, so many rows of the vocabulary, exist in fp32 at a time where they are half precision."""
+    return max(WIDE_LOGITS // rows, 1)

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from megazero.base import DTYPES
 from megazero.pipeline import KINDS
 from megazero.plan.action import Action
-from megazero.plan.architecture import Architecture, head_chunk
+from megazero.plan.architecture import wide_tokens
 from megazero.plan.layout import Flat, Shape, cuts, flat, ragged_rows
 from megazero.plan.mesh import all_reduce_bytes
 from megazero.plan.operations import Micro, Operation, distinct, table
@@ -37,12 +37,12 @@ def stored(f: Flat, p: Plan) -> int:
 
 def memory(p: Plan, rank: int = 0) -> dict[str, int]:
     """Bytes on one rank by category, as they are between actions. Of what an operation needs while it runs only logits
-    are counted: a chunk, in each dtype in which it exists."""
+    are counted: a chunk, and what of it exists in fp32 too."""
     level, a, m, units, program = p.zero.level, p.architecture, micro(p, rank), flats(p, rank), p.training(rank)
     whole = sum(stored(f, p) for f in units.values())
     part, width, full = whole // p.shard, m.width, m.wide       # full: masters, gradients and moments
     chunk = min(m.tokens, p.head_chunk) if len(p.stages) - 1 in p.stages_of(rank).own else 0
-    logits = chunk * ragged_rows(a.vocab_size, p.tp, a.pad_rows)
+    rows = ragged_rows(a.vocab_size, p.tp, a.pad_rows)
     return {
         "weights": (part if level == 3 else whole) * width,
         "master weights": part * 4 if width == 2 else 0,
@@ -51,7 +51,7 @@ def memory(p: Plan, rank: int = 0) -> dict[str, int]:
         "gathered weights": borrowed(program, units, p, "gather", "release") * width if level == 3 else 0,
         "gradient sums": borrowed(program, units, p, "open", "land") * full if level >= 2 else 0,
         "activations": peak(program, table(a, m), m.share * a.hidden * width),
-        "logits": logits * (width + full if width == 2 else width),
+        "logits": rows * (chunk * width + (min(chunk, wide_tokens(rows)) * full if width == 2 else 0)),
     }
 
 
@@ -100,7 +100,7 @@ def traffic(p: Plan, rank: int = 0) -> dict[str, int]:
         sent["replicate"] += all_reduce_bytes(part, wide, p.dp // p.shard) if action.kind == "replicate" else 0
         sent["tied"] += all_reduce_bytes(part, wide, len(p.holders[action.unit])) if action.kind == "tie" else 0
         sent["pp"] += m.share * a.hidden * width if action.kind == "send" else 0
-        sent["tp"] += moved(action.kind, parts[action.part], a, m) if action.kind in KINDS else 0
+        sent["tp"] += moved(action.kind, parts[action.part], p, m) if action.kind in KINDS else 0
     for axis, cut, size in (("tp", False, p.tp), ("kv", True, p.mesh.kv)):
         n = sum(_partial(f, stored(f, p) // p.shard, slice_, cut) for f in units.values())
         sent[axis] += all_reduce_bytes(n, wide, size)
@@ -114,10 +114,10 @@ def _partial(f: Flat, part: int, rank: int, cut: bool) -> int:
     return sum(max(stop - start, 0) for start, stop in common)
 
 
-def moved(kind: str, rows: Sequence[Operation], a: Architecture, m: Micro) -> int:
+def moved(kind: str, rows: Sequence[Operation], p: Plan, m: Micro) -> int:
     """Bytes over tp of one pass over a part: its tokens as often as its operations move them; the loss adds up what it
     needs of each token, one chunk of logits at a time."""
-    times, chunk = sum(row.moves.get(kind, 0) for row in rows), head_chunk(a, m.ranks)
+    times, chunk = sum(row.moves.get(kind, 0) for row in rows), p.head_chunk
     chunks = [min(chunk, m.tokens - low) for low in range(0, m.tokens, chunk)] if kind in ("L", "E") else []
-    return times * (m.ranks - 1) * m.share * a.hidden * m.width + sum(
+    return times * (m.ranks - 1) * m.share * p.architecture.hidden * m.width + sum(
         all_reduce_bytes(n * c, m.wide, m.ranks) for c in chunks for row in rows for n in row.sums)

@@ -32,16 +32,18 @@ class Placement(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan(Sizes):
-    """The resolved run: its sizes, and what else follows from the configuration."""
+    """The resolved run: its sizes, and what else follows from the configuration and from the kind of device."""
 
     config: Config
     architecture: Architecture
+    device: str = "cpu"                                 # or cuda
     programs: tuple[tuple[Action, ...], ...] = ()       # of the ranks of a pipeline, where a file says them
 
     @classmethod
-    def of(cls, config: Config, world: int, vocab_size: int) -> "Plan":
+    def of(cls, config: Config, world: int, vocab_size: int, device: str = "cpu") -> "Plan":
         """That of a configuration in which `checks` finds nothing wrong."""
-        return cls(**vars(sizes(config, world)), config=config, architecture=architecture(config, vocab_size))
+        return cls(**vars(sizes(config, world)), config=config, architecture=architecture(config, vocab_size),
+                   device=device)
 
     @cached_property
     def mesh(self) -> Mesh:
@@ -74,7 +76,7 @@ class Plan(Sizes):
     @property
     def head_chunk(self) -> int:
         """Tokens whose logits exist at a time."""
-        return head_chunk(self.architecture, self.tp)
+        return head_chunk(self.architecture, self.tp, self.device)
 
     @property
     def virtual(self) -> int:
@@ -178,9 +180,9 @@ def layers_of_stages(c: Config, a: Architecture) -> tuple[int, ...]:
     return by_cost(a.layers, p.pipeline_schedule, pp, virtual, loads, *ends)
 
 
-def resolve(config: Config, world: int, vocab_size: int) -> Plan:
+def resolve(config: Config, world: int, vocab_size: int, device: str = "cpu") -> Plan:
     """The plan of a configuration on `world` ranks. Raises UserError with every problem at once."""
     errors = checks(config, world)
     if errors:
         raise UserError(*errors)
-    return Plan.of(config, world, vocab_size)
+    return Plan.of(config, world, vocab_size, device)

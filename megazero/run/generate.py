@@ -27,7 +27,7 @@ def build_from_checkpoint(reader: Reader, dtype: str = "fp32", device: torch.dev
         raise UserError(*errors)
     built = {spec.name: Unit(flat(spec), TORCH_DTYPE[dtype], device, trained=False) for spec in units(a)}
     restore(reader, built.values(), {})
-    return Decoder(a, built, Alone(), seed=0, recompute="none", device=device, chunk=head_chunk(a, 1))
+    return Decoder(a, built, Alone(), seed=0, recompute="none", device=device, chunk=head_chunk(a, 1, device.type))
 
 
 def tokenizer_of(reader: Reader) -> Tokenizer:

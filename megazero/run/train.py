@@ -64,7 +64,8 @@ def main(config: Config) -> None:
         raise UserError(*errors)
     device = choose_device(config)
     tokenizer = configured_tokenizer(config)
-    plan = Plan.of(config, world, max(tokenizer.vocab_size if tokenizer else 0, config.data.vocab_size or 0))
+    plan = Plan.of(config, world, max(tokenizer.vocab_size if tokenizer else 0, config.data.vocab_size or 0),
+                   device.type)
     if config.parallel.pipeline_program:
         plan = programmed(plan, config.parallel.pipeline_program)
     if rank == 0:
