@@ -164,6 +164,22 @@ def test_lower_precisions_stay_near_float64(shape: str, dtype: str) -> None:
     assert error < 2 * 30**0.5 * rounding * torch.stack([g.norm() for g in want.values()]).norm()
 
 
+@pytest.mark.parametrize("shape", ["gpt2", "llama"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+def test_norms_add_up_their_gradients_in_fp32(shape: str, dtype: str) -> None:
+    """Of 500 tokens: torch's LayerNorm rounds that sum to the dtype of the weight, and on the CPU after each token."""
+    run = built(f"{TINY} {SHAPES[shape]} --dtype {dtype}")
+    gain = run.decoder.weight("layers.0.mlp.norm.weight")
+    gain.unit.open()
+    x, dy = (torch.randn(500, 64, generator=torch.Generator().manual_seed(seed)).to(run.decoder.dtype) for seed in (1, 2))
+    run.decoder.norm("layers.0.mlp.norm")(x.requires_grad_()).backward(dy)
+    centred = x.detach().double() - (x.detach().double().mean(-1, keepdim=True) if shape == "gpt2" else 0)
+    want = dy.double() * centred * (centred.square().mean(-1, keepdim=True) + 1e-5).rsqrt()
+    bias = run.decoder.maybe("layers.0.mlp.norm.bias")
+    for got, exact in ((gain.grad, want.sum(0)), *([(bias.grad, dy.double().sum(0))] if bias else [])):
+        assert (got - exact).norm() < 1e-6 * exact.norm()
+
+
 def test_padded_rows_of_the_vocabulary_stay_zero() -> None:
     run = built(f"{TINY} --dtype fp64 --micro-batch-size 2")
     step = stepping(run)

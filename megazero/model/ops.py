@@ -108,7 +108,7 @@ def layer_norm(x: Tensor, weight: Weight, bias: Weight | None, epsilon: float) -
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Weight, bias: Weight | None, epsilon: float) -> Tensor:
-        y, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], weight.value, bias.value if bias else None, epsilon)
+        y, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], *gains(x, weight, bias), epsilon)
         ctx.save_for_backward(x, mean, rstd)
         ctx.weight, ctx.bias = weight, bias
         return y
@@ -116,13 +116,24 @@ class _LayerNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, mean, rstd = ctx.saved_tensors
-        b = ctx.bias.value if ctx.bias else None
-        dx, dw, db = torch.ops.aten.native_layer_norm_backward(dy, x, x.shape[-1:], mean, rstd, ctx.weight.value, b,
-                                                               [True, True, ctx.bias is not None])
+        w, b = gains(x, ctx.weight, ctx.bias)
+        back, narrow = torch.ops.aten.native_layer_norm_backward, x.dtype != mean.dtype
+        dx, dw, db = back(dy, x, x.shape[-1:], mean, rstd, w, b, [True, not narrow, not narrow and b is not None])
+        if narrow:                                  # torch rounds what it adds up over tokens, on the CPU at each token
+            dy, x, w = (t.to(mean.dtype) for t in (dy, x, w))
+            b = None if b is None else b.to(mean.dtype)
+            _, dw, db = back(dy, x, x.shape[-1:], mean, rstd, w, b, [False, True, b is not None])
         ctx.weight.add(dw)
         if ctx.bias:
             ctx.bias.add(db)
         return dx, None, None, None
+
+
+def gains(x: Tensor, weight: Weight, bias: Weight | None) -> tuple[Tensor, Tensor | None]:
+    """The vectors as torch's kernels want them: in half precisions those of the CPU have statistics in fp32 only beside
+    vectors in fp32, those of CUDA only know vectors of x's dtype."""
+    dtype = x.dtype if x.is_cuda else statistics(x.dtype)
+    return weight.value.to(dtype), bias.value.to(dtype) if bias else None
 
 
 def rms_norm(x: Tensor, weight: Weight, epsilon: float) -> Tensor:

@@ -206,9 +206,8 @@ def _dropout(a: Architecture, m: Micro, site: str) -> list[Operation]:
 
 
 def _statistics(a: Architecture, m: Micro, norm: str, rows: int) -> dict[str, int]:
-    """Of a norm over so many rows: 1 / deviation; for LayerNorm the mean too, on the CPU in the dtype of its input (on
-    CUDA in fp32)."""
-    return {f"{norm} statistics": 2 * rows * m.width if a.norm == "LayerNorm" else rows * m.wide}
+    """Of a norm over so many rows: 1 / deviation; for LayerNorm the mean too."""
+    return {f"{norm} statistics": (2 if a.norm == "LayerNorm" else 1) * rows * m.wide}
 
 
 def _reads(w: Mapping[str, Operand], name: str) -> tuple[tuple[str, ...], int]:
