@@ -18,7 +18,7 @@ from megazero.data.indexed import IndexedWriter
 from megazero.data.order import ChunkOrder
 from megazero.data.splits import read_schedule, samples, stages_of
 from megazero.data.tokenizers import ByteTokenizer, build_tokenizer
-from megazero.model.attention import attention
+from megazero.model.attention import attention, hiding
 from megazero.model.decoder import Batch
 from megazero.plan.mesh import Mesh
 from megazero.plan.plan import resolve
@@ -232,7 +232,8 @@ def test_dropout_of_attention_weights_honours_documents() -> None:
     q, k, v = (torch.randn(1, 10, 2, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(i)) for i in range(3))
     documents = torch.tensor([[0] * 4 + [1] * 6])
     keep = torch.ones(1, 2, 10, 10, dtype=torch.float64)
-    assert (attention(q, k, v, None, documents, Alone(), keep) - attention(q, k, v, None, documents, Alone())).abs().max() < 1e-14
+    mask = hiding(torch.arange(10)[None], documents, q.dtype)
+    assert (attention(q, k, v, mask, Alone(), keep) - attention(q, k, v, mask, Alone())).abs().max() < 1e-14
 
 
 def test_each_reset_does_its_own_part() -> None:

@@ -1,12 +1,15 @@
 """One step against the same formulas written with plain torch and autograd, in float64, for every model shape."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
 from support import SHAPES, TINY, batches, built, gradients, named, resolved, stepping
 
 from megazero.comm.group import Alone
-from megazero.model.attention import attention, rotary_table
+from megazero.model import decoder
+from megazero.model.attention import attention, hiding, rotary_table
 from megazero.model.decoder import Batch
 from megazero.plan import architecture
 from megazero.plan.cost import memory
@@ -203,13 +206,23 @@ def test_documents_do_not_see_each_other() -> None:
     """Two documents in one sample, with positions that start again, equal the two served alone."""
     torch.manual_seed(1)
     q, k, v = (torch.randn(1, 10, n, 8, dtype=torch.float64) for n in (4, 2, 2))
-    documents = torch.tensor([[0] * 4 + [1] * 6])
-    together = attention(q, k, v, None, documents, Alone())
-    alone = torch.cat([attention(q[:, p], k[:, p], v[:, p], None, None, Alone()) for p in (slice(0, 4), slice(4, 10))], 1)
+    documents, order = torch.tensor([[0] * 4 + [1] * 6]), torch.arange(10)
+    together = attention(q, k, v, hiding(order[None], documents, q.dtype), Alone())
+    alone = torch.cat([attention(q[:, p], k[:, p], v[:, p], None, Alone()) for p in (slice(0, 4), slice(4, 10))], 1)
     assert (together - alone).abs().max() < 1e-14
     shuffled = torch.randperm(10)
-    by_position = attention(q[:, shuffled], k[:, shuffled], v[:, shuffled], shuffled[None], None, Alone())
-    assert (by_position - attention(q, k, v, None, None, Alone())[:, shuffled]).abs().max() < 1e-14
+    by_position = attention(q[:, shuffled], k[:, shuffled], v[:, shuffled], hiding(shuffled[None], None, q.dtype), Alone())
+    assert (by_position - attention(q, k, v, None, Alone())[:, shuffled]).abs().max() < 1e-14
+
+
+@pytest.mark.parametrize("words, documents, made", [("", False, 0), ("", True, 3), ("--attention-dropout 0.1", False, 3), ("--recompute-granularity full", True, 3)])
+def test_a_mask_is_made_once_for_all_layers_of_a_pass(words: str, documents: bool, made: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = built(f"{TINY} --num-layers 5 --micro-batch-size 2 --global-batch-size 6 {words}")
+    calls = []
+    monkeypatch.setattr(decoder, "hiding", lambda *x: (calls.append(x), hiding(*x))[1])
+    data = [replace(b, documents=b.tokens.cumsum(-1) // 500 if documents else None) for b in batches(run)]
+    gradients(run, data)
+    assert len(calls) == made
 
 
 def test_dropout_drops_the_stated_share_and_keeps_the_mean() -> None:

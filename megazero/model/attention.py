@@ -10,46 +10,45 @@ from megazero.units import keep_mask
 Tensor = torch.Tensor
 
 
-def attention(
-    q: Tensor, k: Tensor, v: Tensor, positions: Tensor | None, documents: Tensor | None, group: Group,
-    keep: Tensor | None = None
-) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, group: Group, keep: Tensor | None = None) -> Tensor:
     """Causal softmax(q kT / sqrt(d)) v: q [b, s, n, d], k and v [b, s, n_kv, d] -> [b, s, n, d].
 
-    positions   [b, s] place of each token in its sequence; None: in order
-    documents   [b, s] number of each token's document: tokens see their own document alone;
-                None: everything before them
+    mask        [b or 1, 1, s, s] of `hiding`, which is added to scores; None: tokens see all before them
     group       ranks that share the sequence (one: the whole sequence is here)
-    keep        [b, n, s, s] scale of each attention weight for dropout; None: no dropout
+    keep        [b, n, s, s] scale of each attention weight for dropout, which needs a mask; None: no dropout
     """
     assert group.size == 1, "a sequence cut over ranks needs context parallelism"
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    plain = positions is None and documents is None
-    flash = plain and (not q.is_cuda or q.dtype in (torch.bfloat16, torch.float16))
+    flash = mask is None and (not q.is_cuda or q.dtype in (torch.bfloat16, torch.float16))
     # of CUDA's kernels that make no [s, s] flash alone knows groups
-    if keep is not None or not flash:
+    if not flash:
         k, v = _repeat(k, q.shape[1]), _repeat(v, q.shape[1])
-    grouped = q.shape[1] != k.shape[1]
     if keep is not None:
-        out = _explicit(q, k, v, _visible(q, positions, documents), keep)
-    elif plain:
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+        assert mask is not None, "dropout is written out, with what hides tokens from each other"
+        out = _explicit(q, k, v, mask, keep)
+    elif mask is None:
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
     else:
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=_visible(q, positions, documents))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     return out.transpose(1, 2)
 
 
-def _visible(q: Tensor, positions: Tensor | None, documents: Tensor | None) -> Tensor:
-    """bool [b or 1, 1, s, s]: may the query of the row see the key of the column?"""
-    at = torch.arange(q.shape[2], device=q.device)[None] if positions is None else positions
+def hiding(at: Tensor, documents: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """[b or 1, 1, s, s]: 0 where the query of the row may see the key of the column, else -inf.
+
+    at          [b or 1, s] place of each token in its sequence: none sees what comes later
+    documents   [b, s] number of each token's document: none sees another; None: all are one
+    """
     see = at[:, None, :, None] >= at[:, None, None, :]
-    return see if documents is None else see & (documents[:, None, :, None] == documents[:, None, None, :])
+    if documents is not None:
+        see = see & (documents[:, None, :, None] == documents[:, None, None, :])
+    return torch.zeros(see.shape, dtype=dtype, device=at.device).masked_fill_(~see, -torch.inf)
 
 
-def _explicit(q: Tensor, k: Tensor, v: Tensor, visible: Tensor, keep: Tensor) -> Tensor:
+def _explicit(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, keep: Tensor) -> Tensor:
     """The formula itself, for dropout whose mask is ours."""
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)    # in this order fp16 does not overflow
-    return (torch.softmax(scores.masked_fill(~visible, -torch.inf), -1) * keep) @ v
+    return (torch.softmax(scores.add_(mask), -1) * keep) @ v
 
 
 def _repeat(x: Tensor, heads: int) -> Tensor:

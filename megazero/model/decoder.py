@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 
 from megazero.comm import Alone, Group
-from megazero.model.attention import attention, attention_keep, rotary_table, rotate
+from megazero.model.attention import attention, attention_keep, hiding, rotary_table, rotate
 from megazero.model.ops import column, cross_entropy, embedding, layer_norm, positions, rms_norm, row
 from megazero.plan import Architecture
 from megazero.units import Unit, Weight, keep_mask, key
@@ -46,6 +46,7 @@ class Decoder:
         self.a, self.units, self.group, self.seed, self.recompute = a, units, group, seed, recompute
         self.dtype = next(iter(units.values())).weight_slice.dtype
         self.rotary = rotary_table(a.rotary, a.seq_length, self.dtype, device) if a.rotary else None
+        self.hidden: tuple[Batch, Tensor] | None = None         # of the last pass: what its layers share
         own = range(a.layers + 2) if own is None else own
         self.parts = {i: Block(self, i - 1) if i else Embedding(self) for i in own if i <= a.layers}
         self.head = Head(self, chunk) if a.layers + 1 in own else None
@@ -73,6 +74,19 @@ class Decoder:
     def mine(self, per_token: Tensor) -> Tensor:
         """[b, s] -> [t / tp]: this rank's share of the tokens."""
         return self.padded(per_token.flatten()).chunk(self.group.size)[self.group.rank]
+
+    def mask(self, batch: Batch) -> Tensor | None:
+        """What hides tokens from each other, made once for all layers; None where kernels know it."""
+        if batch.documents is None and not self.drops(batch):
+            return None
+        if self.hidden is None or self.hidden[0] is not batch:
+            at = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)[None]
+            self.hidden = batch, hiding(at, batch.documents, self.dtype)
+        return self.hidden[1]
+
+    def drops(self, batch: Batch) -> bool:
+        """Are attention weights dropped?"""
+        return self.a.attention_dropout > 0 and batch.step is not None
 
     def dropped(self, x: Tensor, batch: Batch, site: str) -> Tensor:
         """Hidden dropout of x [t / tp, h], a pure function of (seed, step, site, sample, token, channel)."""
@@ -128,13 +142,14 @@ class Block:
         if self.d.rotary:
             cos, sin = (t[None, :s] if batch.positions is None else t[batch.positions] for t in self.d.rotary)
             q, k = rotate(q, cos[:, :, None], sin[:, :, None]), rotate(k, cos[:, :, None], sin[:, :, None])
-        y = attention(q, k, v, None, batch.documents, Alone(), self.attention_dropout(q, batch))
+        y = attention(q, k, v, self.d.mask(batch), Alone(), self.attention_dropout(q, batch))
         return row(self.d.padded(y.reshape(b * s, -1)), self.o, self.o_bias, self.d.group)
 
     def attention_dropout(self, q: Tensor, batch: Batch) -> Tensor | None:
         a = self.d.a
-        if a.attention_dropout == 0 or batch.step is None:
+        if not self.d.drops(batch):
             return None
+        assert batch.step is not None
         first = self.heads.offset[0] // a.head_dim
         stream = key(self.d.seed, batch.step, self.name, "weights")
         return attention_keep(stream, batch.samples, range(first, first + q.shape[2]), a.heads, q.shape[1],

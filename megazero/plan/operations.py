@@ -48,7 +48,8 @@ class Micro(NamedTuple):
 @dataclass(frozen=True)
 class Operation:
     """A row. Bytes are of one micro-batch on one rank, tensor by tensor, so that one which two operations keep counts
-    once. A batch's own tensors, the rotary table and vectors without tokens are not in them.
+    once. A batch's own tensors, the mask that all layers share, the rotary table and vectors without tokens are not in
+    them.
 
     weights   the operands it reads
     flops     forward, per token: 2 for each weight of a product
@@ -177,16 +178,15 @@ def _attention(a: Architecture, m: Micro, w: Mapping[str, Operand], at: str) -> 
         # one matrix per sample and head: k and v are copied for it unless one stride serves for both
         own = {"scaled q": real * q, "copied k": real * q, "copied v": real * q}
         copied = repeated or (m.samples > 1 and q > d)
-        square, seen = pairs * q // d * m.width, m.length**2 * (m.samples if m.documents else 1)
+        square = pairs * q // d * m.width
         kept = (own if copied else {"scaled q": real * q, **views["k"], **views["v"]}) | {
-            "visible": seen, "softmax": square, "keep": square, "weights": square}
+            "softmax": square, "keep": square, "weights": square}
     else:
         # Kernels of the CPU; CUDA's flash keeps the same. Its memory-efficient one (fp32, masks) repeats k and v of
         # grouped heads, as masks do here, and rounds logsumexp up to 32 tokens.
         fewer = {"repeated k": real * q, "repeated v": real * q} if repeated and m.documents else (
             views["k"] | views["v"])
-        kept = views["q"] | fewer | out | {"logsumexp": m.real * q // d * m.wide} | (
-            {"mask": pairs * m.width} if m.documents else {})
+        kept = views["q"] | fewer | out | {"logsumexp": m.real * q // d * m.wide}
     x = {"padded attention": m.tokens * q * m.width} if m.tokens > m.real else out
     return [*norms, *([Operation(f"{at}.rotary", kept=angles)] if a.rotary else []),
             Operation(f"{at}.attention", flops=2 * a.heads * d * a.seq_length, kept=kept),
