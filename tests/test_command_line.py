@@ -108,6 +108,12 @@ WRONG = {
     "--save-interval 5": "--save-interval 5: has no effect without --save; add the folder.",
     "--finetune": "--finetune: has no effect without --load; add the folder of the weights.",
     "--load nowhere": "--load nowhere: there is no such folder.",
+    "--hidden-size 16 --num-attention-heads 2 --swiglu": "--hidden-size 16: leaves an MLP of width 0 with --swiglu (multiples of 64 near 8/3 of it); "
+                                                         "give --ffn-hidden-size.",
+    "--skip-train": "--skip-train: there is nothing to evaluate; give the weights with --load, and leave out --eval-iters 0.",
+    "--multiple-validation-sets": "--multiple-validation-sets: has no effect without --valid-data-path or --test-data-path; name the sets.",
+    "--train-data-path a --valid-data-path 0.3 b 0.7 c --multiple-validation-sets":
+        "--multiple-validation-sets: each set has a loss of its own, so the weight 0.3 has no effect; name the prefixes alone.",
     "--config no.toml": "--config no.toml: cannot be read (No such file or directory); name a .toml, .yaml or .json file.",
     "--config setup.py": "--config setup.py: is not valid PY (its name must end in .toml, .yaml or .json).",
     "--sequence-parallel": "--sequence-parallel is always on; leave it out (it is what --tp means here).",

@@ -11,7 +11,7 @@ FLOORS: dict[str, tuple[int, str]] = {
     "base": (550, "errors text dtypes disk strict lease"),
     "pipeline": (750, "schedule timeline weighing split"),
     "settings": (750, "command_line config"),
-    "plan": (2760, "rules devices layout mesh sizes progress action sums program verify architecture operations checks plan cost show families"),
+    "plan": (2800, "rules devices layout mesh sizes progress action sums program verify architecture operations checks plan cost show families"),
     "comm": (1150, "group shared gloo nccl fake late rendezvous wires"),
     "units": (750, "random unit gate rules actions"),
     "model": (700, "products ops attention decoder"),

@@ -120,3 +120,38 @@ def test_a_resumed_loss_scale_follows_the_rule_it_is_given_now(tmp_path: Path) -
     assert LossScale(**Reader(tmp_path).index["progress"]["loss_scale"]).good == 3
     records = train(f"{words} --loss-scale-window 2", tmp_path / "log")
     assert [r["loss_scale"] for r in records] == [65536, 131072], "three good steps are enough for a window of two"
+
+
+@pytest.mark.parametrize("words", ["--train-iters 0", "--train-iters 3", "--train-iters 3 --finetune --skip-train", "--train-iters 9 --skip-train"])
+def test_weights_that_are_not_trained_are_evaluated(words: str, tmp_path: Path) -> None:
+    """On every set that is named: with nothing to train, a run that is over, weights alone, and as it is asked for."""
+    data = byte_dataset(tmp_path)
+    plain = TINY.replace("--train-iters 5 --eval-iters 0", "").replace("--mock-data", "").replace("--vocab-size 101", "--tokenizer-type ByteTokenizer")
+    sets = f"--train-data-path {data} --valid-data-path {data} --test-data-path {data} --eval-iters 2 --save {tmp_path / 'run'}"
+    wanted = [r["loss"] for r in train(f"{plain} {sets} --train-iters 3", tmp_path / "log") if "split" in r]
+    before = sorted((p, p.read_bytes()) for p in (tmp_path / "run").rglob("*") if p.is_file())
+    got = train(f"{plain} {sets.replace('--save', '--load')} {words}", tmp_path / "log2")
+    assert [(r["split"], r["loss"]) for r in got] == [("valid", wanted[0]), ("test", wanted[1])]
+    assert sorted((p, p.read_bytes()) for p in (tmp_path / "run").rglob("*") if p.is_file()) == before
+
+
+def test_each_validation_set_has_a_loss_of_its_own(tmp_path: Path) -> None:
+    data = [byte_dataset(tmp_path / name) for name in "ab" if (tmp_path / name).mkdir() is None]
+    other = str(tmp_path / "other_text_document")
+    with IndexedWriter(other, np.uint16) as writer:
+        writer.add_document([np.arange(4000, dtype=np.uint16) % 200])
+    plain = TINY.replace("--train-iters 5 --eval-iters 0", "--train-iters 2 --eval-iters 2").replace("--mock-data", "").replace(
+        "--vocab-size 101", "--tokenizer-type ByteTokenizer") + f" --train-data-path {data[0]}"
+    alone = [train(f"{plain} --valid-data-path {p}", tmp_path / f"log{i}")[-1]["loss"] for i, p in enumerate((data[0], other))]
+    got = [r for r in train(f"{plain} --valid-data-path {data[0]} {other} --multiple-validation-sets", tmp_path / "log") if "split" in r]
+    assert [(r["split"], r["loss"]) for r in got] == [(f"valid/{Path(data[0]).name}", alone[0]), ("valid/other_text_document", alone[1])]
+
+
+def test_a_learning_rate_that_jumps_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = f"{TINY.replace('--train-iters 5', '')} --lr-decay-style cosine --save {tmp_path} --load {tmp_path}"
+    train(f"{words} --train-iters 4 --exit-interval 2")
+    train(f"{words} --train-iters 4")
+    assert "learning rate" not in capsys.readouterr().out
+    rate = train(f"{words} --train-iters 8", tmp_path / "log")[0]["lr"]
+    told = capsys.readouterr().out
+    assert f"changed     the learning rate of step 5 would have been 0.000e+00, is {rate:.3e}\n" in told and rate > 0, told

@@ -17,10 +17,28 @@ Stages = list[tuple[int, Sequence[str]]]        # (first sample, words of --data
 
 def samples(plan: Plan, which: str, tokenizer: Tokenizer | None) -> SampleSource:
     """The samples of a split ("train", "valid", "test"), as the configuration says. Raises UserError."""
-    d, a, seed = plan.config.data, plan.architecture, plan.config.training.seed
+    d, a = plan.config.data, plan.architecture
     if d.mock_data:
-        return MockSamples(a.vocab_size, a.seq_length, seed, which)
-    flag, stages, is_cut = stages_of(d, which, plan)
+        return MockSamples(a.vocab_size, a.seq_length, plan.config.training.seed, which)
+    return _opened(plan, which, stages_of(d, which, plan), tokenizer)
+
+
+def evaluated(plan: Plan, which: str, tokenizer: Tokenizer | None) -> dict[str, SampleSource]:
+    """What an evaluation takes of a split, under the name of its loss: all of it, or each set for itself. Raises
+    UserError."""
+    d = plan.config.data
+    own = {"valid": d.valid_data_path, "test": d.test_data_path}[which]
+    if not (own and d.multiple_validation_sets):
+        return {which: samples(plan, which, tokenizer)}
+    names = [Path(prefix).name for prefix in own]
+    names = names if len(set(names)) == len(names) else [*own]
+    return {f"{which}/{name}": _opened(plan, which, (f"--{which}-data-path", [(0, [prefix])], False), tokenizer)
+            for name, prefix in zip(names, own, strict=True)}
+
+
+def _opened(plan: Plan, which: str, said: tuple[str, Stages, bool], tokenizer: Tokenizer | None) -> SampleSource:
+    d, a, seed = plan.config.data, plan.architecture, plan.config.training.seed
+    flag, stages, is_cut = said
     reading = Reading(a.seq_length, seed, d.shuffle, d.sample_order == "megatron", asked_for(plan, which))
     identity = tokenizer.identity() if tokenizer else None
     opened = open_stages(stages, d.split if is_cut else None, which, reading, a.vocab_size, flag, identity)

@@ -13,8 +13,8 @@ from megazero.plan.mesh import Coordinates, Mesh, all_reduce_bytes
 from megazero.plan.operations import flops_per_token
 from megazero.plan.plan import Plan, resolve
 from megazero.plan.program import Part
-from megazero.plan.progress import LossScale, Progress, loss_scale, progress_of
+from megazero.plan.progress import LossScale, Progress, curve_of, loss_scale, progress_of
 from megazero.plan.rules import GROUPS, RULES
 from megazero.plan.show import describe
-from megazero.plan.sizes import Sizes, ranks_asked
+from megazero.plan.sizes import Sizes, ranks_asked, sizes
 from megazero.plan.sums import Reductions, Zero, ending

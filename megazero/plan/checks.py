@@ -83,6 +83,10 @@ def _model(c: Config, world: int) -> Iterator[Check]:
                and round(head_dim * m.rotary_percent) < 2,
                f"--rotary-percent {m.rotary_percent:g}: leaves no channel of a head of {head_dim} to rotate; "
                f"write at least {2 / max(head_dim, 2):g}.")
+        derived = architecture(c, 0)
+        yield (derived.ffn < 1 and m.ffn_hidden_size is None,
+               f"--hidden-size {hidden}: leaves an MLP of width 0 with --swiglu (multiples of 64 near 8/3 of it); give "
+               "--ffn-hidden-size.")
     longest = m.max_position_embeddings
     yield (longest and m.seq_length and longest < m.seq_length and m.position_embedding_type == "learned_absolute",
            f"--max-position-embeddings {longest}: is less than --seq-length {m.seq_length}; "
@@ -299,6 +303,13 @@ def _data(c: Config, world: int) -> Iterator[Check]:
            "--valid-data-path is missing: give the data to evaluate on, or --eval-iters 0.")
     yield (d.test_data_path and not t.eval_iters,
            f"--test-data-path {' '.join(d.test_data_path)}: is never read with --eval-iters 0.")
+    sets = (*d.valid_data_path, *d.test_data_path)
+    yield (d.multiple_validation_sets and not sets,
+           "--multiple-validation-sets: has no effect without --valid-data-path or --test-data-path; name the sets.")
+    weight = next((word for word in sets if re.fullmatch(r"\d+(\.\d*)?|\.\d+", word)), None)
+    yield (d.multiple_validation_sets and weight,
+           f"--multiple-validation-sets: each set has a loss of its own, so the weight {weight} has no effect; "
+           "name the prefixes alone.")
     numbers = re.split(r"[,/\s]+", d.split.strip())
     good = all(re.fullmatch(r"\d+(\.\d*)?|\.\d+", n) for n in numbers) and len(numbers) <= 3 and float(numbers[0]) > 0
     yield not good, f"--split {d.split!r}: must be one to three numbers, the first above 0, such as 969,30,1."
@@ -340,5 +351,7 @@ def _files(c: Config, world: int) -> Iterator[Check]:
     yield (k.ckpt_step is not None and k.load is None,
            f"--ckpt-step {k.ckpt_step}: has no effect without --load; add the folder.")
     yield k.finetune and k.load is None, "--finetune: has no effect without --load; add the folder of the weights."
+    yield (t.skip_train and (k.load is None or t.eval_iters == 0),
+           "--skip-train: there is nothing to evaluate; give the weights with --load, and leave out --eval-iters 0.")
     yield (t.full_validation and t.eval_iters == 0,
            "--full-validation: cannot be combined with --eval-iters 0, which turns evaluation off.")

@@ -14,7 +14,7 @@ from megazero.plan.layout import UnitSpec, joined
 from megazero.plan.mesh import Mesh
 from megazero.plan.operations import Micro, distinct, operations
 from megazero.plan.program import Part, Stages, evaluation, training
-from megazero.plan.progress import Curve
+from megazero.plan.progress import Curve, curve_of
 from megazero.plan.sizes import Sizes, sizes
 from megazero.plan.sums import Zero
 from megazero.plan.verify import verify
@@ -60,11 +60,7 @@ class Plan(Sizes):
     @property
     def curve(self) -> Curve:
         """Its learning rate."""
-        o = self.config.optimizer
-        assert o.lr is not None, "checks() come first"
-        return Curve(o.lr, o.min_lr, style=o.lr_decay_style, start=o.lr_warmup_init, warmup=self.warmup_iters,
-                     length=self.decay_iters, final=o.lr_wsd_decay_iters or 0, final_style=o.lr_wsd_decay_style,
-                     samples=None if self.train_samples is None else self.global_batch)
+        return curve_of(self.config, self)
 
     @property
     def zero(self) -> Zero:

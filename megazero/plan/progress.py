@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from megazero.base import Form, checked, made
+from megazero.plan.sizes import Sizes
 from megazero.settings import Config
 
 COUNT = range(2**53)
@@ -61,6 +62,15 @@ class Curve:
         if self.samples is None:
             return self.rate(progress.applied)
         return self.rate(progress.samples / self.samples - (progress.step - progress.applied))
+
+
+def curve_of(config: Config, s: Sizes) -> Curve:
+    """The learning rate of a run that `checks` finds nothing wrong with."""
+    o = config.optimizer
+    assert o.lr is not None, "checks() come first"
+    return Curve(o.lr, o.min_lr, style=o.lr_decay_style, start=o.lr_warmup_init, warmup=s.warmup_iters,
+                 length=s.decay_iters, final=o.lr_wsd_decay_iters or 0, final_style=o.lr_wsd_decay_style,
+                 samples=None if s.train_samples is None else s.global_batch)
 
 
 @dataclass(frozen=True)

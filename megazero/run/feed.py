@@ -4,7 +4,7 @@ Samples are read ahead: while one step runs, a thread reads the next one's token
 position, so nothing of it needs saving. On CUDA what it reads is pinned, and copies run beside the device's work.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from typing import NamedTuple
@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from megazero.data import SampleSource, Tokenizer, samples
+from megazero.data import SampleSource, Tokenizer, evaluated, samples
 from megazero.model import Batch
 from megazero.plan import Plan
 from megazero.run.run import Run
@@ -24,20 +24,21 @@ class Splits(NamedTuple):
     """The samples of a run. Each split has files of its own: two threads read them."""
 
     train: SampleSource
-    valid: SampleSource | None
-    test: SampleSource | None
+    valid: Mapping[str, SampleSource]           # by the name of its loss; no evaluation: none
+    test: Mapping[str, SampleSource]
 
     def describe(self) -> list[str]:
-        return [f"{what:<12}{split.describe()}" for what, split in
-                (("data", self.train), ("validation", self.valid), ("test", self.test)) if split is not None]
+        named = [("data", self.train), *(("validation", s) for s in self.valid.values()),
+                 *(("test", s) for s in self.test.values())]
+        return [f"{what:<12}{split.describe()}" for what, split in named]
 
 
 def open_splits(plan: Plan, tokenizer: Tokenizer | None) -> Splits:
     """Opens what the run will read. Raises UserError."""
     c = plan.config
     return Splits(samples(plan, "train", tokenizer),
-                  samples(plan, "valid", tokenizer) if c.training.eval_iters and plan.train_iters else None,
-                  samples(plan, "test", tokenizer) if c.data.test_data_path else None)
+                  evaluated(plan, "valid", tokenizer) if c.training.eval_iters else {},
+                  evaluated(plan, "test", tokenizer) if c.data.test_data_path else {})
 
 
 class Feed:

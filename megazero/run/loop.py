@@ -2,7 +2,7 @@
 
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import FrameType
 from typing import Any
 
@@ -72,7 +72,10 @@ class Loop:
     def train(self) -> None:
         """All of it, with evaluations, checkpoints and early exits."""
         t, k, (_, valid, test) = self.run.config.training, self.run.config.checkpoint, self.feed.splits
-        at, end = self.step.progress.step, self.run.plan.train_iters
+        at = self.step.progress.step
+        end = at if t.skip_train else self.run.plan.train_iters
+        if at >= end:                                           # nothing to train: what is the loss of these weights?
+            self.evaluations(valid)
         self.step.lap()
         while at < end and not self.stop_reason:
             self.tell(self.step.start(self.wish.reason))
@@ -81,19 +84,19 @@ class Loop:
                 lease.look()
             if self.record is not None:
                 self.record.writer.look()
-            if valid is not None and (at % t.eval_interval == 0 or at == end):
+            if valid and (at % t.eval_interval == 0 or at == end):
                 self.tell(self.step.settle(last=True))
-                self.metrics.evaluation(at, "valid", self.evaluate(valid))
+                self.evaluations(valid)
                 self.step.lap()                                 # an evaluation is not part of the next step's time
             if self.record is not None and k.save_interval and at % k.save_interval == 0:
                 self.save(self.record)
             if t.exit_interval and at % t.exit_interval == 0:
                 self.stop_reason = f"--exit-interval {t.exit_interval}"
         self.tell(self.step.settle(last=True))
-        if self.record is not None and self.record.last != self.step.progress.step:
+        if self.record is not None and self.record.last != self.step.progress.step and not t.skip_train:
             self.save(self.record)
-        if test is not None and at == end:
-            self.metrics.evaluation(at, "test", self.evaluate(test))
+        if at >= end:
+            self.evaluations(test)
         if self.record is not None:
             self.record.writer.wait()
         self.feed.loader.close()
@@ -118,6 +121,10 @@ class Loop:
             raise UserError(f"--max-skipped-steps {limit}: {limit} steps in a row were not finite, the last because "
                             f"{done.reason}; the weights are those of step {progress.step - limit}. Lower --lr, or "
                             "look at the data of the last steps.")
+
+    def evaluations(self, sets: Mapping[str, SampleSource]) -> None:
+        for name, split in sets.items():
+            self.metrics.evaluation(self.step.progress.step, name, self.evaluate(split))
 
     def evaluate(self, split: SampleSource) -> float:
         """Mean loss over the samples that an evaluation takes of a split."""

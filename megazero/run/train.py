@@ -26,7 +26,7 @@ from megazero.run.metrics import MFU, Metrics, peak_flops
 from megazero.run.run import Run
 from megazero.run.step import Step
 from megazero.settings import Config, flatten
-from megazero.state import Reader, Record, Writer, about, changed, complete, restore, resumed, set_aside, unfit
+from megazero.state import Reader, Record, Writer, about, changed, complete, jumps, restore, resumed, set_aside, unfit
 from megazero.units import TORCH_DTYPE
 
 
@@ -157,8 +157,8 @@ def leased(config: Config, rank: int) -> Iterator[dict[Path, Lease]]:
                 held[path] = Lease(path / "lease.json", f"{flag} {folder}")
             except OSError as error:
                 if flag == "--save":
-                    raise UserError(f"--save {folder}: cannot be written ({error.strerror}); name a folder that can "
-                                    "be.") from None
+                    raise UserError(f"--save {folder}: cannot be made ({error.strerror}); name a folder that can "
+                                    "be written to.") from None
         yield held
     finally:
         for lease in held.values():
@@ -216,7 +216,8 @@ def start(run: Run, splits: Splits, reader: Reader | None, record: Record | None
         run.say(f"loaded      {reader.folder}{': weights alone' if k.finetune else ''}")
         # also where it follows
         before = reader.index["config"] | {"global_batch_size": reader.index["layout"].get("global_batch_size")}
-        for line in changed(before, flatten(config) | {"global_batch_size": run.plan.global_batch}):
+        now = flatten(config) | {"global_batch_size": run.plan.global_batch}
+        for line in [*changed(before, now), *([] if k.finetune else jumps(before, run.plan, reader.progress))]:
             run.say(f"changed     {line}")
     same_start(run, -1 if reader is None else int(reader.index["step"]))
     if set_back(config) and record is not None and run.wires.rank == 0:

@@ -116,6 +116,7 @@ class Training:
     eval_interval: int = option(1000, "steps between evaluations", unit="steps")
     eval_iters: int = option(100, "global batches of one evaluation; 0 turns it off", unit="batches")
     full_validation: bool = option(False, "evaluate over the whole validation set, each sample once, in order")
+    skip_train: bool = option(False, "evaluate the weights of --load on every set that is named, and train nothing")
     exit_interval: int | None = option(None, "save and stop when the step is a multiple of this", unit="steps")
     exit_duration_in_mins: float | None = option(None, "save and stop after this long", unit="minutes")
     exit_signal_handler: bool = option(False, "save and stop at SIGTERM, SIGINT, SIGHUP, SIGUSR1 or SIGUSR2, all "
@@ -174,6 +175,8 @@ class Data:
     train_data_path: tuple[str, ...] = option((), "the same for training alone", unit="path")
     valid_data_path: tuple[str, ...] = option((), "the same for evaluation alone", unit="path")
     test_data_path: tuple[str, ...] = option((), "the same for one more evaluation, at the end of the run", unit="path")
+    multiple_validation_sets: bool = option(False, "a loss of its own for each prefix of --valid-data-path and "
+                                            "--test-data-path")
     data_schedule: str | None = option(None, "training data that changes: lines of `STEP WEIGHT PREFIX ...`, the blend "
                                        "from that step on", unit="file")
     split: str = option("969,30,1", "parts of --data-path for training, validation and test")

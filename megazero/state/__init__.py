@@ -4,6 +4,6 @@ from megazero.state.checkpoint import Reader, Slice, complete, mismatches
 from megazero.state.compare import check, checkpoints, log_lines, report, runs
 from megazero.state.logs import board_log, metrics_log
 from megazero.state.merge import merge
-from megazero.state.record import Record, about, changed, header, restore, resumed, slices, unfit
+from megazero.state.record import Record, about, changed, header, jumps, restore, resumed, slices, unfit
 from megazero.state.saving import Writer, planned, set_aside, write_alone
 from megazero.state.tensor_files import CODES, OF_CODE, Planned, Stored, contents, header_of, stream

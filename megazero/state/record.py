@@ -10,7 +10,8 @@ import torch
 
 from megazero.base import UserError, whole
 from megazero.data import Tokenizer, same_tokenizer
-from megazero.plan import FREE, RULES, Architecture, LossScale, Parameter, Progress
+from megazero.plan import FREE, RULES, Architecture, LossScale, Parameter, Plan, Progress, curve_of, sizes
+from megazero.settings import Config, build, flatten
 from megazero.state.checkpoint import Reader, Slice, fill, mismatches, owned
 from megazero.state.saving import Writer
 from megazero.units import Unit
@@ -133,3 +134,10 @@ def changed(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What the configuration says otherwise than the one that was saved: nothing fails silently."""
     return [f"--{k.replace('_', '-')} was {saved.get(k)}, is {v}"
             for k, v in now.items() if k not in SILENT and k in saved and saved[k] != v]
+
+
+def jumps(saved: Mapping[str, Any], now: Plan, at: Progress) -> list[str]:
+    """That the learning rate goes on from another height than a saved configuration would have had it."""
+    then = build(Config, {key: value for key, value in saved.items() if key in flatten(Config())})
+    old, new = curve_of(then, sizes(then, now.world)).rate_after(at), now.curve.rate_after(at)
+    return [f"the learning rate of step {at.step + 1:,} would have been {old:.3e}, is {new:.3e}"] if old != new else []
