@@ -17,6 +17,7 @@ from megazero.comm.group import Done, Line, Several, Stuck, Work, placed
 from megazero.comm.shared import CARD, Letter, Memory, supported
 
 Tensor = torch.Tensor
+COURTESY = 2.0              # seconds that a rank leaves to another of its host that may know better why nothing comes
 
 
 @dataclass
@@ -37,6 +38,8 @@ class Messages:
                 work.wait(timedelta(seconds=line.seconds))
             except RuntimeError as error:
                 late = time.monotonic() - began > 0.9 * line.seconds
+                if late and isinstance(work, Letter):           # it lives: it may wait for somebody itself, and say so
+                    time.sleep(COURTESY)
                 raise Stuck(f"rank {line.rank} gave up in {line.doing}, {self.what}: rank {peer} "
                             + (f"did not answer within {line.seconds:g} s" if late else "is gone")
                             + f" ({str(error).splitlines()[0][:160]})") from error
