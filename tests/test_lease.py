@@ -10,11 +10,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from support import train
+from support import byte_dataset, train
 
 from megazero.base import lease as leases
 from megazero.base.errors import UserError
 from megazero.base.lease import Lease, process_of
+from megazero.data.edit import merge_datasets, split_dataset
+from megazero.data.preprocess import PreprocessSettings, preprocess
 from megazero.state.checkpoint import complete
 
 WORDS = "--num-layers 1 --hidden-size 16 --num-attention-heads 2 --seq-length 16 --vocab-size 31 --lr 1e-3 --mock-data --eval-iters 0 --global-batch-size 1"
@@ -151,3 +153,26 @@ def test_a_run_that_lost_its_folder_saves_nothing_there(tmp_path: Path, monkeypa
     with pytest.raises(UserError, match=rf"^--save {tmp_path}: run 0123abcd on elsewhere, process 1 took over"):
         train(f"{WORDS} --train-iters 4 --save-interval 2 --save {tmp_path}")
     assert not complete(tmp_path)
+
+
+def test_two_do_not_make_one_dataset(tmp_path: Path) -> None:
+    data = byte_dataset(tmp_path)
+    (tmp_path / "a.jsonl").write_text('{"text": "abc"}\n')
+    for name, make in (("new", lambda: merge_datasets([data], str(tmp_path / "new"))), ("new_train", lambda: split_dataset(data, str(tmp_path / "new"), "8,2")),
+                       ("p", lambda: preprocess(PreprocessSettings(input=(str(tmp_path / "a.jsonl"),), output_prefix=str(tmp_path / "p"), tokenizer_type="ByteTokenizer")))):
+        other, before = Lease(tmp_path / f"{name}.lease.json", "somebody"), sorted(tmp_path.iterdir())
+        with pytest.raises(UserError, match=rf"^--output-prefix {tmp_path / name}: run {other.holder.run} on \S+, process {os.getpid()} writes there"):
+            make()
+        assert sorted(tmp_path.iterdir()) == before
+        other.close()
+        make()
+    assert not [*tmp_path.glob("*lease*")]
+
+
+def test_what_was_left_by_who_died_asking_is_swept_away(tmp_path: Path) -> None:
+    pid, process = dead()
+    left_by(tmp_path / "lease.json-0123abcd", process=process, pid=pid)
+    left_by(tmp_path / "lease.json-elsewhere", process="another boot")
+    (tmp_path / "lease.json-empty").touch()
+    Lease(tmp_path / "lease.json", "--save x").close()
+    assert [p.name for p in tmp_path.iterdir()] == ["lease.json-elsewhere"]

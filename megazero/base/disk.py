@@ -2,6 +2,7 @@
 
 import json
 import os
+import secrets
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -43,7 +44,7 @@ def draft_of(folder: Path, flag: str = "--output") -> Iterator[Path]:
     """A folder to write to, which takes the name `folder` when all went well and leaves nothing when not."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{flag} {folder}: is there already and not empty; name a new folder.")
-    draft = folder.with_name(f"{folder.name}.draft-{os.getpid()}")
+    draft = folder.with_name(f"{folder.name}.draft-{secrets.token_hex(4)}")     # two hosts may have one process number
     try:
         draft.mkdir(parents=True)
         yield draft

@@ -60,9 +60,9 @@ class Lease:
         self.path, self.what = path, what
         self.taken_by: Holder | None = None
         self._own = path.with_name(f"{path.name}-{self.holder.run}")
-        with self._written():
-            while not self._taken():
-                pass
+        while not self._taken():
+            pass
+        self._swept()
         self._closed, self._lock = threading.Event(), threading.Lock()
         threading.Thread(target=self._beat, name="lease", daemon=True).start()
 
@@ -80,8 +80,10 @@ class Lease:
 
     def _taken(self) -> bool:
         """Is it ours now? If not, others came or went meanwhile. Raises UserError if somebody else holds it."""
-        if self._linked(self.path):
-            return True
+        with self._written():
+            return self._linked(self.path) or self._followed()
+
+    def _followed(self) -> bool:
         held = self._read()
         gone = held and self._gone(held)
         if held is None or held != self._read():
@@ -109,6 +111,8 @@ class Lease:
             os.link(self._own, path)
         except FileExistsError:
             return self._own.stat().st_nlink == 2 and self._read() == self.holder       # NFS may have lost its answer
+        except FileNotFoundError:                               # somebody swept it away
+            return False
         except OSError:                                         # a file system without links
             try:
                 with path.open("x") as file:
@@ -124,18 +128,27 @@ class Lease:
             if not text and time.time() - _touched(self.path) < WATCH:          # somebody is about to write it
                 time.sleep(0.05)
                 return None
-            said = checked(loads(text), FORM)
+            return _holder(text)
         except FileNotFoundError:
             return None
         except ValueError as error:
             raise UserError(f"{self.path}: is no lease ({error}); delete it if nobody writes there.") from None
-        return Holder(*(said[key] for key in Holder._fields))
+
+    def _swept(self) -> None:
+        """Removes what processes left that were killed while they asked. One that still asks writes its file again."""
+        for left in self.path.parent.glob(f"{self.path.name}-*"):
+            with suppress(OSError):
+                try:
+                    gone = self._ended(_holder(left.read_bytes()))
+                except ValueError:
+                    gone = True                                 # nothing, or half of it
+                if gone:
+                    left.unlink()
 
     def _gone(self, held: Holder) -> str:
         """Why a holder is gone, or nothing if it is not."""
-        here = self.holder.process.rpartition(" ")[0]
-        if here and held.process.rpartition(" ")[0] == here:
-            return "" if process_of(held.pid) == held.process else "has ended"
+        if (ended := self._ended(held)) is not None:
+            return "has ended" if ended else ""
         say(f"{self.what}: {held} wrote there; looking for {WATCH:g} s whether it still does")
         seen, end = _touched(self.path), time.monotonic() + WATCH
         while time.monotonic() < end:
@@ -143,6 +156,13 @@ class Lease:
             if _touched(self.path) != seen:
                 return ""
         return f"has not been heard of for {WATCH:g} s"
+
+    def _ended(self, held: Holder) -> bool | None:
+        """Has its process ended? None where that cannot be seen from here."""
+        here = self.holder.process.rpartition(" ")[0]
+        if not here or held.process.rpartition(" ")[0] != here:
+            return None
+        return process_of(held.pid) != held.process
 
     def _beat(self) -> None:
         while not self._closed.wait(BEAT):
@@ -167,11 +187,23 @@ class Lease:
             raise UserError(f"{self.what}: {self.taken_by} took over, since this process had not been heard of for "
                             f"{WATCH:g} s; this run ends here.")
 
+    def __enter__(self) -> "Lease":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def close(self) -> None:
         self._closed.set()
         with self._lock, suppress(OSError, UserError):
             if self._read() == self.holder:
                 self.path.unlink()
+
+
+def _holder(text: bytes) -> Holder:
+    """Raises ValueError."""
+    said = checked(loads(text), FORM)
+    return Holder(*(said[key] for key in Holder._fields))
 
 
 def _touched(path: Path) -> float:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from megazero.base import UserError, write_json
-from megazero.data.indexed import BLOCK, IndexedDataset, IndexedWriter
+from megazero.data.indexed import BLOCK, IndexedDataset, IndexedWriter, alone
 from megazero.data.order import split_ranges
 from megazero.data.sidecar import read_sidecar, sums
 from megazero.data.tokenizers import same_tokenizer
@@ -30,7 +30,7 @@ def merge_datasets(prefixes: Sequence[str], output: str) -> IndexedDataset:
             raise UserError(f"{prefix}: was not made with the tokenizer of {prefixes[0]} (see their .json); "
                             "merge datasets of one tokenizer.")
     _keep(output, prefixes)
-    with IndexedWriter(output, dtypes[0]) as writer:
+    with alone(output, "--output-prefix"), IndexedWriter(output, dtypes[0]) as writer:
         for prefix in prefixes:
             dataset = IndexedDataset(prefix)
             _copy(dataset, 0, dataset.document_count, writer)
@@ -48,7 +48,7 @@ def split_dataset(prefix: str, output: str, spec: str) -> list[IndexedDataset]:
     for name in parts:
         _keep(f"{output}_{name}", [prefix])
     for name, (first, last) in parts.items():
-        with IndexedWriter(f"{output}_{name}", dataset.dtype) as writer:
+        with alone(f"{output}_{name}", "--output-prefix"), IndexedWriter(f"{output}_{name}", dataset.dtype) as writer:
             _copy(dataset, first, last, writer)
         made.append(_finish(writer, read_sidecar(prefix), [prefix]))
     return made

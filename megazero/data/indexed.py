@@ -28,7 +28,7 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from megazero.base import UserError, sync
+from megazero.base import Lease, UserError, sync
 from megazero.data.files import Numbers, bytes_of, window
 
 MAGIC = b"MMIDIDX\0\0"
@@ -70,6 +70,16 @@ class Written(NamedTuple):
     sequences: int = 0
     tokens: int = 0
     sums: tuple[int, ...] = ()                # of the .bin
+
+
+def alone(prefix: str | Path, flag: str) -> Lease:
+    """Nobody else makes a dataset of this prefix while it is held. Raises UserError."""
+    path = Path(f"{prefix}.lease.json")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        return Lease(path, f"{flag} {prefix}")
+    except OSError as error:
+        raise UserError(f"{flag} {prefix}: cannot be written ({error.strerror}); name a writable folder.") from None
 
 
 class IndexedWriter:

@@ -33,7 +33,7 @@ from tqdm import tqdm
 
 from megazero.base import Form, UserError, load, write_json
 from megazero.data.files import STDIN, size_of, stamp_of
-from megazero.data.indexed import COUNT, CRC, SUMMED, IndexedWriter, Written, best_dtype
+from megazero.data.indexed import COUNT, CRC, SUMMED, IndexedWriter, Written, alone, best_dtype
 from megazero.data.sidecar import MANY, read_sidecar, sums
 from megazero.data.sources import CHUNK, FORMATS, Chunk, Input, Place, Unreadable, documents, find_sources, read_chunks
 from megazero.data.tokenizers import TYPES, Tokenizer, build_tokenizer
@@ -172,6 +172,11 @@ def preprocess(settings: PreprocessSettings) -> list[Report]:
     note of progress, nothing is left behind; later, what the same command needs to go on."""
     tokenizer = _checked(settings)
     sources = find_sources(settings.input, settings.json_keys, settings.input_format)
+    with alone(settings.output_prefix, "--output-prefix"):
+        return _preprocessed(settings, tokenizer, sources)
+
+
+def _preprocessed(settings: PreprocessSettings, tokenizer: Tokenizer, sources: Sequence[Input]) -> list[Report]:
     note, job = Path(f"{settings.output_prefix}.progress.json"), _job(settings, tokenizer, sources)
     state = _read_note(note, job, settings.json_keys, len(sources), best_dtype(tokenizer.vocab_size).itemsize)
     prefixes = {key: f"{settings.output_prefix}_{key}_document" for key in settings.json_keys}
