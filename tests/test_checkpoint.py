@@ -178,6 +178,14 @@ def json_equal(a: bytes, b: bytes) -> bool:
         return False
 
 
+def test_a_run_without_bounds_goes_on(tmp_path: Path) -> None:
+    """Its configuration holds what JSON cannot say; Python does."""
+    words = f"{TINY} --clip-grad inf --exit-duration-in-mins inf --save {tmp_path} --load {tmp_path}"
+    train(f"{words} --exit-interval 3")
+    train(words)
+    assert [s for s, _ in complete(tmp_path)] == [3, 5] and Reader(tmp_path).index["config"]["clip_grad"] == float("inf")
+
+
 @pytest.mark.parametrize("damage, words", [
     ("missing", "is missing"), ("short", "bytes instead of"), ("long", "bytes instead of"), ("swapped", "bytes instead of|header is damaged"),
 ])

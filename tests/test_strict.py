@@ -44,6 +44,12 @@ def test_pairs_of_surrogates_and_plain_values_are_read() -> None:
     assert loads("a: {b: [1, x]}\nc: null\n", ".yaml") == {"a": {"b": [1, "x"]}, "c": None}
 
 
+def test_infinity_is_read_where_python_wrote_it() -> None:
+    assert loads('{"a": Infinity, "b": [-Infinity]}', infinite=True) == {"a": float("inf"), "b": [float("-inf")]}
+    with pytest.raises(ValueError, match="a is inf, not a number"):
+        checked(loads('{"a": Infinity}', infinite=True), {"a": float})
+
+
 def test_only_regular_files_of_a_known_size_are_read(tmp_path: Path) -> None:
     """A pipe would wait for ever, and a long file fill the memory."""
     os.mkfifo(tmp_path / "pipe.json")

@@ -31,18 +31,19 @@ def read_bytes(path: Path, most: int = LONGEST) -> bytes:
         return file.read(most)
 
 
-def load(path: Path, form: Form = dict, most: int = LONGEST) -> Any:
+def load(path: Path, form: Form = dict, most: int = LONGEST, infinite: bool = False) -> Any:
     """What a .json, .yaml or .toml file holds, of this form. Raises OSError, or ValueError that says what is wrong."""
-    return checked(loads(read_bytes(path, most), path.suffix), form)
+    return checked(loads(read_bytes(path, most), path.suffix, infinite), form)
 
 
-def loads(text: str | bytes, kind: str = ".json") -> Any:
-    """What a text holds. Raises ValueError that says what is wrong: keys that stand twice too."""
+def loads(text: str | bytes, kind: str = ".json", infinite: bool = False) -> Any:
+    """What a text holds. Raises ValueError that says what is wrong: keys that stand twice too. JSON has no infinity;
+    where Python wrote it, which says Infinity, it may be asked for."""
     if kind not in PARSERS:
         raise ValueError("its name must end in .toml, .yaml or .json")
     try:
         plain = text if isinstance(text, str) else text.decode()
-        value = _shallow(PARSERS[kind](plain))
+        value = _shallow(_json(plain, infinite) if kind == ".json" else PARSERS[kind](plain))
         if re.search(r"\\u[dD][89a-fA-F]|\\U0000[dD]", plain):
             json.dumps(value, ensure_ascii=False, default=str).encode()         # half a character stands for none
         return value
@@ -79,8 +80,9 @@ def _finite(digits: str) -> float:
     return float(digits) if abs(float(digits)) <= sys.float_info.max else _no_number(digits[:60])
 
 
-def _json(text: str) -> Any:
-    return json.loads(text, object_pairs_hook=_once, parse_constant=_no_number, parse_float=_finite)
+def _json(text: str, infinite: bool = False) -> Any:
+    return json.loads(text, object_pairs_hook=_once, parse_constant=float if infinite else _no_number,
+                      parse_float=_finite)
 
 
 def _yaml(text: str) -> Any:

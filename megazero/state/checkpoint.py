@@ -17,6 +17,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from math import ceil, prod
+from numbers import Number
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from megazero.state.tensor_files import CODES, Stored, checksums, contents, head
 FORMAT, VERSION, INDEX = "megazero-checkpoint", 2, "index.json"
 STEP, FILE = re.compile(r"^step-(\d+)(?:\.\d+)?$"), re.compile(r"rank-\d{5,9}\.safetensors")
 CRC, COUNT = range(2**32), range(2**53)
-WORD, PLAIN = re.compile(r"\w{1,60}"), (None, bool, float, str)
+WORD, PLAIN = re.compile(r"\w{1,60}"), (None, bool, Number, str)
 WORDS: Form = {                         # of an index; about architecture and progress plan/ knows more
     "step": COUNT, "progress": dict, "config": {str: (*PLAIN, [PLAIN])}, "optimizer": (None, WORD),
     "architecture": dict, "layout": {str: COUNT}, "tokenizer": (None, IDENTITY), "family?": (None, WORD),
@@ -131,7 +132,7 @@ class Reader:
         """The index, of which each word was looked at."""
         path = self.folder / INDEX
         try:
-            index = load(path, object)
+            index = load(path, object, infinite=True)           # --clip-grad inf
         except (ValueError, OSError) as error:
             raise self._bad(path, f"cannot be read ({error})") from None
         if not isinstance(index, dict) or index.get("format") != FORMAT or index.get("version") != VERSION:
