@@ -108,8 +108,8 @@ WRONG = {
     "--save-interval 5": "--save-interval 5: has no effect without --save; add the folder.",
     "--finetune": "--finetune: has no effect without --load; add the folder of the weights.",
     "--load nowhere": "--load nowhere: there is no such folder.",
-    "--hidden-size 16 --num-attention-heads 2 --swiglu": "--hidden-size 16: leaves an MLP of width 0 with --swiglu (multiples of 64 near 8/3 of it); "
-                                                         "give --ffn-hidden-size.",
+    "--hidden-size 16 --num-attention-heads 2 --swiglu": "--ffn-hidden-size is missing: --swiglu makes it 8/3 of --hidden-size 16 in whole 64s, "
+                                                         "which is none; give it.",
     "--skip-train": "--skip-train: there is nothing to evaluate; give the weights with --load, and leave out --eval-iters 0.",
     "--multiple-validation-sets": "--multiple-validation-sets: has no effect without --valid-data-path or --test-data-path; name the sets.",
     "--train-data-path a --valid-data-path 0.3 b 0.7 c --multiple-validation-sets":

@@ -231,6 +231,10 @@ def test_what_the_tools_cannot_do_is_said(
     one, here = saved["one"], tmp_path / "here"
     here.mkdir()
     (here / "kept").write_text("")
+    (tmp_path / "step.jsonl").write_text('{"step": "x"}\n{"step": 1}\n')
+    (tmp_path / "twice.jsonl").write_text('{"step": 1, "loss": 1, "loss": 2}\n{"step": 2}\n')
+    (tmp_path / "deep.jsonl").write_text("[" * 100_000 + '\n{"step": 2}\n')
+    (tmp_path / "odd.jsonl").write_text('{"step": 1, "\\u001b[2J": NaN, "b": "\\u001b[2J"}\n')
     (tmp_path / "log.jsonl").write_text('{"step": 1}\n[]\n{"step": 2}\n')
     (tmp_path / "empty.jsonl").write_text("")
     merge(Reader(one), tmp_path / "weights")
@@ -250,6 +254,9 @@ def test_what_the_tools_cannot_do_is_said(
         ("compare_runs.py", one): "--b is missing: the other, of the same kind.",
         ("compare_runs.py", one, tmp_path / "log.jsonl"): "one is a log, the other is not; give two logs or two checkpoints.",
         ("compare_runs.py", tmp_path / "log.jsonl", tmp_path / "log.jsonl"): "log.jsonl: line 2 is damaged; each should be one step or one evaluation.",
+        ("compare_runs.py", tmp_path / "step.jsonl", tmp_path / "log.jsonl"): "step.jsonl: line 1 is damaged",
+        ("compare_runs.py", tmp_path / "twice.jsonl", tmp_path / "log.jsonl"): "twice.jsonl: line 1 is damaged",
+        ("compare_runs.py", tmp_path / "deep.jsonl", tmp_path / "log.jsonl"): "deep.jsonl: line 1 is damaged",
         ("compare_runs.py", tmp_path / "empty.jsonl", tmp_path / "log.jsonl"): "empty.jsonl: holds no step; give the metrics.jsonl of a run.",
         ("compare_runs.py", here, one): f"--a {here}: holds no complete checkpoint.",
         ("compare_runs.py", tmp_path / "none", one): f"--a {tmp_path / 'none'}: there is no such folder.",
@@ -257,4 +264,7 @@ def test_what_the_tools_cannot_do_is_said(
     }.items():
         code, _, told = tool(monkeypatch, capsys, *words)
         assert code == 2 and len(told.splitlines()) == 1 and told.startswith("error: ") and sentence in told, (words, told)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["empty.jsonl", "here", "log.jsonl", "weights"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["deep.jsonl", "empty.jsonl", "here", "log.jsonl", "odd.jsonl", "step.jsonl", "twice.jsonl", "weights"]
+    (tmp_path / "plain.jsonl").write_text('{"step": 1, "\\u001b[2J": 1, "b": "text"}\n')
+    code, told, _ = tool(monkeypatch, capsys, "compare_runs.py", tmp_path / "odd.jsonl", tmp_path / "plain.jsonl")
+    assert code == 1 and all(line.isprintable() for line in told.splitlines()) and r"\x1b[2J: nan against 1" in told

@@ -82,6 +82,7 @@ MISTAKES = {
     "more stages than layers": Wrong(PRETRAIN, f"{BYTES} --pp 2 --check", "1 layers are left for 2 stages of --pp 2"),
     "heads that tp does not divide": Wrong(PRETRAIN, f"{BYTES} --tp 4 --ffn-hidden-size 64 --check",
                                            "--tp 4: does not divide --num-attention-heads 2; write one of 1, 2."),
+    "a width of nothing": Wrong(PRETRAIN, f"{BYTES} --swiglu --check", "--ffn-hidden-size is missing: --swiglu makes it 8/3 of --hidden-size 16 in"),
     "stages that are none": Wrong(PRETRAIN, f"{BYTES} --pipeline-layout E|tL --check", "--pipeline-layout E|tL: has 2 stages"),
     "shards of nothing": Wrong(PRETRAIN, f"{BYTES} --dp 4 --zero-stage 1 --zero-shard-size 3 --check",
                                "--zero-shard-size 3: must divide the data-parallel size 4; write one of 1, 2, 4."),

@@ -193,6 +193,11 @@ def said(value: Any) -> str:
     return shown if len(shown) <= 60 else shown[:57] + "..."
 
 
+def printable(text: str) -> str:
+    """A stranger's text on one line, with nothing that a terminal would obey."""
+    return text if text.isprintable() else repr(text)[1:-1]
+
+
 def _name(key: Any) -> str:
     return said(key).strip("'\"")
 

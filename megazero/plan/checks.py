@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 
 from megazero.pipeline import SCHEDULES, ends_as_layers, from_layout
-from megazero.plan.architecture import architecture, block
+from megazero.plan.architecture import architecture, block, ffn_size
 from megazero.plan.sizes import ranks_asked, sizes
 from megazero.settings import Config
 
@@ -83,10 +83,9 @@ def _model(c: Config, world: int) -> Iterator[Check]:
                and round(head_dim * m.rotary_percent) < 2,
                f"--rotary-percent {m.rotary_percent:g}: leaves no channel of a head of {head_dim} to rotate; "
                f"write at least {2 / max(head_dim, 2):g}.")
-        derived = architecture(c, 0)
-        yield (derived.ffn < 1 and m.ffn_hidden_size is None,
-               f"--hidden-size {hidden}: leaves an MLP of width 0 with --swiglu (multiples of 64 near 8/3 of it); give "
-               "--ffn-hidden-size.")
+    yield (hidden > 0 and ffn_size(m) == 0,
+           f"--ffn-hidden-size is missing: --swiglu makes it 8/3 of --hidden-size {hidden} in whole 64s, which is "
+           "none; give it.")
     longest = m.max_position_embeddings
     yield (longest and m.seq_length and longest < m.seq_length and m.position_embedding_type == "learned_absolute",
            f"--max-position-embeddings {longest}: is less than --seq-length {m.seq_length}; "

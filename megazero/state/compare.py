@@ -1,7 +1,7 @@
 """Where two runs differ: two logs line by line, or two checkpoints tensor by tensor, whatever layouts they are of."""
 
-import json
 import math
+import re
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -10,11 +10,13 @@ from typing import Any
 
 import torch
 
-from megazero.base import UserError
+from megazero.base import Form, UserError, checked, loads, printable, read_bytes
 from megazero.state.checkpoint import Reader
 from megazero.state.merge import in_order
 
 Tensor = torch.Tensor
+LONGEST = 2**31                         # bytes of a log
+LINE: Form = {"step": range(2**53), "split?": re.compile(r"[\w -~]{1,200}")}
 # of a log: no two runs agree on them
 TIMES = {"seconds", "tokens_per_second", "tflops_per_device", "mfu", "memory_bytes"}
 
@@ -39,14 +41,14 @@ def shown(value: Any) -> str:
     """A value as text, every digit of a number."""
     if value is None:
         return "nothing"
-    return value if isinstance(value, str) else repr(value)
+    return printable(value) if isinstance(value, str) else repr(value)
 
 
 def plain(where: str, a: Any, b: Any, tolerance: float) -> Iterator[Difference]:
     """What differs in two values of JSON."""
     if isinstance(a, dict) and isinstance(b, dict):
         for key in dict.fromkeys((*a, *b)):
-            yield from plain(f"{where} {key}".strip(), a.get(key), b.get(key), tolerance)
+            yield from plain(f"{where} {printable(key)}".strip(), a.get(key), b.get(key), tolerance)
     elif isinstance(a, float | int) and isinstance(b, float | int) and not isinstance(a, bool):
         far = 0.0 if a == b or (a != a and b != b) else abs(a - b) / max(abs(a), abs(b))
         if not far <= tolerance:
@@ -66,14 +68,14 @@ def log_lines(path: Path) -> dict[tuple[int, str], dict[str, Any]]:
     is forgotten. Raises UserError."""
     found: dict[tuple[int, str], dict[str, Any]] = {}
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        lines = read_bytes(path, LONGEST).decode().splitlines()
+    except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error}); give the metrics.jsonl of a run.") from None
     for number, line in enumerate(lines, 1):
         try:
-            record = json.loads(line)
+            record = checked(loads(line, infinite=True), LINE)
             found[record["step"], record.get("split", "train")] = {k: v for k, v in record.items() if k not in TIMES}
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except ValueError:
             if number < len(lines):
                 raise UserError(f"{path}: line {number} is damaged; "
                                 "each should be one step or one evaluation.") from None

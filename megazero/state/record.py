@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from megazero.base import UserError, whole
+from megazero.base import UserError, printable, whole
 from megazero.data import Tokenizer, same_tokenizer
 from megazero.plan import FREE, RULES, Architecture, LossScale, Parameter, Plan, Progress, curve_of, sizes
 from megazero.settings import Config, build, flatten
@@ -132,7 +132,7 @@ def _wrong_tokenizer(reader: Reader, tokenizer: Tokenizer | None) -> list[str]:
 
 def changed(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What the configuration says otherwise than the one that was saved: nothing fails silently."""
-    return [f"--{k.replace('_', '-')} was {saved.get(k)}, is {v}"
+    return [printable(f"--{k.replace('_', '-')} was {saved[k]}, is {v}")
             for k, v in now.items() if k not in SILENT and k in saved and saved[k] != v]
 
 
