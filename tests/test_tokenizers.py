@@ -14,7 +14,7 @@ import pytest
 
 from megazero.base.errors import UserError
 from megazero.data.indexed import IndexedDataset
-from megazero.data.tokenizers import TYPES, Tokenizer, build_tokenizer, characters_of, load_tokenizer
+from megazero.data.tokenizers import TYPES, ByteTokenizer, Tokenizer, build_tokenizer, characters_of, load_tokenizer
 
 REPOSITORY = Path(__file__).parents[1]
 DATA = REPOSITORY.parent / "shared" / "data"
@@ -197,6 +197,15 @@ def test_kept_files_make_the_same_tokenizer(tmp_path: Path) -> None:
     (tmp_path / "CharTokenizer" / "characters.json").write_text('["a", "c"]')
     with pytest.raises(UserError, match="characters.json: is not the tokenizer file that was kept here"):
         load_tokenizer(kinds[3].identity(), tmp_path / "CharTokenizer")
+    for tokenizer, change, sentence in (
+            (kinds[3], {"type": "Gpt9"}, "is of type Gpt9, which is not known here; load it with the version that wrote it"),
+            (kinds[3], {"files": {}}, "characters.json: is no file of the tokenizer that was kept here; remove it"),
+            (kinds[3], {"files": {"../x": "0" * 64}}, "cannot hold a tokenizer's file '../x'"),
+            (kinds[3], {"files": {"gone.json": "0" * 64}}, "gone.json: cannot be read .*; restore it"),
+            (ByteTokenizer(), {"eod": 7}, "is not the tokenizer that was kept here .other ids.; restore it")):
+        (tmp_path / "CharTokenizer" / "characters.json").write_text('["a", "b"]')
+        with pytest.raises(UserError, match=sentence):
+            load_tokenizer({**tokenizer.identity(), **change}, tmp_path / "CharTokenizer")
 
 
 def test_mistakes(tmp_path: Path) -> None:

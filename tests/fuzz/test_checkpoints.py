@@ -2,6 +2,8 @@
 
 import hashlib
 import json
+import os
+import shutil
 import zlib
 from collections.abc import Callable
 from functools import cache
@@ -14,7 +16,8 @@ import torch
 from safetensors import safe_open
 from support import TINY, built, header, kept
 
-from fuzz.support import accident, cases, forged, hunt, near, spoiled
+from fuzz.support import accident, cases, forged, hunt, limited, near, plain, spoiled
+from megazero.base.errors import UserError
 from megazero.plan.layout import Box
 from megazero.plan.progress import loss_scale
 from megazero.run.generate import build_from_checkpoint, logits
@@ -195,3 +198,99 @@ def forge_tokenizer(rng: Random, folder: Path) -> str:
 def test_no_checkpoint_is_believed(damage: Callable[[Random, Path], str], share: float, count: int, good: Path, tmp_path: Path) -> None:
     forger = damage is not accident                             # makes another checkpoint, if it makes one
     hunt(damage.__name__, int(count * share), good, tmp_path, damage, use, (lambda found: True) if forger else same(good))
+
+
+def words(**values: Any) -> Callable[[Path], None]:
+    """An index that says otherwise; `a__b` is key b of a."""
+    def change(index: dict[str, Any]) -> dict[str, Any]:
+        for name, value in values.items():
+            holder, *keys = index, *name.split("__")
+            for key in keys[:-1]:
+                holder = holder[key]
+            holder[keys[-1]] = value
+        return index
+    return lambda folder: reseal(folder, change)
+
+
+def boxes(**values: Any) -> Callable[[Path], None]:
+    """A file whose box of a whole bias says otherwise."""
+    def change(folder: Path) -> None:
+        path = folder / STEP / RANKS[1]
+        old, data = header_of(path), path.read_bytes()
+        listed = json.loads(old[8:])
+        found = json.loads(listed["__metadata__"]["boxes"])
+        found["weight/layers.0.mlp.down.bias"] |= values
+        text = json.dumps(listed | {"__metadata__": listed["__metadata__"] | {"boxes": json.dumps(found)}}).encode()
+        path.write_bytes(len(text).to_bytes(8, "little") + text + data[len(old):])
+        reseal(folder)
+    return change
+
+
+def twice(name: str) -> Callable[[Path], None]:
+    """Text of the index or of a header in which a key stands twice; the last is the good one."""
+    def change(folder: Path) -> None:
+        path = folder / STEP / name
+        raw = path.read_bytes()
+        head = header_of(path)[8:] if name in RANKS else raw
+        text = head.replace(b'"step"', b'"step":"9","step"', 1)
+        path.write_bytes(len(text).to_bytes(8, "little") + text + raw[8 + len(head):] if name in RANKS else text)
+        if name in RANKS:
+            reseal(folder)
+    return change
+
+
+def piped(name: str) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        (folder / name).unlink()
+        os.mkfifo(folder / name)
+    return change
+
+
+SECRET_HASH = hashlib.sha256(SECRET.encode()).hexdigest()
+FORGED: dict[str, tuple[Callable[[Path], Any], str]] = {
+    "a file elsewhere": (words(files={"../../x.safetensors": {"bytes": 9, "header_crc32": 9}}), r"a name in files is '../../x.safetensors', not a word like rank-"),
+    "a file anywhere": (words(files={"/etc/hostname": {"bytes": 9, "header_crc32": 9}}), "a name in files is '/etc/hostname', not"),
+    "a billion layers": (words(architecture__layers=10**9), "architecture.layers is 1000000000, not a whole number from 1 to 100000"),
+    "many layers": (words(architecture__layers=99_999), "index.json: cannot be: 99,999 layers of 18 weights"),
+    "a step that another word contradicts": (words(step=3), "is of the steps 3, 0, 0 at once"),
+    "heads that cannot share": (words(architecture__kv_heads=3), "its 2 heads cannot share 3 key-value heads"),
+    "a rotation wider than a head": (words(architecture__rotary={"base": 1e4, "channels": 64}), "its heads of 4 cannot turn 64 channels"),
+    "more steps applied than made": (words(progress__applied=7), "progress.step is 0, less than the steps that were applied"),
+    "a scale that is no number": (words(progress__loss_scale__value=float("nan")), "progress.loss_scale.value is nan, not a number"),
+    "depth": (words(config={"a": eval("[" * 90 + "]" * 90)}), r"config.a\[0\] is \[\[\[.*, not"),
+    "a key twice": (twice(INDEX), "index.json: cannot be read .key 'step' stands twice"),
+    "a key twice in a header": (twice(RANKS[1]), "rank-00001.safetensors: key 'step' stands twice"),
+    "a box of 2^38 rows": (boxes(full=[2**38], size=[2**38]), "rank-00001.safetensors: 'weight/layers.0.mlp.down.bias' is not what its box says"),
+    "a tensor of 2^38 rows": (boxes(full=[2**38], size=[8]), "'weight/layers.0.mlp.down.bias' is not what its box says"),
+    "a box beyond its tensor": (boxes(offset=[1]), "the box of 'weight/layers.0.mlp.down.bias' is not inside its tensor"),
+    "checksums of nothing": (boxes(crc32=[]), "has checksums that none could have"),
+    "a checksum that is no number": (boxes(crc32=[-1]), "has checksums that none could have"),
+    "a name that leads elsewhere": (boxes(name="../x y"), "boxes.weight/layers.0.mlp.down.bias.name is '../x y', not"),
+    "a pipe for a file": (piped(f"{STEP}/{RANKS[0]}"), "rank-00000.safetensors: has 0 bytes instead of"),
+    "a pipe for an index": (piped(f"{STEP}/{INDEX}"), "holds no complete checkpoint"),
+    "a pipe for a tokenizer": (piped("tokenizer/characters.json"), "characters.json: cannot be read .is not a regular file.; restore it"),
+    "a tokenizer's file elsewhere": (words(tokenizer__files={"../../secret": SECRET_HASH}), "cannot hold a tokenizer's file '../../secret'"),
+}
+
+
+@pytest.mark.parametrize("name", FORGED)
+def test_what_cannot_be_is_one_sentence(name: str, good: Path, tmp_path: Path) -> None:
+    forge, sentence = FORGED[name]
+    forge(Path(shutil.copytree(good, tmp_path / "run")))
+    with limited(10, 2**30), pytest.raises(UserError, match=sentence) as caught:
+        use(tmp_path / "run")
+    assert plain(caught.value) and not (tmp_path / "merged").exists()
+
+
+def test_a_merge_copies_only_what_was_kept(good: Path, tmp_path: Path) -> None:
+    """Not what lies beside, nor what a link points at unless it is the very file."""
+    shutil.copytree(good, tmp_path / "run")
+    kept_, target = tmp_path / "elsewhere.json", tmp_path / "run" / "tokenizer" / "characters.json"
+    target.rename(kept_)
+    target.symlink_to(kept_)
+    (tmp_path / "run" / "tokenizer" / "more").symlink_to("/etc")
+    merge(Reader(tmp_path / "run"), tmp_path / "one")
+    assert [(p.name, p.is_symlink(), p.read_bytes()) for p in (tmp_path / "one" / "tokenizer").iterdir()] == [("characters.json", False, kept_.read_bytes())]
+    kept_.write_text(SECRET)
+    with pytest.raises(UserError, match="characters.json: is not the tokenizer file that was kept here"):
+        merge(Reader(tmp_path / "run"), tmp_path / "two")
