@@ -112,6 +112,12 @@ MISTAKES = {
     "a vocabulary that is too small": Wrong(PRETRAIN, f"{BYTES} --vocab-size 9", "--vocab-size 9: is less than the 257 ids of the tokenizer"),
     # checkpoints
     "no checkpoint": Wrong(PRETRAIN, f"{BYTES} --load nowhere", "--load nowhere: there is no such folder."),
+    "a name that is too long": Wrong(PRETRAIN, f"{BYTES} --load {'x' * 300}", "xxx: there is no such folder."),
+    "a name to save by that is too long": Wrong(PRETRAIN, f"{BYTES} --save {'x' * 300}", "xxx: cannot be made (File name too long)"),
+    "a name to write by that is too long": Wrong("tools/checkpoint.py", f"merge --load run --output {'x' * 300}", "xxx: cannot be written (File name too long)"),
+    "a link to itself": Wrong(PRETRAIN, f"{BYTES} --load ring", "--load ring: there is no such folder.", lambda: os.symlink("ring", "ring")),
+    "a file that is a ring": Wrong(PRETRAIN, LOAD, f"{RANK}: cannot be read (Too many levels of symbolic links)",
+                                   lambda: (os.remove(RANK), os.symlink("rank-00000.safetensors", RANK))),
     "an empty folder": Wrong(PRETRAIN, f"{BYTES} --load empty", "--load empty: holds no complete checkpoint.", lambda: os.mkdir("empty")),
     "a step that is not there": Wrong(PRETRAIN, f"{LOAD} --ckpt-step 3", "--ckpt-step 3: run holds steps 2, 4."),
     "another model": Wrong(PRETRAIN, f"{LOAD} --norm-epsilon 1e-3", "its epsilon is 1e-05, this model's 0.001"),

@@ -42,7 +42,7 @@ def write_json(path: Path, content: Mapping[str, Any], indent: int | None = None
 @contextmanager
 def draft_of(folder: Path, flag: str = "--output") -> Iterator[Path]:
     """A folder to write to, which takes the name `folder` when all went well and leaves nothing when not."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if os.path.lexists(folder) and (not os.path.isdir(folder) or os.listdir(folder)):
         raise UserError(f"{flag} {folder}: is there already and not empty; name a new folder.")
     draft = folder.with_name(f"{folder.name}.draft-{secrets.token_hex(4)}")     # two hosts may have one process number
     try:

@@ -1,6 +1,7 @@
 """What every tokenizer can do, and what their files have in common."""
 
 import hashlib
+import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -78,7 +79,7 @@ def flattened(ids: Sequence[np.ndarray], dtype: np.dtype) -> tuple[np.ndarray, n
 
 def existing(flag: str, path: str, what: str, folder: bool = False) -> Path:
     """The file that a flag names. Raises UserError when it is not there."""
-    if Path(path).is_file() or (folder and Path(path).is_dir()):
+    if os.path.isfile(path) or (folder and os.path.isdir(path)):
         return Path(path)
     raise UserError(f"{flag} {path}: no such file; give {what}.")
 

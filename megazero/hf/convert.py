@@ -7,6 +7,7 @@ What is a tensor of theirs in terms of ours is data (families.py); here it is ap
 its name when it is complete.
 """
 
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -133,7 +134,7 @@ class Wanted:
 
 def import_folder(folder: Path, output: Path, told: Told = lambda *_: None) -> tuple[Architecture, Tokenizer | None]:
     """Writes a checkpoint at step 0 of a Hugging Face folder's weights, as they are, in fp32 (fp64 if they are)."""
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise UserError(f"--input {folder}: there is no such folder.")
     config = read_json(folder / "config.json", CONFIG)
     a, family = from_config(config)

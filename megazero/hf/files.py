@@ -1,5 +1,6 @@
 """The files of a Hugging Face folder: how an export is cut into files, and the tensors of what others wrote."""
 
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -59,12 +60,12 @@ class HfFolder:
 
     def _paths(self) -> dict[Path, list[str]]:
         """The files, and which tensors the index says of each."""
-        if (self.folder / INDEX).is_file():
+        if os.path.isfile(self.folder / INDEX):
             paths: dict[Path, list[str]] = {}
             for name, file in read_json(self.folder / INDEX, {"weight_map": {str: FILE}})["weight_map"].items():
                 paths.setdefault(self.folder / file, []).append(name)
             return dict(sorted(paths.items()))
-        if (self.folder / "model.safetensors").is_file():
+        if os.path.isfile(self.folder / "model.safetensors"):
             return {self.folder / "model.safetensors": []}
         pickled = any(self.folder.glob("*.bin"))
         raise UserError(f"--input {self.folder}: holds no model.safetensors; " + (

@@ -241,9 +241,9 @@ def measured(run: Run, progress: Progress) -> Metrics:
 
 def writable(folder: Path) -> bool:
     """Can a file be made in this folder, or can the folder be made?"""
-    while not folder.exists():
+    while not os.path.exists(folder):
         folder = folder.parent
-    return folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)
+    return os.path.isdir(folder) and os.access(folder, os.W_OK | os.X_OK)
 
 
 def memory_of(device: torch.device) -> int:

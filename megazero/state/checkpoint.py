@@ -12,6 +12,7 @@ apart. Here is how one is read; saving.py writes it.
 """
 
 import json
+import os
 import re
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -93,9 +94,9 @@ def text_checksum(index: Mapping[str, Any]) -> int:
 def complete(folder: Path) -> list[tuple[int, Path]]:
     """(step, folder) of every complete checkpoint, oldest first; of equal steps the one saved later comes later."""
     found = []
-    for path in folder.glob("step-*"):
+    for path in folder.glob("step-*") if os.path.isdir(folder) else ():
         match = re.fullmatch(r"step-(\d+)(?:\.(\d+))?", path.name)
-        if match and (path / INDEX).is_file():
+        if match and os.path.isfile(path / INDEX):
             found.append((int(match[1]), int(match[2] or 0), path))
     return [(step, path) for step, _, path in sorted(found)]
 
@@ -258,13 +259,13 @@ class Reader:
 
 def find(folder: Path, step: int | None, flag: str = "--load") -> Path:
     """The folder of the newest complete checkpoint, or of a given step; `folder` may also be that of one checkpoint."""
-    if (folder / INDEX).is_file():
+    if os.path.isfile(folder / INDEX):         # unlike Path's, no error where a name is too long
         own = re.match(r"step-(\d+)", folder.name)
         if step is not None and own and int(own[1]) != step:
             raise UserError(f"--ckpt-step {step}: {flag} {folder} is the folder of step {int(own[1])} alone; "
                             "give the folder above it.")
         return folder
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         raise UserError(f"{flag} {folder}: there is no such folder.")
     found = dict(complete(folder))
     if not found:

@@ -1,6 +1,7 @@
 """Where two runs differ: two logs line by line, or two checkpoints tensor by tensor, whatever layouts they are of."""
 
 import math
+import os
 import re
 import sys
 from collections.abc import Iterable, Iterator
@@ -151,7 +152,7 @@ def runs(a: Path, b: Path, tolerance: float = 0.0) -> Iterator[Difference]:
 
 def log_of(path: Path) -> Path | None:
     """The log that a path means; None where it means checkpoints."""
-    return next((file for file in (path / "metrics.jsonl", path) if file.is_file()), None)
+    return next((file for file in (path / "metrics.jsonl", path) if os.path.isfile(file)), None)
 
 
 def report(found: Iterable[Difference], equal: str) -> None:
