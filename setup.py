@@ -14,7 +14,6 @@ setup(
     install_requires=[
         "torch>=2.11",
         "numpy",
-        "safetensors",
         "sentencepiece>=0.2.2",
         "tokenizers>=0.20",
         "orjson",
@@ -27,7 +26,7 @@ setup(
         "hf": ["transformers"],
         "data": ["pyarrow", "zstandard", "tiktoken"],
         "remote": ["fsspec"],
-        "dev": ["pytest", "ruff", "mypy", "transformers", "types-PyYAML", "types-tqdm",
+        "dev": ["pytest", "ruff", "mypy", "transformers", "safetensors", "types-PyYAML", "types-tqdm",
                 "pyarrow", "zstandard", "tiktoken", "fsspec", "ctranslate2"],
         "plot": ["matplotlib"],
     },
