@@ -71,9 +71,12 @@ def _tried(tokenizer: Tokenizer) -> dict[str, Any]:
     said = tokenizer.words()
     library = tokenizers.Tokenizer.from_str(json.dumps(said))
     texts = list(probes(tokenizer, library))
-    for text, ours, theirs in zip(texts, tokenizer.encode_batch(texts), library.encode_batch(texts), strict=True):
-        if ours != theirs.ids:
-            raise UserError(f"{_short(text)} is {_short(ours)} here and would be {_short(theirs.ids)} in transformers")
+    theirs = [e.ids for e in library.encode_batch(texts)]
+    cut = list(zip(texts, tokenizer.encode_batch(texts), theirs, strict=True))
+    wrong = sorted((case for case in cut if case[1] != case[2]), key=lambda case: len(case[0]))
+    if wrong:
+        text, here, there = map(_short, wrong[0])
+        raise UserError(f"{text} is {here} here and would be {there} in transformers")
     return said
 
 
