@@ -118,3 +118,15 @@ def test_what_ranks_share_is_read_from_the_cuts_of_the_weights() -> None:
     absurd = "--tp 2 --ffn-hidden-size 7 --num-layers 0 --num-attention-heads 0 --position-embedding-type rope --rotary-percent"
     for percent in ("inf", "nan", "-1"):
         assert found(f"{absurd} {percent}", 2) == ["--tp 2: does not divide --ffn-hidden-size 7; write one of 1, 7."]
+
+
+def test_the_plan_says_what_a_run_can_be_exported_as_or_what_is_in_the_way() -> None:
+    """Before training, when it can still be chosen otherwise: for every shape there is."""
+    def told(words: str) -> str:
+        return next(line for line in describe(resolved(f"{TINY} {words}")).splitlines() if line.startswith("export"))[12:]
+    none = "to no Hugging Face family known here (gpt2, llama): "
+    expected = {"gpt2": "to Hugging Face as gpt2", "gpt2-plain": "to Hugging Face as gpt2", "llama": "to Hugging Face as llama",
+                "llama-tied-scaled": f"{none}rotary is", "qwen": f"{none}qk norm is True, llama has False", "relu2": f"{none}"}
+    for shape, words in SHAPES.items():
+        assert told(words).startswith(expected[shape]), told(words)
+    assert told("--num-query-groups 2") == f"{none}kv heads is 2, gpt2 has 4"

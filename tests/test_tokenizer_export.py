@@ -154,6 +154,16 @@ def test_what_cannot_be_said_is_a_sentence_and_no_file(
             transformers.AutoTokenizer.from_pretrained(folder / "hf")
 
 
+def test_a_check_says_before_training_whether_the_tokenizer_can_be_exported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "letters.json").write_text(json.dumps([" ", "a"]))
+    for flags, said in (("ByteTokenizer", "ByteTokenizer, which can be exported"),
+                        (f"CharTokenizer --tokenizer-model {tmp_path / 'letters.json'}",
+                         "CharTokenizer, which cannot be exported: a tokenizer.json cannot say what a CharTokenizer does")):
+        train("--num-layers 1 --hidden-size 16 --num-attention-heads 2 --seq-length 16 --lr 1 --eval-iters 0 --train-iters 1 --check --mock-data "
+              f"--tokenizer-type {flags}")
+        assert f"tokenizer   {said}\n" in capsys.readouterr().out
+
+
 def test_bytes_and_tiktokens_ids_in_transformers(tmp_path: Path) -> None:
     pytest.importorskip("tiktoken")
     pieces = [*(bytes([b]) for b in range(256)), b"he", b"ll", b"hell", b"hello", b" w", b" wo", b"rl", b"rld", b"  ", b"    ", b"\n\n"]

@@ -43,7 +43,7 @@ def export_tokenizer(reader: Reader, output: Path, longest: int) -> tuple[Tokeni
     tokenizer = load_tokenizer(identity, reader.folder.parent / "tokenizer")
     imported = "special_ids" in reader.index and "tokenizer.json" in tokenizer.files()
     try:
-        said = None if imported else _tried(tokenizer)
+        said = None if imported else tried(tokenizer)
     except UserError as error:
         return tokenizer, (f"{type(tokenizer).__name__}: {error}; no tokenizer was written, "
                            "since one that gives other ids than in training would be wrong without a word.")
@@ -57,6 +57,15 @@ def export_tokenizer(reader: Reader, output: Path, longest: int) -> tuple[Tokeni
     return tokenizer, None
 
 
+def outlook(tokenizer: Tokenizer) -> str:
+    """Whether it can be exported, or what is in the way: told before training, when another can be chosen."""
+    try:
+        tried(tokenizer)
+    except UserError as error:
+        return f"{type(tokenizer).__name__}, which cannot be exported: {error}"
+    return f"{type(tokenizer).__name__}, which can be exported"
+
+
 def special_ids(reader: Reader, tokenizer: Tokenizer | None) -> dict[str, int | None]:
     """An import keeps its own; a run of ours starts documents with the id that ended the one before, unless its
     tokenizer begins every text."""
@@ -65,7 +74,7 @@ def special_ids(reader: Reader, tokenizer: Tokenizer | None) -> dict[str, int | 
         "bos_token_id": eod if bos is None else bos, "eos_token_id": eod, "pad_token_id": None}
 
 
-def _tried(tokenizer: Tokenizer) -> dict[str, Any]:
+def tried(tokenizer: Tokenizer) -> dict[str, Any]:
     """The content of a tokenizer.json that gives the same ids for every probe. Raises UserError where none does."""
     import tokenizers
     said = tokenizer.words()

@@ -271,15 +271,19 @@ def obstacles(a: Architecture, family: Family) -> list[str]:
     return [*homeless[:1], *missing[:1]]
 
 
-def family_of(a: Architecture) -> Family:
-    """The family that expresses this architecture. Raises UserError saying what is in the way of each."""
+def nearest_family(a: Architecture) -> tuple[Family, list[str]]:
+    """The first family that expresses this architecture, or the one with the fewest obstacles, and those."""
     found = [(family, obstacles(a, family)) for family in FAMILIES.values()]
-    for family, reasons in found:
-        if not reasons:
-            return family
-    nearest = min((reasons for _, reasons in found), key=len)
-    raise UserError(f"--load: no Hugging Face family known here ({', '.join(FAMILIES)}) can express this model: "
-                    f"{'; '.join(nearest)}.")
+    return min(found, key=lambda each: len(each[1]))
+
+
+def family_of(a: Architecture) -> Family:
+    """The family that expresses this architecture. Raises UserError saying what is in the way of the nearest."""
+    family, reasons = nearest_family(a)
+    if reasons:
+        raise UserError(f"--load: no Hugging Face family known here ({', '.join(FAMILIES)}) can express this model: "
+                        f"{'; '.join(reasons)}.")
+    return family
 
 
 def architecture_of(values: Any) -> Architecture:

@@ -4,6 +4,7 @@ from megazero.base import gib
 from megazero.pipeline import SCHEDULES, Costs
 from megazero.plan.architecture import Architecture, parameter_count
 from megazero.plan.cost import memory, traffic
+from megazero.plan.families import FAMILIES, nearest_family
 from megazero.plan.operations import flops_per_token
 from megazero.plan.plan import Plan
 
@@ -13,6 +14,7 @@ def describe(p: Plan) -> str:
     c = p.config
     lines = {
         "model": _model(p.architecture),
+        "export": _export(p.architecture),
         "ranks": _ranks(p),
         "stages": _stages(p) if len(p.stages) > 1 else "",
         "step": _step(p),
@@ -31,6 +33,14 @@ def _model(a: Architecture) -> str:
     return (f"{parameter_count(a):,} parameters: {a.layers} layers x {a.hidden}, {a.heads} heads x {a.head_dim}"
             f"{groups}, ffn {a.ffn} {a.activation}, {a.norm}, {positions} positions, vocabulary {a.vocab_size:,}, "
             f"{'tied' if a.tied else 'untied'}")
+
+
+def _export(a: Architecture) -> str:
+    """Told before training: afterwards it is too late to choose otherwise."""
+    family, reasons = nearest_family(a)
+    if reasons:
+        return f"to no Hugging Face family known here ({', '.join(FAMILIES)}): {'; '.join(reasons)}"
+    return f"to Hugging Face as {family.model_type}"
 
 
 def _ranks(p: Plan) -> str:

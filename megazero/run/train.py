@@ -18,6 +18,7 @@ import torch
 from megazero.base import Lease, UserError, gib, say
 from megazero.comm import Stuck, Wires, connect, environment, leave_with_launcher, say_each, say_first
 from megazero.data import Tokenizer, configured_tokenizer
+from megazero.hf import outlook
 from megazero.plan import Plan, Progress, checks, describe, flops_per_token, loss_scale, memory, ranks_asked, written
 from megazero.run.failures import Failure, failure
 from megazero.run.feed import Feed, Splits, open_splits
@@ -74,6 +75,8 @@ def main(config: Config) -> None:
     if world == here:
         room(plan, rank, device)
     if config.check:
+        if tokenizer is not None and rank == 0:
+            say(f"tokenizer   {outlook(tokenizer)}")
         assert not (wrong := plan.mistakes()), wrong            # of our own making, or of a file that was looked at
         return
     wires = connect(plan.mesh, rank, "nccl" if device.type == "cuda" else "gloo",
