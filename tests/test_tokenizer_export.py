@@ -14,6 +14,7 @@ import tokenizers
 import torch
 from support import tool, train
 
+from megazero.base.errors import UserError
 from megazero.data.tokenizers import Tokenizer, load_tokenizer, same_tokenizer
 from megazero.hf.convert import export_folder, import_folder
 from megazero.hf.tokenizer import HARD
@@ -168,8 +169,15 @@ def test_bytes_and_tiktokens_ids_in_transformers(tmp_path: Path) -> None:
     pytest.importorskip("tiktoken")
     pieces = [*(bytes([b]) for b in range(256)), b"he", b"ll", b"hell", b"hello", b" w", b" wo", b"rl", b"rld", b"  ", b"    ", b"\n\n"]
     (tmp_path / "t.tiktoken").write_bytes(b"".join(base64.b64encode(piece) + b" %d\n" % rank for rank, piece in enumerate(pieces)))
-    for kind, flags in (("ByteTokenizer", ""), ("TiktokenTokenizer", f"--tokenizer-model {tmp_path / 't.tiktoken'}")):
-        folder = tmp_path / kind
+    said = {"config": {"pattern": r"\p{L}+| ?[^\s\p{L}]+|\s+", "default_vocab_size": 270, "default_num_special_tokens": 3},
+            "vocab": [{"rank": i, "token_bytes": base64.b64encode(piece).decode()} for i, piece in enumerate(pieces)]}
+    (tmp_path / "tekken.json").write_text(json.dumps(said))
+    file = f"--tokenizer-model {tmp_path / 't.tiktoken'}"
+    for i, (kind, flags) in enumerate([
+        ("ByteTokenizer", ""), ("ByteTokenizer", "--eod-token \x01"), ("TiktokenTokenizer", file),
+        ("TiktokenTokenizer", f"{file} --special-tokens <one> <fim_prefix> </s> --eod-token <one>"),
+        ("TiktokenTokenizer", f"--tokenizer-model {tmp_path / 'tekken.json'}")]):
+        folder = tmp_path / str(i)
         folder.mkdir()
         ours, theirs, without = exported(kind, flags, folder)
         assert without is None
@@ -189,6 +197,24 @@ def test_a_begin_that_training_never_saw_is_not_put_before_texts(tmp_path: Path)
     assert without is None and theirs.bos_token == theirs.eos_token == "</s>" and theirs.chat_template == "kept"
     texts = [*TEXTS, *DOCS]
     assert theirs(texts)["input_ids"] == ours.encode_batch(texts)
+
+
+def test_a_tokenizer_json_that_adds_nothing_is_exported_byte_for_byte_and_found_again(tmp_path: Path) -> None:
+    """So datasets made with it are still those of an import; a wrong description of ours is a sentence."""
+    made = tokenizers.ByteLevelBPETokenizer()
+    made.train_from_iterator([CORPUS], vocab_size=400, special_tokens=["<stop>", "<|endoftext|>"], show_progress=False)
+    made.save(str(tmp_path / "tokenizer.json"))
+    ours, theirs, without = exported("HuggingFaceTokenizer", f"--tokenizer-model {tmp_path} --eod-token <stop>", tmp_path)
+    assert without is None and ours.eod == 0
+    assert (tmp_path / "hf" / "tokenizer.json").read_bytes() == (tmp_path / "tokenizer.json").read_bytes()
+    assert_same(ours, theirs, TEXTS, tmp_path)
+    path = tmp_path / "hf" / "tokenizer_config.json"
+    said = json.loads(path.read_text())
+    for wrong, sentence in ((3, "it is 3, not a mapping"), ({"type": "ByteTokenizer", "eod": 257}, "it is 257, not a whole number"),
+                            ({"type": "ByteTokenizer"}, "it has no eod")):
+        path.write_text(json.dumps({**said, "megazero_tokenizer": wrong}))
+        with pytest.raises(UserError, match=f"megazero_tokenizer: {sentence}.*; remove it"):
+            import_folder(tmp_path / "hf", tmp_path / "wrong")
 
 
 @pytest.mark.parametrize("shape", ["--openai-gelu", "--swiglu --normalization RMSNorm --position-embedding-type rope --num-query-groups 2 "

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,20 @@ import pytest
 
 from megazero.base.errors import UserError
 from megazero.data.indexed import IndexedDataset
-from megazero.data.tokenizers import TYPES, ByteTokenizer, Tokenizer, build_tokenizer, characters_of, load_tokenizer
+from megazero.data.preprocess import PreprocessSettings, preprocess
+from megazero.data.sidecar import check_sidecar
+from megazero.data.splits import configured_tokenizer
+from megazero.data.tokenizers import (
+    TYPES,
+    ByteTokenizer,
+    Tokenizer,
+    build_tokenizer,
+    characters_of,
+    load_tokenizer,
+    same_tokenizer,
+)
+from megazero.plan.checks import checks
+from megazero.settings.config import from_command_line
 
 REPOSITORY = Path(__file__).parents[1]
 DATA = REPOSITORY.parent / "shared" / "data"
@@ -122,6 +136,131 @@ def test_special_tokens_by_name(tmp_path: Path) -> None:
     pytest.importorskip("tiktoken")
     tokenizer = build_tokenizer("TiktokenTokenizer", tiktoken_file(tmp_path / "t.tiktoken"))
     assert tokenizer.id_of("<|endoftext|>") == 264 and tokenizer.id_of("<fim_prefix>") is None
+
+
+def tekken_file(path: Path, specials: list[str] | None = None, **config: object) -> str:
+    """Mistral's format: 264 pieces, two more that there is no room for, and 4 special tokens before them."""
+    vocab = [{"rank": i, "token_bytes": base64.b64encode(piece).decode(), "token_str": None} for i, piece in enumerate([*PIECES, b"xy", b"yz"])]
+    said = {"config": {"pattern": r"\p{L}+|\s+|.", "num_vocab_tokens": 266, "default_vocab_size": 268, "default_num_special_tokens": 4,
+                       "version": "v3", **config}, "vocab": vocab}
+    if specials:
+        said["special_tokens"] = [{"rank": i, "token_str": name, "is_control": True} for i, name in enumerate(specials)]
+    path.write_text(json.dumps(said))
+    return str(path)
+
+
+def test_tekken(tmp_path: Path) -> None:
+    """Pieces come after the special tokens; what there is no room for is no piece; a special token's name is text."""
+    pytest.importorskip("tiktoken")
+    tokenizer = build_tokenizer("TiktokenTokenizer", tekken_file(tmp_path / "tekken.json"))
+    assert (tokenizer.vocab_size, tokenizer.eod) == (268, 2)                    # <unk> <s> </s> [INST]
+    assert tokenizer.encode("hello xy</s>") == [4 + 259, *(4 + b for b in b" xy</s>")]
+    assert [tokenizer.id_of(name) for name in ("<unk>", "[INST]", "[PREFIX]")] == [0, 3, None]
+    assert [tokenizer.decode(ids) for ids in tokenizer.encode_batch(ODD)] == ODD
+    named = build_tokenizer("TiktokenTokenizer", tekken_file(tmp_path / "tekken.json", ["<a>", "<end>"]), eod_token="<end>")
+    assert (named.eod, named.id_of("<SPECIAL_3>"), named.encode("<end>")) == (1, 3, [4 + b for b in b"<end>"])
+    for said, wrong in (({"default_vocab_size": 267}, None), ({"pattern": 3}, "config.pattern is 3"), ({"default_vocab_size": 900}, "do not make up"),
+                        ({"pattern": "("}, "nor Mistral's"), ({"default_vocab_size": 2**60}, "config.default_vocab_size is")):
+        path = tekken_file(tmp_path / "tekken.json", None, **said)
+        if wrong is None:
+            assert build_tokenizer("TiktokenTokenizer", path).vocab_size == 267
+            continue
+        with pytest.raises(UserError, match=f"tekken.json: is not a .tiktoken file nor Mistral's Tekken JSON .*{wrong}" if "nor" not in wrong else wrong):
+            build_tokenizer("TiktokenTokenizer", path)
+
+
+needs_mistral = pytest.mark.skipif(find_spec("mistral_common") is None, reason="mistral-common, which holds real models, is not installed")
+
+
+@needs_mistral
+def test_mistrals_own_tekken() -> None:
+    """The ids that tiktoken gives, told what Mistral's library tells it."""
+    tiktoken = pytest.importorskip("tiktoken")
+    path = Path(str(find_spec("mistral_common").submodule_search_locations[0])) / "data" / "tekken_240911.json"      # type: ignore[union-attr,index]
+    said = json.loads(path.read_text())
+    plain = tiktoken.Encoding("t", pat_str=said["config"]["pattern"], special_tokens={}, mergeable_ranks={
+        base64.b64decode(v["token_bytes"]): v["rank"] for v in said["vocab"][:130_072]})
+    tokenizer = build_tokenizer("TiktokenTokenizer", str(path))
+    assert (tokenizer.vocab_size, tokenizer.eod, tokenizer.id_of("<s>")) == (131_072, 2, 1)
+    assert tokenizer.encode_batch(ODD) == [[i + 1000 for i in plain.encode(text, disallowed_special=())] for text in ODD]
+
+
+def test_the_end_of_document_and_special_tokens_can_be_named(tmp_path: Path) -> None:
+    """By flag, for every type; what was kept beside a checkpoint makes the same tokenizer, and datasets of another are refused."""
+    pytest.importorskip("tiktoken")
+    import tokenizers
+    made = tokenizers.ByteLevelBPETokenizer()
+    made.train_from_iterator(["hello world"], vocab_size=300, special_tokens=["<stop>", "<|endoftext|>"], show_progress=False)
+    made.save(str(tmp_path / "tokenizer.json"))
+    made.save_model(str(tmp_path))
+    (tmp_path / "letters.json").write_text('["a", "\\n"]')
+    model = tiktoken_file(tmp_path / "t.tiktoken")
+    names = ["<one>", "<two>", "</s>"]
+    for kind, flags, default, name, end in [
+        ("HuggingFaceTokenizer", {"tokenizer_model": str(tmp_path)}, 1, "<stop>", 0),
+        ("GPT2BPETokenizer", {"vocab_file": str(tmp_path / "vocab.json"), "merge_file": str(tmp_path / "merges.txt")}, 1, "<stop>", 0),
+        ("CharTokenizer", {"tokenizer_model": str(tmp_path / "letters.json")}, None, "\n", 1), ("ByteTokenizer", {}, 256, "\n", 10),
+        ("NullTokenizer", {"vocab_size": 9}, 9, "4", 4), ("TiktokenTokenizer", {"tokenizer_model": model}, 264, "hello", 259),
+        ("TiktokenTokenizer", {"tokenizer_model": model, "special_tokens": names}, 266, "<one>", 264),
+    ]:
+        plain, named = build_tokenizer(kind, **flags), build_tokenizer(kind, **flags, eod_token=name)
+        assert (plain.eod, named.eod, named.vocab_size) == (default, end, plain.vocab_size), kind
+        folder = tmp_path / f"{kind}-{len(flags)}"
+        folder.mkdir()
+        for file, path in named.files().items():
+            shutil.copy(path, folder / file)
+        kept = load_tokenizer(json.loads(json.dumps(named.identity())), folder)
+        assert kept.identity() == named.identity() and not same_tokenizer(plain.identity(), kept.identity()), kind
+        with pytest.raises(UserError, match=f"--eod-token <none>: is no token of this {kind}; name one"):
+            build_tokenizer(kind, **flags, eod_token="<none>")
+    tokenizer = build_tokenizer("TiktokenTokenizer", model, special_tokens=names)
+    assert tokenizer.encode("x<two>hello</s>") == [120, 265, 259, 266] and tokenizer.vocab_size == 267 and tokenizer.id_of("<|endoftext|>") is None
+    assert build_tokenizer("TiktokenTokenizer", model).identity().get("special_tokens") is None
+    for kind, given, said in (("ByteTokenizer", {}, "--special-tokens <one>: ByteTokenizer has its own"),
+                              ("TiktokenTokenizer", {"tokenizer_model": tekken_file(tmp_path / "k.json")}, "--special-tokens <one>: .*k.json names its own")):
+        with pytest.raises(UserError, match=said):
+            build_tokenizer(kind, special_tokens=["<one>"], **given)
+    with pytest.raises(UserError, match="--special-tokens <a> <a>: names <a> twice"):
+        build_tokenizer("TiktokenTokenizer", model, special_tokens=["<a>", "<a>"])
+
+
+def test_a_named_end_of_document_ends_documents_and_belongs_to_the_dataset(tmp_path: Path) -> None:
+    (tmp_path / "t.txt").write_text("ab")
+    prefix = str(tmp_path / "t")
+    preprocess(PreprocessSettings((str(tmp_path / "t.txt"),), prefix, "ByteTokenizer", eod_token="\x01", append_eod=True, input_format="text"))
+    assert IndexedDataset(f"{prefix}_text_document").document(0).tolist() == [97, 98, 1]
+    flags = f"--num-layers 1 --hidden-size 8 --num-attention-heads 1 --seq-length 8 --lr 1 --train-iters 1 --data-path {prefix}_text_document".split()
+    for words, eod in (([], 256), (["--eod-token", "\x01"], 1)):
+        tokenizer = configured_tokenizer(from_command_line([*flags, "--tokenizer-type", "ByteTokenizer", *words]))
+        assert tokenizer is not None and tokenizer.eod == eod
+        if eod == 1:
+            assert check_sidecar(f"{prefix}_text_document", None, tokenizer.identity())
+        else:
+            with pytest.raises(UserError, match="was made with a ByteTokenizer that is not this"):
+                check_sidecar(f"{prefix}_text_document", None, tokenizer.identity())
+    alone = from_command_line([*flags, "--vocab-size", "9", "--eod-token", "x", "--special-tokens", "a", "b"])
+    assert {s for s in checks(alone, 1) if "token" in s} == {"--eod-token x: has no effect without --tokenizer-type.",
+                                                             "--special-tokens a b: has no effect without --tokenizer-type."}
+
+
+def test_a_folder_of_another_type_says_which_flags_to_write(tmp_path: Path) -> None:
+    for folder, files, wanted in [
+        ("gpt2", ("vocab.json", "merges.txt"), "--tokenizer-type GPT2BPETokenizer --vocab-file {0}/vocab.json --merge-file {0}/merges.txt"),
+        ("sp", ("tokenizer.model", "config.json"), "--tokenizer-type SentencePieceTokenizer --tokenizer-model {0}/tokenizer.model"),
+        ("tekken", ("tekken.json",), "--tokenizer-type TiktokenTokenizer --tokenizer-model {0}/tekken.json"),
+        ("hf", ("tokenizer.json", "tokenizer.model"), "--tokenizer-type HuggingFaceTokenizer --tokenizer-model {0}/tokenizer.json"),
+    ]:
+        at = tmp_path / folder
+        at.mkdir()
+        for name in files:
+            (at / name).write_text("{}")
+        others = {"SentencePieceTokenizer", "TiktokenTokenizer", "CharTokenizer", *({"HuggingFaceTokenizer"} if folder != "hf" else ())}
+        for kind in others:
+            with pytest.raises(UserError) as caught:
+                build_tokenizer(kind, str(at))
+            assert f"write {wanted.format(at)}" in str(caught.value), (kind, str(caught.value))
+    with pytest.raises(UserError, match="has no tokenizer.json; write --tokenizer-type TiktokenTokenizer"):
+        build_tokenizer("HuggingFaceTokenizer", str(tmp_path / "tekken" / "tekken.json"))
 
 
 def test_bytes() -> None:

@@ -74,6 +74,8 @@ class Show:
     vocab_file: str | None = option(None, "GPT-2's vocab.json", unit="path")
     merge_file: str | None = option(None, "GPT-2's merges.txt", unit="path")
     vocab_size: int | None = option(None, "number of ids, for a NullTokenizer", unit="ids")
+    eod_token: str | None = option(None, "token that ends a document, if it was named", unit="token")
+    special_tokens: tuple[str, ...] = option((), "special tokens of a .tiktoken file, if they were named", unit="token")
 
 
 @dataclass(frozen=True)
@@ -171,7 +173,8 @@ def show(s: Show) -> None:
         raise UserError(f"--document {s.document}: {s.data_path} has documents 0 to {dataset.document_count - 1}.")
     tokenizer = None
     if s.tokenizer_type is not None:
-        tokenizer = build_tokenizer(s.tokenizer_type, s.tokenizer_model, s.vocab_file, s.merge_file, s.vocab_size)
+        tokenizer = build_tokenizer(s.tokenizer_type, s.tokenizer_model, s.vocab_file, s.merge_file, s.vocab_size,
+                                    s.eod_token, s.special_tokens)
         check_sidecar(s.data_path, None, tokenizer.identity())
     tokens = dataset.document(number)
     shown = tokens[:s.tokens or None].tolist()

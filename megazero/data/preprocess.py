@@ -56,10 +56,15 @@ class PreprocessSettings:
         help="the output's path: PREFIX_KEY_document.bin, .idx and .json are written", unit="prefix")
     tokenizer_type: str = option(help="the tokenizer, by Megatron's name for it", choices=tuple(TYPES))
     tokenizer_model: str | None = option(
-        None, help="a .model, .tiktoken, a tokenizer.json or its folder, or a JSON of characters", unit="path")
+        None, help="a .model, .tiktoken, tekken.json, tokenizer.json or its folder, or a JSON of characters",
+        unit="path")
     vocab_file: str | None = option(None, help="GPT-2's vocab.json", unit="path")
     merge_file: str | None = option(None, help="GPT-2's merges.txt", unit="path")
     vocab_size: int | None = option(None, help="number of ids, for a NullTokenizer", unit="ids")
+    eod_token: str | None = option(
+        None, help="token that ends a document; default: the one that its files name, or a usual name", unit="token")
+    special_tokens: tuple[str, ...] = option(
+        (), help="names for the ids after the last rank of a .tiktoken file", unit="token")
     input_format: str = option(
         "auto", help="auto: by the file's name; text: each file is a document; "
                      "blocks: text whose documents end at blank lines", choices=FORMATS)
@@ -117,7 +122,8 @@ class Encoded(NamedTuple):
 def _tokenizer(settings: PreprocessSettings) -> Tokenizer:
     """One tokenizer per process, built at its first batch."""
     s = settings
-    return build_tokenizer(s.tokenizer_type, s.tokenizer_model, s.vocab_file, s.merge_file, s.vocab_size)
+    return build_tokenizer(s.tokenizer_type, s.tokenizer_model, s.vocab_file, s.merge_file, s.vocab_size, s.eod_token,
+                           s.special_tokens)
 
 
 def encode(settings: PreprocessSettings, chunks: Sequence[Chunk]) -> Encoded:
@@ -208,7 +214,7 @@ def _checked(settings: PreprocessSettings) -> Tokenizer:
     tokenizer = _tokenizer(settings)
     if settings.append_eod and tokenizer.eod is None:
         raise UserError(f"--append-eod: this {settings.tokenizer_type} has no end-of-document token; "
-                        "leave the flag out.")
+                        "name one with --eod-token, or leave the flag out.")
     if settings.workers < 1:
         raise UserError(f"--workers {settings.workers}: must be at least 1.")
     if len(set(settings.json_keys)) != len(settings.json_keys):

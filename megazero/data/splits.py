@@ -121,12 +121,12 @@ def configured_tokenizer(config: Config) -> Tokenizer | None:
     # for the others --vocab-size is the model's, which may be larger
     null = d.tokenizer_type == "NullTokenizer"
     tokenizer = build_tokenizer(d.tokenizer_type, d.tokenizer_model, d.vocab_file, d.merge_file,
-                                d.vocab_size if null else None)
+                                d.vocab_size if null else None, d.eod_token, d.special_tokens)
     if d.vocab_size is not None and d.vocab_size < tokenizer.vocab_size and not null:
         raise UserError(f"--vocab-size {d.vocab_size}: is less than the {tokenizer.vocab_size} ids of the tokenizer; "
                         "leave it out, or write at least that.")
     for name in of_documents:
         if tokenizer.eod is None:
             raise UserError(f"--{name.replace('_', '-')}: {d.tokenizer_type} has no end-of-document token; "
-                            "leave it out.")
+                            "name one with --eod-token, or leave it out.")
     return tokenizer

@@ -16,7 +16,7 @@ from megazero.base import Form, UserError, load
 
 # what `identity` says of a tokenizer
 IDENTITY: Form = {"type": re.compile(r"\w{1,60}"), "vocab_size": range(1, 2**31), "eod": (None, range(2**31)),
-                  "files": {str: re.compile("[0-9a-f]{64}")}}
+                  "files": {str: re.compile("[0-9a-f]{64}")}, "special_tokens?": [str]}
 END_OF_TEXT = "<|endoftext|>"
 USUAL_ENDS = (END_OF_TEXT, "</s>", "<|end_of_text|>", "<eos>", "[EOS]")
 
@@ -27,8 +27,9 @@ class Tokenizer(ABC):
     # the constructor's parameters (flags) -> the name a checkpoint keeps the file by
     needs: ClassVar[Mapping[str, str]] = {}
     vocab_size: int                              # ids are 0 .. vocab_size - 1
-    eod: int | None                              # the id that ends a document, if there is one
+    eod: int | None                              # the id that ends a document, if there is one: --eod-token, or known
     bos: int | None = None                       # the id that begins every text, if there is one
+    special_tokens: tuple[str, ...] = ()         # names that a flag gave, where the file has none
 
     @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -67,8 +68,10 @@ class Tokenizer(ABC):
         return {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in self.files().items()}
 
     def identity(self) -> dict[str, Any]:
-        """What tells it from others, ready for JSON: type, vocab_size, eod, sha256 of each file."""
-        return {"type": type(self).__name__, "vocab_size": self.vocab_size, "eod": self.eod, "files": self._hashes}
+        """What tells it from others, ready for JSON: type, vocab_size, eod, sha256 of each file; special_tokens where a
+        flag gave some."""
+        return {"type": type(self).__name__, "vocab_size": self.vocab_size, "eod": self.eod, "files": self._hashes,
+                **({"special_tokens": list(self.special_tokens)} if self.special_tokens else {})}
 
 
 def flattened(ids: Sequence[np.ndarray], dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
@@ -81,7 +84,24 @@ def existing(flag: str, path: str, what: str, folder: bool = False) -> Path:
     """The file that a flag names. Raises UserError when it is not there."""
     if os.path.isfile(path) or (folder and os.path.isdir(path)):
         return Path(path)
+    other = flags_for(Path(path))
+    if other is not None:
+        raise UserError(f"{flag} {path}: is a folder; write {other}, or give {what}.")
     raise UserError(f"{flag} {path}: no such file; give {what}.")
+
+
+def flags_for(path: Path) -> str | None:
+    """The flags for a tokenizer that a folder holds, or that a file is by its name; None if we see none."""
+    found = sorted(path.iterdir()) if path.is_dir() else [path]
+    for pattern, kind in (("tokenizer.json", "HuggingFaceTokenizer"), ("*.model", "SentencePieceTokenizer"),
+                          ("*.tiktoken", "TiktokenTokenizer"), ("tekken*.json", "TiktokenTokenizer")):
+        for file in found:
+            if file.match(pattern):
+                return f"--tokenizer-type {kind} --tokenizer-model {file}"
+    vocab, merges = path / "vocab.json", path / "merges.txt"
+    if vocab in found and merges in found:
+        return f"--tokenizer-type GPT2BPETokenizer --vocab-file {vocab} --merge-file {merges}"
+    return None
 
 
 def tokenizer_json(flag: str, path: Path) -> Any:

@@ -1,23 +1,26 @@
-"""tiktoken's tokenizers, from a .tiktoken file on this disk: lines of a piece in base64 and its rank."""
+"""tiktoken's tokenizers, from a file on this disk: a .tiktoken, lines of a piece in base64 and its rank; or Mistral's
+Tekken JSON, which also says how text is cut, and has its special tokens before the pieces."""
 
 import base64
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from megazero.base import UserError
+from megazero.base import UserError, checked, loads, read_bytes
 from megazero.data.files import library
 from megazero.data.tokenizer_base import END_OF_TEXT, USUAL_ENDS, Tokenizer, existing, flattened
 from megazero.data.tokenizer_words import byte_words
 
 
 class Encoding(NamedTuple):
-    """What a .tiktoken file does not say: how text is cut before merging, and the special tokens by name."""
+    """How text is cut before merging, the special tokens by name, and whether their names in a text become them."""
 
     pattern: str
     specials: Mapping[str, int]
+    by_name: bool = True
 
 
 _GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
@@ -41,43 +44,99 @@ ENCODINGS: Mapping[int, Encoding] = {
 }
 
 
+# of files that do not list them
+TEKKEN = ("<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]",
+          "[/TOOL_RESULTS]", "[TOOL_CALLS]", "[IMG]", "<pad>", "[IMG_BREAK]", "[IMG_END]", "[PREFIX]", "[MIDDLE]",
+          "[SUFFIX]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[TOOL_CONTENT]")
+TEKKEN_FORM = {"config": {"pattern": str, "default_vocab_size": range(1, 2**24),
+                          "default_num_special_tokens": range(2**16)},
+               "vocab": [{"rank": range(2**31), "token_bytes": str}],
+               "special_tokens?": ([{"rank": range(2**31), "token_str": str}], None)}
+
+
+def ranks_of(path: Path) -> dict[bytes, int]:
+    """The pieces of a .tiktoken file. Raises ValueError."""
+    rows = [line.split() for line in read_bytes(path).splitlines() if line]
+    ranks = {base64.b64decode(piece, validate=True): int(rank) for piece, rank in rows}
+    if min(len(ranks), len(set(ranks.values()))) < len(rows):
+        raise ValueError("a piece or a rank stands twice")
+    if any(rank not in range(2**31) for rank in ranks.values()):
+        raise ValueError("a rank is no whole number from 0")
+    return ranks
+
+
+def tekken(path: Path) -> tuple[dict[bytes, int], Encoding]:
+    """Mistral's JSON: ids are those of the special tokens, then of the pieces by rank, as many as there is room for. A
+    name of a special token in a text stays text. Raises ValueError."""
+    said = loads(read_bytes(path))
+    config = checked(said, TEKKEN_FORM)["config"]
+    first = config["default_num_special_tokens"]
+    listed = said.get("special_tokens") or [{"rank": i, "token_str": name} for i, name in enumerate(TEKKEN)]
+    named = {s["rank"]: s["token_str"] for s in listed if s["rank"] < first}
+    specials = {named.get(i, f"<SPECIAL_{i}>"): i for i in range(first)}
+    ranks = {base64.b64decode(p["token_bytes"], validate=True): first + p["rank"] for p in said["vocab"]
+             if p["rank"] < config["default_vocab_size"] - first}
+    if sorted([*ranks.values(), *specials.values()]) != list(range(config["default_vocab_size"])):
+        raise ValueError("its ranks and special tokens do not make up its default_vocab_size")
+    return ranks, Encoding(config["pattern"], specials, by_name=False)
+
+
 class TiktokenTokenizer(Tokenizer):
     needs = {"tokenizer_model": "tokenizer.tiktoken"}
 
-    def __init__(self, tokenizer_model: str) -> None:
+    def __init__(self, tokenizer_model: str, special_tokens: tuple[str, ...] = ()) -> None:
+        """`special_tokens`: names for the ids after the last rank, in place of those that are known."""
         tiktoken = library("tiktoken", "data", f"--tokenizer-model {tokenizer_model}")
-        self._path = existing("--tokenizer-model", tokenizer_model, "a .tiktoken file")
+        self._path = existing("--tokenizer-model", tokenizer_model, "a .tiktoken file or Mistral's tekken.json")
+        self.special_tokens = special_tokens
         try:
-            rows = [line.split() for line in self._path.read_bytes().splitlines() if line]
-            ranks = {base64.b64decode(piece, validate=True): int(rank) for piece, rank in rows}
-        except ValueError:
-            rows, ranks = [], {}
-        if (not {bytes([b]) for b in range(256)} <= ranks.keys()
-                or min(len(ranks), len(set(ranks.values()))) < len(rows)):
-            raise UserError(f"--tokenizer-model {tokenizer_model}: is not a .tiktoken file: "
-                            "each line should be a piece in base64 and its rank, all 256 bytes among them.")
-        known = ENCODINGS.get(len(ranks), Encoding(_CL100K, {END_OF_TEXT: max(ranks.values()) + 1}))
-        self._inner = tiktoken.Encoding(self._path.name, pat_str=known.pattern, mergeable_ranks=ranks,
-                                        special_tokens=dict(known.specials))
-        self._ranks, self._encoding = ranks, known
-        self._specials, self._known = set(known.specials), {*ranks.values(), *known.specials.values()}
-        self.vocab_size = max(*known.specials.values(), *ranks.values()) + 1
-        self.eod = next(known.specials[name] for name in USUAL_ENDS if name in known.specials)
+            self._ranks, self._encoding = self._read()
+            if not {bytes([b]) for b in range(256)} <= self._ranks.keys():
+                raise ValueError("not all 256 bytes are pieces of it")
+            self._inner = tiktoken.Encoding(self._path.name, pat_str=self._encoding.pattern,
+                                            mergeable_ranks=self._ranks, special_tokens=dict(self._encoding.specials))
+        except (ValueError, OSError) as error:
+            raise UserError(f"--tokenizer-model {tokenizer_model}: is not a .tiktoken file nor Mistral's Tekken JSON "
+                            f"({error}); each line should be a piece in base64 and its rank.") from None
+        specials = self._encoding.specials
+        self._specials, self._known = set(specials), {*self._ranks.values(), *specials.values()}
+        self._by_name = self._specials if self._encoding.by_name else set()
+        self.vocab_size = max(self._known) + 1
+        self.eod = next((specials[name] for name in USUAL_ENDS if name in specials), None)
+
+    def _read(self) -> tuple[dict[bytes, int], Encoding]:
+        if self._path.read_bytes()[:1] == b"{":
+            if self.special_tokens:
+                raise UserError(f"--special-tokens {' '.join(self.special_tokens)}: {self._path} names its own; "
+                                "leave it out.")
+            return tekken(self._path)
+        ranks = ranks_of(self._path)
+        after = max(ranks.values(), default=0) + 1
+        known = ENCODINGS.get(len(ranks), Encoding(_CL100K, {END_OF_TEXT: after}))
+        if self.special_tokens:
+            known = known._replace(specials={name: after + i for i, name in enumerate(self.special_tokens)})
+        return ranks, known
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         # one thread: workers are processes
-        return [self._inner.encode(text, allowed_special=self._specials) for text in texts]
+        return [self._inner.encode(text, allowed_special=self._by_name, disallowed_special=()) for text in texts]
 
     def encode_flat(self, texts: Sequence[str], dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
-        return flattened([self._inner.encode_to_numpy(text, allowed_special=self._specials) for text in texts], dtype)
+        names = self._by_name
+        return flattened([self._inner.encode_to_numpy(text, allowed_special=names, disallowed_special=())
+                          for text in texts], dtype)
 
     def decode(self, ids: Sequence[int]) -> str:
         # ids have holes, and a young model may draw one
         return self._inner.decode([int(i) for i in ids if int(i) in self._known])
 
+    def id_of(self, name: str) -> int | None:
+        return self._encoding.specials[name] if name in self._specials else super().id_of(name)
+
     def words(self) -> dict[str, Any]:
-        pattern = self._encoding.pattern.replace("}+", "}").replace("$", r"\z")         # Oniguruma's words for the same
-        return byte_words(self._ranks, self._encoding.specials, pattern)
+        # Oniguruma's words for the same: {1,3}+ would be repeated there, and $ an end of line
+        pattern = re.sub(r"(\{\d+,\d*\})\+", r"\1", self._encoding.pattern).replace("$", r"\z")
+        return byte_words(self._ranks, self._encoding.specials, pattern, self._encoding.by_name)
 
     def files(self) -> dict[str, Path]:
         return {"tokenizer.tiktoken": self._path}

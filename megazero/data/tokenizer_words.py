@@ -56,9 +56,9 @@ def split(alternatives: Iterable[str], behavior: str) -> Words | None:
     return {"type": "Split", "pattern": {"Regex": regex}, "behavior": behavior, "invert": False} if regex else None
 
 
-def byte_words(ranks: Mapping[bytes, int], specials: Mapping[str, int], pattern: str) -> Words:
+def byte_words(ranks: Mapping[bytes, int], specials: Mapping[str, int], pattern: str, by_name: bool = True) -> Words:
     """tiktoken's kind: bytes are merged in the order of the ranks of what they make, in words that `pattern` finds (a
-    word that is a piece, at once). The names of special tokens are those tokens."""
+    word that is a piece, at once). `by_name`: the names of special tokens are those tokens."""
     letters = _letters()
     vocab = {"".join(letters[b] for b in piece): rank for piece, rank in ranks.items()}
     cut = split([pattern], "Isolated") if pattern else None
@@ -67,7 +67,7 @@ def byte_words(ranks: Mapping[bytes, int], specials: Mapping[str, int], pattern:
     return tokenizer_words(
         bpe_words({**vocab, **specials}, merges_of({piece: -rank for piece, rank in vocab.items()}),
                   ignore_merges=bool(pattern)),
-        added_tokens=[{"id": i, "content": name, **flags} for name, i in specials.items()],
+        added_tokens=[{"id": i, "content": name, **flags} for name, i in specials.items() if by_name],
         pre_tokenizer={"type": "Sequence", "pretokenizers": [*([cut] if cut else []), level]}, decoder=level)
 
 

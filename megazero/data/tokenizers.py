@@ -7,11 +7,12 @@
     GPT2BPETokenizer         --vocab-file vocab.json --merge-file merges    <|endoftext|>
     HuggingFaceTokenizer     --tokenizer-model tokenizer.json or its folder tokenizer_config.json's eos_token,
                                                                             or a usual name
-    TiktokenTokenizer        --tokenizer-model X.tiktoken                   see tokenizer_tiktoken.py
+    TiktokenTokenizer        --tokenizer-model X.tiktoken or tekken.json    see tokenizer_tiktoken.py
     ByteTokenizer            none: the 256 bytes of UTF-8                   256
     CharTokenizer            --tokenizer-model characters.json              none
     NullTokenizer            none: the text is ids, --vocab-size of them    the id after the last, as in Megatron
 
+--eod-token names another end of document.
 No tokenizer but Megatron's Llama2Tokenizer adds anything of its own to a text: no begin of text, no end of document.
 A library is imported by the type that needs it.
 """
@@ -27,7 +28,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from megazero.base import UserError, read_bytes, said
-from megazero.data.tokenizer_base import END_OF_TEXT, USUAL_ENDS, Tokenizer, existing, flattened, tokenizer_json
+from megazero.data.tokenizer_base import (
+    END_OF_TEXT,
+    USUAL_ENDS,
+    Tokenizer,
+    existing,
+    flags_for,
+    flattened,
+    tokenizer_json,
+)
 from megazero.data.tokenizer_tiktoken import TiktokenTokenizer
 from megazero.data.tokenizer_words import byte_words, sentencepiece_words
 
@@ -93,7 +102,12 @@ class _LibraryTokenizer(Tokenizer):
         return self._inner.token_to_id(name)
 
     def words(self) -> dict[str, Any]:
-        return {**json.loads(self._inner.to_str()), "post_processor": None}          # which puts tokens around a text
+        return self._bare(json.loads(self._inner.to_str()))
+
+    def _bare(self, said: dict[str, Any]) -> dict[str, Any]:
+        """Without what is not done here: cutting, padding, tokens around a text."""
+        around = ("post_processor",) if self._inner.num_special_tokens_to_add(False) else ()
+        return {k: None if k in ("truncation", "padding", *around) else v for k, v in said.items()}
 
     def _adopt(self, inner: "tokenizers.Tokenizer") -> None:
         inner.no_truncation()
@@ -130,6 +144,9 @@ class HuggingFaceTokenizer(_LibraryTokenizer):
     def __init__(self, tokenizer_model: str) -> None:
         library = _tokenizers_library()
         given = existing("--tokenizer-model", tokenizer_model, "a tokenizer.json or its folder", folder=True)
+        other = flags_for(given)
+        if other is not None and type(self).__name__ not in other:
+            raise UserError(f"--tokenizer-model {tokenizer_model}: has no tokenizer.json; write {other}.")
         self._path = given / "tokenizer.json" if given.is_dir() else given
         try:
             self._adopt(library.Tokenizer.from_file(str(self._path)))
@@ -138,6 +155,9 @@ class HuggingFaceTokenizer(_LibraryTokenizer):
                             f"({error}); give a tokenizer.json or its folder.") from None
         known = (self._inner.token_to_id(name) for name in self._names_of_the_end())
         self.eod = next((i for i in known if i is not None), None)
+
+    def words(self) -> dict[str, Any]:
+        return self._bare(tokenizer_json("--tokenizer-model", self._path))
 
     def _names_of_the_end(self) -> Iterable[str]:
         config = self.files().get("tokenizer_config.json")
@@ -232,7 +252,8 @@ TYPES: Mapping[str, type[Tokenizer]] = {cls.__name__: cls for cls in (
 
 def build_tokenizer(
     tokenizer_type: str, tokenizer_model: str | None = None, vocab_file: str | None = None,
-    merge_file: str | None = None, vocab_size: int | None = None,
+    merge_file: str | None = None, vocab_size: int | None = None, eod_token: str | None = None,
+    special_tokens: Sequence[str] = (),
 ) -> Tokenizer:
     """The tokenizer these flags describe.
     Raises UserError for a flag that is missing, and for one that would not be used."""
@@ -244,21 +265,42 @@ def build_tokenizer(
     missing = [f"{_flag(name)} is missing: {tokenizer_type} needs it." for name in cls.needs if flags[name] is None]
     unused = [f"{_flag(name)} {value}: {tokenizer_type} does not read it; leave it out."
               for name, value in flags.items() if value is not None and name not in (*cls.needs, "vocab_size")]
+    named = {"special_tokens": tuple(special_tokens)} if special_tokens else {}
+    twice = [name for name in dict.fromkeys(special_tokens) if list(special_tokens).count(name) > 1]
+    if twice:
+        unused.append(f"--special-tokens {' '.join(special_tokens)}: names {twice[0]} twice; name it once.")
+    elif named and cls is not TiktokenTokenizer:
+        unused.append(f"--special-tokens {' '.join(special_tokens)}: {tokenizer_type} has its own; leave it out.")
     if missing or unused:
         raise UserError(*missing, *unused)
-    tokenizer = cls(**{name: flags[name] for name in cls.needs})
+    tokenizer = cls(**{name: flags[name] for name in cls.needs}, **named)
     if vocab_size is not None and "vocab_size" not in cls.needs and vocab_size != tokenizer.vocab_size:
         raise UserError(f"--vocab-size {vocab_size}: this {tokenizer_type} has {tokenizer.vocab_size} ids; "
                         "leave the flag out.")
+    if eod_token is not None:
+        tokenizer.eod = _id_of(tokenizer, eod_token)
     return tokenizer
 
 
-def tokenizer_in(folder: Path, tokenizer_type: object) -> Tokenizer | None:
+def _id_of(tokenizer: Tokenizer, eod_token: str) -> int:
+    try:
+        found = tokenizer.id_of(eod_token)
+    except UserError:                                           # a text that its vocabulary cannot say
+        found = None
+    if found is None:
+        raise UserError(f"--eod-token {eod_token}: is no token of this {type(tokenizer).__name__}; "
+                        "name one that it has.")
+    return found
+
+
+def tokenizer_in(folder: Path, tokenizer_type: str, special_tokens: Sequence[str] = ()) -> Tokenizer | None:
     """The tokenizer of a type from the files in a folder, under the names that a checkpoint keeps them by; None where
     one is not there, or there is no such type."""
-    needs = TYPES[tokenizer_type].needs if isinstance(tokenizer_type, str) and tokenizer_type in TYPES else {"": ""}
-    there = all(name and (folder / name).is_file() for name in needs.values())
-    return TYPES[str(tokenizer_type)](**{flag: str(folder / name) for flag, name in needs.items()}) if there else None
+    needs = TYPES[tokenizer_type].needs if tokenizer_type in TYPES else {"": ""}
+    if not all(name and (folder / name).is_file() for name in needs.values()):
+        return None
+    flags: dict[str, Any] = {flag: str(folder / name) for flag, name in needs.items()}
+    return build_tokenizer(tokenizer_type, **flags, special_tokens=special_tokens)
 
 
 def load_tokenizer(identity: Mapping[str, Any], folder: str | Path) -> Tokenizer:
@@ -271,12 +313,13 @@ def load_tokenizer(identity: Mapping[str, Any], folder: str | Path) -> Tokenizer
     kept = kept_files(identity, at)
     flags: dict[str, Any] = {flag: str(at / name) for flag, name in cls.needs.items()}
     if "vocab_size" in flags:
-        flags["vocab_size"] = identity["eod"]                 # NullTokenizer's ids end where its end of document stands
-    tokenizer = build_tokenizer(identity["type"], **flags)
+        flags["vocab_size"] = identity["vocab_size"] - 1      # NullTokenizer's own end of document comes after them
+    tokenizer = build_tokenizer(identity["type"], **flags, special_tokens=identity.get("special_tokens", ()))
     more = [name for name in tokenizer.files() if name not in kept]
     if more:
         raise UserError(f"{at / more[0]}: is no file of the tokenizer that was kept here; remove it.")
-    if (tokenizer.vocab_size, tokenizer.eod) != (identity["vocab_size"], identity["eod"]):
+    tokenizer.eod = identity["eod"]                           # --eod-token may have named another
+    if tokenizer.vocab_size != identity["vocab_size"] or (tokenizer.eod or 0) >= tokenizer.vocab_size:
         raise UserError(f"{at}: is not the tokenizer that was kept here (other ids); restore it.")
     return tokenizer
 
@@ -298,7 +341,8 @@ def kept_files(identity: Mapping[str, Any], folder: Path) -> dict[str, Path]:
 
 def same_tokenizer(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
     """Do two identities give the same ids? The files a type cannot do without count, what lies beside them does not."""
-    if any(a.get(key) != b.get(key) for key in ("type", "vocab_size", "eod")) or a.get("type") not in TYPES:
+    told = ("type", "vocab_size", "eod", "special_tokens")
+    if any(a.get(key) != b.get(key) for key in told) or a.get("type") not in TYPES:
         return False
     names = [name for name in TYPES[a["type"]].needs.values() if name]
     return all(a["files"].get(name) == b["files"].get(name) for name in names)

@@ -11,14 +11,15 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from megazero.base import UserError, write_json
+from megazero.base import UserError, checked, write_json
 from megazero.data import Tokenizer, load_tokenizer, tokenizer_in
 from megazero.hf.files import read_json
 from megazero.state import Reader
 
 CONFIG = "tokenizer_config.json"
 TOKENIZER_CLASS = "PreTrainedTokenizerFast"             # transformers' that takes a tokenizer.json as it is
-KIND = "megazero_type"                  # the key of it that names our type, so that an import finds the same again
+OURS = "megazero_tokenizer"             # the key of it that says what an import cannot know from the files:
+FORM = {"type": str, "eod": (range(2**31), None), "special_tokens?": [str]}
 
 # Texts that tell tokenizers apart.
 HARD = (
@@ -50,7 +51,8 @@ def export_tokenizer(reader: Reader, output: Path, longest: int) -> tuple[Tokeni
     for name, path in tokenizer.files().items():
         shutil.copyfile(path, output / name)
     if said is not None:
-        write_json(output / "tokenizer.json", said)
+        if not (output / "tokenizer.json").exists() or read_json(output / "tokenizer.json") != said:
+            write_json(output / "tokenizer.json", said)
         (output / "special_tokens_map.json").unlink(missing_ok=True)    # an older form of what the configuration says
     if said is not None or not (output / CONFIG).exists():
         _write_config(output, special_ids(reader, tokenizer), longest, None if imported else tokenizer)
@@ -95,15 +97,16 @@ def _short(value: object) -> str:
 
 
 def probes(tokenizer: Tokenizer, library: Any) -> Iterator[str]:
-    """Hard texts, lines and pages of this program, and each id: its text, its name, and its text beside another's."""
+    """Hard texts, lines and a page of this program, and ids (of a large vocabulary a part): their text, their name, and
+    their text beside another's."""
     yield from HARD
     lines = "".join(path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parent.glob("*.py"))).split("\n")
     yield from lines
     yield "\n".join(lines)
     pieces = [tokenizer.decode([i]) for i in range(tokenizer.vocab_size)]
-    for i, piece in enumerate(pieces):
-        yield piece
-        yield piece + pieces[(i * 7919 + 1) % len(pieces)]
+    for i in range(0, len(pieces), 1 + len(pieces) // 50_000):
+        yield pieces[i]
+        yield pieces[i] + pieces[(i * 7919 + 1) % len(pieces)]
         yield library.id_to_token(i) or ""
 
 
@@ -118,7 +121,7 @@ def _write_config(output: Path, ids: Mapping[str, Any], longest: int, tokenizer:
     # where no special token comes from text here, none does there
     whole = not any(token.special for token in library.get_added_tokens_decoder().values())
     ours = {"add_bos_token": tokenizer.bos is not None, "add_eos_token": False, "split_special_tokens": whole,
-            KIND: type(tokenizer).__name__} if tokenizer else {}
+            OURS: {k: v for k, v in tokenizer.identity().items() if k != "files"}} if tokenizer else {}
     said = read_json(output / CONFIG) if (output / CONFIG).exists() else {}
     kept = {k: v for k, v in said.items() if k not in ("bos_token", "eos_token")}
     write_json(output / CONFIG, {
@@ -133,8 +136,8 @@ def _unknown(library: Any) -> str | None:
 
 
 def import_tokenizer(folder: Path, output: Path) -> Tokenizer | None:
-    """Keeps the folder's tokenizer beside the checkpoint: of the type that an export of ours names, or in the first
-    form found that this program reads."""
+    """Keeps the folder's tokenizer beside the checkpoint: as an export of ours describes it, or in the first form found
+    that this program reads."""
     tokenizer = _found(folder)
     if tokenizer is not None:
         (output / "tokenizer").mkdir()
@@ -144,6 +147,16 @@ def import_tokenizer(folder: Path, output: Path) -> Tokenizer | None:
 
 
 def _found(folder: Path) -> Tokenizer | None:
-    said = read_json(folder / CONFIG) if (folder / CONFIG).is_file() else {}
-    kinds = (said.get(KIND), "HuggingFaceTokenizer", "GPT2BPETokenizer", "SentencePieceTokenizer")
+    path = folder / CONFIG
+    said = read_json(path).get(OURS) if path.is_file() else None
+    if said is not None:
+        try:
+            checked(said, FORM)
+            tokenizer = tokenizer_in(folder, said["type"], said.get("special_tokens", ()))
+            if tokenizer is not None:
+                tokenizer.eod = checked(said["eod"], (range(tokenizer.vocab_size), None))
+                return tokenizer
+        except ValueError as error:
+            raise UserError(f"{path}: {OURS}: {error}; remove it.") from None
+    kinds = ("HuggingFaceTokenizer", "GPT2BPETokenizer", "SentencePieceTokenizer")
     return next((found for kind in kinds if (found := tokenizer_in(folder, kind)) is not None), None)

@@ -265,13 +265,14 @@ def _unused(c: Config, world: int) -> Iterator[Check]:
         (c.parallel.zero_stage >= 2, "--zero-stage 2 or 3", c.parallel, plain.parallel, ("reduce_every",)),
         (c.parallel.zero_stage == 3, "--zero-stage 3", c.parallel, plain.parallel, ("keep_weights",)),
         (d.tokenizer_type is not None, "--tokenizer-type", d, plain.data,
-         ("tokenizer_model", "vocab_file", "merge_file")),
+         ("tokenizer_model", "vocab_file", "merge_file", "eod_token", "special_tokens")),
     ]
     for applies, with_, given, default, names in rows:
         for name in names:
             value = getattr(given, name)
             yield (not applies and value != getattr(default, name),
-                   f"--{name.replace('_', '-')} {value}: has no effect without {with_}.")
+                   f"--{name.replace('_', '-')} {' '.join(value) if isinstance(value, tuple) else value}: "
+                   f"has no effect without {with_}.")
 
 
 def _precision(c: Config, world: int) -> Iterator[Check]:

@@ -194,10 +194,14 @@ class Data:
     fim_middle_token: str = option("<fim_middle>", "special token before the middle", unit="token")
     fim_suffix_token: str = option("<fim_suffix>", "special token before the suffix", unit="token")
     tokenizer_type: str | None = option(None, "how text becomes tokens", choices=TOKENIZERS)
-    tokenizer_model: str | None = option(None, "its file: .model, .tiktoken, tokenizer.json or its folder, or a JSON "
-                                         "of characters", unit="path")
+    tokenizer_model: str | None = option(None, "its file: .model, .tiktoken, tekken.json, tokenizer.json or its "
+                                         "folder, or a JSON of characters", unit="path")
     vocab_file: str | None = option(None, "vocab.json of GPT2BPETokenizer", unit="path")
     merge_file: str | None = option(None, "merges.txt of GPT2BPETokenizer", unit="path")
+    eod_token: str | None = option(None, "token that ends a document; default: the one that its files name, or a usual "
+                                   "name", unit="token")
+    special_tokens: tuple[str, ...] = option((), "names for the ids after the last rank of a .tiktoken file; default: "
+                                             "those published for files of its size", unit="token")
     vocab_size: int | None = option(None, "vocabulary of the model, where no tokenizer is given or the tokenizer's "
                                     "is smaller", unit="tokens")
 
