@@ -1,6 +1,7 @@
 """Every kind of input gives the same documents, from any place on; what is broken is named."""
 
 import bz2
+import glob
 import gzip
 import io
 import json
@@ -8,6 +9,7 @@ import lzma
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 import tracemalloc
 from contextlib import closing
@@ -76,10 +78,10 @@ def tables(folder: Path) -> list[Path]:
 
 
 def test_tables(tmp_path: Path) -> None:
-    for path in tables(tmp_path):
-        assert read(path) == (TEXTS, [])
-        chunks = list(read_chunks(find_sources([str(path)]), ["text"], Place()))
-        assert max(len(chunk.raw) for chunk in chunks) < 600_000
+    paths = tables(tmp_path)
+    assert read(*paths) == (TEXTS * len(paths), [])
+    chunks = list(read_chunks(find_sources([str(path) for path in paths]), ["text"], Place()))
+    assert max(len(chunk.raw) for chunk in chunks) < 600_000
 
 
 def test_tables_with_holes_lists_and_wrong_columns(tmp_path: Path) -> None:
@@ -114,7 +116,8 @@ def test_reading_goes_on_from_any_chunk(tmp_path: Path, monkeypatch: pytest.Monk
     every = find_sources([str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl.gz"), str(tmp_path / "c.txt"), *map(str, tables(tmp_path))])
     chunks = list(read_chunks(every, ["text"], Place()))
     assert len(chunks) > 50
-    for i in range(0, len(chunks), 5):
+    of_tables = next(i for i, c in enumerate(chunks) if c.source.kind == "parquet")      # each starts a process
+    for i in (*range(0, of_tables, 12), *range(of_tables, len(chunks), 30)):
         later = [(c.source, c.first, c.raw) for c in read_chunks(every, ["text"], chunks[i].after)]
         assert [d for c in chunks[i + 1:] for d in documents(c, ["text"])] == [
             d for s, first, raw in later for d in documents(chunks[0]._replace(source=s, first=first, raw=raw), ["text"])]
@@ -242,3 +245,38 @@ def test_a_place_beyond_the_end_is_told(tmp_path: Path) -> None:
         (tmp_path / f"a.jsonl{end}").write_bytes(gzip.compress(JSONL) if end else JSONL)
         assert "is damaged, nothing after this can be read (it ends" in read(tmp_path / f"a.jsonl{end}", start=Place(0, 10**9, 3))[1][0]
         assert read(tmp_path / f"a.jsonl{end}", start=Place(0, len(JSONL), 3)) == ([], [])
+
+
+def test_globs_are_those_of_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.x", "d/b.x", "d/e/c.x", "d/e/f/g.y", "d/.h/i.x", "[d]/j.x", "d2/e/k.x", ".l.x", "d/yx"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    for pattern in ("**", "**/*.x", "d/**", "d/**/*.x", "d*/**/e/*", "**/e/**/*.y", "**/e/**", "[[]d]/**/*", "d/**x", "*.x", f"{tmp_path}/**/*.x", "d//**//*.x"):
+        assert files.expand(pattern)[0] == sorted(f for f in set(glob.glob(pattern, recursive=True)) if os.path.isfile(f)), pattern
+
+
+def test_links_that_lead_in_circles_are_not_followed_for_ever(tmp_path: Path) -> None:
+    (tmp_path / "a" / "b").mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    for name in ("a/one.txt", "a/b/two.txt", "elsewhere/three.txt"):
+        (tmp_path / name).write_text(name)
+    for i in range(20):
+        (tmp_path / "a" / "b" / f"up{i}").symlink_to(tmp_path / "a")
+    (tmp_path / "a" / "b" / "z").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "a" / "self.txt").symlink_to("self.txt")
+    (tmp_path / "a" / "gone.txt").symlink_to("nowhere")
+    os.mkfifo(tmp_path / "a" / "pipe.txt")
+    assert read(f"{tmp_path}/a/**/*.txt") == (["a/b/two.txt", "elsewhere/three.txt", "a/one.txt"], [])
+    assert read(tmp_path / "a") == (["a/b/two.txt", "a/one.txt"], [])
+    for word in ("a/self.txt", "a/gone.txt", "a/self.txt/x"):
+        with pytest.raises(UserError, match=f"--input .*{word}: no such file or folder"):
+            read(tmp_path / word)
+
+
+def test_a_deep_folder_is_walked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    subprocess.run(["mkdir", "-p", "in/" + "a/" * 1100], check=True)
+    Path("in/" + "a/" * 1100 + "x.txt").write_text("deep")
+    assert read("in") == (["deep"], []) and read("in/**/*.txt") == (["deep"], [])
+    subprocess.run(["rm", "-r", "in"], check=True)              # pytest's own way goes down by calls

@@ -3,6 +3,7 @@
 All is streamed, one dataset open at a time.
 """
 
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -64,7 +65,7 @@ def _same(a: dict[str, Any] | None, b: dict[str, Any] | None) -> bool:
 
 def _keep(output: str, inputs: Sequence[str]) -> None:
     """Raises UserError when a dataset would be overwritten."""
-    if any(Path(output).resolve() == Path(prefix).resolve() for prefix in inputs):
+    if any(os.path.realpath(output) == os.path.realpath(prefix) for prefix in inputs):
         raise UserError(f"--output-prefix {output}: is one of the inputs; name another.")
     if Path(f"{output}.idx").exists():
         raise UserError(f"--output-prefix {output}: {output}.idx is there already; name another, or remove it.")

@@ -78,7 +78,7 @@ def expand(word: str) -> tuple[list[str], bool]:
         return [str(file) for file in _walk(path)], True
     if word and path.exists():                                       # a pipe or a device
         return [word], False
-    return sorted(file for file in glob.glob(word, recursive=True) if os.path.isfile(file)), False
+    return sorted(file for file in set(_matching(word)) if os.path.isfile(file)), False
 
 
 def _hidden(name: str) -> bool:
@@ -87,13 +87,38 @@ def _hidden(name: str) -> bool:
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    for entry in sorted(folder.iterdir()):
-        if _hidden(entry.name):
-            continue
-        if entry.is_dir() and not entry.is_symlink():
-            yield from _walk(entry)
+    """The files in a folder and below, by name; links to folders are left out."""
+    waiting = _inside(folder)
+    while waiting:
+        entry = waiting.pop()
+        if entry.is_dir():
+            waiting += [] if entry.is_symlink() else _inside(entry)
         elif entry.is_file():
             yield entry
+
+
+def _inside(folder: Path) -> list[Path]:
+    """The last first."""
+    return sorted((entry for entry in folder.iterdir() if not _hidden(entry.name)), reverse=True)
+
+
+def _matching(pattern: str) -> Iterator[str]:
+    """The paths of a glob. ** enters each folder once: links to folders may lead in circles."""
+    cut = re.match(r"((?:.*?/)?)\*\*(?:/+|$)", pattern, re.DOTALL)
+    if cut is None:
+        yield from glob.glob(pattern)
+        return
+    head, tail = cut[1], pattern[cut.end():]
+    for top in glob.glob(head) if head else [""]:
+        met: set[tuple[int, int]] = set()
+        waiting = [top]
+        while waiting:
+            folder = waiting.pop()
+            found = os.stat(folder or ".")
+            if (found.st_dev, found.st_ino) not in met:
+                met.add((found.st_dev, found.st_ino))
+                yield from _matching(glob.escape(folder) + (tail or "*"))
+                waiting += glob.glob(f"{glob.escape(folder)}*/")
 
 
 def _expand_remote(word: str) -> tuple[list[str], bool]:

@@ -77,7 +77,10 @@ def find_sources(
 
 
 def _expanded(name: str) -> tuple[list[str], bool]:
-    files, is_folder = expand(name)
+    try:
+        files, is_folder = expand(name)
+    except OSError as error:
+        raise UserError(f"--input {name}: cannot be listed ({error.strerror}).") from None
     if not files:
         raise UserError(f"--input {name}: holds no file." if is_folder else f"--input {name}: no such file or folder.")
     return files, is_folder
