@@ -172,7 +172,9 @@ def test_fill_in_the_middle() -> None:
     assert np.array_equal(FillInTheMiddle(cut, Marked(), 1, 1.0, 0.5, names).sample(0), cut.sample(0))
     with pytest.raises(UserError, match="--fim-rate 0.5: this tokenizer puts something before every text"):
         FillInTheMiddle(source, Spaced(), 1, 0.5, 0.5, names)
-    with pytest.raises(UserError, match="--fim-middle-token <gap>: is no token of this tokenizer"):
+    with pytest.raises(UserError, match=r"--fim-prefix-token '\\udcff': is no token of this tokenizer"):
+        FillInTheMiddle(MockSamples(9, 8, 1), ByteTokenizer(), 1, 0.5, 0.5, ("\udcff", "<gap>", "<x>"))
+    with pytest.raises(UserError, match="--fim-middle-token '<gap>': is no token of this tokenizer"):
         FillInTheMiddle(source, Marked(), 1, 0.5, 0.5, ("<fim_prefix>", "<gap>", "<fim_suffix>"))
 
 

@@ -107,6 +107,11 @@ def test_tiktoken(tmp_path: Path) -> None:
     for bad in (PIECES[1:], [*PIECES[:256], b"a"]):
         with pytest.raises(UserError, match="t.tiktoken: is not a .tiktoken file"):
             build_tokenizer("TiktokenTokenizer", tiktoken_file(tmp_path / "t.tiktoken", bad))
+    good = Path(tiktoken_file(tmp_path / "t.tiktoken")).read_bytes()
+    for rank in (b"-1", b"4294967296", b"18446744073709551616", b"1_0", b"255", b"9" * 5000, b"2.0"):
+        (tmp_path / "t.tiktoken").write_bytes(good.replace(b" 263\n", b" %s\n" % rank))
+        with pytest.raises(UserError, match="t.tiktoken: is not a .tiktoken file: each line should be a piece in base64 and its rank from 0 to"):
+            build_tokenizer("TiktokenTokenizer", str(tmp_path / "t.tiktoken"))
     (tmp_path / "t.tiktoken").write_text("!!! 0\n")
     with pytest.raises(UserError, match="t.tiktoken: is not a .tiktoken file"):
         build_tokenizer("TiktokenTokenizer", str(tmp_path / "t.tiktoken"))
@@ -413,6 +418,24 @@ def test_mistakes_in_training(tmp_path: Path) -> None:
         (["--vocab-size", "100"], "--vocab-size 100: byte-level BPE"),
         (["--type", "char", "--vocab-size", "9"], "--vocab-size 9: --type char takes every character"),
         (["--type", "sentencepiece", "--vocab-size", "99999"], "--vocab-size 99999: sentencepiece cannot"),
+        (["--vocab-size", "300", "--special-tokens", "<\udcff>"], "--special-tokens '<\\udcff>': is no text"),
     ]:
         ran = train("--input", tmp_path / "t.txt", "--output", tmp_path / "out", *arguments)
         assert ran.returncode == 2 and ran.stderr.startswith(f"error: {said}") and "Traceback" not in ran.stderr
+
+
+@pytest.mark.parametrize(("words", "text", "said"), [
+    ("GPT2BPETokenizer vocab_file", '{"a": 0, "a": 1}', "--vocab-file .*: are not a byte-level BPE \\(key 'a' stands twice\\)"),
+    ("GPT2BPETokenizer vocab_file", '{"a": -1}', "are not a byte-level BPE \\(a is -1, not a whole number from 0"),
+    ("GPT2BPETokenizer vocab_file", '{"a": 99999999999}', "are not a byte-level BPE \\(a is 99999999999, not a whole number from 0"),
+    ("HuggingFaceTokenizer tokenizer_model", '{"model": {}, "model": {}}', "t.json is not a Hugging Face tokenizer \\(key 'model' stands twice"),
+    ("HuggingFaceTokenizer tokenizer_model", "[" * 9999, "t.json is not a Hugging Face tokenizer \\(is nested too deeply"),
+    ("CharTokenizer tokenizer_model", '["\\ud800"]', "--tokenizer-model .*: is not valid JSON \\(is not UTF-8"),
+    ("CharTokenizer tokenizer_model", '{"a": 0, "a": 0}', "--tokenizer-model .*: is not valid JSON \\(key 'a' stands twice"),
+])
+def test_files_of_tokenizers_have_one_meaning(tmp_path: Path, words: str, text: str, said: str) -> None:
+    kind, flag = words.split()
+    (tmp_path / "t.json").write_text(text)
+    (tmp_path / "merges.txt").write_text("")
+    with pytest.raises(UserError, match=said):
+        build_tokenizer(kind, **{flag: str(tmp_path / "t.json")}, **({"merge_file": str(tmp_path / "merges.txt")} if kind.startswith("GPT2") else {}))

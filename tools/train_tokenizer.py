@@ -9,8 +9,17 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from megazero.base import UserError
-from megazero.data import END_OF_TEXT, Place, Unreadable, characters_of, documents, find_sources, read_chunks
+from megazero.base import UserError, said
+from megazero.data import (
+    END_OF_TEXT,
+    Place,
+    Unreadable,
+    characters_of,
+    documents,
+    find_sources,
+    is_text,
+    read_chunks,
+)
 from megazero.settings import option, parse, run
 
 LINE = 1 << 16                          # characters of a line that sentencepiece is given at a time
@@ -44,6 +53,9 @@ def main() -> None:
                         "--type char knows single characters alone; leave it out.")
     if settings.type != "char" and settings.vocab_size is None:
         raise UserError(f"--vocab-size is missing: --type {settings.type} needs the number of ids, such as 8192.")
+    strange = [said(token) for token in settings.special_tokens if not (token and is_text(token))]
+    if strange:
+        raise UserError(f"--special-tokens {strange[0]}: is no text; write tokens such as <fim_prefix>.")
     if Path(settings.output).exists():
         raise UserError(f"--output {settings.output}: is there already, and data or checkpoints may depend on it; "
                         "name another, or remove it.")

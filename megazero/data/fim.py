@@ -15,10 +15,10 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from megazero.base import UserError
+from megazero.base import UserError, said
 from megazero.data.dataset import SampleSource
 from megazero.data.order import stable_hash
-from megazero.data.tokenizers import Tokenizer
+from megazero.data.tokenizer_base import Tokenizer, is_text
 
 
 class FillInTheMiddle:
@@ -31,8 +31,8 @@ class FillInTheMiddle:
         Raises UserError when the tokenizer has no such tokens."""
         self.inner, self.tokenizer, self.seed, self.rate, self.spm_rate = inner, tokenizer, seed, rate, spm_rate
         self.sequence_length = inner.sequence_length
-        ids = [tokenizer.id_of(name) for name in names]
-        missing = [f"--fim-{part}-token {name}: is no token of this tokenizer; name the one it was trained with."
+        ids = [tokenizer.id_of(name) if is_text(name) else None for name in names]
+        missing = [f"--fim-{part}-token {said(name)}: is no token of this tokenizer; name the one it was trained with."
                    for part, name, i in zip(("prefix", "middle", "suffix"), names, ids, strict=True) if i is None]
         if missing:
             raise UserError(*missing)

@@ -5,7 +5,7 @@ import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
-from megazero.base import UserError
+from megazero.base import UserError, read_bytes
 from megazero.data.dataset import MockSamples, Reading, SampleSource, open_stages
 from megazero.data.fim import FillInTheMiddle
 from megazero.data.tokenizers import Tokenizer, build_tokenizer
@@ -70,7 +70,7 @@ def read_schedule(path: str, sizes: Sizes) -> Stages:
         if not step:
             continue
         after = sizes.step_of(stages[-1][0]) if stages else -1
-        if not step.isdecimal() or int(step) <= after or (not stages and int(step)) or not words:
+        if not step.isdecimal() or len(step) > 18 or int(step) <= after or (not stages and int(step)) or not words:
             expected = f"a step after {after}" if stages else "step 0"
             raise UserError(f"--data-schedule {path}: line {number} should be {expected} and the words of --data-path "
                             "from that step on, such as `0 0.7 web 0.3 code`.")
@@ -96,10 +96,11 @@ def _cut(flag: str, path: str, line: str) -> list[str]:
 
 def _text(flag: str, path: str) -> str:
     try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{flag} {path}: cannot be read "
-                        f"({getattr(error, 'strerror', None) or 'is not UTF-8'}).") from None
+        return read_bytes(Path(path)).decode()
+    except UnicodeDecodeError:
+        raise UserError(f"{flag} {path}: cannot be read (is not UTF-8).") from None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{flag} {path}: cannot be read ({getattr(error, 'strerror', None) or error}).") from None
 
 
 def asked_for(plan: Plan, which: str) -> int:

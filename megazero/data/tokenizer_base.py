@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from megazero.base import Form, UserError, load
+from megazero.base import Form, UserError, loads, read_bytes
 
 # what `identity` says of a tokenizer
 IDENTITY: Form = {"type": re.compile(r"\w{1,60}"), "vocab_size": range(1, 2**31), "eod": (None, range(2**31)),
@@ -80,6 +80,11 @@ def flattened(ids: Sequence[np.ndarray], dtype: np.dtype) -> tuple[np.ndarray, n
             np.fromiter(map(len, ids), np.int64, len(ids)))
 
 
+def is_text(word: str) -> bool:
+    """Has it an UTF-8? Half a character has none, nor has a byte of the command line that is no text."""
+    return word.encode(errors="ignore").decode() == word
+
+
 def existing(flag: str, path: str, what: str, folder: bool = False) -> Path:
     """The file that a flag names. Raises UserError when it is not there."""
     if os.path.isfile(path) or (folder and os.path.isdir(path)):
@@ -107,6 +112,6 @@ def flags_for(path: Path) -> str | None:
 def tokenizer_json(flag: str, path: Path) -> Any:
     """What a JSON file holds. Raises UserError."""
     try:
-        return load(path, object)
+        return loads(read_bytes(path))
     except (OSError, ValueError) as error:
         raise UserError(f"{flag} {path}: is not valid JSON ({error}).") from None

@@ -14,6 +14,7 @@ from megazero.data.files import library
 from megazero.data.tokenizer_base import END_OF_TEXT, USUAL_ENDS, Tokenizer, existing, flattened
 from megazero.data.tokenizer_words import byte_words
 
+LAST = 2**30                    # ranks up to this: ids, special ones after them, are stored in 32 bits
 
 class Encoding(NamedTuple):
     """How text is cut before merging, the special tokens by name, and whether their names in a text become them."""
@@ -50,19 +51,23 @@ TEKKEN = ("<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/A
           "[SUFFIX]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[TOOL_CONTENT]")
 TEKKEN_FORM = {"config": {"pattern": str, "default_vocab_size": range(1, 2**24),
                           "default_num_special_tokens": range(2**16)},
-               "vocab": [{"rank": range(2**31), "token_bytes": str}],
-               "special_tokens?": ([{"rank": range(2**31), "token_str": str}], None)}
+               "vocab": [{"rank": range(LAST + 1), "token_bytes": str}],
+               "special_tokens?": ([{"rank": range(LAST + 1), "token_str": str}], None)}
 
 
 def ranks_of(path: Path) -> dict[bytes, int]:
     """The pieces of a .tiktoken file. Raises ValueError."""
     rows = [line.split() for line in read_bytes(path).splitlines() if line]
-    ranks = {base64.b64decode(piece, validate=True): int(rank) for piece, rank in rows}
+    ranks = {base64.b64decode(piece, validate=True): _rank(rank) for piece, rank in rows}
     if min(len(ranks), len(set(ranks.values()))) < len(rows):
         raise ValueError("a piece or a rank stands twice")
-    if any(rank not in range(2**31) for rank in ranks.values()):
-        raise ValueError("a rank is no whole number from 0")
     return ranks
+
+
+def _rank(word: bytes) -> int:
+    if not word.isdigit() or len(word) > 10 or int(word) > LAST:
+        raise ValueError(f"a rank is no whole number from 0 to {LAST}")
+    return int(word)
 
 
 def tekken(path: Path) -> tuple[dict[bytes, int], Encoding]:
@@ -93,6 +98,8 @@ class TiktokenTokenizer(Tokenizer):
             self._ranks, self._encoding = self._read()
             if not {bytes([b]) for b in range(256)} <= self._ranks.keys():
                 raise ValueError("not all 256 bytes are pieces of it")
+            if not set(self._encoding.specials.values()).isdisjoint(self._ranks.values()):
+                raise ValueError("a rank is the id of a special token")
             self._inner = tiktoken.Encoding(self._path.name, pat_str=self._encoding.pattern,
                                             mergeable_ranks=self._ranks, special_tokens=dict(self._encoding.specials))
         except (ValueError, OSError) as error:
@@ -105,7 +112,7 @@ class TiktokenTokenizer(Tokenizer):
         self.eod = next((specials[name] for name in USUAL_ENDS if name in specials), None)
 
     def _read(self) -> tuple[dict[bytes, int], Encoding]:
-        if self._path.read_bytes()[:1] == b"{":
+        if read_bytes(self._path)[:1] == b"{":
             if self.special_tokens:
                 raise UserError(f"--special-tokens {' '.join(self.special_tokens)}: {self._path} names its own; "
                                 "leave it out.")

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from megazero.base import UserError, read_bytes, said
+from megazero.base import UserError, checked, loads, read_bytes, said
 from megazero.data.tokenizer_base import (
     END_OF_TEXT,
     USUAL_ENDS,
@@ -124,6 +124,7 @@ class GPT2BPETokenizer(_LibraryTokenizer):
         self._vocab = existing("--vocab-file", vocab_file, "GPT-2's vocab.json")
         self._merges = existing("--merge-file", merge_file, "GPT-2's merges.txt")
         try:
+            checked(loads(read_bytes(self._vocab)), {str: range(2**30)})
             inner = library.Tokenizer(library.models.BPE.from_file(str(self._vocab), str(self._merges)))
         except Exception as error:                                     # the library raises bare Exception
             raise UserError(f"--vocab-file {vocab_file} --merge-file {merge_file}: are not a byte-level BPE ({error}); "
@@ -149,6 +150,7 @@ class HuggingFaceTokenizer(_LibraryTokenizer):
             raise UserError(f"--tokenizer-model {tokenizer_model}: has no tokenizer.json; write {other}.")
         self._path = given / "tokenizer.json" if given.is_dir() else given
         try:
+            loads(read_bytes(self._path))                              # the library takes a key that stands twice
             self._adopt(library.Tokenizer.from_file(str(self._path)))
         except Exception as error:                                     # the library raises bare Exception
             raise UserError(f"--tokenizer-model {tokenizer_model}: {self._path.name} is not a Hugging Face tokenizer "
