@@ -1,5 +1,6 @@
 """From the configuration to batches: schedules, files of words, fill in the middle, resets at ends of documents, reading ahead."""
 
+import os
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -64,13 +65,17 @@ def test_files_of_words(tmp_path: Path) -> None:
     eight = sizes(config.from_command_line(["--global-batch-size", "8"]), 1)
     assert read_schedule(str(path), eight) == [(0, ["0.7", "a b", "0.3", "c"]), (800, ["1", "c"])]
     for text, said in (("", "holds no stage"), ("5 a\n", "line 1 should be step 0"), ("0 a\n9 b\n9 c", "line 3 should be a step after 9"),
-                       ("0 a\nx b", "line 2 should be a step after 0"), ("0\n", "line 1 should be step 0")):
+                       ("0 a\nx b", "line 2 should be a step after 0"), ("0\n", "line 1 should be step 0"),
+                       ("0 a\n" + "9" * 5000 + " b", "line 2 should be a step after 0")):
         path.write_text(text)
         with pytest.raises(UserError, match=f"--data-schedule {path}: {said}"):
             read_schedule(str(path), eight)
     (tmp_path / "words").write_text("0.7 a\n0.3 'b c'\n")
     data = config.from_command_line(["--data-args-path", str(tmp_path / "words")]).data
     assert stages_of(data, "train", eight) == (f"--data-args-path {tmp_path / 'words'}", [(0, ["0.7", "a", "0.3", "b c"])], True)
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(UserError, match=r"--data-args-path .*pipe: cannot be read \(is not a regular file\)"):
+        stages_of(config.from_command_line(["--data-args-path", str(tmp_path / "pipe")]).data, "train", eight)
     with pytest.raises(UserError, match="--data-args-path nowhere: cannot be read"):
         stages_of(config.from_command_line(["--data-args-path", "nowhere"]).data, "train", eight)
 

@@ -236,6 +236,12 @@ class Opened:
             self._file.close()
 
 
+def line_of(error: BaseException) -> str:
+    """What an error says, on one line and without what a terminal would obey."""
+    words = " ".join(str(error).split())[:500] or type(error).__name__
+    return "".join(c if c.isprintable() else "?" for c in words)
+
+
 class Damage(Exception):
     """What the reader of a table says of a broken file."""
 

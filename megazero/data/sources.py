@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import orjson
 
 from megazero.base import UserError
-from megazero.data.files import STDIN, Opened, expand, is_damage, suffix_of
+from megazero.data.files import STDIN, Opened, expand, is_damage, line_of, suffix_of
 from megazero.data.tables import Question, TableReader, strings
 
 CHUNK = 1 << 18                 # bytes: a worker's round trip costs nothing, and a few of them keep all workers busy
@@ -117,7 +117,7 @@ def _to_damage(source: Input, last: Place, chunks: Iterator[Chunk]) -> Iterator[
             yield chunk
     except Exception as error:
         if is_damage(error):
-            why = f"is damaged, nothing after this can be read ({' '.join(str(error).split())})"
+            why = f"is damaged, nothing after this can be read ({line_of(error)})"
             yield Chunk(source, last.line, b"", Place(last.source + 1), 0, why)
         elif isinstance(error, OSError):
             raise UserError(f"--input {source.path}: cannot be read ({error.strerror}).") from None

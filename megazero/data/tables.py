@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import orjson
 
 from megazero.base import UserError
-from megazero.data.files import Damage, Opened, library
+from megazero.data.files import Damage, Opened, library, line_of
 
 MEMORY = 1 << 32                # bytes that the process may take: a page or batch that needs more is told
 ROWS = 1 << 10                  # of a batch at most: a few bytes may stand for millions of equal texts
@@ -120,7 +120,7 @@ def _told(error: Exception) -> Exception:
         return error
     if isinstance(error, MemoryError):
         return Damage(f"it needs more than {MEMORY:,} bytes of memory")
-    return Damage(" ".join(str(error).split())[:500] or type(error).__name__)
+    return Damage(line_of(error))
 
 
 def _read(question: Question) -> Iterator[Rows]:
@@ -193,7 +193,7 @@ def _texts(batch: Any, keys: Sequence[str], longest: int) -> list[dict[str, list
                 for row in zip(*columns, strict=True)]
     except (ValueError, TypeError, ArithmeticError, LookupError, NotImplementedError) as error:
         if batch.num_rows == 1:
-            return [" ".join(str(error).split())[:500]]
+            return [line_of(error)]
         return [text for i in range(batch.num_rows) for text in _texts(batch.slice(i, 1), keys, longest)]
 
 

@@ -23,7 +23,7 @@ from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
-from megazero.base import UserError, load
+from megazero.base import UserError, load, said
 
 T = TypeVar("T")
 LONGEST = 2**24             # bytes of a configuration file
@@ -147,7 +147,7 @@ def read_file(path: Path, options: Mapping[str, Option], elsewhere: Mapping[str,
         if name is None:
             hint = (elsewhere or {}).get(key.replace("_", "-"))
             errors.append(f"--config {path}: {key} {hint}." if hint else
-                          f"--config {path}: no such key {key!r}{nearest(key.replace('-', '_'), names)}.")
+                          f"--config {path}: no such key {said(key)}{nearest(key.replace('-', '_'), names)}.")
         elif name in values:
             errors.append(f"--config {path}: {key!r} is given twice; keep one.")
         elif name == "config":
@@ -158,7 +158,7 @@ def read_file(path: Path, options: Mapping[str, Option], elsewhere: Mapping[str,
             try:
                 values[name] = _typed(options[name], value)
             except ValueError as error:
-                errors.append(f"--config {path}: {key} = {value!r}: {error}.")
+                errors.append(f"--config {path}: {key} = {said(value)}: {error}.")
     if errors:
         raise UserError(*errors)
     return values
