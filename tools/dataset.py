@@ -128,7 +128,7 @@ def inspect(s: Inspect) -> None:
 
 def listed(sources: list[object]) -> str:
     """The first few, and how many there are."""
-    return ", ".join(map(str, sources[:5])) + (f", ... {len(sources):,} in all" if len(sources) > 5 else "")
+    return ", ".join(map(repr, sources[:5])) + (f", ... {len(sources):,} in all" if len(sources) > 5 else "")
 
 
 def stats(s: Stats) -> None:
