@@ -1,5 +1,7 @@
 """Attention and rotary positions. [b, s, n, d]: samples, tokens, heads of this rank, channels of a head."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 
@@ -83,6 +85,24 @@ def _stretched(frequency: Tensor, factor: float, low: float, high: float, origin
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotates channel j of the first half with channel j of the second:
     x [b, s, n, d], cos and sin [b or 1, s, 1, r / 2], r <= d."""
+    return _Rotate.apply(x, cos, sin)
+
+
+class _Rotate(torch.autograd.Function):
+    """Backward turns back: autograd's own would fill a tensor of x's size for each slice of it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        ctx.save_for_backward(cos, sin)
+        return _turned(x, cos, sin)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        cos, sin = ctx.saved_tensors
+        return _turned(dy.contiguous(), cos, -sin), None, None
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     half = cos.shape[-1]
     a, b, rest = x[..., :half], x[..., half:2 * half], x[..., 2 * half:]
-    return torch.cat((a * cos - b * sin, b * cos + a * sin, rest), -1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin, *([rest] if rest.shape[-1] else [])), -1)

@@ -9,6 +9,7 @@ Activations between parts are [t / tp, h]. Which units a part reads is said by a
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -35,6 +36,13 @@ class Batch:
     documents: Tensor | None = None     # [b, s]; None: the whole sample is one document
 
 
+class Shared(NamedTuple):
+    """What all layers of a pass over a micro-batch share."""
+
+    mask: Tensor | None                 # [b or 1, 1, s, s]: hides tokens from each other; None where kernels know it
+    angles: tuple[Tensor, ...]          # cos and sin, [b or 1, s, 1, r / 2]
+
+
 class Decoder:
     """The parts of an architecture over its units, or those of one rank's stages.
     Holds no tensors of its own but the rotary table."""
@@ -46,7 +54,7 @@ class Decoder:
         self.a, self.units, self.group, self.seed, self.recompute = a, units, group, seed, recompute
         self.dtype = next(iter(units.values())).weight_slice.dtype
         self.rotary = rotary_table(a.rotary, a.seq_length, self.dtype, device) if a.rotary else None
-        self.hidden: tuple[Batch, Tensor] | None = None         # of the last pass: what its layers share
+        self.last: tuple[Batch, Shared] | None = None           # of the last pass
         own = range(a.layers + 2) if own is None else own
         self.parts = {i: Block(self, i - 1) if i else Embedding(self) for i in own if i <= a.layers}
         self.head = Head(self, chunk) if a.layers + 1 in own else None
@@ -75,14 +83,22 @@ class Decoder:
         """[b, s] -> [t / tp]: this rank's share of the tokens."""
         return self.padded(per_token.flatten()).chunk(self.group.size)[self.group.rank]
 
+    def shared(self, batch: Batch) -> "Shared":
+        """Made once for all layers of a pass."""
+        if self.last is None or self.last[0] is not batch:
+            self.last = batch, Shared(self.mask(batch), self.angles(batch))
+        return self.last[1]
+
     def mask(self, batch: Batch) -> Tensor | None:
-        """What hides tokens from each other, made once for all layers; None where kernels know it."""
         if batch.documents is None and not self.drops(batch):
             return None
-        if self.hidden is None or self.hidden[0] is not batch:
-            at = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)[None]
-            self.hidden = batch, hiding(at, batch.documents, self.dtype)
-        return self.hidden[1]
+        at = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)[None]
+        return hiding(at, batch.documents, self.dtype)
+
+    def angles(self, batch: Batch) -> tuple[Tensor, ...]:
+        s = batch.tokens.shape[1]
+        return tuple((t[None, :s] if batch.positions is None else t[batch.positions])[:, :, None]
+                     for t in self.rotary or ())
 
     def drops(self, batch: Batch) -> bool:
         """Are attention weights dropped?"""
@@ -133,16 +149,15 @@ class Block:
         return x + self.d.dropped(self.mlp(x), batch, f"{self.name}.mlp")
 
     def attention(self, x: Tensor, batch: Batch) -> Tensor:
-        a, (b, s) = self.d.a, batch.tokens.shape
-        # [b, s, n + 2 n_kv, d]
-        qkv = self.column(x, self.norm, self.qkv, self.qkv_bias)[:b * s].view(b, s, -1, a.head_dim)
+        a, (b, s), shared = self.d.a, batch.tokens.shape, self.d.shared(batch)
+        y = self.column(x, self.norm, self.qkv, self.qkv_bias)
+        qkv = (y if len(y) == b * s else y[:b * s]).view(b, s, -1, a.head_dim)          # [b, s, n + 2 n_kv, d]
         q, k, v = qkv.split([shard.box.size[0] // a.head_dim for shard in self.qkv.logical], dim=2)
         if self.qk_norm:
             q, k = self.qk_norm[0](q), self.qk_norm[1](k)
-        if self.d.rotary:
-            cos, sin = (t[None, :s] if batch.positions is None else t[batch.positions] for t in self.d.rotary)
-            q, k = rotate(q, cos[:, :, None], sin[:, :, None]), rotate(k, cos[:, :, None], sin[:, :, None])
-        y = attention(q, k, v, self.d.mask(batch), Alone(), self.attention_dropout(q, batch))
+        if shared.angles:
+            q, k = rotate(q, *shared.angles), rotate(k, *shared.angles)
+        y = attention(q, k, v, shared.mask, Alone(), self.attention_dropout(q, batch))
         return row(self.d.padded(y.reshape(b * s, -1)), self.o, self.o_bias, self.d.group)
 
     def attention_dropout(self, q: Tensor, batch: Batch) -> Tensor | None:
@@ -206,8 +221,26 @@ class Head:
 
 def swiglu(x: Tensor) -> Tensor:
     """silu(gate) x up, for [t, 2 o] of gate and up side by side (Shazeer 2020)."""
-    gate, up = x.chunk(2, -1)
-    return F.silu(gate) * up
+    return _Swiglu.apply(x)
+
+
+class _Swiglu(torch.autograd.Function):
+    """It keeps x alone: silu(gate) is made again in backward, and both gradients are written side by side."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x)
+        gate, up = x.chunk(2, -1)
+        return F.silu(gate) * up
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        dx = torch.empty_like(x)
+        (gate, up), (dgate, dup) = x.chunk(2, -1), dx.chunk(2, -1)
+        torch.mul(dy, F.silu(gate), out=dup)
+        torch.ops.aten.silu_backward.grad_input(dy * up, gate, grad_input=dgate)
+        return dx
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {

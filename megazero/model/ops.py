@@ -144,19 +144,25 @@ def rms_norm(x: Tensor, weight: Weight, epsilon: float) -> Tensor:
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Weight, epsilon: float) -> Tensor:
-        wide = x.to(statistics(x.dtype))
-        rstd = wide.square().mean(-1, keepdim=True).add_(epsilon).rsqrt_()
+        if x.is_cuda:
+            y, rstd = torch.ops.aten._fused_rms_norm(x, x.shape[-1:], weight.value, epsilon)
+        else:
+            wide = x.to(statistics(x.dtype))
+            rstd = wide.square().mean(-1, keepdim=True).add_(epsilon).rsqrt_()
+            y = (wide * rstd).to(x.dtype) * weight.value
         ctx.save_for_backward(x, rstd)
         ctx.weight = weight
-        return (wide * rstd).to(x.dtype) * weight.value
+        return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, rstd = ctx.saved_tensors
-        normal = x.to(rstd.dtype) * rstd
-        wide = dy.to(rstd.dtype)
-        ctx.weight.add((wide * normal).flatten(0, -2).sum(0))
-        scaled = wide * ctx.weight.value
+        normal = x * rstd                                       # in fp32 or wider, as what is added up over tokens
+        ctx.weight.add((dy * normal).flatten(0, -2).sum(0))
+        if x.is_cuda:
+            dx, _ = torch.ops.aten._fused_rms_norm_backward(dy, x, x.shape[-1:], rstd, ctx.weight.value, [True, False])
+            return dx, None, None
+        scaled = dy.to(rstd.dtype) * ctx.weight.value
         dx = scaled.sub_(normal.mul_((scaled * normal).mean(-1, keepdim=True))).mul_(rstd)
         return dx.to(x.dtype), None, None
 

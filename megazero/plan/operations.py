@@ -48,8 +48,7 @@ class Micro(NamedTuple):
 @dataclass(frozen=True)
 class Operation:
     """A row. Bytes are of one micro-batch on one rank, tensor by tensor, so that one which two operations keep counts
-    once. A batch's own tensors, the mask that all layers share, the rotary table and vectors without tokens are not in
-    them.
+    once. A batch's own tensors, what all layers share (mask, angles) and vectors without tokens are not in them.
 
     weights   the operands it reads
     flops     forward, per token: 2 for each weight of a product
@@ -131,8 +130,7 @@ def _embedding(a: Architecture, m: Micro, w: Mapping[str, Operand]) -> tuple[Ope
 def _block(a: Architecture, m: Micro, w: Mapping[str, Operand], layer: str) -> tuple[Operation, ...]:
     at, mlp, again = f"{layer}.attention", f"{layer}.mlp", m.recompute == "selective"
     up, inner = (m.tokens * n * m.width for n in (w[f"{mlp}.up.weight"].shape[0], w[f"{mlp}.down.weight"].shape[1]))
-    # relu2 squares its relu's result; swiglu's product needs both factors, of which gate lies in what went in
-    needs = {"relu2": {"relu": inner}, "swiglu": {"up": up, "silu": inner}}.get(a.activation, {"up": up})
+    needs = {"relu": inner} if a.activation == "relu2" else {"up": up}          # relu2 squares its relu's result
     activation = {"activation": inner}
     return (
         *_column(a, m, w, f"{at}.norm", f"{at}.qkv", "input"),
@@ -170,7 +168,6 @@ def _attention(a: Architecture, m: Micro, w: Mapping[str, Operand], at: str) -> 
     norms = [Operation(f"{at}.{n}_norm", *_reads(w, f"{at}.{n}_norm"),
                        kept=together | _statistics(a, m, f"{n}_norm", m.real * size // d))
              for n, size in (("q", q), ("k", k)) if a.qk_norm]
-    angles = {"cos, sin": real * a.rotary.channels} if a.rotary and m.positions else {}     # looked up for each token
     turned = a.rotary or a.qk_norm
     views = {"q": {"q": real * q} if turned else together, "k": {"k": real * k} if turned else together, "v": together}
     repeated, out = q != k, {"attention": real * q}
@@ -188,7 +185,7 @@ def _attention(a: Architecture, m: Micro, w: Mapping[str, Operand], at: str) -> 
             views["k"] | views["v"])
         kept = views["q"] | fewer | out | {"logsumexp": m.real * q // d * m.wide}
     x = {"padded attention": m.tokens * q * m.width} if m.tokens > m.real else out
-    return [*norms, *([Operation(f"{at}.rotary", kept=angles)] if a.rotary else []),
+    return [*norms, *([Operation(f"{at}.rotary")] if a.rotary else []),
             Operation(f"{at}.attention", flops=2 * a.heads * d * a.seq_length, kept=kept),
             _row(a, m, w, f"{at}.o", x, x)]
 
