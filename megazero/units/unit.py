@@ -237,6 +237,18 @@ class Unit:
         return lambda: None
 
 
+@torch.library.custom_op("megazero::add_wide", mutates_args={"grad"})
+def add_wide(grad: Tensor, dy: Tensor, x: Tensor, keep: int) -> None:
+    """grad = keep x grad + dyT x on CUDA, for a product of half precision that is added up in fp32. An operation of its
+    own, since torch's with `out_dtype` and `out` is known to no tracer."""
+    torch.addmm(grad, dy.T, x, beta=keep, out_dtype=grad.dtype, out=grad)
+
+
+@add_wide.register_fake
+def _(grad: Tensor, dy: Tensor, x: Tensor, keep: int) -> None:
+    return None
+
+
 @dataclass(frozen=True)
 class Weight:
     """A handle: one operand of one unit. Cheap to hold across forward and backward; holds no tensor."""
@@ -280,7 +292,7 @@ class Weight:
         if grad.dtype == dy.dtype:
             grad.addmm_(dy.T, x, beta=keep)
         elif dy.is_cuda:
-            torch.addmm(grad, dy.T, x, beta=keep, out_dtype=grad.dtype, out=grad)
+            add_wide(grad, dy, x, keep)
         else:
             self._merge(dy.T @ x, keep)
 
