@@ -12,6 +12,7 @@ from megazero.model import decoder
 from megazero.model.attention import attention, hiding, rotary_table
 from megazero.model.decoder import Batch
 from megazero.plan import architecture
+from megazero.plan.architecture import Rotary
 from megazero.plan.cost import memory
 from megazero.plan.rules import RULES
 from megazero.run.executor import Turn
@@ -181,6 +182,16 @@ def test_norms_add_up_their_gradients_in_fp32(shape: str, dtype: str) -> None:
     bias = run.decoder.maybe("layers.0.mlp.norm.bias")
     for got, exact in ((gain.grad, want.sum(0)), *([(bias.grad, dy.double().sum(0))] if bias else [])):
         assert (got - exact).norm() < 1e-6 * exact.norm()
+
+
+@pytest.mark.parametrize("scaling", [None, (8.0, 1.0, 4.0, 8192)])
+def test_the_rotary_table_is_rounded_once(scaling: tuple[float, float, float, int] | None) -> None:
+    """From angles in fp64 in every precision: in fp32 the angle of position 20,000 would be off by up to 1e-3."""
+    rotary = Rotary(5e5, 128, scaling)
+    exact = rotary_table(rotary, 20_001, torch.float64, torch.device("cpu"))
+    for dtype in (torch.float32, torch.bfloat16):
+        found = rotary_table(rotary, 20_001, dtype, torch.device("cpu"))
+        assert all(torch.equal(a, b.to(dtype)) for a, b in zip(found, exact, strict=True))
 
 
 def test_padded_rows_of_the_vocabulary_stay_zero() -> None:

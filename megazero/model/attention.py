@@ -66,13 +66,13 @@ def attention_keep(stream: int, samples: Tensor, heads: range, all_heads: int, s
 
 
 def rotary_table(rotary: Rotary, length: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos and sin of positions 0 .. length - 1, each [length, channels / 2]; angles in fp32, or fp64 for fp64."""
-    wide = torch.float64 if dtype == torch.float64 else torch.float32
-    frequency = rotary.base ** -(torch.arange(0, rotary.channels, 2, dtype=wide, device=device) / rotary.channels)
+    """cos and sin of positions 0 .. length - 1, each [length, channels / 2]: angles in fp64 on the host, so that all
+    devices have the same."""
+    frequency = rotary.base ** -(torch.arange(0, rotary.channels, 2, dtype=torch.float64) / rotary.channels)
     if rotary.scaling:
         frequency = _stretched(frequency, *rotary.scaling)
-    angle = torch.arange(length, dtype=wide, device=device)[:, None] * frequency
-    return angle.cos().to(dtype), angle.sin().to(dtype)
+    angle = torch.arange(length, dtype=torch.float64)[:, None] * frequency
+    return angle.cos().to(dtype).to(device), angle.sin().to(dtype).to(device)
 
 
 def _stretched(frequency: Tensor, factor: float, low: float, high: float, original: int) -> Tensor:
