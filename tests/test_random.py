@@ -1,6 +1,7 @@
 """Weights and masks are pure functions of what they are for."""
 
 import random
+import threading
 from math import prod
 
 import pytest
@@ -57,3 +58,17 @@ def test_masks_keep_the_right_share_and_any_part_equals_the_whole() -> None:
 GOLDEN_KEY = 331772723599245670489987034036270451816
 GOLDEN_NORMAL = [0.6470040983287175, 0.22225285820296278, 0.38673760091463055, -0.26046470461372484]
 GOLDEN_MASK = ["101111111111010111111010", "100011111101111001110111"]
+
+
+def test_weights_are_drawn_on_all_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two draws at once, or the barrier breaks; and the bits are those of one thread."""
+    meeting, plain, seen = threading.Barrier(2, timeout=20), source.normal, []
+    for count in (1, 2):
+        monkeypatch.setattr(source, "cores", lambda count=count: count)
+        monkeypatch.setattr(source, "normal", lambda *x, count=count: (count == 2 and meeting.wait(), plain(*x))[1])
+        seen.append(torch.empty(4 * source.CHUNK))
+        fill_normal(seen[-1], key(3), (4 * source.CHUNK,), Box((0,), (4 * source.CHUNK,)), 0.5, 2.0)
+    assert torch.equal(*seen)
+    monkeypatch.undo()
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "100000")
+    assert source.cores() == 1

@@ -7,7 +7,9 @@ instead, keyed by (seed, step, layer, site), with the row (sample and token) and
 """
 
 import hashlib
+import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from math import prod
 
 import numpy as np
@@ -15,7 +17,8 @@ import torch
 
 from megazero.plan import Box, Shape
 
-CHUNK = 1 << 17                     # words drawn at a time: keeps the working set of a draw near 5 MB, in cache
+# Words drawn at a time by a thread: they stay in its cache, and torch, which shares out more than that, does not.
+CHUNK = 1 << 15
 
 
 def key(*parts: object) -> int:
@@ -42,19 +45,27 @@ def normal(stream: int, start: int, count: int) -> torch.Tensor:
 def fill_normal(out: torch.Tensor, stream: int, full: Shape, box: Box, mean: float, std: float) -> None:
     """Fills `out` (any dtype, contiguous, `box.numel` elements) with box `box` of a normal tensor of shape `full`.
 
-    Costs about the size of the box. Draws happen in float64 and are cast once.
+    Costs about the size of the box, on all cores. Draws happen in float64 and are cast once.
     """
-    flat, at = out.view(-1), 0
-    for start, count, stride, rows in _runs(full, box):
+    def draw(to: torch.Tensor, start: int, count: int, stride: int, rows: int) -> None:
         if count * 6 < stride:                                  # narrow columns: short runs are cheaper than whole rows
             for row in range(rows):
-                flat[at + row * count:at + (row + 1) * count] = (
-                    normal(stream, start + row * stride, count).mul_(std).add_(mean))
+                to[row] = normal(stream, start + row * stride, count).mul_(std).add_(mean)
         else:
             drawn = normal(stream, start, (rows - 1) * stride + count)
-            flat[at:at + rows * count].view(rows, count).copy_(
-                drawn.as_strided((rows, count), (stride, 1)).mul_(std).add_(mean))
-        at += rows * count
+            to.copy_(drawn.as_strided((rows, count), (stride, 1)).mul_(std).add_(mean))
+
+    runs = list(_runs(full, box))
+    parts = out.view(-1).split([count * rows for _, count, _, rows in runs])
+    with ThreadPoolExecutor(cores()) as threads:
+        for done in [threads.submit(draw, part.view(run[3], run[1]), *run)
+                     for part, run in zip(parts, runs, strict=True)]:
+            done.result()
+
+
+def cores() -> int:
+    """Of this machine, for each of the ranks that run on it."""
+    return max((os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE") or 1), 1)
 
 
 def _runs(full: Shape, box: Box) -> Iterator[tuple[int, int, int, int]]:
