@@ -12,6 +12,7 @@ from torch import nn
 
 from megazero.base.errors import UserError
 from megazero.comm.wires import connect
+from megazero.engine import engine as source
 from megazero.engine.blocks import Submodule
 from megazero.engine.engine import CONSTANT, Engine
 from megazero.plan.mesh import Mesh
@@ -170,6 +171,23 @@ def test_half_precision() -> None:
     assert in_dtype("bf16")[0] == pytest.approx(exact, abs=0.01)
     assert in_dtype("fp16", 2.0**10)[0] == pytest.approx(exact, abs=0.01)
     assert in_dtype("fp16", 2.0**40) == ([], 2.0 ** (40 - STEPS + 1))
+
+
+def test_a_verdict_is_read_when_the_next_step_is_under_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The host waits for a step's verdict only when the device has all of the next one to do; where the loss scale moves, its forward
+    pass."""
+    for scale, want in ((CONSTANT, "forward judge forward judge read forward judge read"),
+                        (LossScale(2.0, 1.0, 1000, 1, False), "forward judge forward read judge forward read judge")):
+        e, done = engine(Row()), []
+        e.scale, judge = scale, e.gate.judge
+        monkeypatch.setattr(e.gate, "judge", lambda ruling, done=done, judge=judge: (done.append("judge"), judge(ruling))[1])
+        monkeypatch.setattr(source, "later", lambda figures, done=done: lambda: (done.append("read"), figures.tolist())[1])
+        for step in range(3):
+            mean = loss(e, data(step))
+            done.append("forward")
+            e.backward(mean)
+            e.step()
+        assert " ".join(done) == want
 
 
 def test_mistakes_are_told() -> None:

@@ -64,9 +64,11 @@ def test_a_bad_step_changes_nothing_on_the_device() -> None:
     assert all(torch.equal(a, b) for a, b in zip(before, (b for u in run.units.values() for b in (u.weights, *kept(run, u).values())), strict=True))
 
 
+@pytest.mark.parametrize("shape", ["gpt2", "llama"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
-def test_resume_is_bitwise_on_the_device(dtype: str, tmp_path: Path) -> None:
-    words = f"{TINY} --dtype {dtype} --device cuda"
+def test_resume_is_bitwise_on_the_device(dtype: str, shape: str, tmp_path: Path) -> None:
+    """Of 512 tokens, so that kernels share out sums among blocks of threads."""
+    words = f"{TINY} {SHAPES[shape]} --seq-length 512 --micro-batch-size 4 --dtype {dtype} --device cuda"
     train(f"{words} --save {tmp_path / 'a'}")
     train(f"{words} --save {tmp_path / 'b'} --exit-interval 3")
     train(f"{words} --save {tmp_path / 'b'} --load {tmp_path / 'b'}")
@@ -86,6 +88,20 @@ def test_steady_state_allocates_nothing_new(level: int) -> None:
         step.start()
     torch.cuda.synchronize()
     assert torch.cuda.memory_stats()["num_device_alloc"] == reserved
+
+
+@pytest.mark.parametrize("level", [0, 3])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+def test_no_step_waits_for_the_device(dtype: str, level: int) -> None:
+    """torch refuses whatever would make the host wait; an event that is waited for, as for the last verdict, it does not see."""
+    step = stepping(built(f"{TINY} {SHAPES['llama']} --dtype {dtype} --micro-batch-size 2 --global-batch-size 4 --zero-stage {level}", "cuda"))
+    step.start()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            step.start()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.mark.parametrize("row", [

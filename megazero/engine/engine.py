@@ -137,7 +137,8 @@ class Engine:
             raise UserError(f"backward: this step has had its {self.sums.micro_batches} micro-batches; "
                             "call step(), or raise accumulation.")
         self._check()
-        self._settle()
+        if not self.scale.constant:                             # else nothing depends on what became of the last step
+            self._settle()
         self.ruling.tell("loss", loss.detach())
         self.ruling.tell("tokens", torch.ones_like(loss.detach()))       # each loss counts as one
         self.in_backward = True
@@ -165,6 +166,7 @@ class Engine:
         self._do([*self.sums.reductions.finish(), *self.ending])
         verdict, self.ruling = self.ruling.verdict, Ruling()
         assert verdict is not None, "the ending judges"
+        self._settle()
         self.found_inf = later(verdict.found_inf.view(1))
         self.sums.begin()
         self.steps += 1
@@ -187,8 +189,8 @@ class Engine:
         return self.sums.micro_batches * self.wires.mesh.dp
 
     def _settle(self) -> None:
-        """Reads the last step's verdict, when the next step is well under way:
-        tells of a skipped one, moves the loss scale."""
+        """Reads the last step's verdict, when the next step is under way (its forward pass where the loss scale moves,
+        all of it where not): tells of a skipped one, moves the loss scale."""
         if self.found_inf is None:
             return
         finite = self.found_inf() == [0]
