@@ -1,6 +1,7 @@
 """Sizes that follow from a configuration, against published ones and formulas."""
 
 import pytest
+import torch
 from support import SHAPES, TINY, built, resolved
 
 from megazero.plan.architecture import parameter_count
@@ -11,6 +12,7 @@ from megazero.plan.operations import flops_per_token
 from megazero.plan.plan import Plan, resolve
 from megazero.plan.show import describe
 from megazero.plan.sizes import ranks_asked, sizes
+from megazero.run import metrics
 from megazero.settings import config
 from megazero.settings.config import PRESETS
 from megazero.units.random import key
@@ -88,12 +90,23 @@ def test_a_plan_is_that_of_its_sizes() -> None:
 
 @pytest.mark.parametrize("name, dtype, peak, memory", [
     ("NVIDIA H100 80GB HBM3", "bf16", 989e12, 80), ("NVIDIA H100 PCIe", "bf16", 756e12, 80), ("NVIDIA H100 NVL", "fp32", 60e12, 94),
-    ("NVIDIA H200", "fp16", 989e12, 141), ("NVIDIA A100-SXM4-40GB", "fp32", 19.5e12, 40), ("NVIDIA A100 80GB PCIe", "bf16", 312e12, 80),
+    ("NVIDIA H200", "fp16", 989e12, 141), ("NVIDIA H200 NVL", "bf16", 835e12, 141), ("NVIDIA H20", "bf16", 148e12, 96), ("NVIDIA H800", "bf16", 989e12, 80),
+    ("NVIDIA B200", "bf16", 2250e12, 180), ("NVIDIA GB200", "bf16", 2500e12, 186), ("NVIDIA GH200 480GB", "bf16", 989e12, 96),
+    ("NVIDIA L40S", "bf16", 362e12, 48), ("NVIDIA GeForce RTX 4090", "fp32", 82.6e12, 24), ("NVIDIA A100-SXM4-80GB", "bf16", 312e12, 80), ("NVIDIA A100-SXM4-40GB", "fp32", 19.5e12, 40), ("NVIDIA A100 80GB PCIe", "bf16", 312e12, 80),
 ])
 def test_devices_are_found_by_the_name_that_cuda_tells(name: str, dtype: str, peak: float, memory: int) -> None:
     device = device_of(name)
     assert device is not None and (device.peaks[dtype], device.memory) == (peak, memory * 10**9)
-    assert device_of("NVIDIA GeForce RTX 4090") is None and all(set(d.peaks) == {"bf16", "fp16", "fp32"} for d in DEVICES)
+    assert all(set(d.peaks) == {"bf16", "fp16", "fp32"} for d in DEVICES)
+
+
+def test_parts_of_devices_and_those_that_are_only_called_alike_are_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", "NVIDIA A100-SXM4-40GB MIG 3g.20gb", "NVIDIA GeForce RTX 4090 Laptop GPU", "NVIDIA GeForce RTX 4090 D", "Tesla T4"):
+        assert device_of(name) is None, name
+    monkeypatch.setattr(metrics, "seconds_of", lambda do, device: (do(), 1e-3)[1])
+    monkeypatch.setitem(metrics.SIZES, "cpu", (2, 4, 8))
+    assert metrics.measured_peak(torch.device("cpu"), torch.float32, 0.0) == 2 * 2**3 / 1e-3
+    assert metrics.measured_peak(torch.device("cpu"), torch.float32, 0.05) == 2 * 8**3 / 1e-3 and metrics.SIZES["cuda"][-1] == 8192
 
 
 def test_a_plan_is_pure_and_checks_report_everything_at_once() -> None:
