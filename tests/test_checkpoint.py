@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -121,9 +122,11 @@ def test_a_run_that_is_set_back_moves_later_checkpoints_aside(tmp_path: Path, ca
     assert [s for s, _ in complete(tmp_path)] == [1, 2, 3, 4, 5], "and goes on as ever"
 
 
-def test_background_writing_saves_the_same(tmp_path: Path) -> None:
+def test_background_writing_saves_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train(f"{TINY} --save {tmp_path / 'a'} --save-interval 1")
     train(f"{TINY} --save {tmp_path / 'b'} --save-interval 1 --async-save")
+    told = capsys.readouterr().out
+    assert len(re.findall(r"a/step-\d+ \(\d+\.\d s\)", told)) == len(re.findall(r"b/step-\d+ \(\d+\.\d s, the rest in the background\)", told)) == 5
     for (step, a), (_, b) in zip(complete(tmp_path / "a"), complete(tmp_path / "b"), strict=True):
         one, two = Reader(a), Reader(b)
         assert all(torch.equal(one.read(*key), two.read(*key)) for key in one.tensors), step

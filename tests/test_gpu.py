@@ -11,7 +11,7 @@ from test_parity import Row, compare
 
 from megazero.model.decoder import Batch
 from megazero.plan.rules import RULES
-from megazero.state.checkpoint import Reader
+from megazero.state.checkpoint import Reader, complete
 
 pytestmark = pytest.mark.gpu
 
@@ -74,6 +74,15 @@ def test_resume_is_bitwise_on_the_device(dtype: str, shape: str, tmp_path: Path)
     train(f"{words} --save {tmp_path / 'b'} --load {tmp_path / 'b'}")
     one, two = Reader(tmp_path / "a"), Reader(tmp_path / "b")
     assert all(torch.equal(one.read(*key), two.read(*key)) for key in one.tensors)
+
+
+def test_background_saves_of_the_device_are_the_same(tmp_path: Path) -> None:
+    """Through pinned memory that the next save uses again."""
+    for name, flag in (("a", ""), ("b", "--async-save")):
+        train(f"{TINY} --bf16 --device cuda --save-interval 1 --save {tmp_path / name} {flag}")
+    for (_, a), (_, b) in zip(complete(tmp_path / "a"), complete(tmp_path / "b"), strict=True):
+        one, two = Reader(a), Reader(b)
+        assert all(torch.equal(one.read(*key), two.read(*key)) for key in one.tensors)
 
 
 @pytest.mark.parametrize("level", [0, 1, 2, 3])

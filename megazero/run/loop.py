@@ -141,7 +141,8 @@ class Loop:
     def save(self, record: Record) -> None:
         """Saves the run as it is after the last step."""
         self.tell(self.step.settle(last=True))
-        path = record.save(self.step.progress, slices(self.run.units.values(), self.run.updater.state))
-        self.run.say(f"step {self.step.progress.step:,} | saved to {path}"
-                     + (" (writing in the background)" if record.writer.background else ""))
         self.step.lap()
+        path = record.save(self.step.progress, slices(self.run.units.values(), self.run.updater.state))
+        seconds = self.step.lap()
+        beside = ", the rest in the background" if record.writer.background else ""
+        self.run.say(f"step {self.step.progress.step:,} | saved to {path} ({seconds:.1f} s{beside})")
