@@ -8,10 +8,10 @@ ROOT = Path(__file__).resolve().parents[1]
 # Folders are floors, the lowest first, each with its files in order and its budget of lines. A file imports from lower folders, or from
 # files of its own folder that stand before it. A budget is what the folder may grow to before somebody thinks again.
 FLOORS: dict[str, tuple[int, str]] = {
-    "base": (550, "errors text dtypes disk strict lease"),
+    "base": (600, "errors text dtypes disk strict lease"),
     "pipeline": (750, "schedule timeline weighing split"),
     "settings": (750, "command_line config"),
-    "plan": (2800, "rules devices layout mesh sizes progress action sums program verify architecture operations checks plan cost show families"),
+    "plan": (2800, "rules devices layout mesh sizes progress action sums program verify architecture operations checks plan cost families show"),
     "comm": (1150, "group shared gloo nccl fake late rendezvous wires"),
     "units": (750, "random unit gate rules actions"),
     "model": (700, "products ops attention decoder"),
