@@ -15,7 +15,7 @@ FLOORS: dict[str, tuple[int, str]] = {
     "comm": (1150, "group shared gloo nccl fake late rendezvous wires"),
     "units": (750, "random unit gate rules actions"),
     "model": (700, "products ops attention decoder"),
-    "data": (3600, "files indexed order tokenizer_base tokenizer_words tokenizer_tiktoken tokenizers sidecar megatron_order dataset fim splits verify "
+    "data": (3750, "files indexed order tokenizer_base tokenizer_words tokenizer_tiktoken tokenizers sidecar megatron_order dataset fim splits verify "
                    "edit tables sources preprocess"),
     "state": (1200, "tensor_files checkpoint saving merge compare record logs"),
     "hf": (500, "files tokenizer convert"),
