@@ -41,7 +41,7 @@ def join(kind: str, seconds: float, words: str) -> None:
     _gathered(store, rank, world, end, words)
     try:
         dist.init_process_group(kind, store=store, rank=rank, world_size=world, timeout=timedelta(seconds=seconds))
-    except RuntimeError as error:
+    except (RuntimeError, OSError) as error:
         raise unreachable(rank, kind, error) from error
 
 

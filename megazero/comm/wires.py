@@ -72,7 +72,7 @@ def connect(mesh: Mesh, rank: int, backend: str, seconds: float, words: str = ""
         join(kind, seconds, words)
     try:
         groups, channels = _groups(kind, mesh, line), _channels(kind, mesh, line)
-    except RuntimeError as error:
+    except (RuntimeError, OSError) as error:
         raise unreachable(rank, kind, error) from error
     if wrap == "late":
         groups = {axis: Late(group) if group.size > 1 else group for axis, group in groups.items()}
