@@ -16,8 +16,9 @@ from support import SHAPES, TINY, resolved, stepping
 
 from megazero.comm import shared
 from megazero.comm.gloo import Gloo
-from megazero.comm.group import Group
+from megazero.comm.group import Group, Line
 from megazero.comm.late import Late
+from megazero.comm.nccl import Nccl, before_cuda
 from megazero.comm.shared import Memory, supported
 from megazero.comm.wires import connect
 from megazero.plan import architecture
@@ -60,7 +61,12 @@ def test_an_axis_is_a_row_of_the_table() -> None:
 
 
 def joined(backend: str, one_host: bool) -> Group:
-    """All ranks as one group; without `one_host`, as if each were on a host of its own."""
+    """All ranks as one group; without `one_host`, as if each were on a host of its own. `torch`: the class for NCCL, whose calls torch's own
+    gloo knows too; a world of one is made by hand, since `connect` never makes it."""
+    if backend == "torch":
+        dist.init_process_group("gloo")
+        line = Line(int(os.environ["RANK"]), 60)
+        return Nccl("tp", range(int(os.environ["WORLD_SIZE"])), line, dist.group.WORLD, dist.new_group())
     rank, world, meet = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), Memory.meet
     if not one_host:
         Memory.meet = lambda self, cards: False  # type: ignore[method-assign]
@@ -85,8 +91,7 @@ def several(dtype: torch.dtype, backend: str, one_host: bool) -> list[torch.Tens
     return [w.wait() for w in reversed(works)][::-1]
 
 
-@pytest.mark.parametrize("backend", ["gloo", "gloo+late"])
-@pytest.mark.parametrize("world", [2, 3, 4])
+@pytest.mark.parametrize("world, backend", [(world, backend) for backend in ("gloo", "gloo+late") for world in (2, 3, 4)] + [(1, "torch"), (2, "torch")])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("one_host", [True, False], ids=["shared memory", "messages"])
 def test_collectives(world: int, dtype: torch.dtype, backend: str, one_host: bool, pool: Pool) -> None:
@@ -253,3 +258,13 @@ def test_a_lost_rank_is_named_and_nobody_hangs(what: str, who: int, tmp_path: Pa
         assert told.count("error: ") == 0, told
     else:
         assert f"rank {who} {'is gone' if what == 'kill' else 'did not answer within 6 s'} (" in told and " gave up in " in told and " over tp: " in told, told
+
+
+def test_a_pipeline_loads_its_kernels_before_it_waits_for_messages(monkeypatch: pytest.MonkeyPatch) -> None:
+    for pipeline, said, want in ((False, None, None), (True, None, "EAGER"), (True, "LAZY", "LAZY")):
+        monkeypatch.delenv("CUDA_MODULE_LOADING", raising=False)
+        if said:
+            monkeypatch.setenv("CUDA_MODULE_LOADING", said)
+        before_cuda(pipeline)
+        assert os.environ.get("CUDA_MODULE_LOADING") == want
+    monkeypatch.undo()

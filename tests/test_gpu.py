@@ -5,10 +5,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from pool import Pool
 from support import SHAPES, TINY, batches, built, fed, gradients, kept, named, stepping, train
 from test_parity import Row, compare
 
+from megazero.comm.group import Line
+from megazero.comm.nccl import Nccl, urgent
 from megazero.model.decoder import Batch
 from megazero.plan.rules import RULES
 from megazero.state.checkpoint import Reader, complete
@@ -111,6 +114,22 @@ def test_no_step_waits_for_the_device(dtype: str, level: int) -> None:
             step.start()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_nccl_in_a_world_of_one(dtype: torch.dtype) -> None:
+    """By hand: a group of one never comes here otherwise."""
+    device = torch.device("cuda", 0)
+    dist.init_process_group("nccl", store=dist.HashStore(), rank=0, world_size=1, device_id=device, pg_options=urgent())
+    try:
+        assert dist.group.WORLD
+        group, x = Nccl("tp", [0], Line(0, 60), dist.group.WORLD, dist.new_group(pg_options=urgent())), torch.randn(64, 3, device=device).to(dtype)
+        works = [group.all_gather(x), group.reduce_scatter(x.clone()), group.all_reduce(x.clone()), group.all_reduce(x.clone(), "max")]
+        y, z = x.clone(), x.clone()
+        works += [group.all_gather(y, y), group.reduce_scatter(z, z)]
+        assert all(torch.equal(work.wait(), x) for work in works) and group.line.sent["tp"] == 0
+    finally:
+        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("row", [

@@ -1,7 +1,9 @@
 """nccl: torch's own collectives on CUDA."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -10,6 +12,19 @@ from megazero.comm.group import Line, Several, Stuck, Work
 from megazero.plan import all_reduce_bytes
 
 Tensor = torch.Tensor
+
+
+def before_cuda(pipeline: bool) -> None:
+    """To be called before anything asks for a CUDA device. A kernel that is loaded when it is first used waits for all
+    that runs; a receive that was posted ahead runs until its message comes, and that may need the kernel. So in a
+    pipeline all are loaded at the start, unless CUDA_MODULE_LOADING says otherwise."""
+    if pipeline:
+        os.environ.setdefault("CUDA_MODULE_LOADING", "EAGER")
+
+
+def urgent() -> Any:
+    """Options of a communicator whose kernels go before those that compute: they are few, and somebody waits."""
+    return dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
 
 
 @dataclass
@@ -40,9 +55,11 @@ class Nccl(Several):
     gather_call = staticmethod(getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor)
     scatter_call = staticmethod(getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor)
 
-    def __init__(self, axis: str, ranks: Sequence[int], line: Line, process_group: dist.ProcessGroup) -> None:
+    def __init__(self, axis: str, ranks: Sequence[int], line: Line, process_group: dist.ProcessGroup,
+                 gathering: dist.ProcessGroup | None = None) -> None:
+        """`gathering`: a communicator of its own for gathers, which one that works on a sum would hold up."""
         super().__init__(axis, ranks, line)
-        self.process_group = process_group
+        self.process_group, self.gathering = process_group, gathering or process_group
 
     def _name(self, what: str) -> str:
         return f"{what} over {self.axis} with ranks {self.ranks}"
@@ -50,7 +67,7 @@ class Nccl(Several):
     def all_gather(self, x: Tensor, into: Tensor | None = None) -> Work:
         out = x.new_empty(self.size * len(x), *x.shape[1:]) if into is None else into
         self._count(x)
-        work = self.gather_call(out, x.contiguous(), group=self.process_group, async_op=True)
+        work = self.gather_call(out, x.contiguous(), group=self.gathering, async_op=True)
         return Collective(self.line, self._name("all-gather"), work, out)
 
     def reduce_scatter(self, x: Tensor, into: Tensor | None = None) -> Work:

@@ -1,6 +1,6 @@
 """One rank's groups and channels, made once, over the backend that was asked for."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from functools import cached_property
@@ -12,7 +12,7 @@ from megazero.comm.fake import Fake, FakeChannel
 from megazero.comm.gloo import Gloo, GlooChannel
 from megazero.comm.group import Alone, Channel, Group, Line
 from megazero.comm.late import Late, LateChannel
-from megazero.comm.nccl import Nccl, NcclChannel
+from megazero.comm.nccl import Nccl, NcclChannel, urgent
 from megazero.comm.rendezvous import join, unreachable
 from megazero.plan import Coordinates, Mesh
 
@@ -101,10 +101,19 @@ def _make(kind: str, axis: str, ranks: tuple[int, ...], line: Line) -> Group:
     if kind == "fake":
         return Fake(axis, ranks, line) if line.rank in ranks else Alone()
     kind = "gloo" if axis == "saved" else kind
-    process_group = dist.new_group(list(ranks), timeout=timedelta(seconds=line.seconds), backend=kind)
+    process_group = _communicator(kind, ranks, line)
+    # weights of the next pass arrive while gradients of this one are summed
+    gathering = _communicator(kind, ranks, line) if kind == "nccl" and axis == "shard" else None
     if line.rank not in ranks:
         return Alone()
-    return Gloo(axis, ranks, line, process_group) if kind == "gloo" else Nccl(axis, ranks, line, process_group)
+    return (Gloo(axis, ranks, line, process_group) if kind == "gloo" else
+            Nccl(axis, ranks, line, process_group, gathering))
+
+
+def _communicator(kind: str, ranks: Sequence[int], line: Line) -> dist.ProcessGroup:
+    """Every rank of the world must call this, in the same order. NCCL makes its connections at the first use."""
+    return dist.new_group(list(ranks), timeout=timedelta(seconds=line.seconds), backend=kind,
+                          pg_options=urgent() if kind == "nccl" else None)
 
 
 def _channels(kind: str, mesh: Mesh, line: Line) -> dict[tuple[str, str], Channel]:
@@ -113,8 +122,7 @@ def _channels(kind: str, mesh: Mesh, line: Line) -> dict[tuple[str, str], Channe
     made: dict[tuple[str, str], Channel] = {}
     for way, pairs in (("F", mesh.channels()), ("B", [(b, a) for a, b in mesh.channels()])):
         for sender, receiver in pairs:
-            group = None if kind == "fake" else dist.new_group(
-                [sender, receiver], timeout=timedelta(seconds=line.seconds), backend=kind)
+            group = None if kind == "fake" else _communicator(kind, (sender, receiver), line)
             if kind == "nccl" and group is not None and line.rank in (sender, receiver):
                 _greet(sender, receiver, line.rank, group)
             for end, who in (("send", sender), ("recv", receiver)):

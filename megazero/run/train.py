@@ -16,7 +16,7 @@ from typing import NoReturn
 import torch
 
 from megazero.base import Lease, UserError, gib, say
-from megazero.comm import Stuck, Wires, connect, environment, leave_with_launcher, say_each, say_first
+from megazero.comm import Stuck, Wires, before_cuda, connect, environment, leave_with_launcher, say_each, say_first
 from megazero.data import Tokenizer, configured_tokenizer
 from megazero.hf import outlook
 from megazero.plan import Plan, Progress, checks, describe, flops_per_token, loss_scale, memory, ranks_asked, written
@@ -63,6 +63,7 @@ def main(config: Config) -> None:
     errors = checks(config, world)
     if errors:
         raise UserError(*errors)
+    before_cuda(config.parallel.pipeline_model_parallel_size > 1)
     device = choose_device(config)
     tokenizer = configured_tokenizer(config)
     plan = Plan.of(config, world, max(tokenizer.vocab_size if tokenizer else 0, config.data.vocab_size or 0),
