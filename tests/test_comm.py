@@ -261,10 +261,10 @@ def test_a_lost_rank_is_named_and_nobody_hangs(what: str, who: int, tmp_path: Pa
 
 
 def test_a_pipeline_loads_its_kernels_before_it_waits_for_messages(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_MODULE_LOADING", "")               # so that what it was comes back
     for pipeline, said, want in ((False, None, None), (True, None, "EAGER"), (True, "LAZY", "LAZY")):
         monkeypatch.delenv("CUDA_MODULE_LOADING", raising=False)
         if said:
             monkeypatch.setenv("CUDA_MODULE_LOADING", said)
         before_cuda(pipeline)
         assert os.environ.get("CUDA_MODULE_LOADING") == want
-    monkeypatch.undo()

@@ -6,14 +6,16 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from support import TINY, built, byte_dataset, gradients, load, named, python_source, stepping, train
+from support import TINY, built, byte_dataset, gradients, load, named, python_source, resolved, stepping, train
 from test_step import close, expected
 
 from megazero.base.errors import UserError
 from megazero.data.dataset import open_split
 from megazero.data.indexed import IndexedWriter
 from megazero.model.decoder import Batch
+from megazero.plan.cost import memory
 from megazero.plan.progress import LossScale
+from megazero.run import train as program
 from megazero.state.checkpoint import Reader
 
 BYTES = "--num-layers 1 --hidden-size 32 --num-attention-heads 2 --seq-length 24 --lr 1e-2 --tokenizer-type ByteTokenizer --dtype fp64"
@@ -155,3 +157,16 @@ def test_a_learning_rate_that_jumps_is_told(tmp_path: Path, capsys: pytest.Captu
     rate = train(f"{words} --train-iters 8", tmp_path / "log")[0]["lr"]
     told = capsys.readouterr().out
     assert f"changed     the learning rate of step 5 would have been 0.000e+00, is {rate:.3e}\n" in told and rate > 0, told
+
+
+@pytest.mark.parametrize("words, world, talks", [("", 1, 0), ("--tp 2", 2, 2), ("--dp 2 --zero-stage 1", 2, 3), ("--pp 2", 2, 3)])
+def test_there_is_room_for_all_that_lives_and_for_what_nccl_takes(words: str, world: int, talks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """To the byte: activations too, and on a device the buffers of each group: `world` and its axes, those of weights twice, channels."""
+    plan = resolved(f"{TINY} --bf16 --untie-embeddings-and-output-weights {words}", world)
+    for kind, more in (("cuda", talks * program.NCCL), ("cpu", 0)):
+        needed = sum(memory(plan, 0).values()) + more
+        monkeypatch.setattr(program, "memory_of", lambda device, needed=needed: needed)
+        program.room(plan, 0, torch.device(kind))
+        monkeypatch.setattr(program, "memory_of", lambda device, needed=needed: needed - 1)
+        with pytest.raises(UserError, match="weights, gradients, optimizer and activations take"):
+            program.room(plan, 0, torch.device(kind))

@@ -30,6 +30,8 @@ from megazero.settings import Config, flatten
 from megazero.state import Reader, Record, Writer, about, changed, complete, jumps, restore, resumed, set_aside, unfit
 from megazero.units import TORCH_DTYPE
 
+NCCL = 128 << 20        # bytes of a communicator's buffers, about: nobody has measured them here
+
 
 def launch(config: Callable[[], Config]) -> NoReturn:
     """Runs the program on this rank. A mistake or a failure is told once, by the rank that met it first;
@@ -170,19 +172,28 @@ def leased(config: Config, rank: int) -> Iterator[dict[Path, Lease]]:
 
 
 def room(plan: Plan, rank: int, device: torch.device) -> None:
-    """Raises UserError if what must be held by the ranks that share this rank's memory is more than there is."""
+    """Raises UserError if what must be held by the ranks that share this rank's memory is more than there is. What
+    operations need while they run comes on top."""
     first, count = rank - int(os.environ.get("LOCAL_RANK") or 0), int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
     ranks = range(first, first + count) if device.type == "cpu" else (rank,)
-    exact = sum(n for r in ranks for what, n in memory(plan, r).items() if what not in ("activations", "logits"))
+    needed = sum(n for r in ranks for n in memory(plan, r).values())
+    needed += NCCL * communicators(plan, rank) if device.type == "cuda" else 0
     there = memory_of(device)
-    if exact > there:
+    if needed > there:
         more = "more machines" if device.type == "cpu" else "share it among more ranks with --tp, --pp or --zero-stage"
         p = plan.config.parallel
         more += ", or layers evenly with --pipeline-split even" if plan.pp > 1 and p.pipeline_split == "flops" else ""
         raise UserError(f"--hidden-size {plan.architecture.hidden}, --num-layers {plan.architecture.layers}: weights, "
-                        f"gradients and optimizer take {gib(exact)} for {len(ranks)} "
+                        f"gradients, optimizer and activations take {gib(needed)} for {len(ranks)} "
                         f"rank{'s' if len(ranks) > 1 else ''}, this {device.type} has {gib(there)}; choose a smaller "
-                        f"model, or {more}.")
+                        f"model or --micro-batch-size, or {more}.")
+
+
+def communicators(plan: Plan, rank: int) -> int:
+    """How many of NCCL a rank takes part in (comm/wires.py)."""
+    own = [axis for axis, rows in plan.mesh.groups().items() for ranks in rows
+           if axis != "saved" and rank in ranks and len(ranks) > 1]
+    return len(own) + own.count("shard") + 2 * sum(rank in pair for pair in plan.mesh.channels())
 
 
 def place(config: Config, reader: Reader | None) -> Progress:
@@ -251,9 +262,9 @@ def writable(folder: Path) -> bool:
 
 
 def memory_of(device: torch.device) -> int:
-    """Bytes of memory of a CUDA device, or of this machine."""
+    """Bytes of memory that are free on a CUDA device, or that this machine has."""
     if device.type == "cuda":
-        return torch.cuda.get_device_properties(device).total_memory
+        return torch.cuda.mem_get_info(device)[0]
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
