@@ -2,13 +2,17 @@
 numbers. Autograd's engine asks for a real device, so each operation's backward pass is called by hand, right behind its forward pass."""
 
 import inspect
+import json
+import runpy
+import sys
 from contextlib import nullcontext
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from support import SHAPES, TINY, batches, resolved
+from support import ROOT, SHAPES, TINY, batches, resolved
 from torch._subclasses import FakeTensorMode
 
 from megazero.comm.group import placed, same
@@ -64,3 +68,11 @@ def test_one_view_of_one_storage_is_known_without_a_device() -> None:
             x = torch.zeros(4, 4)
             assert same(x, x.view(4, 4)) and placed(x, x[:]).shape == x.shape
             assert not any(same(x, y) for y in (x.clone(), x[:2], x.T, x[1:], x.view(2, 8)))
+
+
+def test_the_first_minutes_on_a_device_run_at_toy_size(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--toy", "--device", "cpu", "--out", str(tmp_path / "figures.json")])
+    runpy.run_path(str(ROOT / "benchmarks/gpu.py"), run_name="__main__")
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert list(figures) == ["ceilings", "parts", "waits", "profile", "steps"] and not any("failed" in f for f in figures.values()), figures
+    assert figures["parts"]["toy"].keys() >= {"norm", "attention", "mlp", "head"} and 4 < figures["steps"]["toy"]["loss"] < 5
