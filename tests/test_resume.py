@@ -53,7 +53,7 @@ def test_a_killed_run_forgets_what_it_had_not_saved(tmp_path: Path) -> None:
     newest = complete(tmp_path / "ck")[-1][1]
     (newest / "index.json").unlink()                            # as if killed before step 8 was saved
     with (tmp_path / "log" / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 9, "loss": 1.2')                   # torn by the kill
+        file.write('{"step": 1e999}\n{"step": [1]}\n' + "[" * 100_000 + '\n{"step": 9, "loss": 1.2')      # the last torn by the kill
     train(words, tmp_path / "log")
     train(words.replace("ck", "whole"), tmp_path / "log2")
     same(tmp_path / "whole", tmp_path / "ck")

@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from megazero.base import say
+from megazero.base import checked, loads, say
 
 Encode = Callable[[Mapping[str, Any]], bytes]
 WAITING = 1_000_000         # records that may wait; older ones are lost
@@ -131,6 +131,6 @@ def continued(path: Path, resumed: int) -> None:
 def step_of(line: bytes) -> float:
     """The step of a line of metrics.jsonl; infinity for one that was torn when its run was killed."""
     try:
-        return int(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError):
+        return int(checked(loads(line, infinite=True), {"step": range(2**53)})["step"])
+    except ValueError:
         return float("inf")

@@ -69,7 +69,7 @@ def use(folder: Path) -> dict[str, Any]:
     assert all(torch.equal(again.read(*key).view(torch.uint8), found["/".join(key)].view(torch.uint8)) for key in reader.shapes)
     text = "".join(p.read_text(errors="replace") for p in out.rglob("*") if p.is_file() and p.suffix != ".safetensors")
     assert SECRET not in text and not [p for p in out.rglob("*") if p.is_symlink()], "what lies beside is copied"
-    logits(build_from_checkpoint(reader, longest=8), torch.arange(6).view(2, 3))
+    logits(build_from_checkpoint(reader, longest=8), torch.arange(2 * min(3, reader.architecture.seq_length)).view(2, -1))
     return found
 
 
