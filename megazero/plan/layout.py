@@ -9,13 +9,13 @@ of a unit (a transformer block, an embedding) lie in one `Flat` buffer:
             ^ 0 matrices, then tables                      ^ vectors                              ^ size
 """
 
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import product
 from math import ceil, prod
 from typing import NamedTuple
+
+import numpy as np
 
 from megazero.plan.rules import GROUPS
 
@@ -53,14 +53,19 @@ def intersect(a: Box, b: Box) -> Box | None:
             if all(o < h for o, h in zip(low, high, strict=True)) else None)
 
 
-def tiles(shape: Shape, parts: Iterable[Box]) -> bool:
-    """Do these boxes hold each element of the tensor exactly once? In time linear in their number: the corners of a
-    box, with signs that alternate along each edge, say all of it, and corners of boxes side by side cancel."""
-    left: Counter[Shape] = Counter()
-    for sign, box in ((-1, Box((0,) * len(shape), shape)), *((1, box) for box in parts)):
-        for corner in product(*(((o, 1), (o + n, -1)) for o, n in zip(box.offset, box.size, strict=True))):
-            left[tuple(at for at, _ in corner)] += sign * prod(s for _, s in corner)
-    return not any(left.values())
+def tiles(shape: Shape, parts: Sequence[Box]) -> bool:
+    """Do these boxes, each inside the tensor, hold every element exactly once? Hardly more than linear in their number:
+    corners of a box, with signs that alternate along each edge, say all of it, and those of boxes side by side cancel.
+    """
+    low = np.array([(0,) * len(shape), *(p.offset for p in parts)], np.int64)
+    high = low + np.array([shape, *(p.size for p in parts)], np.int64)
+    corners, signs, stride = np.zeros(len(low), np.int64), np.array([-1] + [1] * len(parts)), 1
+    for d in np.flatnonzero((high - low != shape).any(0)):      # dimensions that are cut
+        times = len(corners) // len(low)
+        corners = np.concatenate([corners + stride * np.tile(edge[:, d], times) for edge in (low, high)])
+        signs, stride = np.concatenate([signs, -signs]), stride * (shape[d] + 1)
+    _, place = np.unique(corners, return_inverse=True)
+    return not np.bincount(place, signs).any()
 
 
 def boxes(shape: Shape, start: int, stop: int) -> Iterator[Box]:

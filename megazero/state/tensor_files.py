@@ -27,7 +27,7 @@ RowSums = Mapping[str, list[int]]          # tensor -> the checksums of its runs
 CODES: dict[torch.dtype, str] = {getattr(torch, d.torch): d.code for d in DTYPES.values()}
 OF_CODE = {code: dtype for dtype, code in CODES.items()}
 RUN = 2**20                             # bytes that share a checksum, unless one row is longer
-LONGEST, DIMENSIONS = 10**8, 8          # of a header (bytes, as in the library) and of a shape
+LONGEST, DIMENSIONS = 10**8, 6          # of a header (bytes, as in the library) and of a shape
 ENTRY: Form = {"dtype": re.compile(r"\w{1,20}"), "shape": [range(2**62)], "data_offsets": [range(2**62)]}
 # what a file may hold, ours or not
 READABLE = OF_CODE | {
