@@ -181,9 +181,9 @@ def test_only_the_same_command_goes_on(tmp_path: Path, small_steps: None) -> Non
         preprocess(settings(tmp_path))
     told = json.loads(kept)
     for change, said in {"place=[0, 0]": "place is not a file, a byte and a line", "place=[9, 0, 1]": r"its place is \(9, 0, 1\) of [0-9]+ files", "place=[0, -1, 1]": "from 0",
-                         "seconds=-1": "after -1 s", "bytes='x'": "bytes is 'x', not a whole number", "written={}": "it tells of nothing, not of text, note",
+                         "seconds=-1": "after -1 s", "bytes='x'": "bytes is 'x', not a whole number", "written={}": r"it tells of \[\], not of \['text', 'note'\]",
                          "written={k: [1, 2, 3, [1, 2]] for k in ('text', 'note')}": "2 checksums for 3 tokens of text",
-                         "written={'text': [1]}": "written.text is not three counts", "finished=0": "finished is 0, not true or false"}.items():
+                         "written={'text': [1]}": "written.'text' is not three counts", "finished=0": "finished is 0, not true or false"}.items():
         key, _, value = change.partition("=")
         note.write_text(json.dumps({**told, key: eval(value)}))
         with pytest.raises(UserError, match=f"d.progress.json: is damaged .*{said}.*; remove it to begin again"):

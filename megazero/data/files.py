@@ -286,7 +286,10 @@ class RemoteFile:
         """Raises OSError."""
         self.path = path
         self._fs, self._there = system(path)
-        self.size = int(self._fs.size(self._there))
+        size = self._fs.size(self._there)
+        if size is None:
+            raise OSError(errno.EINVAL, "its server does not tell how long it is")
+        self.size = int(size)
 
     def read(self, at: int, count: int) -> bytes:
         return self._fs.cat_file(self._there, at, at + count)

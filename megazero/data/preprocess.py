@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from tqdm import tqdm
 
-from megazero.base import Form, UserError, load, write_json
+from megazero.base import Form, UserError, load, said, write_json
 from megazero.data.files import STDIN, size_of, stamp_of
 from megazero.data.indexed import COUNT, CRC, SUMMED, IndexedWriter, Written, alone, best_dtype
 from megazero.data.sidecar import MANY, read_sidecar, sums
@@ -345,7 +345,7 @@ def _state(told: Mapping[str, Any]) -> State:
         raise ValueError("place is not a file, a byte and a line")
     strange = [key for key, entry in told["written"].items() if [*map(type, entry)] != [int, int, int, list]]
     if strange:
-        raise ValueError(f"written.{strange[0]} is not three counts and a list of checksums")
+        raise ValueError(f"written.{said(strange[0])} is not three counts and a list of checksums")
     written = {key: Written(d, s, t, tuple(sums)) for key, (d, s, t, sums) in told["written"].items()}
     return State(Place(*told["place"]), told["skipped"], told["bytes"], told["seconds"], told["finished"], written)
 
@@ -356,7 +356,7 @@ def _fits(state: State, keys: Sequence[str], sources: int, width: int) -> None:
     if state.seconds < 0 or state.place.source > sources or state.place.line < 1:
         raise ValueError(f"its place is {tuple(state.place)} of {sources} files after {state.seconds} s")
     if state.written.keys() != set(keys):
-        raise ValueError(f"it tells of {', '.join(state.written) or 'nothing'}, not of {', '.join(keys)}")
+        raise ValueError(f"it tells of {said(list(state.written))}, not of {said(list(keys))}")
     for key, written in state.written.items():
         if len(written.sums) != -(-written.tokens * width // SUMMED):
             raise ValueError(f"it has {len(written.sums)} checksums for {written.tokens} tokens of {key}")

@@ -4,6 +4,7 @@ import bz2
 import gzip
 import json
 import lzma
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from fuzz.support import accident, bent, cases, hunt, spoiled
+from fuzz.support import accident, bent, cases, forged, hunt, spoiled
 from megazero.base.errors import UserError
 from megazero.data import sources
 from megazero.data.indexed import IndexedDataset
@@ -85,6 +86,40 @@ def test_inputs(count: int, good: Path, tmp_path: Path, monkeypatch: pytest.Monk
         return sum(not set(texts) <= found for texts in TEXTS.values()) <= 2 and not any(len(text) > 2**19 for text in found)
 
     hunt("input", count, good, tmp_path, damage, use, right)
+
+
+# ---- what an unfinished run leaves
+
+@cases(60, 600)
+def test_notes(count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+    """A run goes on from its note to the bytes of one that was never stopped, or says why not; at worst verify tells."""
+    module, words = sys.modules["megazero.data.preprocess"], [{"text": f"line {i} " + "é" * (i % 5)} for i in range(200)]
+    (tmp_path / "in.jsonl").write_text("\n".join(json.dumps(word) for word in words))
+    for name, value in {"CHUNK": 256, "SAVE_SECONDS": 0.0}.items():
+        monkeypatch.setattr(module, name, value)
+    monkeypatch.setattr(sources, "CHUNK", 256)
+    monkeypatch.setattr("os.fsync", lambda _: None)
+
+    def use(folder: Path) -> tuple[list[str], list[bytes]]:
+        report, = preprocess(PreprocessSettings((str(tmp_path / "in.jsonl"),), str(folder / "d"), "ByteTokenizer"))
+        return list(problems(report.prefix)), [Path(report.prefix + end).read_bytes() for end in (".bin", ".idx")]
+
+    expected, batches = use(tmp_path / "whole"), iter(range(9))
+    with monkeypatch.context() as stop, pytest.raises(StopIteration):
+        stop.setattr(module, "_report_skipped", lambda *_: next(batches))
+        use(tmp_path / "good")
+    assert expected[0] == [] and (tmp_path / "good" / "d.progress.json").exists()
+
+    def damage(rng: Random, folder: Path) -> str:
+        note = folder / "d.progress.json"
+        if rng.random() < 0.3:
+            return accident(rng, folder)
+        told = json.loads(note.read_text())
+        found, what = forged(rng, told) if rng.random() < 0.7 else spoiled(rng, told)
+        note.write_bytes(found if isinstance(found, bytes) else json.dumps(found).encode())
+        return what
+
+    hunt("note", count, tmp_path / "good", tmp_path, damage, use, lambda found: bool(found[0]) or found == expected)
 
 
 # ---- tables
