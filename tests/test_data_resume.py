@@ -180,6 +180,10 @@ def test_only_the_same_command_goes_on(tmp_path: Path, small_steps: None) -> Non
     with pytest.raises(UserError, match="d.progress.json: is damaged .*; remove it to begin again"):
         preprocess(settings(tmp_path))
     told = json.loads(kept)
+    note.write_text(kept.replace('"finished": false', '"finished": true'))
+    with pytest.raises(UserError, match=r"d.progress.json: is damaged \(its checksum is of other words\)"):
+        preprocess(settings(tmp_path))
+    del told["sum"]
     for change, said in {"place=[0, 0]": "place is not a file, a byte and a line", "place=[9, 0, 1]": r"its place is \(9, 0, 1\) of [0-9]+ files", "place=[0, -1, 1]": "from 0",
                          "seconds=-1": "after -1 s", "bytes='x'": "bytes is 'x', not a whole number", "written={}": r"it tells of \[\], not of \['text', 'note'\]",
                          "written={k: [1, 2, 3, [1, 2]] for k in ('text', 'note')}": "2 checksums for 3 tokens of text",

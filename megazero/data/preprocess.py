@@ -18,6 +18,7 @@ import os
 import sys
 import threading
 import time
+import zlib
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -41,7 +42,7 @@ from megazero.settings import option
 
 SAVE_SECONDS = 10.0
 NOTE: Form = {"job": str, "place": [COUNT], "skipped": COUNT, "bytes": COUNT, "seconds": float, "finished": bool,
-              "written": {str: [(COUNT, [CRC])]}}
+              "written": {str: [(COUNT, [CRC])]}, "sum?": CRC}      # without a sum it is of a version before
 
 
 @dataclass(frozen=True)
@@ -319,13 +320,20 @@ def _job(settings: PreprocessSettings, tokenizer: Tokenizer, sources: Sequence[I
 
 
 def _write_note(path: Path, job: str, state: State) -> None:
-    write_json(Path(path), {"job": job, **asdict(state)})
+    words = {"job": job, **asdict(state)}
+    write_json(path, words | {"sum": _sum(words)})
+
+
+def _sum(words: Mapping[str, Any]) -> int:
+    return zlib.crc32(json.dumps(words).encode())
 
 
 def _read_note(path: Path, job: str, keys: Sequence[str], sources: int, width: int) -> State:
     """Where an earlier run of this command ended. Raises UserError when the note is of another command."""
     try:
         told = load(path, NOTE)
+        if told.pop("sum", None) not in (None, _sum(told)):
+            raise ValueError("its checksum is of other words")
         same, state = told["job"] == job, _state(told)
         if same:
             _fits(state, keys, sources, width)
