@@ -206,6 +206,26 @@ def test_the_first_and_the_largest_difference_of_checkpoints_are_named(
     assert call("checkpoint.py", "diff", tmp_path / "bent-weights", saved["one"])[0] == 1
 
 
+def test_rounding_of_a_bias_on_k_is_not_the_largest_difference(tmp_path: Path) -> None:
+    """Two orders of the same sums. Next to itself that bias is all wrong, beside q and v it is nothing; bent for real, it is the largest."""
+    words = ("--num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 24 --vocab-size 101 --lr 1e-2 --mock-data --train-iters 4 "
+             "--eval-iters 0 --dtype fp64 --global-batch-size 8")
+    for size in (8, 2):
+        train(f"{words} --micro-batch-size {size} --save {tmp_path / str(size)}")
+    one, two = (Reader(tmp_path / str(size)) for size in (8, 2))
+    found = list(compare.checkpoints(one, two))
+    noise = [d for d in found if ".k.bias" in d.where]
+    assert len(noise) == 6 and all(d.rounding and "which rounding explains" in str(d) for d in noise)
+    assert all(d.far < 1e-9 for d in found) and not any(".k.bias" in line for line in compare.summary(found))
+    assert not list(compare.checkpoints(one, two, tolerance=1e-9))
+    name = "layers.1.attention.k.bias"
+    q = float(one.read("weight", "layers.1.attention.q.bias").abs().max())
+    bent = Reader(changed(two, tmp_path / "bent", "weight", name, {(3,): q / 10}))
+    worst = max(compare.checkpoints(one, bent), key=lambda d: (not d.rounding, d.far))
+    assert worst.where.startswith(f"weight/{name}") and not worst.rounding and 0.001 < worst.far <= 0.1
+    assert [d.where for d in compare.checkpoints(one, bent, tolerance=1e-9)] == [f"weight/{name} [3]"]
+
+
 def test_the_first_difference_of_logs_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     words = f"{SIZES} --data-path {byte_dataset(tmp_path)} --tokenizer-type ByteTokenizer --split 50,50,0 --eval-interval 2 --eval-iters 1".replace(
         "--mock-data --train-iters 1 --eval-iters 0", "--train-iters 5").replace("--vocab-size 101", "")

@@ -47,8 +47,8 @@ class Diff:
 
     a: str = option(help="folder of checkpoints, or of one", unit="dir", word=True)
     b: str = option(help="the other", unit="dir", word=True)
-    tolerance: float = option(0.0, "distance that counts as equal, as a part of a tensor's largest element",
-                              unit="fraction")
+    tolerance: float = option(0.0, "distance that counts as equal, as a part of the largest element of a tensor (of a "
+                              "vector: or of its like in the same operation)", unit="fraction")
 
 
 def inspect(s: Inspect) -> None:

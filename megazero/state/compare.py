@@ -13,29 +13,32 @@ import torch
 
 from megazero.base import Form, UserError, checked, loads, printable, read_bytes
 from megazero.state.checkpoint import Reader
-from megazero.state.merge import in_order
+from megazero.state.merge import Key, in_order
 
 Tensor = torch.Tensor
 LONGEST = 2**31                         # bytes of a log
 LINE: Form = {"step": range(2**53), "split?": re.compile(r"[\w -~]{1,200}")}
 # of a log: no two runs agree on them
 TIMES = {"seconds", "tokens_per_second", "tflops_per_device", "mfu", "memory_bytes"}
+ROUNDINGS = 8               # of the largest element: what sums in another order may come to
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A place, what stands there on both sides, and how far apart that is: relative to the larger value or the tensor's
-    largest element; infinity where there is nothing to measure."""
+    """A place, what stands there on both sides, and how far apart that is: relative to the larger value or the size of
+    the tensor; infinity where there is nothing to measure. `rounding`: sums in another order explain as much."""
 
     where: str
     a: Any
     b: Any
     far: float = math.inf
     more: str = ""
+    rounding: bool = False
 
     def __str__(self) -> str:
         far = f", {self.far:.3g} of the larger" if self.far < math.inf else ""
-        return f"{self.where}: {shown(self.a)} against {shown(self.b)}{far}{self.more}"
+        rounding = ", which rounding explains" if self.rounding else ""
+        return f"{self.where}: {shown(self.a)} against {shown(self.b)}{far}{self.more}{rounding}"
 
 
 def shown(value: Any) -> str:
@@ -112,24 +115,49 @@ def checkpoints(a: Reader, b: Reader, tolerance: float = 0.0) -> Iterator[Differ
         elif left != right:
             yield Difference(where, f"shape {list(left)}", f"shape {list(right)}")
         else:
-            yield from tensors(where, a.read(*which), b.read(*which), tolerance)
+            mine, other = a.read(*which), b.read(*which)
+            if not torch.equal(mine, other):
+                yield from tensors(where, mine, other, tolerance, _beside(a, b, which), _is_rounding(a, b, which))
 
 
-def tensors(where: str, a: Tensor, b: Tensor, tolerance: float) -> Iterator[Difference]:
-    """At most one difference: the first element that differs, how many do, and the largest distance."""
-    if torch.equal(a, b):
-        return
+def _beside(a: Reader, b: Reader, which: Key) -> float:
+    """The largest element of the vectors of the same operation and kind. One of them can be nothing but rounding
+    (softmax does not feel a bias on k), and next to itself it would look all wrong."""
+    kind, name = which
+    of, sort = name.rsplit(".", 2)[0], name.rsplit(".", 1)[1]
+    like = [n for k, n in a.shapes if k == kind and n.rsplit(".", 2)[0] == of and n.rsplit(".", 1)[1] == sort
+            and len(a.shapes[k, n]) == len(a.shapes[which]) == 1]
+    return max((_largest(r.read(kind, n)) for n in like for r in (a, b) if (kind, n) in r.shapes), default=0.0)
+
+
+def _is_rounding(a: Reader, b: Reader, which: Key) -> bool:
+    """Are a vector's gradients, by its moments, no more than rounding beside those of its like? An adaptive optimizer
+    makes steps of them all the same."""
+    moments = [(kind, which[1]) for kind in a.kinds & b.kinds - {"weight"}]
+    return any(0 < _largest(r.read(*m)) <= ROUNDINGS * torch.finfo(r.dtype(*m)).eps * _beside(a, b, m)
+               for m in moments if m in a.shapes and m in b.shapes for r in (a, b))
+
+
+def _largest(t: Tensor) -> float:
+    return float(t.abs().nan_to_num(0, 0, 0).max())
+
+
+def tensors(where: str, a: Tensor, b: Tensor, tolerance: float, beside: float,
+            noise: bool = False) -> Iterator[Difference]:
+    """At most one difference: the first element that differs, how many do, and the largest distance, relative to the
+    largest element of the tensor, or `beside` it. Of `noise` rounding explains more than of a sum: its square root."""
     apart = torch.sub(a, b.double()).abs_()
     apart[(a == b) | (a.isnan() & b.isnan())] = 0               # of two infinities too
     apart[apart.isnan()] = math.inf
-    largest = max(float(t.abs().nan_to_num(0, 0, 0).max()) for t in (a, b))
-    wrong = apart > tolerance * largest
-    count = int(wrong.count_nonzero())
+    size = max(_largest(a), _largest(b), beside)
+    wrong = apart > tolerance * size
+    count, far = int(wrong.count_nonzero()), float(apart.max()) / size if size else math.inf
+    eps = torch.finfo(a.dtype).eps
     if count:
         first = [int(i) for i in torch.unravel_index(wrong.flatten().byte().argmax(), wrong.shape)]
-        far = float(apart.max()) / largest if largest else math.inf
         yield Difference(f"{where} {first}", a[tuple(first)].item(), b[tuple(first)].item(), far,
-                         f" at most, {count:,} of {a.numel():,} elements")
+                         f" at most, {count:,} of {a.numel():,} elements",
+                         far <= (math.sqrt(eps) if noise else ROUNDINGS * eps))
 
 
 # ---- either
@@ -168,7 +196,11 @@ def summary(found: Iterable[Difference], most: int = 5) -> list[str]:
     every = list(found)
     if not every:
         return []
-    largest = sorted(every[1:], key=lambda d: -d.far)[:most]
+    largest = sorted(every[1:], key=lambda d: (d.rounding, -d.far))[:most]
     return [f"first difference   {every[0]}",
             *(f"{'then, the largest' if i == 0 else '':<18} {d}" for i, d in enumerate(largest)),
-            f"{len(every):,} difference{'s' if len(every) > 1 else ''}"]
+            f"{len(every):,} difference{'s' if len(every) > 1 else ''}" + _explained(sum(d.rounding for d in every))]
+
+
+def _explained(count: int) -> str:
+    return f", {count:,} of which rounding explains" if count else ""
