@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import re
+import shlex
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,9 +16,11 @@ import torch
 from support import tool, train
 
 from megazero.base.errors import UserError
+from megazero.data.splits import configured_tokenizer
 from megazero.data.tokenizers import Tokenizer, load_tokenizer, same_tokenizer
 from megazero.hf.convert import export_folder, import_folder
 from megazero.hf.tokenizer import HARD
+from megazero.settings.config import from_command_line
 from megazero.state.checkpoint import Reader
 
 transformers = pytest.importorskip("transformers", reason="exports are tested against transformers, which is not installed")
@@ -165,7 +168,10 @@ def test_a_check_says_before_training_whether_the_tokenizer_can_be_exported(tmp_
         assert f"tokenizer   {said}\n" in capsys.readouterr().out
 
 
-def test_bytes_and_tiktokens_ids_in_transformers(tmp_path: Path) -> None:
+def test_bytes_and_tiktokens_ids_in_transformers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """And what an import prints to go on with makes the same tokenizer again."""
     pytest.importorskip("tiktoken")
     pieces = [*(bytes([b]) for b in range(256)), b"he", b"ll", b"hell", b"hello", b" w", b" wo", b"rl", b"rld", b"  ", b"    ", b"\n\n"]
     (tmp_path / "t.tiktoken").write_bytes(b"".join(base64.b64encode(piece) + b" %d\n" % rank for rank, piece in enumerate(pieces)))
@@ -182,6 +188,9 @@ def test_bytes_and_tiktokens_ids_in_transformers(tmp_path: Path) -> None:
         ours, theirs, without = exported(kind, flags, folder)
         assert without is None
         assert_same(ours, theirs, [*TEXTS, *DOCS], folder)
+        told = tool(monkeypatch, capsys, "convert_hf.py", "import", "--input", folder / "hf", "--output", folder / "tool")[1]
+        config = from_command_line(shlex.split(told.split("train on with: ")[1]) + ["--mock-data", "--lr", "1", "--train-iters", "1"])
+        assert same_tokenizer(configured_tokenizer(config).identity(), ours.identity())                 # type: ignore[union-attr]
 
 
 def test_a_begin_that_training_never_saw_is_not_put_before_texts(tmp_path: Path) -> None:

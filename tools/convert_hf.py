@@ -1,10 +1,13 @@
 """Checkpoints to Hugging Face folders and back: python tools/convert_hf.py export|import --help"""
 
+import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from megazero.base import DTYPES, Bar
+from megazero.data import Tokenizer, build_tokenizer
 from megazero.hf import export_folder, import_folder
 from megazero.plan import flags, parameter_count
 from megazero.settings import commands, option, run
@@ -46,13 +49,22 @@ def import_(s: Import) -> None:
     print(f"imported {s.input} to {s.output}: {parameter_count(a):,} parameters, {with_}")
     values: dict[str, object] = {"load": s.output, "finetune": True, **flags(a)}
     if tokenizer:
-        values |= {"tokenizer_type": type(tokenizer).__name__,
-                   **{f: f"{s.output}/tokenizer/{name}" for f, name in tokenizer.needs.items()}}
+        values |= tokenizer_flags(tokenizer, f"{s.output}/tokenizer")
         values["vocab_size"] = a.vocab_size if a.vocab_size > tokenizer.vocab_size else False
         if a.vocab_size < tokenizer.vocab_size:
             print(f"its tokenizer has {tokenizer.vocab_size:,} ids, its weights {a.vocab_size:,}: it can be exported "
                   "and sampled from, but to train on, give it a tokenizer without the ids that were added")
     print(f"train on with: {command(values)}")
+
+
+def tokenizer_flags(tokenizer: Tokenizer, folder: str) -> dict[str, object]:
+    """Those that make the same tokenizer of the files in the folder."""
+    files: dict[str, Any] = {flag: f"{folder}/{name}" for flag, name in tokenizer.needs.items()}
+    kind, specials = type(tokenizer).__name__, tokenizer.special_tokens
+    plain = build_tokenizer(kind, **files, special_tokens=specials)
+    end = "" if tokenizer.eod in (None, plain.eod) else tokenizer.decode([tokenizer.eod or 0])
+    return {"tokenizer_type": kind, **files, "special_tokens": shlex.join(specials) or False,
+            "eod_token": shlex.quote(end) if end else False}
 
 
 def command(values: dict[str, object]) -> str:
