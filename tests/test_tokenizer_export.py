@@ -134,6 +134,7 @@ def test_what_cannot_be_said_is_a_sentence_and_no_file(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Pieces of one score that no order of merges can tell apart, a model of words, characters: the weights are exported all the same."""
+    pytest.importorskip("tiktoken")
     flags = sentencepiece_model(tmp_path / "t.model", **MODELS["bpe"])
 
     def one_score(model: Any) -> None:
@@ -142,10 +143,14 @@ def test_what_cannot_be_said_is_a_sentence_and_no_file(
 
     patched(tmp_path / "t.model", one_score)
     (tmp_path / "letters.json").write_text(json.dumps([" ", "a"]))
+    (tmp_path / "tekken.json").write_text(json.dumps({                   # (?P<n>) is a name to tiktoken alone
+        "config": {"pattern": r"(?P<n>\p{L})|[\s\S]", "default_vocab_size": 259, "default_num_special_tokens": 3},
+        "vocab": [{"rank": i, "token_bytes": base64.b64encode(bytes([i])).decode()} for i in range(256)]}))
     words = sentencepiece_model(tmp_path / "w.model", model_type="word", hard_vocab_limit=False)
     for i, (kind, given, said) in enumerate([
         ("SentencePieceTokenizer", flags, r"SentencePieceTokenizer: '.{1,20}' is \[.*\] here and would be \[.*\] in transformers; no tokenizer was written"),
         ("SentencePieceTokenizer", words, "a tokenizer.json cannot say what a model of whole words"),
+        ("TiktokenTokenizer", f"--tokenizer-model {tmp_path / 'tekken.json'}", "the library behind transformers does not take it"),
         ("CharTokenizer", f"--tokenizer-model {tmp_path / 'letters.json'}", "a tokenizer.json cannot say what a CharTokenizer does"),
     ]):
         folder = tmp_path / str(i)

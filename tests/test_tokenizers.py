@@ -89,6 +89,16 @@ def test_llama2_begins_every_text() -> None:
     assert (tokenizer.vocab_size, tokenizer.eod) == (1000, plain.eos_id()) and tokenizer.decode(tokenizer.encode("hello world")) == "hello world"
 
 
+def test_a_model_without_a_begin_of_text_is_no_llama2(tmp_path: Path) -> None:
+    import sentencepiece
+    with (tmp_path / "t.model").open("wb") as file:
+        sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(["hello world"] * 9), model_writer=file, vocab_size=20, model_type="bpe",
+                                                 hard_vocab_limit=False, bos_id=-1, minloglevel=2)
+    assert build_tokenizer("SentencePieceTokenizer", str(tmp_path / "t.model")).bos is None
+    with pytest.raises(UserError, match="t.model: has no begin of text, .* write --tokenizer-type SentencePieceTokenizer"):
+        build_tokenizer("Llama2Tokenizer", str(tmp_path / "t.model"))
+
+
 PIECES = [bytes([b]) for b in range(256)] + [b"he", b"ll", b"hell", b"hello", b" w", b" wo", b"rl", b"rld"]
 
 

@@ -25,11 +25,12 @@ UNIGRAM, BPE, WORD, CHAR = range(1, 5)                                  # types 
 NEVER = -1e9                            # the score of a piece that no text becomes
 
 
-def tokenizer_words(model: Words, **others: Any) -> Words:
+def tokenizer_words(model: Words, *, decoder: Words, pre_tokenizer: Words | None, normalizer: Words | None = None,
+                    post_processor: Words | None = None, added_tokens: Sequence[Words] = ()) -> Words:
     """The content of a tokenizer.json."""
-    parts = ("normalizer", "pre_tokenizer", "post_processor", "decoder")
-    return {"version": "1.0", "truncation": None, "padding": None, "added_tokens": others.get("added_tokens", []),
-            **{part: others.get(part) for part in parts}, "model": model}
+    return {"version": "1.0", "truncation": None, "padding": None, "added_tokens": list(added_tokens),
+            "normalizer": normalizer, "pre_tokenizer": pre_tokenizer, "post_processor": post_processor,
+            "decoder": decoder, "model": model}
 
 
 def bpe_words(vocab: Mapping[str, int], merges: Sequence[tuple[str, str]], **others: Any) -> Words:
@@ -78,8 +79,8 @@ def _letters() -> dict[int, str]:
     return {b: chr(b) for b in plain} | {b: chr(256 + i) for i, b in enumerate(rest)}
 
 
-def sentencepiece_words(file: bytes, begins: bool) -> Words:
-    """A .model file. `begins`: every text begins with its begin of text.
+def sentencepiece_words(file: bytes, bos: int | None) -> Words:
+    """A .model file. `bos`: the id that every text begins with.
     Raises UserError for a model that the library has no words for."""
     from sentencepiece import sentencepiece_model_pb2
     model = sentencepiece_model_pb2.ModelProto()  # type: ignore[attr-defined]
@@ -92,7 +93,7 @@ def sentencepiece_words(file: bytes, begins: bool) -> Words:
         _unigram(model) if model.trainer_spec.model_type == UNIGRAM else _bpe(model, bool(symbols)),
         normalizer={"type": "Sequence", "normalizers": list(_normalizers(model))},
         pre_tokenizer={"type": "Sequence", "pretokenizers": [s for s in splits if s]} if any(splits) else None,
-        post_processor=_begin(model) if begins else None,
+        post_processor=None if bos is None else _begin(bos, model.pieces[bos].piece),
         decoder={"type": "Sequence", "decoders": list(_decoders(model))})
 
 
@@ -136,13 +137,17 @@ def _bpe(model: Any, whole: bool) -> Words:
     scores = {p.piece: p.score for p in model.pieces if p.type == NORMAL}
     return bpe_words({p.piece: i for i, p in enumerate(model.pieces)},
                      merges_of(scores) if model.trainer_spec.model_type == BPE else [],
-                     unk_token=model.pieces[model.trainer_spec.unk_id].piece, fuse_unk=True, ignore_merges=whole,
+                     unk_token=model.pieces[_unknown(model)].piece, fuse_unk=True, ignore_merges=whole,
                      byte_fallback=model.trainer_spec.byte_fallback)
+
+
+def _unknown(model: Any) -> int:
+    return next(i for i, p in enumerate(model.pieces) if p.type == UNKNOWN)
 
 
 def _unigram(model: Any) -> Words:
     scores = [p.score if p.type == NORMAL else 0.0 if p.type == USER else NEVER for p in model.pieces]
-    return {"type": "Unigram", "unk_id": model.trainer_spec.unk_id, "byte_fallback": model.trainer_spec.byte_fallback,
+    return {"type": "Unigram", "unk_id": _unknown(model), "byte_fallback": model.trainer_spec.byte_fallback,
             "vocab": [[p.piece, score] for p, score in zip(model.pieces, scores, strict=True)]}
 
 
@@ -175,9 +180,7 @@ def _made_of_others(model: Any) -> Iterator[tuple[str, str]]:
             yield text, text[0] if first.type == BYTE else parts[0]
 
 
-def _begin(model: Any) -> Words:
-    i = model.trainer_spec.bos_id
-    name = model.pieces[i].piece
+def _begin(i: int, name: str) -> Words:
     bos, text = {"SpecialToken": {"id": name, "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}
     return {"type": "TemplateProcessing", "single": [bos, text],
             "pair": [bos, text, {"Sequence": {"id": "B", "type_id": 1}}],

@@ -59,6 +59,9 @@ class SentencePieceTokenizer(Tokenizer):
         self.vocab_size = self._model.get_piece_size()
         self.eod = self._model.eos_id() if self._model.eos_id() >= 0 else None
         self.bos = self._model.bos_id() if self._begins else None
+        if self.bos == -1:
+            raise UserError(f"--tokenizer-model {tokenizer_model}: has no begin of text, which a Llama2Tokenizer puts "
+                            "before every text; write --tokenizer-type SentencePieceTokenizer.")
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         return self._model.encode(list(texts), num_threads=1, add_bos=self._begins)            # workers are processes
@@ -75,7 +78,7 @@ class SentencePieceTokenizer(Tokenizer):
         return found if found != self._model.unk_id() else None
 
     def words(self) -> dict[str, Any]:
-        return sentencepiece_words(self._path.read_bytes(), self._begins)
+        return sentencepiece_words(self._path.read_bytes(), self.bos)
 
     def files(self) -> dict[str, Path]:
         return {"tokenizer.model": self._path}

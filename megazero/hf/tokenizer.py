@@ -27,12 +27,11 @@ HARD = (
     "\u2581", "\u2581x", "x\u2581", " \u2581 ", "\n", "\n\n", " \n ", "a\n  b", "\n\n\n  x", "\r\n", "a\r\nb", "\t",
     "a\tb", "\t\tx", "x \t y", "\u00a0", "a\u00a0b", "\u3000x", "\u2028", "a\u200bb", "\ufeffx", "a\x00b", "\ufffd",
     "e\u0301", "\u00e9", "\u1ec7", "e\u0323\u0302", "\uff76\uff9e", "\u1112\u1161\u11ab", "ﬁ ① Ａ ～ ™ ½", "日本語 😀",
-    "नमस्ते", "Ünïcödé", "ไทยน้ำ", "한국어", "العربية", "שלום",
-    "\U0001f468\u200d\U0001f469\u200d\U0001f467 \u2764\ufe0f",
-    "<s>", "</s>", "a</s>b", "<unk>", "<pad>", "<0x0A>", "<|endoftext|>", "x<|endoftext|> y",
+    "नमस्ते", "Ünïcödé", "ไทยน้ำ", "한국어", "العربية", "שלום", "\U0001f468\u200d\U0001f469 \u2764\ufe0f", "<s>",
+    "</s>", "a</s>b", "<unk>", "<pad>", "<0x0A>", "<|endoftext|>", "x<|endoftext|> y",
     "1000000.00 + 0000000 = 12345678", "-----", "=" * 40, "|---|---|---|", "....", "!!!!!!!", "hahahahaha", "a" * 25,
-    "def f(x):\n    return  x + 1\n", "  naïve — 漢字 \n\n\tend", "http://x.y/z?a=b#e",
-    "I'll DON'T", *(" " * n + "x" for n in range(4, 40)))
+    "def f(x):\n    return  x + 1\n", "  naïve — 漢字 \n\n\tend", "http://x.y/z?a=b#e", "I'll DON'T",
+    *(" " * n + "x" for n in range(4, 40)))
 
 
 def export_tokenizer(reader: Reader, output: Path, longest: int) -> tuple[Tokenizer | None, str | None]:
@@ -80,7 +79,10 @@ def tried(tokenizer: Tokenizer) -> dict[str, Any]:
     """The content of a tokenizer.json that gives the same ids for every probe. Raises UserError where none does."""
     import tokenizers
     said = tokenizer.words()
-    library = tokenizers.Tokenizer.from_str(json.dumps(said))
+    try:
+        library = tokenizers.Tokenizer.from_str(json.dumps(said))
+    except Exception as error:                                          # the library raises bare Exception
+        raise UserError(f"the library behind transformers does not take it ({error})") from None
     texts = list(probes(tokenizer, library))
     theirs = [e.ids for e in library.encode_batch(texts)]
     cut = list(zip(texts, tokenizer.encode_batch(texts), theirs, strict=True))
