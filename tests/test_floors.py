@@ -12,14 +12,14 @@ FLOORS: dict[str, tuple[int, str]] = {
     "pipeline": (750, "schedule timeline weighing split"),
     "settings": (750, "command_line config"),
     "plan": (2800, "rules devices layout mesh sizes progress action sums program verify architecture operations checks plan cost families show"),
-    "comm": (1150, "group shared gloo nccl fake late rendezvous wires"),
-    "units": (750, "random unit gate rules actions"),
-    "model": (700, "products ops attention decoder"),
+    "comm": (1200, "group shared gloo nccl fake late rendezvous wires"),
+    "units": (800, "random unit gate rules actions"),
+    "model": (750, "products ops attention decoder"),
     "data": (3750, "files indexed order tokenizer_base tokenizer_words tokenizer_tiktoken tokenizers sidecar megatron_order dataset fim splits verify "
                    "edit tables sources preprocess"),
-    "state": (1200, "tensor_files checkpoint saving merge compare record logs"),
+    "state": (1250, "tensor_files checkpoint saving merge compare record logs"),
     "hf": (500, "files tokenizer convert"),
-    "run": (1300, "executor metrics run feed step loop failures train generate"),
+    "run": (1350, "executor metrics run feed step loop failures train generate"),
     "engine": (700, "blocks engine"),
 }
 PURE = ("base", "pipeline", "settings", "plan")             # no device, no process
