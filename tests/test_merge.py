@@ -1,6 +1,7 @@
 """Checkpoints made one, compared and exported: the same bytes whatever layout they come from, and nothing half done."""
 
 import os
+import re
 import signal
 import weakref
 from pathlib import Path
@@ -142,7 +143,7 @@ def test_killed_at_any_moment_nothing_has_its_name(what: Any, phase: str, tmp_pa
         finally:
             os._exit(3)
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
-    assert not out.exists() and sorted(p.name for p in tmp_path.iterdir()) == ["in", f"out.draft-{child}"]
+    assert not out.exists() and re.fullmatch("in out.draft-[0-9a-f]{8}", " ".join(sorted(p.name for p in tmp_path.iterdir())))
     what(reader, out)
     assert out.is_dir()
 

@@ -193,9 +193,10 @@ def said(value: Any) -> str:
     return shown if len(shown) <= 60 else shown[:57] + "..."
 
 
-def printable(text: str) -> str:
-    """A stranger's text on one line, with nothing that a terminal would obey."""
-    return text if text.isprintable() else repr(text)[1:-1]
+def printable(text: str, most: int = 1000) -> str:
+    """A stranger's text on one line that people may read to its end, with nothing that a terminal would obey."""
+    shown = text if text.isprintable() else repr(text)[1:-1]
+    return shown if len(shown) <= most else shown[:most] + "..."
 
 
 def _name(key: Any) -> str:

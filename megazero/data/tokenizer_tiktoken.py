@@ -3,7 +3,8 @@ Tekken JSON, which also says how text is cut, and has its special tokens before 
 
 import base64
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -125,13 +126,25 @@ class TiktokenTokenizer(Tokenizer):
         return ranks, known
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        # one thread: workers are processes
-        return [self._inner.encode(text, allowed_special=self._by_name, disallowed_special=()) for text in texts]
+        with self._cutting():                                   # in one thread: workers are processes
+            return [self._inner.encode(text, allowed_special=self._by_name, disallowed_special=()) for text in texts]
 
     def encode_flat(self, texts: Sequence[str], dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
         names = self._by_name
-        return flattened([self._inner.encode_to_numpy(text, allowed_special=names, disallowed_special=())
-                          for text in texts], dtype)
+        with self._cutting():
+            return flattened([self._inner.encode_to_numpy(text, allowed_special=names, disallowed_special=())
+                              for text in texts], dtype)
+
+    @contextmanager
+    def _cutting(self) -> Iterator[None]:
+        """The library panics, which is no Exception, where a file's pattern cuts a piece of nothing."""
+        try:
+            yield
+        except BaseException as error:
+            if type(error).__name__ != "PanicException":
+                raise
+            raise UserError(f"--tokenizer-model {self._path}: its pattern cannot cut a text ({error}); take the file "
+                            "as it was published.") from None
 
     def decode(self, ids: Sequence[int]) -> str:
         # ids have holes, and a young model may draw one

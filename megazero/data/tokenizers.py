@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from megazero.base import UserError, checked, loads, read_bytes, said
+from megazero.base import UserError, checked, loads, printable, read_bytes, said
 from megazero.data.tokenizer_base import (
     END_OF_TEXT,
     USUAL_ENDS,
@@ -53,7 +53,8 @@ class SentencePieceTokenizer(Tokenizer):
         self._path = existing("--tokenizer-model", tokenizer_model, "a sentencepiece .model file")
         try:
             self._model = SentencePieceProcessor(model_file=str(self._path))
-        except (RuntimeError, OSError):
+            self._model.id_to_piece(list(range(self._model.get_piece_size())))          # each is text
+        except (RuntimeError, OSError, UnicodeDecodeError):
             raise UserError(f"--tokenizer-model {tokenizer_model}: is not a sentencepiece model; "
                             "give the .model file.") from None
         self.vocab_size = self._model.get_piece_size()
@@ -130,8 +131,8 @@ class GPT2BPETokenizer(_LibraryTokenizer):
             checked(loads(read_bytes(self._vocab)), {str: range(2**30)})
             inner = library.Tokenizer(library.models.BPE.from_file(str(self._vocab), str(self._merges)))
         except Exception as error:                                     # the library raises bare Exception
-            raise UserError(f"--vocab-file {vocab_file} --merge-file {merge_file}: are not a byte-level BPE ({error}); "
-                            "give GPT-2's vocab.json and merges.txt.") from None
+            raise UserError(f"--vocab-file {vocab_file} --merge-file {merge_file}: are not a byte-level BPE "
+                            f"({printable(str(error))}); give GPT-2's vocab.json and merges.txt.") from None
         inner.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
         inner.decoder = library.decoders.ByteLevel()
         inner.add_special_tokens([END_OF_TEXT])                        # so that its literal text becomes its id
@@ -157,7 +158,7 @@ class HuggingFaceTokenizer(_LibraryTokenizer):
             self._adopt(library.Tokenizer.from_file(str(self._path)))
         except Exception as error:                                     # the library raises bare Exception
             raise UserError(f"--tokenizer-model {tokenizer_model}: {self._path.name} is not a Hugging Face tokenizer "
-                            f"({error}); give a tokenizer.json or its folder.") from None
+                            f"({printable(str(error))}); give a tokenizer.json or its folder.") from None
         known = (self._inner.token_to_id(name) for name in self._names_of_the_end())
         self.eod = next((i for i in known if i is not None), None)
 
