@@ -133,6 +133,8 @@ def _beside(a: Reader, b: Reader, which: Key) -> float:
 def _is_rounding(a: Reader, b: Reader, which: Key) -> bool:
     """Are a vector's gradients, by its moments, no more than rounding beside those of its like? An adaptive optimizer
     makes steps of them all the same."""
+    if len(a.shapes[which]) != 1:
+        return False
     moments = [(kind, which[1]) for kind in a.kinds & b.kinds - {"weight"}]
     return any(0 < _largest(r.read(*m)) <= ROUNDINGS * torch.finfo(r.dtype(*m)).eps * _beside(a, b, m)
                for m in moments if m in a.shapes and m in b.shapes for r in (a, b))
