@@ -22,6 +22,7 @@ from megazero.data import files, sources
 from megazero.data.files import suffix_of
 from megazero.data.preprocess import PreprocessSettings, preprocess
 from megazero.data.sources import Place, Unreadable, documents, find_sources, read_chunks
+from megazero.data.tables import Question, TableReader
 
 TEXTS = ["first", "", "emoji 😀", "nul \0 nul", "cr\r\nlf", "line\u2028separator", "x" * 20_000, *map(str, range(3000)), "last"]
 JSONL = "".join(json.dumps({"n": i, "text": text}) + "\n" for i, text in enumerate(TEXTS)).encode()
@@ -227,6 +228,13 @@ def test_the_death_of_what_reads_tables_is_survived(tmp_path: Path, monkeypatch:
     said = [d.sentence for d in rest if isinstance(d, Unreadable)]
     assert len(said) == 1 and "a.parquet:" in said[0] and "is damaged, nothing after this can be read (what reads it ended with SIGKILL)" in said[0]
     assert [d["text"] for d in rest[-len(TEXTS):]] == [[text] for text in TEXTS] and not multiprocessing.active_children()
+    with closing(TableReader()) as reader:
+        question = Question("parquet", every[0].path, 0, ("text",), 9_000, 1 << 30)
+        first = list(reader.rows(question))
+        assert reader._process is not None
+        reader._process.kill()                                  # between two files: no file is to blame
+        reader._process.join()
+        assert list(reader.rows(question)) == first
 
 
 @pytest.mark.parametrize("workers", [1, 2])

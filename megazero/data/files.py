@@ -22,7 +22,7 @@ from typing import Any, BinaryIO, cast
 
 import numpy as np
 
-from megazero.base import LONGEST, UserError, read_bytes
+from megazero.base import LONGEST, UserError, printable, read_bytes
 
 STDIN = "-"
 PACKED = 1 << 10                # bytes that are unpacked at once: of a .zst they stand for 32 MiB at most
@@ -238,8 +238,7 @@ class Opened:
 
 def line_of(error: BaseException) -> str:
     """What an error says, on one line and without what a terminal would obey."""
-    words = " ".join(str(error).split())[:500] or type(error).__name__
-    return "".join(c if c.isprintable() else "?" for c in words)
+    return printable(" ".join(str(error).split())[:500] or type(error).__name__)
 
 
 class Damage(Exception):

@@ -55,7 +55,7 @@ class TableReader:
                 yield answer
         except (EOFError, ConnectionError):
             answer = Damage(f"what reads it ended with {self._end()}")
-        except GeneratorExit:
+        except BaseException:
             self.close()                                        # it is in the middle of an answer
             raise
         if answer is not None:
@@ -67,6 +67,8 @@ class TableReader:
             self._end()
 
     def _started(self) -> Connection:
+        if self._process is not None and not self._process.is_alive():
+            self._end()                                         # after its last answer
         if self._process is None:
             # a fresh interpreter: forking a process that has threads can hang
             context = multiprocessing.get_context("spawn")
