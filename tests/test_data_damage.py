@@ -14,11 +14,11 @@ from support import ROOT, TINY
 from test_indexed import IDX_DAMAGE
 
 from megazero.base.errors import UserError
+from megazero.corpus.edit import document_lengths, merge_datasets
+from megazero.corpus.preprocess import PreprocessSettings, preprocess
+from megazero.corpus.verify import problems
 from megazero.data.dataset import Reading, open_stages
-from megazero.data.edit import document_lengths, merge_datasets
 from megazero.data.indexed import IndexedDataset, IndexedWriter
-from megazero.data.preprocess import PreprocessSettings, preprocess
-from megazero.data.verify import problems
 
 S, D = 40, 44                   # sequences and documents of the dataset below; every tenth document or so is empty
 

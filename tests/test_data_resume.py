@@ -15,11 +15,11 @@ from pathlib import Path
 import pytest
 
 from megazero.base.errors import UserError
+from megazero.corpus.preprocess import PreprocessSettings, preprocess
 from megazero.data import sources
-from megazero.data.preprocess import PreprocessSettings, preprocess
 
 REPOSITORY = Path(__file__).parents[1]
-module = sys.modules["megazero.data.preprocess"]      # the folder shows the function of that name
+module = sys.modules["megazero.corpus.preprocess"]      # the folder shows the function of that name
 
 
 def settings(folder: Path, **more: object) -> PreprocessSettings:
@@ -126,8 +126,8 @@ def test_killed_at_random_moments(tmp_path: Path, small_steps: None) -> None:
 
 SCRIPT = """
 import sys, time
-import megazero.data.preprocess
-p = sys.modules["megazero.data.preprocess"]
+import megazero.corpus.preprocess
+p = sys.modules["megazero.corpus.preprocess"]
 from megazero.data import sources
 p.SAVE_SECONDS = 0.0
 p.CHUNK = sources.CHUNK = 4000

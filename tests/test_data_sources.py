@@ -18,11 +18,11 @@ from pathlib import Path
 import pytest
 
 from megazero.base.errors import UserError
+from megazero.corpus.preprocess import PreprocessSettings, preprocess
+from megazero.corpus.sources import Place, Unreadable, documents, find_sources, read_chunks
+from megazero.corpus.tables import Question, TableReader
 from megazero.data import files, sources
 from megazero.data.files import suffix_of
-from megazero.data.preprocess import PreprocessSettings, preprocess
-from megazero.data.sources import Place, Unreadable, documents, find_sources, read_chunks
-from megazero.data.tables import Question, TableReader
 
 TEXTS = ["first", "", "emoji 😀", "nul \0 nul", "cr\r\nlf", "line\u2028separator", "x" * 20_000, *map(str, range(3000)), "last"]
 JSONL = "".join(json.dumps({"n": i, "text": text}) + "\n" for i, text in enumerate(TEXTS)).encode()

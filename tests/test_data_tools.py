@@ -13,13 +13,13 @@ from test_dataset import make
 from test_indexed import contents
 
 from megazero.base.errors import UserError
+from megazero.corpus.edit import document_lengths, merge_datasets, split_dataset
+from megazero.corpus.preprocess import PreprocessSettings, preprocess
+from megazero.corpus.verify import problems
 from megazero.data import edit, indexed
 from megazero.data.dataset import open_split
-from megazero.data.edit import document_lengths, merge_datasets, split_dataset
 from megazero.data.indexed import IndexedDataset, IndexedWriter
-from megazero.data.preprocess import PreprocessSettings, preprocess
 from megazero.data.splits import samples
-from megazero.data.verify import problems
 
 REPOSITORY = Path(__file__).parents[1]
 TEXTS = ["one", "", "two words", "x" * 300, "", "end"] * 5

@@ -15,8 +15,8 @@ FLOORS: dict[str, tuple[int, str]] = {
     "comm": (1200, "group shared gloo nccl fake late rendezvous wires"),
     "units": (800, "random unit gate rules actions"),
     "model": (750, "products ops attention decoder"),
-    "data": (3750, "files indexed order tokenizer_base tokenizer_words tokenizer_tiktoken tokenizers sidecar megatron_order dataset fim splits verify "
-                   "edit tables sources preprocess"),
+    "data": (2700, "files indexed order tokenizer_base tokenizer_words tokenizer_tiktoken tokenizers sidecar megatron_order dataset fim splits"),
+    "corpus": (1200, "tables sources edit verify preprocess"),
     "state": (1250, "tensor_files checkpoint saving merge compare record logs"),
     "hf": (500, "files tokenizer convert"),
     "run": (1350, "executor metrics run feed step loop failures train generate"),

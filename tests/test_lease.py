@@ -15,8 +15,8 @@ from support import byte_dataset, train
 from megazero.base import lease as leases
 from megazero.base.errors import UserError
 from megazero.base.lease import Lease, process_of
-from megazero.data.edit import merge_datasets, split_dataset
-from megazero.data.preprocess import PreprocessSettings, preprocess
+from megazero.corpus.edit import merge_datasets, split_dataset
+from megazero.corpus.preprocess import PreprocessSettings, preprocess
 from megazero.state.checkpoint import complete
 
 WORDS = "--num-layers 1 --hidden-size 16 --num-attention-heads 2 --seq-length 16 --vocab-size 31 --lr 1e-3 --mock-data --eval-iters 0 --global-batch-size 1"

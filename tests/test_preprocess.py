@@ -14,9 +14,9 @@ from test_indexed import contents, plain_bytes
 from test_tokenizers import PIECES, tiktoken_file
 
 from megazero.base.errors import UserError
+from megazero.corpus.preprocess import PreprocessSettings, batches, preprocess, with_ends
+from megazero.corpus.sources import Place, find_sources, read_chunks
 from megazero.data.indexed import IndexedDataset
-from megazero.data.preprocess import PreprocessSettings, batches, preprocess, with_ends
-from megazero.data.sources import Place, find_sources, read_chunks
 from megazero.data.tokenizer_tiktoken import ENCODINGS
 
 REPOSITORY = Path(__file__).parents[1]

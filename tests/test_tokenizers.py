@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from megazero.base.errors import UserError
+from megazero.corpus.preprocess import PreprocessSettings, preprocess
 from megazero.data.indexed import IndexedDataset
-from megazero.data.preprocess import PreprocessSettings, preprocess
 from megazero.data.sidecar import check_sidecar
 from megazero.data.splits import configured_tokenizer
 from megazero.data.tokenizers import (

@@ -23,6 +23,7 @@ import numpy as np
 from tqdm import tqdm
 
 from megazero.base import UserError
+from megazero.corpus import document_lengths, merge_datasets, problems, split_dataset
 from megazero.data import (
     DatasetPart,
     FillInTheMiddle,
@@ -33,13 +34,9 @@ from megazero.data import (
     build_tokenizer,
     check_sidecar,
     configured_tokenizer,
-    document_lengths,
     library,
-    merge_datasets,
-    problems,
     read_sidecar,
     samples,
-    split_dataset,
 )
 from megazero.plan import ranks_asked, resolve
 from megazero.settings import MEGATRON_WORDS, PRESETS, TOKENIZERS, Config, commands, option, parse, run

@@ -1,7 +1,7 @@
-"""Text to a tokenized dataset; see --help and megazero/data/preprocess.py."""
+"""Text to a tokenized dataset; see --help and megazero/corpus/preprocess.py."""
 
 from megazero.base import UserError
-from megazero.data import PreprocessSettings, preprocess
+from megazero.corpus import PreprocessSettings, preprocess
 from megazero.settings import parse, run
 
 

@@ -10,16 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megazero.base import UserError, said
-from megazero.data import (
-    END_OF_TEXT,
-    Place,
-    Unreadable,
-    characters_of,
-    documents,
-    find_sources,
-    is_text,
-    read_chunks,
-)
+from megazero.corpus import Place, Unreadable, documents, find_sources, read_chunks
+from megazero.data import END_OF_TEXT, characters_of, is_text
 from megazero.settings import option, parse, run
 
 LINE = 1 << 16                          # characters of a line that sentencepiece is given at a time

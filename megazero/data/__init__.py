@@ -1,15 +1,13 @@
-"""From text to samples."""
+"""From datasets to samples; tokenizers."""
 
 from megazero.data.dataset import DatasetPart, Samples, SampleSource, open_split
-from megazero.data.edit import document_lengths, merge_datasets, split_dataset
-from megazero.data.files import library
+from megazero.data.files import (
+    STDIN, Damage, Opened, bytes_of, expand, is_damage, library, line_of, size_of, stamp_of, suffix_of)
 from megazero.data.fim import FillInTheMiddle
-from megazero.data.indexed import IndexedDataset, IndexedWriter, best_dtype
-from megazero.data.preprocess import PreprocessSettings, preprocess
-from megazero.data.sidecar import check_sidecar, read_sidecar
-from megazero.data.sources import Place, Unreadable, documents, find_sources, read_chunks
+from megazero.data.indexed import BLOCK, COUNT, CRC, SUMMED, IndexedDataset, IndexedWriter, Written, alone, best_dtype
+from megazero.data.order import split_ranges
+from megazero.data.sidecar import MANY, check_sidecar, miscounts, read_sidecar, sums
 from megazero.data.splits import configured_tokenizer, evaluated, samples
 from megazero.data.tokenizer_base import END_OF_TEXT, IDENTITY, Tokenizer, is_text
 from megazero.data.tokenizers import (
-    build_tokenizer, characters_of, kept_files, load_tokenizer, same_tokenizer, tokenizer_in)
-from megazero.data.verify import problems
+    TYPES, build_tokenizer, characters_of, kept_files, load_tokenizer, same_tokenizer, tokenizer_in)

@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 
 from fuzz.support import accident, cases, forged, hunt, spoiled
+from megazero.corpus.edit import document_lengths, merge_datasets, split_dataset
+from megazero.corpus.preprocess import PreprocessSettings, preprocess
+from megazero.corpus.verify import problems
 from megazero.data.dataset import Reading, open_stages
-from megazero.data.edit import document_lengths, merge_datasets, split_dataset
 from megazero.data.indexed import IndexedDataset
-from megazero.data.preprocess import PreprocessSettings, preprocess
-from megazero.data.verify import problems
 
 S, D = 18, 20                   # sequences and documents of the dataset; some are empty
 FIELDS = {"dtype": (17, "<b"), "sequences": (18, "<q"), "boundaries": (26, "<q"), **{f"length {i}": (34 + 4 * i, "<i") for i in range(S)},

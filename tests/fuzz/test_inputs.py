@@ -15,12 +15,12 @@ import pytest
 
 from fuzz.support import accident, bent, cases, forged, hunt, spoiled
 from megazero.base.errors import UserError
+from megazero.corpus.preprocess import PreprocessSettings, preprocess
+from megazero.corpus.sources import Input, Place, Unreadable, documents
+from megazero.corpus.tables import TableReader
+from megazero.corpus.verify import problems
 from megazero.data import sources
 from megazero.data.indexed import IndexedDataset
-from megazero.data.preprocess import PreprocessSettings, preprocess
-from megazero.data.sources import Input, Place, Unreadable, documents
-from megazero.data.tables import TableReader
-from megazero.data.verify import problems
 
 TEXTS = {name: [f"{name} {i} " + "é" * (i % 5) for i in range(12)] for name in ("a.jsonl", "b.jsonl.gz", "c.jsonl.xz", "d.jsonl.bz2", "e.jsonl.zst")}
 
@@ -94,7 +94,7 @@ def test_inputs(count: int, good: Path, tmp_path: Path, monkeypatch: pytest.Monk
 def test_notes(count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
     """A run goes on from its note to the bytes of one that was never stopped, or says why not; at worst verify tells. Who forges a note and
     its checksum can end a run early, no more."""
-    module, words = sys.modules["megazero.data.preprocess"], [{"text": f"line {i} " + "é" * (i % 5)} for i in range(200)]
+    module, words = sys.modules["megazero.corpus.preprocess"], [{"text": f"line {i} " + "é" * (i % 5)} for i in range(200)]
     (tmp_path / "in.jsonl").write_text("\n".join(json.dumps(word) for word in words))
     for name, value in {"CHUNK": 256, "SAVE_SECONDS": 0.0}.items():
         monkeypatch.setattr(module, name, value)

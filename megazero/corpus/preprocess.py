@@ -33,11 +33,35 @@ import numpy as np
 from tqdm import tqdm
 
 from megazero.base import Form, UserError, load, said, write_json
-from megazero.data.files import STDIN, size_of, stamp_of
-from megazero.data.indexed import COUNT, CRC, SUMMED, IndexedWriter, Written, alone, best_dtype
-from megazero.data.sidecar import MANY, read_sidecar, sums
-from megazero.data.sources import CHUNK, FORMATS, Chunk, Input, Place, Unreadable, documents, find_sources, read_chunks
-from megazero.data.tokenizers import TYPES, Tokenizer, build_tokenizer
+from megazero.corpus.sources import (
+    CHUNK,
+    FORMATS,
+    Chunk,
+    Input,
+    Place,
+    Unreadable,
+    documents,
+    find_sources,
+    read_chunks,
+)
+from megazero.data import (
+    COUNT,
+    CRC,
+    MANY,
+    STDIN,
+    SUMMED,
+    TYPES,
+    IndexedWriter,
+    Tokenizer,
+    Written,
+    alone,
+    best_dtype,
+    build_tokenizer,
+    read_sidecar,
+    size_of,
+    stamp_of,
+    sums,
+)
 from megazero.settings import option
 
 SAVE_SECONDS = 10.0

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import orjson
 
 from megazero.base import UserError
-from megazero.data.files import Damage, Opened, library, line_of
+from megazero.data import Damage, Opened, library, line_of
 
 MEMORY = 1 << 32                # bytes that the process may take: a page or batch that needs more is told
 ROWS = 1 << 10                  # of a batch at most: a few bytes may stand for millions of equal texts

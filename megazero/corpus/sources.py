@@ -22,8 +22,8 @@ from typing import Any, NamedTuple
 import orjson
 
 from megazero.base import UserError
-from megazero.data.files import STDIN, Opened, expand, is_damage, line_of, suffix_of
-from megazero.data.tables import Question, TableReader, strings
+from megazero.corpus.tables import Question, TableReader, strings
+from megazero.data import STDIN, Opened, expand, is_damage, line_of, suffix_of
 
 CHUNK = 1 << 18                 # bytes: a worker's round trip costs nothing, and a few of them keep all workers busy
 LONGEST = 1 << 30               # bytes of a document

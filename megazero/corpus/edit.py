@@ -11,10 +11,7 @@ from typing import Any
 import numpy as np
 
 from megazero.base import UserError, write_json
-from megazero.data.indexed import BLOCK, IndexedDataset, IndexedWriter, alone
-from megazero.data.order import split_ranges
-from megazero.data.sidecar import read_sidecar, sums
-from megazero.data.tokenizers import same_tokenizer
+from megazero.data import BLOCK, IndexedDataset, IndexedWriter, alone, read_sidecar, same_tokenizer, split_ranges, sums
 
 NONE = np.empty(0, np.int64)
 

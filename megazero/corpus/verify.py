@@ -12,9 +12,7 @@ from typing import Any
 import numpy as np
 
 from megazero.base import UserError
-from megazero.data.files import bytes_of
-from megazero.data.indexed import BLOCK, SUMMED, IndexedDataset
-from megazero.data.sidecar import miscounts, read_sidecar
+from megazero.data import BLOCK, SUMMED, IndexedDataset, bytes_of, miscounts, read_sidecar
 
 Progress = Callable[[int], object]              # told the bytes that were read
 
