@@ -15,8 +15,8 @@ from pathlib import Path
 import pytest
 
 from megazero.base.errors import UserError
+from megazero.corpus import sources
 from megazero.corpus.preprocess import PreprocessSettings, preprocess
-from megazero.data import sources
 
 REPOSITORY = Path(__file__).parents[1]
 module = sys.modules["megazero.corpus.preprocess"]      # the folder shows the function of that name
@@ -128,7 +128,7 @@ SCRIPT = """
 import sys, time
 import megazero.corpus.preprocess
 p = sys.modules["megazero.corpus.preprocess"]
-from megazero.data import sources
+from megazero.corpus import sources
 p.SAVE_SECONDS = 0.0
 p.CHUNK = sources.CHUNK = 4000
 write = p.IndexedWriter.add

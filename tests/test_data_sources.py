@@ -18,10 +18,11 @@ from pathlib import Path
 import pytest
 
 from megazero.base.errors import UserError
+from megazero.corpus import sources
 from megazero.corpus.preprocess import PreprocessSettings, preprocess
 from megazero.corpus.sources import Place, Unreadable, documents, find_sources, read_chunks
 from megazero.corpus.tables import Question, TableReader
-from megazero.data import files, sources
+from megazero.data import files
 from megazero.data.files import suffix_of
 
 TEXTS = ["first", "", "emoji 😀", "nul \0 nul", "cr\r\nlf", "line\u2028separator", "x" * 20_000, *map(str, range(3000)), "last"]

@@ -13,10 +13,11 @@ from test_dataset import make
 from test_indexed import contents
 
 from megazero.base.errors import UserError
+from megazero.corpus import edit
 from megazero.corpus.edit import document_lengths, merge_datasets, split_dataset
 from megazero.corpus.preprocess import PreprocessSettings, preprocess
 from megazero.corpus.verify import problems
-from megazero.data import edit, indexed
+from megazero.data import indexed
 from megazero.data.dataset import open_split
 from megazero.data.indexed import IndexedDataset, IndexedWriter
 from megazero.data.splits import samples

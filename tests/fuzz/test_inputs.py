@@ -15,11 +15,11 @@ import pytest
 
 from fuzz.support import accident, bent, cases, forged, hunt, spoiled
 from megazero.base.errors import UserError
+from megazero.corpus import sources
 from megazero.corpus.preprocess import PreprocessSettings, preprocess
 from megazero.corpus.sources import Input, Place, Unreadable, documents
 from megazero.corpus.tables import TableReader
 from megazero.corpus.verify import problems
-from megazero.data import sources
 from megazero.data.indexed import IndexedDataset
 
 TEXTS = {name: [f"{name} {i} " + "é" * (i % 5) for i in range(12)] for name in ("a.jsonl", "b.jsonl.gz", "c.jsonl.xz", "d.jsonl.bz2", "e.jsonl.zst")}
