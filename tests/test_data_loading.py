@@ -24,7 +24,7 @@ from megazero.model.decoder import Batch
 from megazero.plan.mesh import Mesh
 from megazero.plan.plan import resolve
 from megazero.plan.sizes import sizes
-from megazero.run.feed import Feed, Loader, documents_of, numbers, open_splits, positions_of
+from megazero.run.feed import Feed, Loader, bounds_of, documents_of, numbers, open_splits, positions_of
 from megazero.run.run import Run
 from megazero.settings import config
 
@@ -205,6 +205,7 @@ def kind_of(tokens: list[int], letters: str) -> str:
 def test_documents_and_positions() -> None:
     tokens = torch.tensor([[5, 9, 9, 1, 2, 9, 3], [1, 2, 3, 4, 5, 6, 7], [9, 1, 9, 1, 9, 1, 9]])
     assert documents_of(tokens, 9).tolist() == [[0, 0, 1, 2, 2, 2, 3], [0] * 7, [0, 1, 1, 2, 2, 3, 3]]
+    assert bounds_of(tokens, 9).tolist() == [0, 2, 3, 6, 7, 14, 15, 17, 19, 21]
     assert positions_of(tokens, 9).tolist() == [[0, 1, 0, 0, 1, 2, 0], [0, 1, 2, 3, 4, 5, 6], [0, 0, 1, 0, 1, 0, 1]]
 
 

@@ -6,6 +6,7 @@ import json
 import runpy
 import sys
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -39,8 +40,9 @@ def there_and_back(operation: Any) -> Any:
 @built_with_cuda
 @pytest.mark.parametrize("dtype", ["fp64", "fp32", "bf16"])
 @pytest.mark.parametrize("words", ["", "--tp 2 --attention-dropout 0.1"])
+@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_every_operation_takes_what_it_is_given(shape: str, words: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_operation_takes_what_it_is_given(shape: str, packed: bool, words: str, dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Shapes and dtypes fit, and nothing asks the device for a number."""
     for operation in OPERATIONS:
         monkeypatch.setattr(operation, "apply", there_and_back(operation))
@@ -50,6 +52,8 @@ def test_every_operation_takes_what_it_is_given(shape: str, words: str, dtype: s
         for unit in run.units.values():
             unit.open()
         (batch,), x = batches(run), torch.zeros((), device="cuda")
+        if packed:
+            batch = replace(batch, documents=batch.tokens, bounds=torch.zeros(5, dtype=torch.int32, device="cuda"))
         for part in run.decoder.parts.values():
             x = part(x, batch)
         assert run.decoder.head and len(OPERATIONS) == 8

@@ -14,6 +14,7 @@ from megazero.comm.group import Line
 from megazero.comm.nccl import Nccl, urgent
 from megazero.model.decoder import Batch
 from megazero.plan.rules import RULES
+from megazero.run.feed import bounds_of, documents_of
 from megazero.state.checkpoint import Reader, complete
 
 pytestmark = pytest.mark.gpu
@@ -114,6 +115,19 @@ def test_no_step_waits_for_the_device(dtype: str, level: int) -> None:
             step.start()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("shape", ["gpt2", "llama"])
+def test_documents_in_a_row_equal_a_mask(shape: str) -> None:
+    """The kernel that knows where documents begin, and the mask: loss and gradients in bf16."""
+    words, found = f"{TINY} {SHAPES[shape]} --bf16 --micro-batch-size 2 --seq-length 200 --kv-channels 16", []
+    for packed in (True, False):
+        run = built(words, "cuda")
+        data = [replace(b, documents=documents_of(b.tokens, 9), bounds=bounds_of(b.tokens.cpu(), 9).cuda() if packed else None) for b in batches(run)]
+        found.append((gradients(run, data), named(run, "grad_slice")))
+    assert found[0][0] == pytest.approx(found[1][0], abs=1e-2)
+    for name, grad in found[0][1].items():
+        assert (grad - found[1][1][name]).norm() <= 0.05 * max(g.norm() for g in found[1][1].values()), name
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])

@@ -58,7 +58,7 @@ def elsewhere(run: Run, batch: Batch) -> list[Tensor]:
     """What lives whether or not autograd keeps it."""
     shared = run.decoder.shared(batch)
     return [*(u.weights for u in run.units.values() if u.weights is not None), *(run.decoder.rotary or ()), batch.tokens,
-            *(t for t in (batch.positions, batch.documents, shared.mask, *shared.angles) if t is not None)]
+            *(t for t in (batch.positions, batch.documents, shared.mask, *shared.angles, shared.bounds) if t is not None)]
 
 
 def configurations(shape: str, tp: int) -> Iterator[tuple[str, bool]]:

@@ -1,6 +1,7 @@
 """One step against the same formulas written with plain torch and autograd, in float64, for every model shape."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -9,13 +10,14 @@ from support import SHAPES, TINY, batches, built, gradients, named, resolved, st
 
 from megazero.comm.group import Alone
 from megazero.model import decoder
-from megazero.model.attention import attention, hiding, rotary_table
+from megazero.model.attention import attention, hiding, knows_documents, rotary_table
 from megazero.model.decoder import Batch
 from megazero.plan import architecture
 from megazero.plan.architecture import Rotary
 from megazero.plan.cost import memory
 from megazero.plan.rules import RULES
 from megazero.run.executor import Turn
+from megazero.run.feed import bounds_of, documents_of
 from megazero.run.run import Run
 from megazero.run.step import Step
 
@@ -224,6 +226,24 @@ def test_documents_do_not_see_each_other() -> None:
     shuffled = torch.randperm(10)
     by_position = attention(q[:, shuffled], k[:, shuffled], v[:, shuffled], hiding(shuffled[None], None, q.dtype), Alone())
     assert (by_position - attention(q, k, v, None, Alone())[:, shuffled]).abs().max() < 1e-14
+
+
+def test_attention_by_document_is_asked_what_a_mask_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA's kernel, written out: documents in a row, each causal and alone. Of two samples with grouped heads."""
+    q, k, v = (torch.randn(2, 12, n, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(n)) for n in (4, 2, 1))
+    v = v.expand(2, 12, 2, 8)
+    tokens = torch.tensor([[1, 1, 9, 1, 1, 1, 9, 1, 1, 1, 1, 1], [1, 9, 9, 1, 1, 1, 1, 1, 1, 1, 1, 9]])
+    bounds = bounds_of(tokens, 9)
+
+    def kernel(q: Tensor, k: Tensor, v: Tensor, *_: object, window_size: tuple[int, int]) -> Tensor:
+        assert window_size == (-1, 0) and q.shape == k.shape == v.shape == (24, 4, 8) and _[2:] == (12, 12)
+        return torch.cat([attention(q[None, a:b], k[None, a:b], v[None, a:b], None, Alone())[0] for a, b in pairwise(bounds.tolist())])
+
+    monkeypatch.setattr("megazero.model.attention.varlen_attn", kernel)
+    assert [knows_documents(torch.device(at), dtype, channels) for at, dtype, channels in (
+        ("cuda", torch.bfloat16, 128), ("cpu", torch.bfloat16, 128), ("cuda", torch.float32, 128), ("cuda", torch.float16, 20))] == [True, False, False, False]
+    mask = hiding(torch.arange(12)[None], documents_of(tokens, 9), q.dtype)
+    assert (attention(q, k, v, None, Alone(), None, bounds) - attention(q, k, v, mask, Alone())).abs().max() < 1e-14
 
 
 @pytest.mark.parametrize("words, documents, made", [("", False, 0), ("", True, 3), ("--attention-dropout 0.1", False, 3), ("--recompute-granularity full", True, 3)])

@@ -4,6 +4,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.nn.attention.varlen import varlen_attn
 
 from megazero.comm import Group
 from megazero.plan import Rotary
@@ -12,19 +13,27 @@ from megazero.units import keep_mask
 Tensor = torch.Tensor
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, group: Group, keep: Tensor | None = None) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, group: Group, keep: Tensor | None = None,
+              bounds: Tensor | None = None) -> Tensor:
     """Causal softmax(q kT / sqrt(d)) v: q [b, s, n, d], k and v [b, s, n_kv, d] -> [b, s, n, d].
 
     mask        [b or 1, 1, s, s] of `hiding`, which is added to scores; None: tokens see all before them
     group       ranks that share the sequence (one: the whole sequence is here)
     keep        [b, n, s, s] scale of each attention weight for dropout, which needs a mask; None: no dropout
+    bounds      [documents + 1] where documents begin among the b s tokens, and their end, instead of a mask, where the
+                device `knows_documents`: what is hidden is not computed
     """
     assert group.size == 1, "a sequence cut over ranks needs context parallelism"
+    if bounds is not None:
+        flat, k, v = (_repeat(x, q.shape[2], 2).flatten(0, 1) for x in (q, k, v))
+        out = varlen_attn(flat, k, v, bounds, bounds, q.shape[1], q.shape[1], window_size=(-1, 0))
+        assert isinstance(out, Tensor)
+        return out.view(q.shape)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     flash = mask is None and (not q.is_cuda or q.dtype in (torch.bfloat16, torch.float16))
     # of CUDA's kernels that make no [s, s] flash alone knows groups
     if not flash:
-        k, v = _repeat(k, q.shape[1]), _repeat(v, q.shape[1])
+        k, v = _repeat(k, q.shape[1], 1), _repeat(v, q.shape[1], 1)
     if keep is not None:
         assert mask is not None, "dropout is written out, with what hides tokens from each other"
         out = _explicit(q, k, v, mask, keep)
@@ -33,6 +42,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, group: Group
     else:
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
     return out.transpose(1, 2)
+
+
+def knows_documents(device: torch.device, dtype: torch.dtype, channels: int) -> bool:
+    """Has torch a kernel for documents in a row? Flash, from Ampere on, for heads of up to 256 channels, in eights."""
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16) or channels > 256 or channels % 8:
+        return False
+    return not torch.cuda.is_available() or torch.cuda.get_device_capability(device)[0] >= 8
 
 
 def hiding(at: Tensor, documents: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -53,8 +69,8 @@ def _explicit(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, keep: Tensor) -> Te
     return (torch.softmax(scores.add_(mask), -1) * keep) @ v
 
 
-def _repeat(x: Tensor, heads: int) -> Tensor:
-    return x if heads == x.shape[1] else x.repeat_interleave(heads // x.shape[1], 1)
+def _repeat(x: Tensor, heads: int, dim: int) -> Tensor:
+    return x if heads == x.shape[dim] else x.repeat_interleave(heads // x.shape[dim], dim)
 
 
 def attention_keep(stream: int, samples: Tensor, heads: range, all_heads: int, s: int, p: float,

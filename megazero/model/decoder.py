@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from megazero.comm import Alone, Group
-from megazero.model.attention import attention, attention_keep, hiding, rotary_table, rotate
+from megazero.model.attention import attention, attention_keep, hiding, knows_documents, rotary_table, rotate
 from megazero.model.ops import column, cross_entropy, embedding, layer_norm, positions, rms_norm, row
 from megazero.plan import Architecture
 from megazero.units import Unit, Weight, keep_mask, key
@@ -34,12 +34,14 @@ class Batch:
     step: int | None = None
     positions: Tensor | None = None     # [b, s] for embeddings and rotations, not for what sees what; None: 0 .. s - 1
     documents: Tensor | None = None     # [b, s]; None: the whole sample is one document
+    bounds: Tensor | None = None        # [documents + 1] int32: where each begins among the b s tokens, and their end
 
 
 class Shared(NamedTuple):
     """What all layers of a pass over a micro-batch share."""
 
     mask: Tensor | None                 # [b or 1, 1, s, s]: hides tokens from each other; None where kernels know it
+    bounds: Tensor | None               # of documents, where kernels read them
     angles: tuple[Tensor, ...]          # cos and sin, [b or 1, s, 1, r / 2]
 
 
@@ -54,6 +56,7 @@ class Decoder:
         self.a, self.units, self.group, self.seed, self.recompute = a, units, group, seed, recompute
         self.dtype = next(iter(units.values())).weight_slice.dtype
         self.rotary = rotary_table(a.rotary, a.seq_length, self.dtype, device) if a.rotary else None
+        self.packs = knows_documents(device, self.dtype, a.head_dim)
         self.last: tuple[Batch, Shared] | None = None           # of the last pass
         own = range(a.layers + 2) if own is None else own
         self.parts = {i: Block(self, i - 1) if i else Embedding(self) for i in own if i <= a.layers}
@@ -86,7 +89,8 @@ class Decoder:
     def shared(self, batch: Batch) -> "Shared":
         """Made once for all layers of a pass."""
         if self.last is None or self.last[0] is not batch:
-            self.last = batch, Shared(self.mask(batch), self.angles(batch))
+            bounds = batch.bounds if self.packs and not self.drops(batch) else None
+            self.last = batch, Shared(self.mask(batch) if bounds is None else None, bounds, self.angles(batch))
         return self.last[1]
 
     def mask(self, batch: Batch) -> Tensor | None:
@@ -157,7 +161,7 @@ class Block:
             q, k = self.qk_norm[0](q), self.qk_norm[1](k)
         if shared.angles:
             q, k = rotate(q, *shared.angles), rotate(k, *shared.angles)
-        y = attention(q, k, v, shared.mask, Alone(), self.attention_dropout(q, batch))
+        y = attention(q, k, v, shared.mask, Alone(), self.attention_dropout(q, batch), shared.bounds)
         return row(self.d.padded(y.reshape(b * s, -1)), self.o, self.o_bias, self.d.group)
 
     def attention_dropout(self, q: Tensor, batch: Batch) -> Tensor | None:

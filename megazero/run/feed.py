@@ -74,15 +74,17 @@ class Feed:
     def batch(self, tokens: Tensor, own: range, step: int | None) -> Batch:
         """One micro-batch of tokens [b, s + 1] of the samples of these numbers.
         Without a step it is for evaluation: nothing is dropped."""
+        d, on_cuda = self.plan.config.data, self.device.type == "cuda"
+        bounds = bounds_of(tokens[:, :-1], self.eod).pin_memory() if on_cuda and d.reset_attention_mask else None
         tokens = tokens.to(self.device, non_blocking=True)
         x, y = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
         mask = torch.ones(x.shape, dtype=self.wide, device=self.device)
-        d = self.plan.config.data
         if d.eod_mask_loss:
             mask = mask.masked_fill(x == self.eod, 0)
         places = positions_of(x, self.eod) if d.reset_position_ids else None
         documents = documents_of(x, self.eod) if d.reset_attention_mask else None
-        return Batch(x, y, mask, torch.arange(own.start, own.stop, device=self.device), step, places, documents)
+        return Batch(x, y, mask, torch.arange(own.start, own.stop, device=self.device), step, places, documents,
+                     None if bounds is None else bounds.to(self.device, non_blocking=True))
 
 
 def numbers(first: int, size: int, count: int, dp: int, rank: int) -> list[range]:
@@ -129,6 +131,14 @@ def documents_of(tokens: Tensor, eod: int) -> Tensor:
     an end of document belongs to the one it ends."""
     ends = (tokens == eod).long()
     return ends.cumsum(-1) - ends
+
+
+def bounds_of(tokens: Tensor, eod: int) -> Tensor:
+    """[b, s] -> where documents begin among the b s tokens, and their end, int32. To be asked on the host: how many
+    there are is not known to a device."""
+    begins = torch.ones_like(tokens, dtype=torch.bool)
+    begins[:, 1:] = tokens[:, :-1] == eod
+    return torch.cat((begins.flatten().nonzero()[:, 0], torch.tensor([tokens.numel()]))).int()
 
 
 def positions_of(tokens: Tensor, eod: int) -> Tensor:
