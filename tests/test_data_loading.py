@@ -274,7 +274,7 @@ def test_end_of_document_is_needed() -> None:
     for flag in ("--eod-mask-loss", "--reset-position-ids", "--reset-attention-mask"):
         path.write_text('["a", "b"]')
         try:
-            with pytest.raises(UserError, match=f"{flag}: CharTokenizer has no end-of-document token; leave it out."):
+            with pytest.raises(UserError, match=f"{flag}: CharTokenizer has no end-of-document token; name one with --eod-token, or leave it out."):
                 main(config.from_command_line(f"{SMALL} --mock-data --tokenizer-type CharTokenizer --tokenizer-model {path} {flag}".split()))
         finally:
             path.unlink()
