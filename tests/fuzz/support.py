@@ -82,19 +82,24 @@ def plain(error: UserError) -> bool:
 
 @contextmanager
 def limited(seconds: float, memory: int) -> Iterator[None]:
-    """Raises Hang after so many seconds, MemoryError (torch: RuntimeError) beyond so many bytes more than now."""
+    """Raises Hang after so many seconds of work, or six times as many by the clock (others may need the processor), and MemoryError (torch: RuntimeError)
+    beyond so many bytes more than now."""
     def late(*_: object) -> None:
         raise Hang(f"not done after {seconds:g} s")
 
-    before, (soft, hard) = signal.signal(signal.SIGALRM, late), resource.getrlimit(resource.RLIMIT_AS)
+    before = [(s, signal.signal(s, late)) for s in (signal.SIGALRM, signal.SIGPROF)]
+    soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (now + memory, hard))
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.setitimer(signal.ITIMER_REAL, 6 * seconds)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
     try:
         yield
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, before)
+        signal.setitimer(signal.ITIMER_PROF, 0)
+        for number, handler in before:
+            signal.signal(number, handler)
         resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
 
 
