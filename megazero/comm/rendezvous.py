@@ -118,11 +118,13 @@ def _gathered(store: dist.Store, rank: int, world: int, end: float, words: str) 
 
 
 def _comes(store: dist.Store, key: str, seconds: float) -> bool:
-    """Is the key there within this time?"""
-    try:
-        store.wait([key], timedelta(seconds=max(seconds, 0.001)))
-    except RuntimeError:
-        return False
+    """Is the key there within this time? Asked again and again: a wait of torch's that is over prints a warning."""
+    began = time.monotonic()
+    while not store.check([key]):
+        waited = time.monotonic() - began
+        if waited > seconds:
+            return False
+        time.sleep(0.02 if waited < 2 else 0.2)
     return True
 
 
