@@ -193,6 +193,8 @@ def leave_with_launcher() -> None:
         if os.environ.get("LOCAL_RANK", "0") == "0":
             say_first("failure", f"error: torchrun (process {launcher}) is gone; its ranks leave. What came after "
                                  "the last checkpoint is lost.")
+        else:
+            time.sleep(TICKET)                                  # else the first rank says that this one is gone
         os._exit(1)
 
     if "TORCHELASTIC_RUN_ID" in os.environ:
