@@ -165,6 +165,8 @@ def test_each_mistake_gets_its_sentence(
     "num_layers = 3\nnum-layers = 4": "'num-layers' is given twice; keep one",
     "num_layers = ": "is not valid TOML",
     'save = ["a", "b"]': "must be a word, not a list",
+    'save = "a\\u0000b"': "save = 'a\\x00b': must not hold characters that control a terminal or end a name",
+    'load = "\\u001b[31mX"': "must not hold characters that control a terminal",
     'config = "other.toml"': "a file cannot name another",
     "use_flash_attn = true": "use_flash_attn is always on; leave it out",
 }.items())

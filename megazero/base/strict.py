@@ -104,13 +104,15 @@ def _yaml(text: str) -> Any:
             return node
 
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
-            return _once([(self.construct_object(k, deep=True), self.construct_object(v, deep=True))
-                          for k, v in node.value])
+            pairs = [(self.construct_object(k, deep=True), self.construct_object(v, deep=True)) for k, v in node.value]
+            return _once([(checked(key, str, "a key"), value) for key, value in pairs])
 
     try:
         return yaml.load(text, Loader)                          # noqa: S506 (a SafeLoader)
-    except (yaml.YAMLError, TypeError) as error:                # TypeError: a key that is a list
-        raise ValueError(" ".join(str(error).split())) from None
+    except RecursionError:
+        raise
+    except Exception as error:                                  # of a tag whose value is none: IndexError, KeyError ...
+        raise ValueError(" ".join(str(error).split()) or type(error).__name__) from None
 
 
 def _toml(text: str) -> Any:
@@ -118,6 +120,8 @@ def _toml(text: str) -> Any:
         import tomllib
     else:
         import tomli as tomllib
+    if re.search(rf"(?:[\w\"'-]+\s*\.\s*){{{DEEPEST}}}", text):        # its parser is slow in the depth
+        raise ValueError("is nested too deeply")
     return tomllib.loads(text)
 
 
@@ -189,7 +193,10 @@ def _sentence(value: Any, form: Form, at: str) -> str:
 
 def said(value: Any) -> str:
     """A stranger's value as a sentence may show it: in quotes if it is text, on one line, not long."""
-    shown = repr(value)
+    try:
+        shown = repr(value)
+    except ValueError:                                          # Python prints no number of thousands of digits
+        shown = "a number of thousands of digits"
     return shown if len(shown) <= 60 else shown[:57] + "..."
 
 

@@ -25,7 +25,7 @@ import re
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from megazero.base import UserError
+from megazero.base import UserError, said
 from megazero.pipeline import KINDS
 
 
@@ -66,7 +66,7 @@ class Action(NamedTuple):
                 return cls(kind, units=tuple(units.split("+")))
             case ["judge"]:
                 return cls("judge")
-        raise ValueError(f"{text!r} is no action")
+        raise ValueError(f"{said(text)} is no action")
 
 
 def around(program: Sequence[Action], i: int) -> str:

@@ -15,7 +15,7 @@ from typing import NoReturn
 
 import torch
 
-from megazero.base import Lease, UserError, gib, say
+from megazero.base import Lease, UserError, gib, read_bytes, say
 from megazero.comm import Stuck, Wires, before_cuda, connect, environment, leave_with_launcher, say_each, say_first
 from megazero.data import Tokenizer, configured_tokenizer
 from megazero.hf import outlook
@@ -114,10 +114,9 @@ def train(plan: Plan, device: torch.device, wires: Wires, tokenizer: Tokenizer |
 def programmed(plan: Plan, file: str) -> Plan:
     """The plan with the programs of a file. Raises UserError for one that cannot be read, or would not run."""
     try:
-        text = Path(file).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--pipeline-program {file}: cannot be read ({error}); name a file of "
-                        "programs.") from None
+        text = read_bytes(Path(file)).decode()
+    except (OSError, ValueError) as error:
+        raise UserError(f"--pipeline-program {file}: cannot be read ({error}); name a file of programs.") from None
     return plan.programmed(text, f"--pipeline-program {file}")
 
 

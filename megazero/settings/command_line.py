@@ -26,7 +26,7 @@ from typing import Any, NoReturn, TypeVar
 from megazero.base import UserError, load, said
 
 T = TypeVar("T")
-LONGEST = 2**24             # bytes of a configuration file
+LONGEST = 2**16             # bytes of a configuration file; its parsers are slow beyond
 
 
 def option(
@@ -322,6 +322,8 @@ def _one(o: Option, value: Any) -> Any:
         raise ValueError(f"must be {_article(o.kind)}, not true or false")
     if not isinstance(value, (str, int, float)):
         raise ValueError(f"must be {_article(o.kind)}, not a {type(value).__name__}")
+    if isinstance(value, str) and re.search(r"[\0-\x1f\x7f-\x9f]", value):
+        raise ValueError("must not hold characters that control a terminal or end a name")
     try:
         if o.kind is int:
             return _integer(value)
