@@ -12,7 +12,8 @@ import torch
 from support import ROOT, byte_dataset, lines, train
 
 from megazero.run.loop import Wish
-from megazero.settings.config import Training
+from megazero.run.train import launch
+from megazero.settings.config import Training, from_command_line
 from megazero.state.checkpoint import Reader, complete
 
 WORDS = ("--num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 32 --micro-batch-size 2 --global-batch-size 4 --lr 5e-3 "
@@ -117,6 +118,18 @@ def test_sigterm_alone_says_a_line(tmp_path: Path) -> None:
     assert process.wait(60) == 128 + signal.SIGTERM
     assert process.stderr.read() == ("terminated (SIGTERM): what came after the last checkpoint is lost; --exit-signal-handler saves before it stops\n")
     process.stdout.close()
+
+
+def test_who_runs_the_program_in_a_process_of_his_own_keeps_his_signals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    heard: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: heard.append(number))
+    try:
+        with pytest.raises(SystemExit):
+            launch(lambda: from_command_line(["--num-layers", "0"]))
+        signal.raise_signal(signal.SIGTERM)
+        assert heard == [signal.SIGTERM] and "--num-layers 0: must be greater than 0" in capsys.readouterr().err
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def test_signals_that_ask_are_heard_while_a_wish_lasts() -> None:

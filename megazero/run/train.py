@@ -39,9 +39,8 @@ def launch(config: Callable[[], Config]) -> NoReturn:
     leave_with_launcher()
     try:
         asked = config()
-        if not asked.training.exit_signal_handler:
-            told_when_terminated()
-        main(asked)
+        with told_when_terminated(asked):
+            main(asked)
     except UserError as error:
         say_each("failure", [f"error: {sentence}" for sentence in error.sentences])
         leave(2)
@@ -267,22 +266,37 @@ def memory_of(device: torch.device) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def told_when_terminated() -> None:
+@contextmanager
+def told_when_terminated(asked: Config) -> Iterator[None]:
     """SIGTERM ends the process as ever, but says so: though the main thread may wait for peers, where no handler of
-    Python runs."""
+    Python runs. With --exit-signal-handler the loop hears it instead."""
+    if asked.training.exit_signal_handler:
+        yield
+        return
     out, into = os.pipe()
     os.set_blocking(into, False)
-    signal.signal(signal.SIGTERM, lambda *_: None)
-    signal.set_wakeup_fd(into)
 
     def watch() -> None:
-        while os.read(out, 1)[0] != signal.SIGTERM:
-            pass
+        while (number := os.read(out, 1)[0]) != signal.SIGTERM:
+            if number == 0:
+                return
         say_first("failure", "terminated (SIGTERM): what came after the last checkpoint is lost; --exit-signal-handler "
                              "saves before it stops")
         os._exit(128 + signal.SIGTERM)
 
-    threading.Thread(target=watch, name="terminated", daemon=True).start()
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    signal.set_wakeup_fd(into)
+    thread = threading.Thread(target=watch, name="terminated", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGTERM, before)
+        os.write(into, b"\0")
+        thread.join()
+        os.close(out)
+        os.close(into)
 
 
 def leave(code: int) -> NoReturn:
