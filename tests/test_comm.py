@@ -216,7 +216,7 @@ import os, signal, sys, time
 sys.path.insert(0, sys.argv[1])
 from megazero.settings import config
 from megazero.run.executor import Executor
-from megazero.run.train import launch
+from megazero.run.launch import launch
 what, who = sys.argv[2], int(sys.argv[3])
 plain, calls = Executor._forward, [0]
 

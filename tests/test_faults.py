@@ -23,6 +23,7 @@ from support import train
 from megazero.base import disk
 from megazero.base.errors import UserError
 from megazero.run import train as program
+from megazero.run.launch import launch
 from megazero.settings import config
 from megazero.state import saving
 from megazero.state.checkpoint import Reader, complete
@@ -31,7 +32,7 @@ WORDS = ("--num-layers 2 --hidden-size 48 --num-attention-heads 4 --seq-length 1
          "--global-batch-size 4 --dtype fp64 --adam-eps 1e-5 --make-vocab-size-divisible-by 8")
 LAYOUTS = ("--tp 4", "--tp 2 --zero-stage 1", "--pp 2 --zero-stage 3", "--zero-stage 2 --zero-shard-size 2")
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["megazero.run.train", "torch._dynamo", "pytest"])      # what torch.optim imports when first used, too
+SERVER.set_forkserver_preload(["megazero.run.launch", "torch._dynamo", "pytest"])      # what torch.optim imports when first used, too
 
 
 def end(*_: Any, **__: Any) -> None:
@@ -108,7 +109,7 @@ def play(rank: int, port: int, words: list[str], fault: Fault | None, said: str)
                 fault.arm()
             write(folder, slices, header, *more)
         saving.write = armed
-    program.launch(lambda: config.from_command_line(words))
+    launch(lambda: config.from_command_line(words))
 
 
 @dataclass

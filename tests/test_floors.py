@@ -19,7 +19,7 @@ FLOORS: dict[str, tuple[int, str]] = {
     "corpus": (1200, "tables sources edit verify preprocess"),
     "state": (1250, "tensor_files checkpoint saving merge compare record logs"),
     "hf": (500, "files tokenizer convert"),
-    "run": (1350, "executor metrics run feed step loop failures train generate"),
+    "run": (1350, "executor metrics run feed step loop failures train launch generate"),
     "engine": (700, "blocks engine"),
 }
 PURE = ("base", "pipeline", "settings", "plan")             # no device, no process

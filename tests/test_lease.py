@@ -18,6 +18,7 @@ from megazero.base.lease import Lease, process_of
 from megazero.corpus.edit import merge_datasets, split_dataset
 from megazero.corpus.preprocess import PreprocessSettings, preprocess
 from megazero.state.checkpoint import complete
+from megazero.state.logs import metrics_log
 
 WORDS = "--num-layers 1 --hidden-size 16 --num-attention-heads 2 --seq-length 16 --vocab-size 31 --lr 1e-3 --mock-data --eval-iters 0 --global-batch-size 1"
 
@@ -97,7 +98,7 @@ def test_a_lease_that_was_deleted_comes_back(tmp_path: Path) -> None:
 
 def test_what_is_no_lease_is_named(tmp_path: Path) -> None:
     (tmp_path / "lease.json").write_text('{"run": 3}')
-    with pytest.raises(UserError, match="lease.json: is no lease .run is 3, not a word.; delete it"):
+    with pytest.raises(UserError, match="lease.json: is no lease .run is 3, not a word like .*; delete it"):
         Lease(tmp_path / "lease.json", "--save x")
 
 
@@ -176,3 +177,33 @@ def test_what_was_left_by_who_died_asking_is_swept_away(tmp_path: Path) -> None:
     (tmp_path / "lease.json-empty").touch()
     Lease(tmp_path / "lease.json", "--save x").close()
     assert [p.name for p in tmp_path.iterdir()] == ["lease.json-elsewhere"]
+
+
+@pytest.mark.parametrize("what", ["a link", "a pipe", "a folder", "a name that leads elsewhere"])
+def test_what_lies_in_the_place_of_a_lease_is_named(what: str, tmp_path: Path) -> None:
+    path = tmp_path / "lease.json"
+    {"a link": lambda: path.symlink_to("nowhere"), "a pipe": lambda: os.mkfifo(path), "a folder": path.mkdir,
+     "a name that leads elsewhere": lambda: path.write_text(json.dumps({"run": "../../x", "host": "h", "pid": 1, "process": "x"}))}[what]()
+    with pytest.raises(UserError, match="lease.json: is no lease .*; delete it if nobody writes there"):
+        Lease(path, "--save x")
+
+
+def test_nothing_is_written_through_a_link(tmp_path: Path) -> None:
+    """A folder from a stranger may hold links where a run writes."""
+    victim, run, log = tmp_path / "victim", tmp_path / "run", tmp_path / "log"
+    victim.write_text("precious")
+    (run / "tokenizer").mkdir(parents=True)
+    log.mkdir()
+    words = f"{WORDS.replace('--vocab-size 31', '--tokenizer-type CharTokenizer --tokenizer-model ' + str(tmp_path / 'c.json'))} --train-iters 1 --save {run}"
+    (tmp_path / "c.json").write_text('["a", "b"]')
+    for link in (run / "tokenizer" / "characters.json.draft", run / "tokenizer" / "characters.json"):
+        link.symlink_to(victim)
+    train(words)
+    assert victim.read_text() == "precious" and (run / "tokenizer" / "characters.json").read_text() == '["a", "b"]'
+    (log / "metrics.jsonl").symlink_to(victim)
+    metrics_log(log, 3).add({"step": 4})
+    assert victim.read_text() == "precious"
+    (run / "tokenizer").rename(tmp_path / "moved")
+    (run / "tokenizer").symlink_to(tmp_path / "moved")
+    with pytest.raises(UserError, match="the tokenizer's files cannot be written there .tokenizer is a link to elsewhere"):
+        train(words.replace("--train-iters 1", "--train-iters 2") + f" --load {run}")

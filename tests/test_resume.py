@@ -11,8 +11,8 @@ import pytest
 import torch
 from support import ROOT, byte_dataset, lines, train
 
+from megazero.run.launch import launch
 from megazero.run.loop import Wish
-from megazero.run.train import launch
 from megazero.settings.config import Training, from_command_line
 from megazero.state.checkpoint import Reader, complete
 

@@ -7,7 +7,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, cast
 
 from megazero.base.errors import UserError
 
@@ -21,11 +21,24 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
+def opened(path: Path, mode: str) -> BinaryIO:
+    """As `open` without a buffer of text, but never through a link that a stranger left: what lies elsewhere is not
+    ours to write. A new file ("xb") takes the place of what was there. Raises OSError."""
+    if "x" in mode:
+        path.unlink(missing_ok=True)
+    return cast(BinaryIO, open(path, mode, opener=not_followed))
+
+
+def not_followed(name: str, flags: int) -> int:
+    """An opener of files that are no links."""
+    return os.open(name, flags | os.O_NOFOLLOW, 0o666)
+
+
 @contextmanager
 def whole(path: Path) -> Iterator[BinaryIO]:
     """A file that takes its name when all of it is on the disk; until then what was there stays. Raises OSError."""
     draft = path.with_name(f"{path.name}.draft")
-    with draft.open("wb") as file:
+    with opened(draft, "xb") as file:
         yield file
         file.flush()
         os.fsync(file.fileno())

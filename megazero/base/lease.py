@@ -8,6 +8,7 @@ once.
 
 import json
 import os
+import re
 import secrets
 import socket
 import threading
@@ -18,7 +19,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from megazero.base.errors import UserError
-from megazero.base.strict import checked, loads
+from megazero.base.strict import checked, loads, read_bytes
 from megazero.base.text import say
 
 BEAT, WATCH = 5.0, 30.0     # seconds
@@ -36,7 +37,7 @@ class Holder(NamedTuple):
         return f"run {self.run} on {self.host}, process {self.pid}"
 
 
-FORM = {"run": str, "host": str, "pid": range(2**31), "process": str}
+FORM = {"run": re.compile("[0-9a-f]{8}"), "host": str, "pid": range(2**31), "process": str}
 
 
 def process_of(pid: int) -> str:
@@ -124,7 +125,9 @@ class Lease:
     def _read(self) -> Holder | None:
         """Who holds it, or nobody."""
         try:
-            text = self.path.read_bytes()
+            if self.path.is_symlink():
+                raise ValueError("is a link")
+            text = read_bytes(self.path, 4096)
             if not text and time.time() - _touched(self.path) < WATCH:          # somebody is about to write it
                 time.sleep(0.05)
                 return None
@@ -139,7 +142,7 @@ class Lease:
         for left in self.path.parent.glob(f"{self.path.name}-*"):
             with suppress(OSError):
                 try:
-                    gone = self._ended(_holder(left.read_bytes()))
+                    gone = self._ended(_holder(read_bytes(left, 4096)))
                 except ValueError:
                     gone = True                                 # nothing, or half of it
                 if gone:

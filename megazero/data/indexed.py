@@ -28,7 +28,7 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from megazero.base import Lease, UserError, sync
+from megazero.base import Lease, UserError, opened, sync
 from megazero.data.files import Numbers, bytes_of, window
 
 MAGIC = b"MMIDIDX\0\0"
@@ -108,7 +108,7 @@ class IndexedWriter:
             Path(self.prefix).parent.mkdir(parents=True, exist_ok=True)
             for name, size in sizes.items():
                 self._files[name] = (self._reopened(name, size) if resume
-                                     else open(self._partial(name), "w+b"))     # noqa: SIM115
+                                     else opened(Path(self._partial(name)), "x+b"))
         except OSError as error:
             raise UserError(f"{self.prefix}.bin: cannot be written ({error.strerror}); "
                             "name a writable folder.") from None
@@ -159,7 +159,7 @@ class IndexedWriter:
         assert self._told == self.sequence_count, (
             f"documents of {self._told} sequences, lengths of {self.sequence_count}")
         index = f"{self.prefix}.idx.partial"
-        with open(index, "wb") as out:
+        with opened(Path(index), "xb") as out:
             out.write(HEADER.pack(MAGIC, 1, self._code, self.sequence_count, self.document_count + 1))
             _copy(self._files["lengths"], out)
             for offsets in self._offsets():
@@ -210,7 +210,7 @@ class IndexedWriter:
         there = path.stat().st_size if path.exists() else 0
         if there < size:
             raise UserError(f"{path}: has {there} bytes, the unfinished run wrote {size}; {AFRESH}")
-        file = open(path, "r+b")                                # noqa: SIM115  (suspend closes it)
+        file = opened(path, "r+b")                              # suspend closes it
         file.truncate(size)
         file.seek(size)
         return file

@@ -35,7 +35,7 @@ from megazero.plan import (
     zeros,
 )
 from megazero.settings import Config
-from megazero.state import Planned, Reader, Slice, about, header, planned, stream, write_alone
+from megazero.state import SPECIAL, Planned, Reader, Slice, about, header, is_special, planned, stream, write_alone
 from megazero.units import TORCH_DTYPE
 
 Tensor = torch.Tensor
@@ -54,6 +54,9 @@ def export_folder(reader: Reader, output: Path, dtype: str | None = None, shard:
     Returns its family, and where its tokenizer could not be written the sentence that says why."""
     a = reader.architecture
     family, ours = family_of(a), shapes(a)
+    more = next((name for kind, name in reader.shapes if kind == "weight" and name not in ours), None)
+    if more is not None:
+        raise UserError(f"{reader.folder}: holds weight/{more}, which its architecture does not have.")
     missing = [n for n in ours if reader.shapes.get(("weight", n)) != ours[n]]
     if missing:
         raise UserError(f"{reader.folder}: has no weight/{missing[0]} of shape {list(ours[missing[0]])}, "
@@ -206,7 +209,8 @@ def _is_embedding(name: str, a: Architecture, family: Family, source: HfFolder) 
 def _index(a: Architecture, config: Mapping[str, Any], tokenizer: Tokenizer | None) -> dict[str, Any]:
     """What the index says, as that of a run of ours before its first step,
     and the special ids that only Hugging Face knows."""
+    ids = {name: config.get(name) for name in SPECIAL}          # -1 and [] stand for none in old ones
     facts = about(a, config=flags(a), optimizer=None, layout={"tp": 1, "pp": 1, "dp": 1, "zero_stage": 0},
                   tokenizer=tokenizer, family=config["model_type"])
     return {**header(Progress(loss_scale(Config())), facts),
-            "special_ids": {f"{k}_token_id": config.get(f"{k}_token_id") for k in ("bos", "eos", "pad")}}
+            "special_ids": {name: i if is_special(i) else None for name, i in ids.items()}}

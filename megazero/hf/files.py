@@ -60,6 +60,9 @@ class HfFolder:
 
     def _paths(self) -> dict[Path, list[str]]:
         """The files, and which tensors the index says of each."""
+        if os.path.isfile(self.folder / INDEX) and os.path.isfile(self.folder / "model.safetensors"):
+            raise UserError(f"--input {self.folder}: holds model.safetensors and {INDEX}, and readers differ on which "
+                            "counts; remove one of them.")
         if os.path.isfile(self.folder / INDEX):
             paths: dict[Path, list[str]] = {}
             for name, file in read_json(self.folder / INDEX, {"weight_map": {str: FILE}})["weight_map"].items():

@@ -1,6 +1,6 @@
 """What of a run outlives it: checkpoints."""
 
-from megazero.state.checkpoint import Reader, Slice, complete, mismatches
+from megazero.state.checkpoint import SPECIAL, Reader, Slice, complete, is_special, mismatches
 from megazero.state.compare import check, checkpoints, log_lines, report, runs
 from megazero.state.logs import board_log, metrics_log
 from megazero.state.merge import merge

@@ -36,7 +36,7 @@ WORD, PLAIN = re.compile(r"\w{1,60}"), (None, bool, Number, str)
 WORDS: Form = {                         # of an index; about architecture and progress plan/ knows more
     "step": COUNT, "progress": dict, "config": {str: (*PLAIN, [PLAIN])}, "optimizer": (None, WORD),
     "architecture": dict, "layout": {str: COUNT}, "tokenizer": (None, IDENTITY), "family?": (None, WORD),
-    "special_ids?": {str: (None, int, [int])}, "files": {str: {"bytes": COUNT, "header_crc32": CRC}}}
+    "special_ids?": dict, "files": {str: {"bytes": COUNT, "header_crc32": CRC}}}
 SIZES = [range(1, 2**53)]
 BOXES: Form = {str: {"kind": WORD, "name": re.compile(r"[\w.:+/-]{1,500}"), "full": SIZES, "offset": [COUNT],
                      "size": SIZES, "crc32": list}}
@@ -101,6 +101,15 @@ def complete(folder: Path) -> list[tuple[int, Path]]:
     return [(step, path) for step, _, path in sorted(found)]
 
 
+SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
+
+
+def is_special(ids: Any) -> bool:
+    """Can they stand in a Hugging Face configuration: no id, one, or a list? Theirs may lie beyond the vocabulary."""
+    listed = ids if isinstance(ids, list) and ids else [ids]
+    return ids is None or all(type(i) is int and 0 <= i < 2**31 for i in listed)
+
+
 @dataclass(frozen=True)
 class StoredBox:
     """A box of a logical tensor in a file, and the checksums of its runs of rows."""
@@ -147,6 +156,9 @@ class Reader:
                 raise ValueError(f"is of the steps {', '.join(map(str, steps))} at once")
             for name in index["files"]:
                 checked(name, FILE, "a name in files")
+            for name, ids in index.get("special_ids", {}).items():
+                if name not in SPECIAL or not is_special(ids):
+                    raise ValueError(f"special_ids.{said(name)} is {said(ids)}")
         except ValueError as error:
             raise self._bad(path, f"cannot be: {error}") from None
         return index
@@ -178,6 +190,8 @@ class Reader:
     def _note(self, stored: Stored, b: Mapping[str, Any]) -> None:
         """One tensor of a file. Raises ValueError."""
         which, full, box = (b["kind"], b["name"]), tuple(b["full"]), Box(tuple(b["offset"]), tuple(b["size"]))
+        if not full:
+            raise ValueError(f"{said(stored.name)} is no tensor of a model")
         if not len(full) == len(box.offset) == len(box.size) or any(
                 o + n > f for o, n, f in zip(*box, full, strict=True)):
             raise ValueError(f"the box of {said(stored.name)} is not inside its tensor")

@@ -124,8 +124,8 @@ def _beside(a: Reader, b: Reader, which: Key) -> float:
     """The largest element of the vectors of the same operation and kind. One of them can be nothing but rounding
     (softmax does not feel a bias on k), and next to itself it would look all wrong."""
     kind, name = which
-    of, sort = name.rsplit(".", 2)[0], name.rsplit(".", 1)[1]
-    like = [n for k, n in a.shapes if k == kind and n.rsplit(".", 2)[0] == of and n.rsplit(".", 1)[1] == sort
+    of, sort = name.rsplit(".", 2)[0], name.rpartition(".")[2]
+    like = [n for k, n in a.shapes if k == kind and n.rsplit(".", 2)[0] == of and n.rpartition(".")[2] == sort
             and len(a.shapes[k, n]) == len(a.shapes[which]) == 1]
     return max((_largest(r.read(kind, n)) for n in like for r in (a, b) if (kind, n) in r.shapes), default=0.0)
 

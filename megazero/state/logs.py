@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from megazero.base import checked, loads, say
+from megazero.base import checked, loads, not_followed, opened, say
 
 Encode = Callable[[Mapping[str, Any]], bytes]
 WAITING = 1_000_000         # records that may wait; older ones are lost
@@ -65,7 +65,7 @@ class Log:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         if self.size is None:
             self.begin(self.path)
-        file = io.FileIO(self.path, "ab")
+        file = io.FileIO(self.path, "ab", opener=not_followed)
         there = os.fstat(file.fileno()).st_size
         self.size = there if self.size is None else min(there, self.size)
         file.truncate(self.size)
@@ -119,7 +119,7 @@ def continued(path: Path, resumed: int) -> None:
     if resumed == 0:
         path.rename(next(p for n in range(1, 100_000) if not (p := path.with_name(f"metrics-{n}.jsonl")).exists()))
         return
-    with path.open("r+b") as file:
+    with opened(path, "r+b") as file:
         end = 0
         for line in file:
             if not line.endswith(b"\n") or step_of(line) > resumed:

@@ -1,6 +1,7 @@
 """What of a run outlives it, for whatever trains: units and moments as named logical tensors, its progress, what the
 index says of it, the tokenizer's files beside the checkpoints; and why a checkpoint does not fit."""
 
+import errno
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -88,9 +89,11 @@ class Record:
 
 def save_tokenizer(folder: Path, tokenizer: Tokenizer | None) -> None:
     """Copies the tokenizer's files beside the checkpoints, so that those are enough to generate and export."""
+    if (folder / "tokenizer").is_symlink():
+        raise OSError(errno.ELOOP, "tokenizer is a link to elsewhere")
     for name, path in (tokenizer.files() if tokenizer else {}).items():
         target = folder / "tokenizer" / name
-        if not target.exists() or target.read_bytes() != path.read_bytes():
+        if not (target.is_file() and not target.is_symlink() and target.read_bytes() == path.read_bytes()):
             target.parent.mkdir(parents=True, exist_ok=True)
             with whole(target) as file:
                 file.write(path.read_bytes())
@@ -138,6 +141,9 @@ def changed(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
 
 def jumps(saved: Mapping[str, Any], now: Plan, at: Progress) -> list[str]:
     """That the learning rate goes on from another height than a saved configuration would have had it."""
-    then = build(Config, {key: value for key, value in saved.items() if key in flatten(Config())})
-    old, new = curve_of(then, sizes(then, now.world)).rate_after(at), now.curve.rate_after(at)
+    try:
+        then = build(Config, {key: value for key, value in saved.items() if key in flatten(Config())})
+        old, new = curve_of(then, sizes(then, now.world)).rate_after(at), now.curve.rate_after(at)
+    except (AssertionError, TypeError, ValueError, ArithmeticError):
+        return []                                               # nobody ran it: an import, or made up
     return [f"the learning rate of step {at.step + 1:,} would have been {old:.3e}, is {new:.3e}"] if old != new else []

@@ -1,0 +1,81 @@
+"""How the program begins on a rank, and how it ends: each end in its own words, told once, with its exit code."""
+
+import os
+import signal
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import NoReturn
+
+from megazero.base import UserError
+from megazero.comm import Stuck, environment, leave_with_launcher, say_each, say_first
+from megazero.run.failures import Failure
+from megazero.run.train import main
+from megazero.settings import Config
+
+
+def launch(config: Callable[[], Config]) -> NoReturn:
+    """Runs the program on this rank. A mistake or a failure is told once, by the rank that met it first;
+    exit codes 2 and 1."""
+    leave_with_launcher()
+    try:
+        asked = config()
+        with told_when_terminated(asked):
+            main(asked)
+    except UserError as error:
+        say_each("failure", [f"error: {sentence}" for sentence in error.sentences])
+        leave(2)
+    except (Stuck, Failure) as error:
+        say_first("failure", f"error: {error}")
+        leave(1)
+    except KeyboardInterrupt:
+        say_first("failure", "interrupted: what came after the last checkpoint is lost; --exit-signal-handler saves "
+                             "before it stops")
+        leave(130)
+    except Exception:
+        say_first("failure", f"rank {environment()[0]} failed:\n{traceback.format_exc()}")
+        leave(1)
+    sys.exit(0)
+
+
+@contextmanager
+def told_when_terminated(asked: Config) -> Iterator[None]:
+    """SIGTERM ends the process as ever, but says so: though the main thread may wait for peers, where no handler of
+    Python runs. With --exit-signal-handler the loop hears it instead."""
+    if asked.training.exit_signal_handler:
+        yield
+        return
+    out, into = os.pipe()
+    os.set_blocking(into, False)
+
+    def watch() -> None:
+        while (number := os.read(out, 1)[0]) != signal.SIGTERM:
+            if number == 0:
+                return
+        say_first("failure", "terminated (SIGTERM): what came after the last checkpoint is lost; --exit-signal-handler "
+                             "saves before it stops")
+        os._exit(128 + signal.SIGTERM)
+
+    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    signal.set_wakeup_fd(into)
+    thread = threading.Thread(target=watch, name="terminated", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGTERM, before)
+        os.write(into, b"\0")
+        thread.join()
+        os.close(out)
+        os.close(into)
+
+
+def leave(code: int) -> NoReturn:
+    """Ends the process; with peers at once, since cleaning up would wait for them."""
+    sys.stdout.flush()
+    if environment()[1] > 1:
+        os._exit(code)
+    sys.exit(code)
