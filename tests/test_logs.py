@@ -79,14 +79,16 @@ def test_a_folder_that_was_deleted_comes_back(tmp_path: Path) -> None:
 
 
 def test_a_log_goes_on_behind_the_step_it_resumes(tmp_path: Path) -> None:
-    """What was torn or logged beyond it is forgotten without room on the disk; a fresh run keeps an older file aside."""
+    """What was torn or logged beyond it is cut without room on the disk, and kept aside where there is; a fresh run keeps an older file."""
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(f'{{"step": {s}}}\n' for s in (1, 2, 3, 4)) + '{"step": 5, "lo')
     log = metrics_log(tmp_path, 2)
     log.add({"step": 3})
-    assert numbers(path) == [1, 2, 3]
+    assert numbers(path) == [1, 2, 3] and (tmp_path / "metrics-1.jsonl").read_text() == '{"step": 3}\n{"step": 4}\n{"step": 5, "lo'
+    metrics_log(tmp_path, None).add({"step": 2})                # evaluated alone: nothing is cut
+    assert numbers(path) == [1, 2, 3, 2]
     metrics_log(tmp_path, 0).add({"step": 1})
-    assert numbers(path) == [1] and numbers(tmp_path / "metrics-1.jsonl") == [1, 2, 3]
+    assert numbers(path) == [1] and numbers(tmp_path / "metrics-2.jsonl") == [1, 2, 3, 2]
 
 
 def curve(folder: Path, tag: str) -> list[tuple[int, float]]:

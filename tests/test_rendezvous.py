@@ -157,7 +157,7 @@ def test_ranks_with_other_flags_are_told_before_they_are_joined(place: int, caps
     """Flags that say who is in which group, too: with those nobody would find his peers."""
     assert gathered({0: "a", 1: "a", 2: "a"}, 3, 5) == [None] * 3
     for told in gathered({0: "a", 1: "b", 2: "a"}, 3, 5):
-        assert told == "--config: ranks were started with different flags or files; start all of them with the same command."
+        assert told == "--config: ranks were started with different flags, files or data, or for different numbers of ranks; start all of them with the same command."
     assert capsys.readouterr().out == ""
 
 
@@ -197,3 +197,22 @@ def test_shared_memory_is_opened_only_where_it_is_ours() -> None:
         wrong[4] += 1                                           # somebody's memory, but not of this group
         assert not mine.meet(torch.stack([mine.card(), wrong]))
     assert os.read(pipe, 100) == b"not for us, and 16 bytes"
+
+
+def test_a_listener_that_never_answers_is_told_in_time(place: int) -> None:
+    """torch would wait for ever, and no signal would end it."""
+    with socket.create_server(("127.0.0.1", place)):
+        began = time.monotonic()
+        with pytest.raises(UserError, match=rf"MASTER_PORT {place}: does not answer as a store of torch; is another program there\? .no answer within"):
+            rendezvous._opened(1, time.monotonic() + 1)
+        assert time.monotonic() - began < 10
+
+
+@pytest.mark.parametrize("rank, world", [("5", "2"), ("-1", "2"), ("abc", "2"), ("0", "0"), ("1", "x")])
+def test_a_rank_without_a_place_is_told(rank: str, world: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", world)
+    assert rendezvous.no_place().startswith(f"RANK {rank}, WORLD_SIZE {world}: no place of a rank; they are counted from 0")
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert rendezvous.no_place() == ""

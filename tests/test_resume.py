@@ -6,14 +6,18 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from support import ROOT, byte_dataset, lines, train
 
+from megazero.base.errors import UserError
+from megazero.run import loop
 from megazero.run.launch import launch
 from megazero.run.loop import Wish
 from megazero.settings.config import Training, from_command_line
+from megazero.state import saving
 from megazero.state.checkpoint import Reader, complete
 
 WORDS = ("--num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 32 --micro-batch-size 2 --global-batch-size 4 --lr 5e-3 "
@@ -137,5 +141,56 @@ def test_signals_that_ask_are_heard_while_a_wish_lasts() -> None:
         wish, before = Wish(Training(exit_signal_handler=True)), signal.getsignal(getattr(signal, name))
         with wish:
             assert not wish.reason()
-            signal.raise_signal(getattr(signal, name))
-            assert wish.reason() == f"signal {name}" and signal.getsignal(getattr(signal, name)) == before, "a second one ends it"
+            for _ in range(3):                                  # torchrun hands on what its ranks were sent too
+                signal.raise_signal(getattr(signal, name))
+            assert wish.reason() == f"signal {name}"
+        assert signal.getsignal(getattr(signal, name)) == before
+
+
+def test_the_same_signal_later_ends_it_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    heard: list[int] = []
+    monkeypatch.setattr(loop, "GRACE", 0.0)
+    before = signal.signal(signal.SIGTERM, lambda number, _: heard.append(number))
+    with Wish(Training(exit_signal_handler=True)):
+        signal.raise_signal(signal.SIGTERM)
+        assert heard == []
+        signal.raise_signal(signal.SIGTERM)
+        assert heard == [signal.SIGTERM]
+    signal.signal(signal.SIGTERM, before)
+
+
+def test_a_screen_that_cannot_be_written_does_not_end_a_run(tmp_path: Path) -> None:
+    """A terminal that was closed, a full disk under a log, `| head`."""
+    words = f"{WORDS} --data-path {byte_dataset(tmp_path)} --save {tmp_path / 'ck'}".split()
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, str(ROOT / "pretrain_gpt.py"), *words], stdout=full, stderr=subprocess.PIPE, text=True,
+                              env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0 and len(complete(tmp_path / "ck")) == 1, done.stderr
+    assert done.stderr == "warning: the screen cannot be written (No space left on device); nothing more is shown there\n"
+
+
+def test_evaluating_an_older_step_leaves_log_and_checkpoints_as_they_are(tmp_path: Path) -> None:
+    words = f"{WORDS} --data-path {byte_dataset(tmp_path)} --save {tmp_path / 'ck'} --load {tmp_path / 'ck'}"
+    train(f"{words} --save-interval 4", tmp_path / "log")
+    before, log = sorted((tmp_path / "ck").rglob("*")), lines(tmp_path / "log")
+    told = train(f"{words} --save-interval 4 --skip-train --ckpt-step 4", tmp_path / "log")
+    assert sorted((tmp_path / "ck").rglob("*")) == before and told[:-1] == log
+    assert (told[-1]["step"], told[-1]["split"], told[-1]["loss"]) == (4, "valid", next(r["loss"] for r in log if r["step"] == 4 and "split" in r))
+
+
+def test_what_is_being_saved_when_data_fail_is_saved_to_its_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain = saving.write_file
+
+    def slow(*arguments: Any) -> None:
+        time.sleep(0.5)
+        plain(*arguments)
+
+    def fails(*_: object) -> float:
+        raise UserError("t.bin: was cut")
+
+    monkeypatch.setattr(saving, "write_file", slow)
+    words = f"{WORDS} --data-path {byte_dataset(tmp_path)} --save {tmp_path / 'ck'} --save-interval 7 --async-save"
+    monkeypatch.setattr(loop.Loop, "evaluate", lambda self, split: 0.0 if self.step.progress.step < 8 else fails())
+    with pytest.raises(UserError, match="t.bin: was cut"):
+        train(words)
+    assert [step for step, _ in complete(tmp_path / "ck")] == [7]

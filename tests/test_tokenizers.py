@@ -9,6 +9,7 @@ import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -449,3 +450,55 @@ def test_files_of_tokenizers_have_one_meaning(tmp_path: Path, words: str, text: 
     (tmp_path / "merges.txt").write_text("")
     with pytest.raises(UserError, match=said):
         build_tokenizer(kind, **{flag: str(tmp_path / "t.json")}, **({"merge_file": str(tmp_path / "merges.txt")} if kind.startswith("GPT2") else {}))
+
+
+def test_a_tokenizer_that_would_lose_text_or_cut_it_by_chance_is_refused(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    good = {c: i for i, c in enumerate([*alphabet, "<|endoftext|>"])}
+
+    def write(vocab: dict[str, int], **model: Any) -> Path:
+        inner = Tokenizer(models.BPE(vocab, [], **model))
+        inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
+        inner.save(str(tmp_path / "tokenizer.json"))
+        (tmp_path / "vocab.json").write_text(json.dumps(vocab))
+        (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+        return tmp_path / "tokenizer.json"
+
+    assert build_tokenizer("HuggingFaceTokenizer", str(write(good))).vocab_size == 257
+    assert build_tokenizer("GPT2BPETokenizer", None, str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt")).eod == 256
+    for vocab, model, said in ((good, {"dropout": 0.5}, "its dropout is 0.5, which cuts a text otherwise each time"),
+                               ({c: i for c, i in good.items() if c not in "abc"}, {}, "3 of 256 bytes are no tokens"),
+                               (good | {"zz": 2**31}, {}, "an id stands for two tokens, or is above 1073741824"),
+                               (good | {"zz": 7}, {}, "an id stands for two tokens")):
+        with pytest.raises(UserError, match=said):
+            build_tokenizer("HuggingFaceTokenizer", str(write(vocab, **model)))
+    holes = {c: i + 1 for i, c in enumerate(alphabet)}           # ids 1 .. 256: the end would become 256
+    write(holes)
+    with pytest.raises(UserError, match="an id stands for two tokens|1 of 256 bytes are no tokens"):
+        build_tokenizer("GPT2BPETokenizer", None, str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt"))
+    for beside, said in (("x", "is not valid JSON"), ("[]", "is no mapping")):
+        write(good)
+        (tmp_path / "special_tokens_map.json").write_text(beside)
+        with pytest.raises(UserError, match=f"special_tokens_map.json: {said}"):
+            build_tokenizer("HuggingFaceTokenizer", str(tmp_path))
+    (tmp_path / "special_tokens_map.json").unlink()
+    os.mkfifo(tmp_path / "special_tokens_map.json")
+    with pytest.raises(UserError, match="special_tokens_map.json: is not valid JSON .is not a regular file"):
+        build_tokenizer("HuggingFaceTokenizer", str(tmp_path))
+    (tmp_path / "chars.json").write_text('{"a": 1.0, "b": 0.0}')
+    with pytest.raises(UserError, match="must hold a JSON list of different characters"):
+        build_tokenizer("CharTokenizer", str(tmp_path / "chars.json"))
+    with pytest.raises(UserError, match="nothere.model: no such file; give a sentencepiece .model file"):
+        build_tokenizer("SentencePieceTokenizer", str(tmp_path / "nothere.model"))
+    with pytest.raises(UserError, match="a text holds '9{50,60}"):
+        build_tokenizer("NullTokenizer", vocab_size=7).encode_batch(["9" * 5000])
+
+
+def test_a_library_that_panics_is_a_sentence(tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    inner = Tokenizer(models.WordLevel({"a": 0}, "[UNK]"))
+    inner.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
+    inner.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(UserError, match="tokenizer.json: cannot cut a text .*; give the tokenizer as it was published"):
+        build_tokenizer("HuggingFaceTokenizer", str(tmp_path)).encode_batch(["a b"])

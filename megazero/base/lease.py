@@ -94,7 +94,7 @@ class Lease:
         turn = self.path.with_name(f"{self.path.name}-after-{held.run}")        # one may follow a holder
         if not self._linked(turn):
             time.sleep(0.1)
-            if time.time() - _touched(turn) > WATCH:                            # who was about to follow has died
+            if abs(time.time() - _touched(turn)) > WATCH:                            # who was about to follow has died
                 turn.unlink(missing_ok=True)
             return False
         try:
@@ -128,7 +128,7 @@ class Lease:
             if self.path.is_symlink():
                 raise ValueError("is a link")
             text = read_bytes(self.path, 4096)
-            if not text and time.time() - _touched(self.path) < WATCH:          # somebody is about to write it
+            if not text and abs(time.time() - _touched(self.path)) < WATCH:          # somebody is about to write it
                 time.sleep(0.05)
                 return None
             return _holder(text)

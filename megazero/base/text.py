@@ -1,10 +1,21 @@
 """What the program says to people."""
 
+import os
+import sys
+from contextlib import suppress
+
 from tqdm import tqdm
 
 
 def say(text: str) -> None:
-    print(text, flush=True)
+    """What cannot be shown (a terminal that was closed, a full disk) is no reason to end."""
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        sys.stdout = open(os.devnull, "w")                      # noqa: SIM115  (for the rest of the process)
+        with suppress(OSError):
+            print(f"warning: the screen cannot be written ({error.strerror}); nothing more is shown there",
+                  file=sys.stderr, flush=True)
 
 
 def gib(n: float) -> str:

@@ -1,11 +1,13 @@
 """How the ranks of a run find each other: through a store that torchrun keeps, or rank 0 of ranks that were started by
 hand; and what is told through it once, though many ranks could tell it."""
 
+import errno
 import os
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from datetime import timedelta
 from threading import Thread
 
@@ -23,6 +25,15 @@ def environment() -> tuple[int, int]:
     return int(os.environ.get("RANK") or 0), int(os.environ.get("WORLD_SIZE") or 1)
 
 
+def no_place() -> str:
+    """What is wrong with who this rank is said to be, or nothing."""
+    rank, world = os.environ.get("RANK") or "0", os.environ.get("WORLD_SIZE") or "1"
+    if rank.isdecimal() and world.isdecimal() and int(rank) < int(world):
+        return ""
+    return (f"RANK {rank}, WORLD_SIZE {world}: no place of a rank; they are counted from 0 to WORLD_SIZE - 1, and "
+            "torchrun sets both.")
+
+
 def address() -> tuple[str, int]:
     """Host and port of the store. Raises UserError."""
     host, port = os.environ.get("MASTER_ADDR", ""), os.environ.get("MASTER_PORT", "")
@@ -38,7 +49,7 @@ def join(kind: str, seconds: float, words: str) -> None:
     rank, world = environment()
     end = time.monotonic() + seconds
     store = _opened(rank, end)
-    _gathered(store, rank, world, end, words)
+    _gathered(store, rank, world, end, f"{words} {world}")
     try:
         dist.init_process_group(kind, store=store, rank=rank, world_size=world, timeout=timedelta(seconds=seconds))
     except (RuntimeError, OSError) as error:
@@ -46,6 +57,8 @@ def join(kind: str, seconds: float, words: str) -> None:
 
 
 def unreachable(rank: int, kind: str, error: Exception) -> Stuck:
+    if "Too many open files" in str(error) or getattr(error, "errno", 0) == errno.EMFILE:
+        return Stuck(f"rank {rank} has too many open files to reach its peers over {kind}; raise ulimit -n")
     return Stuck(f"rank {rank} and its peers cannot reach each other over {kind} ({first_line(error)}); all must be on "
                  f"one network: {kind.upper()}_SOCKET_IFNAME names it where a host has several")
 
@@ -62,13 +75,30 @@ def _opened(rank: int, end: float) -> dist.Store:
     if not own:
         _reach(host, port, rank, end)
     try:
-        store = dist.TCPStore(host, port, is_master=own, timeout=timedelta(seconds=max(end - time.monotonic(), 1)),
-                              wait_for_workers=False, multi_tenant=own)
+        store = _made(host, port, max(end - time.monotonic(), 1), own)
     except RuntimeError as error:
         why = ("is in use here; choose another with --master_port" if own else
                "does not answer as a store of torch; is another program there?")
         raise UserError(f"MASTER_PORT {port}: {why} ({first_line(error)}).") from None
     return _of_this_start(store)
+
+
+def _made(host: str, port: int, seconds: float, own: bool = False) -> dist.TCPStore:
+    """Raises RuntimeError, also where somebody listens who never answers: torch's own time-out does not hold there."""
+    found: Future[dist.TCPStore] = Future()
+
+    def make() -> None:
+        try:
+            found.set_result(dist.TCPStore(host, port, is_master=own, timeout=timedelta(seconds=seconds),
+                                           wait_for_workers=False, multi_tenant=own))
+        except RuntimeError as error:
+            found.set_exception(error)
+
+    Thread(target=make, name="store", daemon=True).start()
+    try:
+        return found.result(seconds + 1)
+    except TimeoutError:
+        raise RuntimeError(f"no answer within {seconds:.0f} s") from None
 
 
 def _of_this_start(store: dist.Store) -> dist.Store:
@@ -102,7 +132,7 @@ def _gathered(store: dist.Store, rank: int, world: int, end: float, words: str) 
     if store.add("here", 1) == world:
         store.set("all", "")
     wait, told, place = QUIET, False, ":".join(map(str, address()))
-    while not _comes(store, "all", min(wait, end - time.monotonic())):
+    while not _comes(store, ("all", "differ"), min(wait, end - time.monotonic())):
         absent = [r for r in range(world) if not store.check([f"here/{r}"])] if rank == 0 else []
         names = ", ".join(map(str, absent[:8])) + (" ..." if len(absent) > 8 else "")
         if time.monotonic() > end:
@@ -113,14 +143,14 @@ def _gathered(store: dist.Store, rank: int, world: int, end: float, words: str) 
             say(f"waiting for {len(absent)} of {world} ranks at {place}: {names}")
         wait, told = 60.0, True
     if store.check(["differ"]):
-        raise UserError("--config: ranks were started with different flags or files; start all of them with the same "
-                        "command.")
+        raise UserError("--config: ranks were started with different flags, files or data, or for different numbers of "
+                        "ranks; start all of them with the same command.")
 
 
-def _comes(store: dist.Store, key: str, seconds: float) -> bool:
-    """Is the key there within this time? Asked again and again: a wait of torch's that is over prints a warning."""
+def _comes(store: dist.Store, keys: Sequence[str], seconds: float) -> bool:
+    """Is one of the keys there within this time? Asked again and again: a wait of torch prints a warning when it ends."""
     began = time.monotonic()
-    while not store.check([key]):
+    while not any(store.check([key]) for key in keys):
         waited = time.monotonic() - began
         if waited > seconds:
             return False
@@ -156,7 +186,7 @@ def _board() -> dist.Store | None:
     try:
         host, port = address()
         socket.create_connection((host, port), timeout=2).close()       # c10d is noisy when nobody is there
-        return _of_this_start(dist.TCPStore(host, port, is_master=False, timeout=timedelta(seconds=5)))
+        return _of_this_start(_made(host, port, 5))
     except (OSError, RuntimeError, UserError):
         return None
 
@@ -183,9 +213,10 @@ def _done(store: dist.Store | None, what: str) -> None:
         pass
 
 
-def leave_with_launcher() -> None:
-    """A killed torchrun cannot end its ranks: each watches for it, and ends by itself."""
-    launcher = os.getppid()
+def leave_with_launcher() -> Callable[[], bool]:
+    """A killed torchrun cannot end its ranks: each watches for it, and ends by itself. Returns what says whether it is
+    gone: then a peer that is lost is not the reason."""
+    launcher, watched = os.getppid(), "TORCHELASTIC_RUN_ID" in os.environ
 
     def watch() -> None:
         while os.getppid() == launcher:
@@ -197,5 +228,6 @@ def leave_with_launcher() -> None:
             time.sleep(TICKET)                                  # else the first rank says that this one is gone
         os._exit(1)
 
-    if "TORCHELASTIC_RUN_ID" in os.environ:
+    if watched:
         Thread(target=watch, name="launcher-watch", daemon=True).start()
+    return lambda: watched and os.getppid() != launcher

@@ -65,7 +65,11 @@ class Tokenizer(ABC):
 
     @cached_property
     def _hashes(self) -> dict[str, str]:
-        return {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in self.files().items()}
+        try:
+            return {name: hashlib.sha256(read_bytes(path)).hexdigest() for name, path in self.files().items()}
+        except (OSError, ValueError) as error:
+            files = " or ".join(map(str, self.files().values()))
+            raise UserError(f"{files}: cannot be read ({error}); repair or remove it.") from None
 
     def identity(self) -> dict[str, Any]:
         """What tells it from others, ready for JSON: type, vocab_size, eod, sha256 of each file; special_tokens where a
@@ -89,7 +93,7 @@ def existing(flag: str, path: str, what: str, folder: bool = False) -> Path:
     """The file that a flag names. Raises UserError when it is not there."""
     if os.path.isfile(path) or (folder and os.path.isdir(path)):
         return Path(path)
-    other = flags_for(Path(path))
+    other = flags_for(Path(path)) if os.path.isdir(path) else None
     if other is not None:
         raise UserError(f"{flag} {path}: is a folder; write {other}, or give {what}.")
     raise UserError(f"{flag} {path}: no such file; give {what}.")

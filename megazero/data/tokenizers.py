@@ -37,7 +37,7 @@ from megazero.data.tokenizer_base import (
     flattened,
     tokenizer_json,
 )
-from megazero.data.tokenizer_tiktoken import TiktokenTokenizer
+from megazero.data.tokenizer_tiktoken import LAST, TiktokenTokenizer
 from megazero.data.tokenizer_words import byte_words, sentencepiece_words
 
 if TYPE_CHECKING:
@@ -97,7 +97,13 @@ class _LibraryTokenizer(Tokenizer):
     _inner: "tokenizers.Tokenizer"
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return [e.ids for e in self._inner.encode_batch_fast(list(texts), add_special_tokens=False)]
+        try:
+            return [e.ids for e in self._inner.encode_batch_fast(list(texts), add_special_tokens=False)]
+        except BaseException as error:                          # bare Exceptions, and panics, which are none
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
+            raise UserError(f"{next(iter(self.files().values()))}: cannot cut a text ({printable(str(error))}); give "
+                            "the tokenizer as it was published.") from None
 
     def decode(self, ids: Sequence[int]) -> str:
         return self._inner.decode([int(i) for i in ids], skip_special_tokens=False)
@@ -114,10 +120,21 @@ class _LibraryTokenizer(Tokenizer):
         return {k: None if k in ("truncation", "padding", *around) else v for k, v in said.items()}
 
     def _adopt(self, inner: "tokenizers.Tokenizer") -> None:
+        """Raises ValueError for one that would cut a text in another way each time, or lose a part of it."""
         inner.no_truncation()
         inner.no_padding()
+        said = json.loads(inner.to_str())
+        model, ids = said["model"], inner.get_vocab(with_added_tokens=True)
+        if model.get("dropout"):
+            raise ValueError(f"its dropout is {model['dropout']}, which cuts a text otherwise each time; write null")
+        if max(ids.values(), default=0) > LAST or len(set(ids.values())) < len(ids):
+            raise ValueError(f"an id stands for two tokens, or is above {LAST}")
+        bytewise = "ByteLevel" in json.dumps(said["pre_tokenizer"]) and model.get("type", "BPE") == "BPE"
+        lost = set(_tokenizers_library().pre_tokenizers.ByteLevel.alphabet()) - ids.keys() if bytewise else set()
+        if lost and model.get("unk_token") is None and not model.get("byte_fallback"):
+            raise ValueError(f"{len(lost)} of 256 bytes are no tokens, and what they stand for would be lost")
         self._inner = inner
-        self.vocab_size = max(inner.get_vocab(with_added_tokens=True).values()) + 1      # ids may have holes
+        self.vocab_size = max(ids.values()) + 1                 # ids may have holes
 
 
 class GPT2BPETokenizer(_LibraryTokenizer):
@@ -130,13 +147,13 @@ class GPT2BPETokenizer(_LibraryTokenizer):
         try:
             checked(loads(read_bytes(self._vocab)), {str: range(2**30)})
             inner = library.Tokenizer(library.models.BPE.from_file(str(self._vocab), str(self._merges)))
+            inner.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
+            inner.decoder = library.decoders.ByteLevel()
+            inner.add_special_tokens([END_OF_TEXT])                    # so that its literal text becomes its id
+            self._adopt(inner)
         except Exception as error:                                     # the library raises bare Exception
             raise UserError(f"--vocab-file {vocab_file} --merge-file {merge_file}: are not a byte-level BPE "
                             f"({printable(str(error))}); give GPT-2's vocab.json and merges.txt.") from None
-        inner.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
-        inner.decoder = library.decoders.ByteLevel()
-        inner.add_special_tokens([END_OF_TEXT])                        # so that its literal text becomes its id
-        self._adopt(inner)
         self.eod = inner.token_to_id(END_OF_TEXT)
 
     def files(self) -> dict[str, Path]:
@@ -159,6 +176,9 @@ class HuggingFaceTokenizer(_LibraryTokenizer):
         except Exception as error:                                     # the library raises bare Exception
             raise UserError(f"--tokenizer-model {tokenizer_model}: {self._path.name} is not a Hugging Face tokenizer "
                             f"({printable(str(error))}); give a tokenizer.json or its folder.") from None
+        for path in [*self.files().values()][1:]:
+            if not isinstance(tokenizer_json("--tokenizer-model", path), dict):
+                raise UserError(f"--tokenizer-model {path}: is no mapping; repair or remove it.")
         known = (self._inner.token_to_id(name) for name in self._names_of_the_end())
         self.eod = next((i for i in known if i is not None), None)
 
@@ -177,7 +197,7 @@ class HuggingFaceTokenizer(_LibraryTokenizer):
 
     def files(self) -> dict[str, Path]:
         beside = {name: self._path.with_name(name) for name in ("tokenizer_config.json", "special_tokens_map.json")}
-        return {"tokenizer.json": self._path} | {name: path for name, path in beside.items() if path.exists()}
+        return {"tokenizer.json": self._path} | {name: path for name, path in beside.items() if os.path.lexists(path)}
 
 
 class ByteTokenizer(Tokenizer):
@@ -210,6 +230,7 @@ class CharTokenizer(Tokenizer):
             self._ids: dict[str, int] = data if isinstance(data, dict) else {c: i for i, c in enumerate(data)}
             complete = not isinstance(data, str) and set(self._ids.values()) == set(range(len(data))) and len(data) > 0
             complete = complete and all(isinstance(c, str) and len(c) == 1 for c in self._ids)
+            complete = complete and all(type(i) is int for i in self._ids.values())
         except TypeError:
             complete = False
         if not complete:
@@ -245,9 +266,9 @@ class NullTokenizer(Tokenizer):
         return " ".join(str(int(i)) for i in ids)
 
     def _checked(self, word: str) -> int:
-        if word.isdecimal() and int(word) < self.vocab_size:
+        if word.isdecimal() and len(word) < 20 and int(word) < self.vocab_size:
             return int(word)
-        raise UserError(f"--tokenizer-type NullTokenizer: a text holds {word!r}, "
+        raise UserError(f"--tokenizer-type NullTokenizer: a text holds {said(word)}, "
                         f"expected ids 0 to {self.vocab_size - 1} with spaces between them.")
 
 

@@ -4,13 +4,14 @@ import os
 import signal
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import NoReturn
 
 from megazero.base import UserError
-from megazero.comm import Stuck, environment, leave_with_launcher, say_each, say_first
+from megazero.comm import Stuck, environment, leave_with_launcher, no_place, say_each, say_first
 from megazero.run.failures import Failure
 from megazero.run.train import main
 from megazero.settings import Config
@@ -19,7 +20,10 @@ from megazero.settings import Config
 def launch(config: Callable[[], Config]) -> NoReturn:
     """Runs the program on this rank. A mistake or a failure is told once, by the rank that met it first;
     exit codes 2 and 1."""
-    leave_with_launcher()
+    if wrong := no_place():
+        print(f"error: {wrong}", file=sys.stderr, flush=True)
+        sys.exit(2)
+    launcher_is_gone = leave_with_launcher()
     try:
         asked = config()
         with told_when_terminated(asked):
@@ -28,6 +32,8 @@ def launch(config: Callable[[], Config]) -> NoReturn:
         say_each("failure", [f"error: {sentence}" for sentence in error.sentences])
         leave(2)
     except (Stuck, Failure) as error:
+        if launcher_is_gone():
+            time.sleep(5)                                       # who watches for it says so, and ends this process
         say_first("failure", f"error: {error}")
         leave(1)
     except KeyboardInterrupt:
@@ -75,7 +81,8 @@ def told_when_terminated(asked: Config) -> Iterator[None]:
 
 def leave(code: int) -> NoReturn:
     """Ends the process; with peers at once, since cleaning up would wait for them."""
-    sys.stdout.flush()
+    with suppress(OSError):
+        sys.stdout.flush()
     if environment()[1] > 1:
         os._exit(code)
     sys.exit(code)

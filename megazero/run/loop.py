@@ -3,12 +3,14 @@
 import signal
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from types import FrameType
 from typing import Any
 
 import torch
 
 from megazero.base import Lease, UserError, clock
+from megazero.comm import Stuck
 from megazero.data import SampleSource
 from megazero.run.feed import Feed
 from megazero.run.metrics import Metrics
@@ -25,14 +27,17 @@ EVALUATING = 16                         # micro-batches of an evaluation that ma
 ASKING = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2")
 
 
+GRACE = 3.0                             # seconds in which a signal that comes twice was sent once: torchrun hands it on
+
+
 class Wish:
     """Why this rank should stop: its time is over, or while this lasts it was sent one of these signals, of which a
-    second one ends it at once (--exit-signal-handler). Ranks may differ: the gate of the next step tells all of
+    second one, later, ends it at once (--exit-signal-handler). Ranks may differ: the gate of the next step tells all of
     them."""
 
     def __init__(self, settings: Training) -> None:
         self.settings, self.started = settings, time.perf_counter()
-        self._heard = ""
+        self._heard, self._when = "", 0.0
         self._before: dict[signal.Signals, Any] = {}
 
     def reason(self) -> str:
@@ -51,8 +56,11 @@ class Wish:
             self._before = {s: signal.signal(s, self._handle) for s in numbers}
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self._heard = f"signal {signal.Signals(number).name}"
-        self.__exit__()
+        if not self._heard:
+            self._heard, self._when = f"signal {signal.Signals(number).name}", time.perf_counter()
+        elif time.perf_counter() - self._when > GRACE:
+            self.__exit__()
+            signal.raise_signal(number)
 
     def __exit__(self, *_: object) -> None:
         for number, handler in self._before.items():
@@ -70,7 +78,19 @@ class Loop:
         self.stop_reason = ""
 
     def train(self) -> None:
-        """All of it, with evaluations, checkpoints and early exits."""
+        """All of it, with evaluations, checkpoints and early exits. What is being saved when something fails is saved
+        to its end, unless it was the link to other ranks."""
+        try:
+            self._train()
+        except Stuck:
+            raise
+        except Exception:
+            if self.record is not None:
+                with suppress(Exception):
+                    self.record.writer.wait()
+            raise
+
+    def _train(self) -> None:
         t, k, (_, valid, test) = self.run.config.training, self.run.config.checkpoint, self.feed.splits
         at = self.step.progress.step
         end = at if t.skip_train else self.run.plan.train_iters
@@ -78,10 +98,10 @@ class Loop:
             self.evaluations(valid)
         self.step.lap()
         while at < end and not self.stop_reason:
-            self.tell(self.step.start(self.wish.reason))
-            at += 1
             for lease in self.leases:
                 lease.look()
+            self.tell(self.step.start(self.wish.reason))
+            at += 1
             if self.record is not None:
                 self.record.writer.look()
             if valid and (at % t.eval_interval == 0 or at == end):
@@ -95,10 +115,10 @@ class Loop:
         self.tell(self.step.settle(last=True))
         if self.record is not None and self.record.last != self.step.progress.step and not t.skip_train:
             self.save(self.record)
-        if at >= end:
-            self.evaluations(test)
         if self.record is not None:
             self.record.writer.wait()
+        if at >= end:
+            self.evaluations(test)
         self.feed.loader.close()
         self.metrics.close()
         why = f": {self.stop_reason}" if self.stop_reason else ""

@@ -73,11 +73,12 @@ class Metrics:
     peak        FLOP/s of one of the `world` devices
     steps       of the whole run; a line tells of `interval` of them
     folder      --log-dir, if any
-    resumed     the step from where this run goes on: what an earlier one logged beyond it is forgotten
+    resumed     the step from where this run goes on: what an earlier one logged beyond it is set aside; None for one
+                that trains nothing, and only adds
     """
 
     def __init__(self, device: torch.device, *, peak: float, flops_per_token: float, world: int, steps: int,
-                 interval: int, folder: str | None = None, resumed: int = 0, rank: int = 0) -> None:
+                 interval: int, folder: str | None = None, resumed: int | None = 0, rank: int = 0) -> None:
         self.device, self.peak, self.steps, self.interval = device, peak, steps, interval
         self.flops = flops_per_token / world                    # of one device, per token of all
         self.window: list[Mapping[str, Any]] = []

@@ -53,7 +53,7 @@ def main(config: Config) -> None:
         assert not (wrong := plan.mistakes()), wrong            # of our own making, or of a file that was looked at
         return
     wires = connect(plan.mesh, rank, "nccl" if device.type == "cuda" else "gloo",
-                    60 * config.parallel.distributed_timeout_minutes, words=common(plan))
+                    60 * config.parallel.distributed_timeout_minutes, words=common(plan, splits))
     try:
         with leased(config, rank) as leases:
             train(plan, device, wires, tokenizer, splits, reader, leases)
@@ -111,7 +111,7 @@ def look_ahead(plan: Plan, tokenizer: Tokenizer | None) -> tuple[Splits, Reader 
 def nothing_later(config: Config, step: int) -> None:
     """Raises UserError if what the run would save over goes on beyond the step where it begins."""
     k = config.checkpoint
-    later = [s for s, _ in complete(Path(k.save)) if s > step] if k.save else []
+    later = [s for s, _ in complete(Path(k.save)) if s > step] if k.save and not config.training.skip_train else []
     if later and not set_back(config):
         raise UserError(f"--save {k.save}: holds a checkpoint of step {later[-1]}, beyond step {step} where this run "
                         f"begins; go on from it with --load {k.save}{' and without --finetune' if k.finetune else ''}, "
@@ -219,7 +219,8 @@ def measured(run: Run, progress: Progress) -> Metrics:
     run.say(f"            {MFU}")
     log = run.config.logging
     return Metrics(device, peak=peak, flops_per_token=flops_per_token(run.plan.architecture), world=run.plan.world,
-                   steps=run.plan.train_iters, interval=log.log_interval, folder=log.log_dir, resumed=progress.step,
+                   steps=run.plan.train_iters, interval=log.log_interval, folder=log.log_dir,
+                   resumed=None if run.config.training.skip_train else progress.step,
                    rank=run.wires.rank)
 
 
@@ -237,9 +238,9 @@ def memory_of(device: torch.device) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def common(plan: Plan) -> str:
-    """What all ranks must have in common before they are joined: flags and files, told in few letters."""
-    text = json.dumps(flatten(plan.config), sort_keys=True) + written(plan.programs)
+def common(plan: Plan, splits: Splits) -> str:
+    """What all ranks must have in common before they are joined: flags, files and data, told in few letters."""
+    text = json.dumps(flatten(plan.config), sort_keys=True) + written(plan.programs) + "".join(splits.describe())
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -276,7 +277,8 @@ def in_place(config: Config) -> bool:
 
 def set_back(config: Config) -> bool:
     """Was the run told to go on, where it is, from a checkpoint that need not be the newest?"""
-    return in_place(config) and config.checkpoint.ckpt_step is not None and not config.checkpoint.finetune
+    k = config.checkpoint
+    return in_place(config) and k.ckpt_step is not None and not (k.finetune or config.training.skip_train)
 
 
 def find_checkpoint(config: Config) -> Reader | None:

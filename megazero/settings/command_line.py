@@ -322,7 +322,8 @@ def _one(o: Option, value: Any) -> Any:
         raise ValueError(f"must be {_article(o.kind)}, not true or false")
     if not isinstance(value, (str, int, float)):
         raise ValueError(f"must be {_article(o.kind)}, not a {type(value).__name__}")
-    if isinstance(value, str) and re.search(r"[\0-\x1f\x7f-\x9f]", value):
+    token = o.field.metadata.get("unit") == "token"             # those may be anything
+    if isinstance(value, str) and not token and re.search(r"[\0-\x1f\x7f-\x9f]", value):
         raise ValueError("must not hold characters that control a terminal or end a name")
     try:
         if o.kind is int:

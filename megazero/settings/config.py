@@ -120,7 +120,8 @@ class Training:
     exit_interval: int | None = option(None, "save and stop when the step is a multiple of this", unit="steps")
     exit_duration_in_mins: float | None = option(None, "save and stop after this long", unit="minutes")
     exit_signal_handler: bool = option(False, "save and stop at SIGTERM, SIGINT, SIGHUP, SIGUSR1 or SIGUSR2, all "
-                                       "ranks after the same step")
+                                       "ranks after the same step; the same seconds later ends a rank at once. To "
+                                       "torchrun send SIGTERM, SIGINT or SIGHUP: the others end it")
     seed: int = option(1234, "of weights, sample order and dropout")
     recompute_granularity: str = option("none", "activations computed again in backward: selective (norms and MLP "
                                         "activations) or full (whole blocks)", choices=("none", "selective", "full"))

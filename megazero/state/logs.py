@@ -12,6 +12,7 @@ import socket
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -80,14 +81,14 @@ class Log:
             say(f"warning: {self.path}: {len(self.waiting):,} records could not be written")
 
 
-def metrics_log(folder: Path, resumed: int) -> Log:
-    """A line of JSON for each record, floats exact. What an earlier run logged beyond step `resumed` is forgotten; a
-    run that starts afresh keeps an older file aside."""
+def metrics_log(folder: Path, resumed: int | None) -> Log:
+    """A line of JSON for each record, floats exact. What an earlier run logged beyond step `resumed` is kept aside, as
+    is the whole of an older file by a run that starts afresh; None: records are added to what is there."""
     return Log(folder / "metrics.jsonl", lambda record: (json.dumps(record) + "\n").encode(),
-               lambda path: continued(path, resumed))
+               lambda path: None if resumed is None else continued(path, resumed))
 
 
-def board_log(folder: Path, resumed: int) -> Log:
+def board_log(folder: Path, resumed: int | None) -> Log:
     """TensorBoard's format: train/loss and so on of train's records, valid/loss of an evaluation's. TensorBoard forgets
     what earlier files say beyond step `resumed`."""
     from tensorboard.compat.proto.event_pb2 import Event, SessionLog
@@ -105,19 +106,21 @@ def board_log(folder: Path, resumed: int) -> Log:
                   for name, value in record.items() if name not in ("step", "split")]
         return framed(step=record["step"], summary=Summary(value=values))
 
-    head = framed(file_version="brain.Event:2") + framed(
-        step=resumed + 1, session_log=SessionLog(status=SessionLog.START))
+    head = framed(file_version="brain.Event:2")
+    if resumed is not None:
+        head += framed(step=resumed + 1, session_log=SessionLog(status=SessionLog.START))
     name = f"events.out.tfevents.{time.time_ns() // 1000}.{socket.gethostname()}.{os.getpid()}"
     return Log(folder / "tensorboard" / name, encode, head=head)
 
 
 def continued(path: Path, resumed: int) -> None:
-    """Cuts a file of lines behind the last line of step `resumed`, or moves it aside for a run that starts afresh.
-    Neither needs room on the disk."""
+    """Cuts a file of lines behind the last line of step `resumed`, and keeps what was cut aside where there is room;
+    moves all of it aside for a run that starts afresh."""
     if not path.exists():
         return
+    aside = next(p for n in range(1, 100_000) if not (p := path.with_name(f"metrics-{n}.jsonl")).exists())
     if resumed == 0:
-        path.rename(next(p for n in range(1, 100_000) if not (p := path.with_name(f"metrics-{n}.jsonl")).exists()))
+        path.rename(aside)
         return
     with opened(path, "r+b") as file:
         end = 0
@@ -125,6 +128,12 @@ def continued(path: Path, resumed: int) -> None:
             if not line.endswith(b"\n") or step_of(line) > resumed:
                 break
             end += len(line)
+        file.seek(end)
+        rest = file.read()
+        if b"\n" in rest:                                       # more than a line that was torn
+            with suppress(OSError):
+                aside.write_bytes(rest)
+                say(f"{path}: what it says beyond step {resumed:,} is kept in {aside.name}")
         file.truncate(end)
 
 

@@ -139,6 +139,7 @@ def write(target: Path, slices: Sequence[Slice], header: Mapping[str, Any], rank
     names = [f"rank-{r:05d}.safetensors" for r in range(group.size)]
     try:
         if rank == 0:
+            ready()
             for left in [target, *target.parent.glob(f"{DRAFT}-*")]:            # of saves that were cut short
                 shutil.rmtree(left, ignore_errors=True)
         group.all_reduce(torch.zeros(1)).wait()
