@@ -22,6 +22,9 @@ Words = dict[str, Any]
 SPACE = "\u2581"                        # how sentencepiece writes a space
 NORMAL, UNKNOWN, CONTROL, USER, UNUSED, BYTE = range(1, 7)              # types of pieces
 UNIGRAM, BPE, WORD, CHAR = range(1, 5)                                  # types of models
+MARKS = "\\p{M}\u200C\u200D\u0E33\u0EB3\uFF9E\uFF9F\U0001F3FB-\U0001F3FF\U000E0020-\U000E007F"     # join what is before
+SYLLABLES = "\uAC00-\uD7A3"             # of Korean
+CUT, KEPT = "\uFDD0\uFDD1", "\uFDD0\uFDD2"          # Unicode keeps these for use inside a program: they are in no text
 NEVER = -1e9                            # the score of a piece that no text becomes
 
 
@@ -103,8 +106,8 @@ def _normalizers(model: Any) -> Iterator[Words]:
     if not spec.remove_extra_whitespaces:
         yield from prefix
     if spec.precompiled_charsmap:
-        yield from _whole_characters(spec.name)
-        yield {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(spec.precompiled_charsmap).decode()}
+        charsmap = {"type": "Precompiled", "precompiled_charsmap": base64.b64encode(spec.precompiled_charsmap).decode()}
+        yield from _one_by_one(charsmap, spec.name) if "nfkc" in spec.name else [charsmap]
     if spec.remove_extra_whitespaces:
         yield replace({"Regex": r"\A +"}, "")
         yield replace({"Regex": " {2,}"}, " ")
@@ -121,15 +124,35 @@ def _space(spec: Any) -> str:
     return SPACE if spec.escape_whitespaces else " "
 
 
-def _whole_characters(name: str) -> Iterator[Words]:
-    """The library looks up a character with its marks by their beginning, and not at all if it is long, sentencepiece
-    by the longest entry: so what has a form in one character gets it beforehand."""
-    if "nfkc" in name:
-        pairs = [chr(c) + mark for c in range(0xFF66, 0xFF9E) for mark in "\uFF9E\uFF9F"]       # halfwidth katakana
-        yield from (replace({"String": p}, one) for p in pairs if len(one := normalize("NFKC", p)) == 1)
-        yield {"type": "NFC"}
+def _one_by_one(charsmap: Words, name: str) -> Iterator[Words]:
+    """The library looks up a character with its marks by their beginning, and loses the rest; sentencepiece looks up
+    the longest entry, and those of several characters are what composes to one. So that is composed, marks are cut off
+    while single characters are looked up, and what they became is composed. What is a composition already, or became
+    several characters, takes no mark."""
+    pairs = [chr(c) + mark for c in range(0xFF66, 0xFF9E) for mark in "\uFF9E\uFF9F"]           # halfwidth katakana
+    yield from (replace({"String": p}, one) for p in pairs if len(one := normalize("NFKC", p)) == 1)
+    for before, after in ((_several(), MARKS), (SYLLABLES, f"\u11A8-\u11C2{_finals()}")):
+        yield replace({"Regex": f"(?<=[{before}])(?=[{after}])"}, KEPT)
+    yield {"type": "NFC"}
     if name.startswith("nmt"):
         yield replace({"String": "\r\n"}, "\n\n")                                               # both become spaces
+    yield replace({"Regex": rf"(?<=[\s\S])(?=[{MARKS}])"}, CUT)
+    yield charsmap
+    yield replace({"String": CUT}, "")
+    yield {"type": "NFC"}
+    yield replace({"String": KEPT}, "")
+
+
+def _several() -> str:
+    """Characters that stand for several, syllables of Korean apart, for a regular expression."""
+    return "".join(c for c in map(chr, range(0xA0, 0x30000))
+                   if not "\uAC00" <= c <= "\uD7A3" and len(normalize("NFKD", c).casefold()) > 1)
+
+
+def _finals() -> str:
+    """Korean letters that would become the end of a syllable."""
+    return "".join(c for c in map(chr, [*range(0x3131, 0x318F), *range(0xFFA1, 0xFFDD)])
+                   if "\u11A8" <= normalize("NFKC", c) <= "\u11C2")
 
 
 def _bpe(model: Any, whole: bool) -> Words:
