@@ -148,7 +148,7 @@ def _gathered(store: dist.Store, rank: int, world: int, end: float, words: str) 
 
 
 def _comes(store: dist.Store, keys: Sequence[str], seconds: float) -> bool:
-    """Is one of the keys there within this time? Asked again and again: a wait of torch prints a warning when it ends."""
+    """Is one of the keys there within this time? It asks again and again: a wait of torch prints a warning."""
     began = time.monotonic()
     while not any(store.check([key]) for key in keys):
         waited = time.monotonic() - began
