@@ -82,3 +82,32 @@ def loss(model: Any, ids: Tensor) -> Tensor:
 
 
 MODELS = {"gpt2": gpt2, "odd": Oddities}
+
+
+class Choosing(nn.Module):
+    """Calls the blocks and the head that it is told to call; heads are a list longer than the layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(4))
+        self.heads = nn.ModuleList(nn.Linear(8, 3) for _ in range(5))
+        self.double()
+
+    def forward(self, x: Tensor, call: list[int], head: int) -> Tensor:
+        for i in call:
+            x = x + self.blocks[i](x)
+        return self.heads[head](x).square().mean()                                               # type: ignore[no-any-return]
+
+
+CALLS = {                                                       # (blocks, head) of rank and step
+    "each drops another layer": lambda rank, step: ([i for i in range(4) if i != (rank + step) % 4], 0),
+    "each uses another head": lambda rank, step: ([0, 1, 2, 3], (rank + 2 * step) % 5),
+    "each has another order": lambda rank, step: ([[0, 1, 2, 3], [3, 1, 0, 2]][(rank + step) % 2], 0),
+    "one stops earlier": lambda rank, step: ([0, 1, 2, 3][:4 - 2 * rank], 1),
+}
+
+
+def chosen(model: Any, call: str, rank: int, step: int) -> Tensor:
+    blocks, head = CALLS[call](rank, step)
+    x = torch.rand(6, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(10 * step + rank))
+    return model(x, blocks, head)                                                                # type: ignore[no-any-return]

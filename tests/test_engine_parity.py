@@ -3,6 +3,7 @@
 Compared to 1e-12 in float64, as in test_parity.py: losses and norms of five steps, every gradient of the first, every weight after the fifth.
 """
 
+import re
 from collections import Counter
 from dataclasses import dataclass, replace
 from functools import cache
@@ -10,10 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from modules import LENGTH, MODELS, VOCABULARY, loss
+from modules import CALLS, LENGTH, MODELS, VOCABULARY, Choosing, chosen, loss
 from pool import Pool
 from torch import nn
 
+from megazero.base.errors import UserError
+from megazero.comm.group import Stuck
 from megazero.comm.shared import Slot
 from megazero.comm.wires import Wires, connect
 from megazero.engine.engine import Engine
@@ -300,3 +303,93 @@ def test_memory_is_that_of_the_level(level: int, pool: Pool) -> None:
     for before, after, borrowed, blocks, root in pool.run(2, memory, level):
         assert borrowed == (0, 0, 1, 2)[level] * 8 * (2 * blocks // 3 + root)
         assert 0 <= after - before - borrowed - (32, 24, 20, 16)[level] * (blocks + root) < 1024
+
+
+# ---- as people use it: each rank its own losses, against one plain model that takes their mean
+
+Weights = dict[str, Tensor]
+SETTINGS = Settings(lr=LR, weight_decay=DECAY, adam_eps=EPS, clip_grad=0.0)
+
+
+def made(make: Any, row: Row, **words: Any) -> Engine:
+    w = wires(row)
+    torch.manual_seed(w.rank)                                   # those of rank 0 count
+    model = make()
+    blocks = [*model.blocks, *model.heads] if isinstance(model, Choosing) else None
+    return Engine(model, w, SETTINGS, row.zero, words.pop("dtype", "fp64"), row.accumulation, blocks=blocks, **words)
+
+
+def whole(e: Engine) -> Weights:
+    return {n: t.clone() for n, t in e.module.state_dict().items()}
+
+
+def plainly(make: Any, losses: Any, steps: int = STEPS) -> Weights:
+    """`losses(model, step)` of all ranks and micro-batches of a step; what had no part has gradient zero."""
+    torch.manual_seed(0)
+    model = make()
+    groups = [{"params": [p for p in model.parameters() if p.requires_grad and (p.dim() > 1) == big], "weight_decay": DECAY if big else 0.0}
+              for big in (True, False)]
+    optimizer = torch.optim.AdamW([g for g in groups if g["params"]], lr=LR, eps=EPS)
+    for step in range(steps):
+        optimizer.zero_grad()
+        torch.stack(losses(model, step)).mean().backward()                                       # type: ignore[no-untyped-call]
+        for p in model.parameters():
+            p.grad = torch.zeros_like(p) if p.grad is None and p.requires_grad else p.grad
+        optimizer.step()
+    return {n: t.detach() for n, t in model.state_dict().items()}
+
+
+def near(found: Weights, wanted: Weights) -> None:
+    assert found.keys() == wanted.keys()
+    for name, t in wanted.items():
+        assert (found[name] - t).abs().max() <= 1e-12 * max(1.0, float(t.abs().max())), name
+
+
+def choose(level: int, call: str) -> tuple[Weights, int]:
+    e = made(Choosing, Row(dp=2, level=level, late=True))
+    for step in range(STEPS):
+        e.backward(chosen(e, call, e.wires.rank, step))
+        e.step()
+    return whole(e), e.sums.waited
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_ranks_may_call_different_blocks_where_weights_are_whole(call: str, pool: Pool) -> None:
+    """Sums travel in one order; what a rank did not use is zero there. At level 2 whole sums that wait are counted."""
+    wanted = plainly(Choosing, lambda model, step: [chosen(model, call, rank, step) for rank in (0, 1)])
+    for level in range(3):
+        found = pool.run(2, choose, level, call)
+        for weights, _ in found:
+            near(weights, wanted)
+        assert any(waited for _, waited in found) or call != "each has another order"
+
+
+def apart(call: str) -> str:
+    with pytest.raises(Stuck) as told:
+        choose(3, call)
+    return str(told.value)
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_ranks_that_gather_different_blocks_are_told_both(call: str, pool: Pool) -> None:
+    """All of them, at once."""
+    for rank, told in enumerate(pool.run(2, apart, call)):
+        assert re.fullmatch(rf"rank {rank} is in .* over shard, (.*) of (blocks|heads)\.\d, where rank {1 - rank} is in "
+                            r"(all-gather|reduce-scatter) of (blocks|heads)\.\d: all ranks must call the same blocks .*", told)
+
+
+def traced() -> tuple[float, str]:
+    e = made(Choosing, Row(dp=2, level=3))
+    before = held(e, "master")
+    e.wires.line.marks.trace ^= e.wires.rank                    # as under NCCL, whose messages have no tags
+    e.backward(chosen(e, "each drops another layer", 0, 0))
+    verdict = e.step()
+    assert verdict is not None and all(torch.equal(a, b) for (_, _, a), (_, _, b) in zip(before, held(e, "master"), strict=True))
+    with pytest.raises(UserError) as told:
+        e.step() or e.backward(chosen(e, "each drops another layer", 0, 1)) or e.step()
+    return float(verdict.found_inf), str(told.value)
+
+
+def test_calls_about_different_things_end_all_ranks_before_the_update(pool: Pool) -> None:
+    for found_inf, told in pool.run(2, traced):
+        assert found_inf == 1 and told.startswith("step 1: ranks gathered or summed different blocks, and nothing was changed")

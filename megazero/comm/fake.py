@@ -14,19 +14,19 @@ Tensor = torch.Tensor
 class Fake(Several):
     """No peers: shapes, bytes and memory are right, values are those of one rank's share."""
 
-    def all_gather(self, x: Tensor, into: Tensor | None = None) -> Work:
+    def all_gather(self, x: Tensor, into: Tensor | None = None, about: str = "") -> Work:
         self._count(x)
         into = x.new_empty(self.size * len(x), *x.shape[1:]) if into is None else into
         for part in into.chunk(self.size) if len(x) else ():
             placed(x, part)
         return Done(into)
 
-    def reduce_scatter(self, x: Tensor, into: Tensor | None = None) -> Work:
+    def reduce_scatter(self, x: Tensor, into: Tensor | None = None, about: str = "") -> Work:
         part = x.chunk(self.size)[self.rank]
         self._count(part)
         return Done(part.clone() if into is None else placed(part, into))
 
-    def all_reduce(self, x: Tensor, op: str = "sum") -> Work:
+    def all_reduce(self, x: Tensor, op: str = "sum", about: str = "") -> Work:
         self.line.sent[self.axis] += all_reduce_bytes(x.numel(), x.element_size(), self.size)
         return Done(x)
 

@@ -9,15 +9,30 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from megazero.comm.group import Done, Line, Several, Stuck, Work, placed
+from megazero.comm.marks import CALLS, Astray
 from megazero.comm.shared import CARD, Letter, Memory, supported
 
 Tensor = torch.Tensor
 COURTESY = 2.0              # seconds that a rank leaves to another of its host that may know better why nothing comes
+
+
+class Call(NamedTuple):
+    """One call: how reports name it, its number in the group, and the mark of what it is about."""
+
+    what: str
+    number: int
+    mark: int
+
+    @property
+    def tag(self) -> int:
+        """Of its messages: 31 bits, so that calls may overlap in any order and meet none about something else."""
+        return self.number % (1 << 16) * CALLS + self.mark
 
 
 @dataclass
@@ -36,6 +51,10 @@ class Messages:
             began = time.monotonic()
             try:
                 work.wait(timedelta(seconds=line.seconds))
+            except Astray as error:
+                mine, theirs = map(line.marks.told, (error.mine, error.theirs))
+                raise Stuck(f"rank {line.rank} is in {self.what}, {mine}, where rank {peer} is in {theirs}: all ranks "
+                            "must call the same blocks in the same order where weights are shared (level 3)") from error
             except RuntimeError as error:
                 late = time.monotonic() - began > 0.9 * line.seconds
                 if late and isinstance(work, Letter):           # it lives: it may wait for somebody itself, and say so
@@ -58,60 +77,60 @@ class Gloo(Several):
         self.process_group, self.calls = process_group, 0
         self.memory = _memory(process_group, line.seconds)
 
-    def all_gather(self, x: Tensor, into: Tensor | None = None) -> Work:
+    def all_gather(self, x: Tensor, into: Tensor | None = None, about: str = "") -> Work:
         out = x.new_empty(self.size * len(x), *x.shape[1:]) if into is None else into
         parts = list(out.chunk(self.size)) if len(x) else [x] * self.size
         placed(x, parts[self.rank])
         self._count(x)
-        return self._gather("all-gather", x, parts, lambda: out)
+        return self._gather(self._call("all-gather", about), x, parts, lambda: out)
 
-    def reduce_scatter(self, x: Tensor, into: Tensor | None = None) -> Work:
+    def reduce_scatter(self, x: Tensor, into: Tensor | None = None, about: str = "") -> Work:
         parts = list(x.chunk(self.size))
         self._count(parts[self.rank])
-        return self._exchange("reduce-scatter", parts, self._received(parts), lambda got: total_of(got, "sum", into))
+        return self._exchange(self._call("reduce-scatter", about), parts, self._received(parts),
+                              lambda got: total_of(got, "sum", into))
 
-    def all_reduce(self, x: Tensor, op: str = "sum") -> Work:
+    def all_reduce(self, x: Tensor, op: str = "sum", about: str = "") -> Work:
         """A reduce-scatter and, once that is waited for, an all-gather;
         in place where the ranks divide the elements."""
         missing = -x.numel() % self.size
         flat = torch.cat((x.view(-1), x.new_zeros(missing))) if missing else x.view(-1)
         parts = list(flat.chunk(self.size))
         self._count(parts[0], times=2)
-        second = self._tag()
+        first, second = (self._call("all-reduce", about) for _ in range(2))
 
         def finish(got: Sequence[Tensor]) -> Tensor:
             total_of(got, op, parts[self.rank])
-            self._gather("all-reduce", parts[self.rank], parts, lambda: flat, second).wait()
+            self._gather(second, parts[self.rank], parts, lambda: flat).wait()
             return x.copy_(flat[:x.numel()].view(x.shape)) if missing else x
 
-        return self._exchange("all-reduce", parts, self._received(parts), finish)
+        return self._exchange(first, parts, self._received(parts), finish)
 
-    def _gather(self, what: str, x: Tensor, parts: Sequence[Tensor], result: Callable[[], Tensor],
-                tag: int = 0) -> Work:
+    def _gather(self, call: Call, x: Tensor, parts: Sequence[Tensor], result: Callable[[], Tensor]) -> Work:
         """x goes to all, and parts[r] becomes what rank r sent."""
         def finish(got: Sequence[Tensor]) -> Tensor:
             for part, arrived in zip(parts, got, strict=True):
                 placed(arrived, part)
             return result()
 
-        return self._exchange(what, [x] * self.size, parts, finish, tag)
+        return self._exchange(call, [x] * self.size, parts, finish)
 
     def _received(self, parts: Sequence[Tensor]) -> list[Tensor]:
         """Room for every rank's share of what this rank sums; its own share is there."""
         return [part if r == self.rank else torch.empty_like(parts[self.rank]) for r, part in enumerate(parts)]
 
-    def _tag(self) -> int:
+    def _call(self, verb: str, about: str) -> Call:
         self.calls += 1
-        return self.calls
+        return Call(f"{verb} over {self.axis}", self.calls, self.line.marks.mark(verb, about))
 
-    def _exchange(self, what: str, out: Sequence[Tensor], into: Sequence[Tensor],
-                  finish: Callable[[Sequence[Tensor]], Tensor], tag: int = 0) -> Work:
+    def _exchange(self, call: Call, out: Sequence[Tensor], into: Sequence[Tensor],
+                  finish: Callable[[Sequence[Tensor]], Tensor]) -> Work:
         """Sends out[r] to each rank r, and hands `finish` what came from each:
         in into[r], or where it lies in shared memory."""
-        tag, peers = tag or self._tag(), [r for r in range(self.size) if r != self.rank and out[r].numel()]
+        peers, tag = [r for r in range(self.size) if r != self.rank and out[r].numel()], call.tag
         if self.memory and peers:
-            self.memory.send({r: out[r] for r in peers}, tag)
-            letters = {r: self.memory.expect(r, tag) for r in peers}
+            self.memory.send({r: out[r] for r in peers}, call.number, call.mark)
+            letters = {r: self.memory.expect(r, call.number, call.mark) for r in peers}
 
             def opened() -> Tensor:
                 result = finish([letters[r].read(t).to(t.device) if r in letters else t for r, t in enumerate(into)])
@@ -119,8 +138,7 @@ class Gloo(Several):
                     letter.done()
                 return result
 
-            return Messages(self.line, f"{what} over {self.axis}",
-                            [(self.ranks[r], x) for r, x in letters.items()], opened)
+            return Messages(self.line, call.what, [(self.ranks[r], x) for r, x in letters.items()], opened)
         there = {r: host(into[r]) for r in peers}
         receives = [(self.ranks[r], dist.irecv(t, self.ranks[r], self.process_group, tag)) for r, t in there.items()]
         sent = {r: host(out[r].contiguous()) for r in peers}
@@ -130,7 +148,7 @@ class Gloo(Several):
         def landed() -> Tensor:
             return finish([there[r].to(t.device) if r in there else t for r, t in enumerate(into)])
 
-        return Messages(self.line, f"{what} over {self.axis}", pending, landed, (sent, there))
+        return Messages(self.line, call.what, pending, landed, (sent, there))
 
 
 def _memory(process_group: dist.ProcessGroup, seconds: float) -> Memory | None:

@@ -12,6 +12,8 @@ from typing import Protocol
 
 import torch
 
+from megazero.comm.marks import Marks
+
 Tensor = torch.Tensor
 
 
@@ -33,21 +35,22 @@ class Group(Protocol):
     """Calls on the ranks of one axis. Tensors are contiguous; dimension 0 is what is gathered and scattered.
 
     `into` is where the result goes, if given; it may be the whole that x is this rank's part of,
-    or this rank's part of x.
+    or this rank's part of x. `about` names what the call is about (a unit): ranks that meet in calls about different
+    things never take each other's message.
     """
 
     size: int
     rank: int
 
-    def all_gather(self, x: Tensor, into: Tensor | None = None) -> Work:
+    def all_gather(self, x: Tensor, into: Tensor | None = None, about: str = "") -> Work:
         """[n, ...] on each rank -> [size n, ...] on all, in rank order."""
         ...
 
-    def reduce_scatter(self, x: Tensor, into: Tensor | None = None) -> Work:
+    def reduce_scatter(self, x: Tensor, into: Tensor | None = None, about: str = "") -> Work:
         """[size n, ...] on each rank -> [n, ...]: this rank's part of the sum."""
         ...
 
-    def all_reduce(self, x: Tensor, op: str = "sum") -> Work:
+    def all_reduce(self, x: Tensor, op: str = "sum", about: str = "") -> Work:
         """The sum (or `max`) over the ranks, in place."""
         ...
 
@@ -72,6 +75,7 @@ class Line:
     seconds: float = 600.0
     doing: str = "start"
     sent: Counter[str] = field(default_factory=Counter)         # bytes by axis
+    marks: Marks = field(default_factory=Marks)
 
 
 @dataclass(frozen=True)
@@ -91,13 +95,13 @@ class Alone:
     size = 1
     rank = 0
 
-    def all_gather(self, x: Tensor, into: Tensor | None = None) -> Work:
+    def all_gather(self, x: Tensor, into: Tensor | None = None, about: str = "") -> Work:
         return Done(placed(x, into))
 
-    def reduce_scatter(self, x: Tensor, into: Tensor | None = None) -> Work:
+    def reduce_scatter(self, x: Tensor, into: Tensor | None = None, about: str = "") -> Work:
         return Done(placed(x, into))
 
-    def all_reduce(self, x: Tensor, op: str = "sum") -> Work:
+    def all_reduce(self, x: Tensor, op: str = "sum", about: str = "") -> Work:
         return Done(x)
 
 

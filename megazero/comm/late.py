@@ -3,6 +3,7 @@ and inputs that change before that are an error."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 
@@ -39,14 +40,14 @@ class Late:
     def __init__(self, inner: Group) -> None:
         self.inner, self.size, self.rank = inner, inner.size, inner.rank
 
-    def all_gather(self, x: Tensor, into: Tensor | None = None) -> Work:
-        return self._held("all-gather", self.inner.all_gather, x.contiguous(), into)
+    def all_gather(self, x: Tensor, into: Tensor | None = None, about: str = "") -> Work:
+        return self._held("all-gather", partial(self.inner.all_gather, about=about), x.contiguous(), into)
 
-    def reduce_scatter(self, x: Tensor, into: Tensor | None = None) -> Work:
-        return self._held("reduce-scatter", self.inner.reduce_scatter, x.contiguous(), into)
+    def reduce_scatter(self, x: Tensor, into: Tensor | None = None, about: str = "") -> Work:
+        return self._held("reduce-scatter", partial(self.inner.reduce_scatter, about=about), x.contiguous(), into)
 
-    def all_reduce(self, x: Tensor, op: str = "sum") -> Work:
-        return self._held("all-reduce", lambda y: self.inner.all_reduce(y, op), x, x)
+    def all_reduce(self, x: Tensor, op: str = "sum", about: str = "") -> Work:
+        return self._held("all-reduce", partial(self.inner.all_reduce, op=op, about=about), x, x)
 
     def _held(self, what: str, call: Callable[[Tensor], Work], x: Tensor, into: Tensor | None) -> Work:
         copy = x.clone()

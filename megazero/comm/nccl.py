@@ -49,7 +49,8 @@ class Collective:
 
 
 class Nccl(Several):
-    """torch's own collectives."""
+    """torch's own collectives. Their messages have no tags: whether ranks called them about the same is seen by their
+    traces, which the gate compares."""
 
     # torch 2.13 renamed the two; 2.11 has the older names only
     gather_call = staticmethod(getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor)
@@ -64,19 +65,22 @@ class Nccl(Several):
     def _name(self, what: str) -> str:
         return f"{what} over {self.axis} with ranks {self.ranks}"
 
-    def all_gather(self, x: Tensor, into: Tensor | None = None) -> Work:
+    def all_gather(self, x: Tensor, into: Tensor | None = None, about: str = "") -> Work:
+        self.line.marks.mark("all-gather", about)
         out = x.new_empty(self.size * len(x), *x.shape[1:]) if into is None else into
         self._count(x)
         work = self.gather_call(out, x.contiguous(), group=self.gathering, async_op=True)
         return Collective(self.line, self._name("all-gather"), work, out)
 
-    def reduce_scatter(self, x: Tensor, into: Tensor | None = None) -> Work:
+    def reduce_scatter(self, x: Tensor, into: Tensor | None = None, about: str = "") -> Work:
+        self.line.marks.mark("reduce-scatter", about)
         out = x.new_empty(len(x) // self.size, *x.shape[1:]) if into is None else into
         self._count(out)
         work = self.scatter_call(out, x.contiguous(), group=self.process_group, async_op=True)
         return Collective(self.line, self._name("reduce-scatter"), work, out)
 
-    def all_reduce(self, x: Tensor, op: str = "sum") -> Work:
+    def all_reduce(self, x: Tensor, op: str = "sum", about: str = "") -> Work:
+        self.line.marks.mark("all-reduce", about)
         self.line.sent[self.axis] += all_reduce_bytes(x.numel(), x.element_size(), self.size)
         kind = dist.ReduceOp.MAX if op == "max" else dist.ReduceOp.SUM
         work = dist.all_reduce(x, kind, group=self.process_group, async_op=True)

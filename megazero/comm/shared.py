@@ -28,6 +28,8 @@ from typing import BinaryIO
 
 import torch
 
+from megazero.comm.marks import CALLS, Astray
+
 Tensor = torch.Tensor
 
 PAGE = mmap.ALLOCATIONGRANULARITY
@@ -111,7 +113,7 @@ class Memory:
                 return False
         return True
 
-    def send(self, parts: Mapping[int, Tensor], tag: int) -> None:
+    def send(self, parts: Mapping[int, Tensor], tag: int, mark: int = 0) -> None:
         """Writes parts[r] for each reader r. The same tensor for many is written once."""
         places, end = {}, 0
         for part in parts.values():
@@ -126,14 +128,14 @@ class Memory:
             until(partial(self._vacant, place), self.seconds, self.peers[reader].process)
             self.letters[place + 1:place + 4] = array("q", (slot.start, len(slot.bytes), places[part.data_ptr()][0]))
             fence()
-            self.letters[place] = tag
+            self.letters[place] = tag * CALLS + mark
 
     def _vacant(self, place: int) -> bool:
         """Has the letter that was here ROOM letters ago been read?"""
         return not self.letters[place]
 
-    def expect(self, rank: int, tag: int) -> "Letter":
-        return Letter(self.peers[rank], self._place(self.rank, tag), tag)
+    def expect(self, rank: int, tag: int, mark: int = 0) -> "Letter":
+        return Letter(self.peers[rank], self._place(self.rank, tag), tag, mark)
 
     @staticmethod
     def _place(reader: int, tag: int) -> int:
@@ -157,13 +159,16 @@ class Letter:
     sender: Peer
     place: int
     tag: int
+    mark: int
 
     def is_completed(self) -> bool:
-        return self.sender.letters[self.place] == self.tag
+        return self.sender.letters[self.place] // CALLS == self.tag
 
     def wait(self, timeout: timedelta) -> bool:
-        """Raises RuntimeError when time is up or the sender has ended."""
+        """Raises RuntimeError when time is up or the sender has ended, Astray when it writes about something else."""
         until(self.is_completed, timeout.total_seconds(), self.sender.process)
+        if (theirs := self.sender.letters[self.place] % CALLS) != self.mark:
+            raise Astray(self.mark, theirs)
         return True
 
     def read(self, like: Tensor) -> Tensor:

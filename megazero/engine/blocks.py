@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 from torch import nn
 
-from megazero.base import UserError
+from megazero.base import UserError, say
 from megazero.plan import Action, OperandSpec, Parameter, Reductions, UnitSpec, Zero, flat
 from megazero.units import Sharing, Unit, Weight
 
@@ -43,8 +43,8 @@ class Submodule:
             for p, w, _ in self.views:
                 if first and w.unit is unit:
                     start[w.operand.start:w.operand.stop] = p.detach().flatten()
-            unit.master.copy_(unit.sharing.shard.reduce_scatter(start).wait())
-            unit.sharing.replicate.all_reduce(unit.master).wait()
+            unit.master.copy_(unit.sharing.shard.reduce_scatter(start, about=unit.flat.name).wait())
+            unit.sharing.replicate.all_reduce(unit.master, about=unit.flat.name).wait()
             unit.publish()
         if self.stays:
             self._show()
@@ -96,24 +96,32 @@ def _spec(name: str, parameters: Mapping[str, nn.Parameter]) -> UnitSpec:
 
 class Accumulation:
     """The gradients of a step, from the parameters' to this rank's slices of their sum over all ranks: hooks say how
-    far backward is, `Reductions` what must be done then, and `do` does it."""
+    far backward is, `Reductions` what must be done then, and `do` does it.
 
-    def __init__(self, units: Sequence[Unit], zero: Zero, micro_batches: int,
-                 do: Callable[[Sequence[Action]], None]) -> None:
-        self.names, self.zero, self.micro_batches, self.do = [u.flat.name for u in units], zero, micro_batches, do
+    Sums travel in one order on all ranks, whatever each of them calls: the last block first, until the first backward
+    pass has shown rank 0's own, which `agree` gives to all. What is ready early waits.
+    """
+
+    def __init__(self, units: Sequence[Unit], zero: Zero, micro_batches: int, do: Callable[[Sequence[Action]], None],
+                 agree: Callable[[list[int]], list[int]]) -> None:
+        """`units`: the root's first, then those of the blocks."""
+        self.zero, self.micro_batches, self.do, self.agree = zero, micro_batches, do, agree
+        self.order, self.agreed = list(reversed(units)), False
+        self.waited = 0                                         # the most whole sums that waited at a time
         self.begin()
 
     def begin(self) -> None:
         """A step begins."""
         times = -(-self.micro_batches // self.zero.every) if self.zero.level >= 2 else 1
-        self.reductions = Reductions(dict.fromkeys(self.names, times), self.zero)
+        self.reductions = Reductions(dict.fromkeys([u.flat.name for u in self.order], times), self.zero)
         self.micro = 0                                          # micro-batches of this step that are done
         self.growing: set[Unit] = set()
-        self.complete: set[Unit] = set()                        # by the micro-batch of now
+        self.ready: list[Unit] = []                             # their backward pass of this micro-batch is over
+        self.gone = 0                                           # so many of `order` travel
 
     def add(self, weight: Weight, grad: Tensor) -> None:
         """One parameter's gradient of this micro-batch."""
-        if weight.unit in self.complete:
+        if weight.unit in self.ready:
             raise UserError(f"{weight.operand.name}: its gradient came after the backward pass of "
                             f"{weight.unit.flat.name}, so it is used outside of that block; "
                             "give `blocks` without that one.")
@@ -121,18 +129,36 @@ class Accumulation:
         weight.add(grad)
 
     def close(self, unit: Unit) -> None:
-        """The unit's backward pass is over: its sum begins to travel, if this micro-batch is the last it takes."""
+        """The unit's backward pass is over: its sum begins to travel when its turn comes, if this micro-batch is the
+        last it takes."""
         done = self.micro + 1
         last = done == self.micro_batches or (self.zero.level >= 2 and done % self.zero.every == 0)
-        if last and unit not in self.complete:
-            self._open(unit)                                    # even without a gradient: the other ranks count on ours
-            self.do(self.reductions.complete(unit.flat.name))
-            self.growing.discard(unit)
-            self.complete.add(unit)
+        if not last or unit in self.ready:
+            return
+        self.ready.append(unit)
+        while self.gone < len(self.order) and self.order[self.gone] in self.ready:
+            self._travel(self.order[self.gone])
+        self._count(len(self.ready) - self.gone)
+
+    def _travel(self, unit: Unit) -> None:
+        self._open(unit)                                        # even without a gradient: the other ranks count on ours
+        self.do(self.reductions.complete(unit.flat.name))
+        self.growing.discard(unit)
+        self.gone += 1
+
+    def _count(self, waiting: int) -> None:
+        """Says once that whole sums wait, which takes memory from level 2."""
+        if waiting > 0 and self.agreed and self.zero.level >= 2 and not self.waited:
+            say(f"gradients of {self.ready[-1].flat.name} wait for those of {self.order[self.gone].flat.name}: this "
+                "rank calls blocks in another order than rank 0 did at first, and keeps whole sums that long")
+        self.waited = max(self.waited, waiting)
 
     def next(self) -> None:
-        """The micro-batch is over."""
-        self.complete.clear()
+        """The micro-batch is over, and every unit closed."""
+        if self.ready and not self.agreed:
+            self.order = [self.order[i] for i in self.agree([self.order.index(u) for u in self.ready])]
+            self.agreed = True
+        self.ready, self.gone = [], 0
         self.micro += 1
 
     def _open(self, unit: Unit) -> None:

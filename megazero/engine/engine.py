@@ -8,9 +8,9 @@
     step                 norm, gate and update over slices, as in any run (units/actions.py)
 
 What belongs to no block, or to several (a tied embedding), is the root: whole from the forward pass to the end of
-backward. Weights and gradients travel in the order in which blocks are called, so every rank must call them in the same
-order. When autograd recomputes a block (torch.utils.checkpoint, either kind, around a block or within it), hooks run
-once more, in backward.
+backward. Sums travel in one order that ranks agree on; weights of level 3 in the order in which blocks are called, so
+there every rank must call the same. When autograd recomputes a block (torch.utils.checkpoint, either kind, around a
+block or within it), hooks run once more, in backward.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -108,12 +108,13 @@ class Engine:
         self.root, *self.blocks = made.values()
         for block in made.values():
             block.fill(wires.rank == 0)
+        self._renew()
         units = [b.trained for b in made.values() if b.trained]
         self.ending = ending([u.flat.name for u in units])
         self.gate = Gate(units, settings.clip_grad, wires["world"], tells=True)
         self.updater = Updater(units, settings, [a.units for a in self.ending if a.kind == "update"])
         self.actions = UnitActions({u.flat.name: u for u in units}, wires, self.gate, self.updater)
-        self.sums = Accumulation(units, zero, accumulation, self._do)
+        self.sums = Accumulation(units, zero, accumulation, self._do, self._agree)
         self.ruling = Ruling()                                  # of this step: what its losses are
         self.steps = 0
         self.found_inf: Callable[[], list[float]] | None = None  # of the last step, until the host has read it
@@ -163,20 +164,35 @@ class Engine:
         loss = self.ruling.told["loss"]
         self.ruling.scale, self.ruling.nominal = torch.full_like(loss, self.scale.value), self.losses
         self.ruling.lr = torch.full_like(loss, self.lr, dtype=self.gate.wide)
+        self.ruling.trace = float(self.wires.line.marks.trace)
         self._do([*self.sums.reductions.finish(), *self.ending])
         verdict, self.ruling = self.ruling.verdict, Ruling()
         assert verdict is not None, "the ending judges"
         self._settle()
-        self.found_inf = later(verdict.found_inf.view(1))
+        self.found_inf = later(torch.stack((verdict.found_inf, verdict.astray)))
         self.sums.begin()
         self.steps += 1
+        self._renew()
         return verdict
+
+    def _renew(self) -> None:
+        """Below level 3 parameters are whole between steps, for whoever reads them: every rank gathers all, in one
+        order."""
+        for block in (self.root, *self.blocks) if self.zero.level < 3 else ():
+            block.gather()
+        for block in (self.root, *self.blocks) if self.zero.level < 3 else ():
+            block.arrive()
 
     def _do(self, actions: Sequence[Action]) -> None:
         """As in a program."""
         for action in actions:
             self.wires.line.doing = str(action)
             self.actions.do[action.kind](action, self.ruling)
+
+    def _agree(self, numbers: list[int]) -> list[int]:
+        """Rank 0's."""
+        told = torch.tensor(numbers, dtype=torch.float64, device=self.gate.device) * (self.wires.rank == 0)
+        return [int(n) for n in self.wires["world"].all_reduce(told).wait().tolist()]
 
     def _check(self) -> None:
         if self.in_backward:
@@ -193,8 +209,12 @@ class Engine:
         all of it where not): tells of a skipped one, moves the loss scale."""
         if self.found_inf is None:
             return
-        finite = self.found_inf() == [0]
-        self.scale, self.found_inf = self.scale.after(finite), None
+        (found_inf, astray), self.found_inf = self.found_inf(), None
+        if astray:
+            raise UserError(f"step {self.steps:,}: ranks gathered or summed different blocks, and nothing was changed; "
+                            "let every rank call the same blocks in the same order where weights are shared (level 3).")
+        finite = not found_inf
+        self.scale = self.scale.after(finite)
         if not finite and self.wires.rank == 0:
             say(f"step {self.steps:,} skipped: its loss or a gradient is not finite; nothing was changed, "
                 f"loss scale {self.scale.value:g}")

@@ -153,7 +153,8 @@ class Unit:
         if self.weights is None:
             self.weights = self.sharing.buffers.take((self.flat.kind, "weights"), self.size, self.weight_slice)
         if self._stale:
-            self._gathering, self._stale = self.sharing.shard.all_gather(self.weight_slice, self.weights), False
+            self._gathering = self.sharing.shard.all_gather(self.weight_slice, self.weights, self.flat.name)
+            self._stale = False
 
     def arrive(self) -> None:
         if self._gathering is not None:
@@ -190,7 +191,7 @@ class Unit:
         """This rank's slice of the sum over the ranks that share this unit begins to arrive."""
         assert self.grads is not None
         into = self.grad_slice if self.sharing.level < 2 else self.grads[self.low:self.high]
-        return self.sharing.shard.reduce_scatter(self.grads, into)
+        return self.sharing.shard.reduce_scatter(self.grads, into, self.flat.name)
 
     def land(self, arrived: Tensor, first: bool) -> None:
         """Adds a slice that arrived to those of this step before it; from level 2 the whole buffer goes back."""
