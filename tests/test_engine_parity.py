@@ -3,14 +3,16 @@
 Compared to 1e-12 in float64, as in test_parity.py: losses and norms of five steps, every gradient of the first, every weight after the fifth.
 """
 
+import copy
 import re
 from collections import Counter
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from modules import CALLS, LENGTH, MODELS, VOCABULARY, Choosing, chosen, loss
 from pool import Pool
 from torch import nn
@@ -20,6 +22,7 @@ from megazero.comm.group import Stuck
 from megazero.comm.shared import Slot
 from megazero.comm.wires import Wires, connect
 from megazero.engine.engine import Engine
+from megazero.engine.hidden import Hidden
 from megazero.plan.mesh import Mesh
 from megazero.plan.program import Zero
 from megazero.settings.config import Optimization as Settings
@@ -393,3 +396,75 @@ def traced() -> tuple[float, str]:
 def test_calls_about_different_things_end_all_ranks_before_the_update(pool: Pool) -> None:
     for found_inf, told in pool.run(2, traced):
         assert found_inf == 1 and told.startswith("step 1: ranks gathered or summed different blocks, and nothing was changed")
+
+
+# ---- weights between steps
+
+def between(level: int, overlap: bool) -> tuple[Weights, Weights, float, float]:
+    """After two steps: what readers see, the masters, and a block's own forward pass beside that of its weights."""
+    e = made(partial(MODELS["gpt2"], "none"), Row(dp=2, level=level, late=True), overlap=overlap)
+    for step in range(2):
+        e.backward(loss(e, micro_batches(e, step)[0]))
+        e.step()
+    seen = whole(e)
+    block, x = e.module.transformer.h[1].mlp.c_fc, torch.rand(2, 24, dtype=torch.float64)        # type: ignore[union-attr, operator, index]
+    if level == 3 or overlap:
+        e.module.eval()
+        hidden = next(p for p in e.module.parameters() if type(p) is Hidden) if level == 3 else e.module.transformer.h[2].mlp.c_fc.weight   # type: ignore[union-attr, operator, index]
+        assert level < 3 or (hidden.numel() == 0 and hidden.ds_numel == hidden.ds_shape.numel())
+        reads = (torch.sum, lambda p: p.norm(), lambda p: p + 1, lambda p: p.data, copy.deepcopy, lambda p: F.linear(x, p))
+        for read in reads if level == 3 else ():
+            with pytest.raises(UserError, match=r"its weights are not whole here now; .* engine.whole\(parameter\)"):
+                read(hidden)
+    with torch.no_grad(), e.whole(*block.parameters()):
+        mine, theirs = block.forward(x), x @ block.weight + block.bias
+    masters = {}
+    for name, box, t in held(e, "master"):
+        masters[name] = seen[name].reshape(seen[name].shape or (1,))[box.slices] - t
+    return seen, masters, float((mine - theirs).abs().max()), float(mine.abs().max())
+
+
+@pytest.mark.parametrize("level, overlap", [(0, False), (1, False), (1, True), (2, False), (2, True), (3, False)])
+def test_weights_are_whole_between_steps(level: int, overlap: bool, pool: Pool) -> None:
+    for seen, differ, apart, size in pool.run(2, between, level, overlap):
+        assert all(t.isfinite().all() for t in seen.values()) and all(t.abs().max() == 0 for t in differ.values() if t.numel())
+        assert apart < 1e-15 and size > 0
+
+
+def written(level: int, dtype: str, how: str) -> tuple[Weights, Weights]:
+    """One parameter is written between two steps of rate 0; what the module holds before and after."""
+    w = wires(Row(dp=2, level=level))
+    torch.manual_seed(0)
+    e = Engine(Choosing(), w, replace(SETTINGS, lr=0.0, weight_decay=0.0), Zero(level), dtype)
+    new, p = torch.full((8, 8), 0.123456), e.module.blocks[2][0].weight                         # type: ignore[union-attr, operator, index]
+    before = whole(e)
+    with torch.no_grad():
+        if how == "load":
+            e.module.load_state_dict({**before, "blocks.2.0.weight": new})
+        elif how == "load a block":
+            e.module.blocks[2].load_state_dict({"0.weight": new, "0.bias": before["blocks.2.0.bias"]})   # type: ignore[union-attr, operator, index]
+        elif how == "in place" and level < 3:
+            p.copy_(new)
+        elif how == "data" and level < 3:
+            p.data.copy_(new)
+        else:
+            with e.whole(p, writer=1 if how == "writer" else None):
+                if how != "writer" or w.rank == 1:
+                    p.copy_(new)
+    e.backward(e(torch.ones(1, 8, dtype=p.dtype), [0, 1, 2, 3], 0))
+    e.step()
+    after = whole(e)
+    masters = {n: t for n, box, t in held(e, "master") if n == "blocks.2.0.weight"}
+    assert all((t - 0.123456).abs().max() < (1e-7 if dtype == "fp64" else 1e-3) for t in masters.values() if t.numel())
+    return before, after
+
+
+@pytest.mark.parametrize("level", range(4))
+def test_what_is_written_into_weights_has_effect(level: int, pool: Pool) -> None:
+    """Loaded, in place, within `whole`, by one rank alone: in masters too, which keep their precision elsewhere."""
+    for dtype in ("fp64", "bf16"):
+        for how in ("load", "load a block", "in place", "data", "whole", "writer"):
+            for before, after in pool.run(2, written, level, dtype, how):
+                want = torch.full((8, 8), 0.123456, dtype=after["blocks.2.0.weight"].dtype)
+                assert (after["blocks.2.0.weight"].float() - want.float()).abs().max() < 1e-7
+                assert all(torch.equal(t, after[n]) for n, t in before.items() if n != "blocks.2.0.weight")

@@ -7,6 +7,8 @@ import torch
 from torch import nn
 
 from megazero.base import UserError, say
+from megazero.comm import Group
+from megazero.engine.hidden import hide, show
 from megazero.plan import Action, OperandSpec, Parameter, Reductions, UnitSpec, Zero, flat
 from megazero.units import Sharing, Unit, Weight
 
@@ -35,6 +37,8 @@ class Submodule:
                 self.units.append(Unit(flat(_spec(unit_name, chosen)), dtype, device, sharing, trained))
                 self.views += [(p, self.units[-1].weight(n), p.shape) for n, p in chosen.items()]
         self.trained = next((u for u in self.units if u.trained), None)
+        self.kinds = [type(p) for p, _, _ in self.views]
+        self.hidden = False
 
     def fill(self, first: bool) -> None:
         """The weights become those of the first rank, whatever the others began with: a sum to which they add zeros."""
@@ -49,16 +53,15 @@ class Submodule:
         if self.stays:
             self._show()
         else:
-            self._hide()
+            self.hide()
 
     def gather(self) -> None:
         """The whole weights begin to arrive, if they are not here or are old.
         Parameters are views of them from now on."""
-        absent = any(u.weights is None for u in self.units)
         with torch.inference_mode(False):                       # a buffer made now will serve training too
             for unit in self.units:
                 unit.gather()
-            if absent:
+            if self.hidden:
                 self._show()
 
     def arrive(self) -> None:
@@ -67,24 +70,49 @@ class Submodule:
 
     def release(self) -> None:
         """At level 3 the whole weights are given back, if they are here."""
-        if not self.stays and any(u.weights is not None for u in self.units):
-            self._hide()
+        if not (self.stays or self.hidden):
+            self.hide()
             for unit in self.units:
                 unit.release()
+
+    def absorb(self) -> None:
+        """What somebody wrote into the whole weights goes to the masters, element by element, so that those that nobody
+        touched keep their precision. Every rank must have written the same."""
+        for unit in self.units:
+            if unit.weights is None or unit.weight_slice is unit.master and self.stays:
+                continue
+            unit.updated()
+            unit.arrive()
+            here = unit.weights[unit.low:unit.high]
+            unit.master.copy_(torch.where(here != unit.master.to(here.dtype), here.to(unit.master.dtype), unit.master))
+            if not self.stays and unit.weight_slice is not unit.master:
+                unit.weight_slice.copy_(here)
+
+    def take(self, world: Group, writer: int) -> None:
+        """The whole weights become those of one rank: a sum to which the others add zeros."""
+        for unit in self.units:
+            assert unit.weights is not None
+            if world.rank != writer:
+                unit.weights.zero_()
+            world.all_reduce(unit.weights, about=unit.flat.name).wait()
 
     def _show(self) -> None:
         for unit in self.units:
             assert unit.weights is not None
             self.addresses[unit.weights.untyped_storage().data_ptr()] = self, unit
-        for p, w, shape in self.views:
-            p.data = w.value.view(shape)
+        self.hidden = False
+        for (p, w, shape), kind in zip(self.views, self.kinds, strict=True):
+            show(p, kind, w.value.view(shape))
 
-    def _hide(self) -> None:
+    def hide(self) -> None:
+        """Parameters are empty, and say so to whoever reads them."""
+        self.hidden = True
         for unit in self.units:
             if unit.weights is not None:
-                del self.addresses[unit.weights.untyped_storage().data_ptr()]
-        for p, w, _ in self.views:
-            p.data = w.unit.weight_slice.new_empty(0)
+                self.addresses.pop(unit.weights.untyped_storage().data_ptr(), None)
+        for p, w, shape in self.views:
+            hide(p, w.operand.name, w.unit.weight_slice.new_empty(0))
+            p.ds_shape, p.ds_numel = shape, shape.numel()  # type: ignore[attr-defined]
 
 
 def _spec(name: str, parameters: Mapping[str, nn.Parameter]) -> UnitSpec:

@@ -14,6 +14,7 @@ block or within it), hooks run once more, in backward.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -90,22 +91,25 @@ class Engine:
     accumulation    micro-batches of a step on each rank; `step` acts after the last one
     blocks          submodules that are gathered and released one by one;
                     default: the children of the longest nn.ModuleList
+    overlap         levels 1 and 2: weights travel after a step beside what follows, and nobody but blocks reads them
     lr              learning rate of the next step; settings.lr to begin with
     """
 
     def __init__(self, model: nn.Module, wires: Wires, settings: Optimization, zero: Zero, dtype: str = "fp32",
-                 accumulation: int = 1, scale: LossScale = CONSTANT, blocks: Sequence[nn.Module] | None = None) -> None:
+                 accumulation: int = 1, scale: LossScale = CONSTANT, blocks: Sequence[nn.Module] | None = None,
+                 overlap: bool = False) -> None:
         modules = list(dict.fromkeys(longest_list(model) if blocks is None else blocks))
         if errors := [*mistakes(model, modules), *_mistakes(wires, settings, dtype, accumulation)]:
             raise UserError(*errors)
         assert settings.lr is not None
         self.module, self.wires, self.zero, self.scale, self.lr = model, wires, zero, scale, settings.lr
+        self.overlap = overlap
         self.addresses: Addresses = {}
         sharing = Sharing(zero.level, wires["shard"], wires["replicate"], buffers=Buffers(poison=wires.late))
         names = {m: n for n, m in model.named_modules()}
         made = {m: Submodule(names[m] or "root", own, TORCH_DTYPE[dtype], sharing, self.addresses)
                 for m, own in belongings(model, modules).items()}
-        self.root, *self.blocks = made.values()
+        self.root, *self.blocks = self.all = list(made.values())
         for block in made.values():
             block.fill(wires.rank == 0)
         self._renew()
@@ -157,10 +161,12 @@ class Engine:
         anywhere. Before that: None."""
         if self.sums.micro < self.sums.micro_batches:
             return None
-        if thawed := [p for b in (self.root, *self.blocks) for p, w, _ in b.views
+        if thawed := [p for b in self.all for p, w, _ in b.views
                       if p.requires_grad and not w.unit.trained]:
             raise UserError(f"model: {len(thawed)} parameters were frozen when the engine was made and are not now; "
                             "unfreeze them before.")
+        for block in self.all if self.zero.level < 3 else ():  # what somebody wrote since: clipped, averaged ones
+            block.absorb()
         loss = self.ruling.told["loss"]
         self.ruling.scale, self.ruling.nominal = torch.full_like(loss, self.scale.value), self.losses
         self.ruling.lr = torch.full_like(loss, self.lr, dtype=self.gate.wide)
@@ -176,12 +182,42 @@ class Engine:
         return verdict
 
     def _renew(self) -> None:
-        """Below level 3 parameters are whole between steps, for whoever reads them: every rank gathers all, in one
-        order."""
-        for block in (self.root, *self.blocks) if self.zero.level < 3 else ():
+        """Below level 3 every rank gathers all, in one order: parameters are whole between steps, for whoever reads
+        them. With `overlap` they travel beside what follows, and are hidden until their block's turn."""
+        for block in self.all if self.zero.level < 3 else ():
             block.gather()
-        for block in (self.root, *self.blocks) if self.zero.level < 3 else ():
-            block.arrive()
+        for block in self.all if self.zero.level < 3 else ():
+            if self.overlap:
+                block.hide()
+            else:
+                block.arrive()
+
+    @contextmanager
+    def whole(self, *parameters: nn.Parameter, writer: int | None = None) -> Iterator[None]:
+        """Within, these parameters (all, if none is named) are whole, to be read and written. All ranks come here, and
+        write the same; or `writer` alone writes. Raises UserError for a parameter that is not the engine's."""
+        known = {p: block for block in self.all for p, _, _ in block.views}
+        if not set(parameters) <= set(known):
+            raise UserError("whole: a parameter is not one that the engine found in its model; name those of "
+                            "engine.module.parameters().")
+        blocks = dict.fromkeys(known[p] for p in parameters or known)
+        closed = [block for block in blocks if self._open(block)]
+        try:
+            yield
+        finally:
+            for block in blocks:
+                if writer is not None:
+                    block.take(self.wires["world"], writer)
+                block.absorb()
+            for block in closed:
+                block.release()
+
+    def _open(self, block: Submodule) -> bool:
+        """The block's weights are here, for readers outside of its forward pass; were they hidden?"""
+        hidden = block.hidden
+        block.gather()
+        block.arrive()
+        return hidden
 
     def _do(self, actions: Sequence[Action]) -> None:
         """As in a program."""
@@ -288,6 +324,35 @@ class Engine:
                 p.grad = None
                 if p.requires_grad:
                     p.register_post_accumulate_grad_hook(partial(self._take, weight))
+        homes = {p: block for block in self.all for p, _, _ in block.views}
+        for module in self.module.modules():
+            whose = [*filter(None, [made.get(module)]), *(homes[p] for p in module.parameters(recurse=False))]
+            for block in dict.fromkeys(whose):
+                self._keep_books(module, block)
+
+    def _keep_books(self, module: nn.Module, block: Submodule) -> None:
+        """`state_dict` and `load_state_dict` of a module find the weights of a block whole, on all ranks together."""
+        closed: list[bool] = []
+
+        def enter(*_: Any) -> None:
+            closed.append(self._open(block))
+
+        def copied(module: nn.Module, found: dict[str, Any], prefix: str, metadata: Any) -> None:
+            mine = {u.weights.untyped_storage().data_ptr() for u in block.units if u.weights is not None}
+            for name, t in found.items() if closed[-1] else ():
+                if isinstance(t, Tensor) and not isinstance(t, nn.Parameter) and t.untyped_storage().data_ptr() in mine:
+                    found[name] = t.clone()                     # a view of what is given back now
+            leave()
+
+        def leave(*_: Any) -> None:
+            block.absorb()
+            if closed.pop():
+                block.release()
+
+        module.register_state_dict_pre_hook(enter)
+        module.register_state_dict_post_hook(copied)
+        module.register_load_state_dict_pre_hook(enter)
+        module.register_load_state_dict_post_hook(leave)
 
     def _begin(self, module: nn.Module, inputs: Any) -> None:
         """The model's forward pass begins. In backward, here and below, it is recomputed:

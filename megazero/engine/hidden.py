@@ -1,0 +1,71 @@
+"""What a parameter answers while its weights or its gradient are elsewhere: one sentence, and no wrong number."""
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from megazero.base import UserError
+
+Tensor = torch.Tensor
+# what may be asked of it all the same: nothing here reads a weight
+ASKED = {torch.Tensor.size, torch.Tensor.dim, torch.Tensor.numel, torch.Tensor.nelement, torch.Tensor.element_size,
+         torch.Tensor.is_floating_point, torch.Tensor.is_complex, torch.Tensor.requires_grad_, torch.Tensor.__hash__,
+         torch.Tensor.register_hook, torch.Tensor.register_post_accumulate_grad_hook, torch.is_floating_point,
+         torch.is_complex, torch.numel, torch.Tensor.__dir__}
+INSTEAD = "read or write them within engine.whole(parameter), on all ranks, or in the module's own forward pass."
+READ: Any = torch.Tensor.data.__get__  # type: ignore[attr-defined]
+
+
+class Hidden(nn.Parameter):
+    """A parameter whose weights are not here. `ds_shape` and `ds_numel` say what they will be."""
+
+    words: str
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in ASKED or (type(func).__name__ == "method-wrapper" and func != READ):
+            return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[misc]
+        raise UserError(_words(Hidden, (args, kwargs)))
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"Parameter of shape {tuple(getattr(self, 'ds_shape', ()))} whose weights are not here"
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        raise UserError(self.words)
+
+
+class Away(Tensor):
+    """In the place of a gradient that the engine has taken."""
+
+    words: str
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in ASKED or type(func).__name__ == "method-wrapper":
+            return super().__torch_function__(func, types, args, kwargs or {})
+        raise UserError(_words(Away, (args, kwargs)))
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return self.words
+
+
+def _words(kind: type, given: Any) -> str:
+    """Those of the first tensor of a kind among arguments."""
+    if isinstance(given, kind):
+        return str(given.words)  # type: ignore[attr-defined]
+    parts = given.values() if isinstance(given, dict) else given if isinstance(given, list | tuple) else ()
+    return next(filter(None, (_words(kind, part) for part in parts)), "")
+
+
+def hide(p: nn.Parameter, name: str, empty: Tensor) -> None:
+    """Its data becomes `empty`; whoever reads it is told."""
+    p.data = empty
+    p.__class__ = Hidden
+    p.words = f"{name}: its weights are not whole here now; {INSTEAD}"  # type: ignore[attr-defined]
+
+
+def show(p: nn.Parameter, kind: type, whole: Tensor) -> None:
+    """Its data is there again; `kind` is its class."""
+    p.__class__ = kind
+    p.data = whole
