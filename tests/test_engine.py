@@ -32,8 +32,10 @@ def test_a_stale_handle_is_caught() -> None:
         e.step()
         with pytest.raises(UserError, match="weights of .* as of step 0, but step 1 has changed them; run the forward pass again"):
             e.backward(late)
-        with pytest.raises(UserError, match="its last backward pass failed"):
-            loss(e, data(0))
+        verdict = e.step()                                      # what it had of gradients is dropped, and training goes on
+        assert verdict is not None and verdict.found_inf and e.skipped_steps == 1 and not e.was_step_applied()
+        e.backward(loss(e, data(0)))
+        assert (e.step() or verdict).found_inf == 0 and e.was_step_applied()
 
 
 def test_a_change_in_place_is_caught() -> None:
@@ -211,9 +213,7 @@ def test_mistakes_are_told() -> None:
 
 def test_wrong_calls_are_told() -> None:
     e = engine(Row("odd", level=3))
-    with pytest.raises(UserError, match=r"write engine.backward\(loss\)"):
-        loss(e, data(0)).backward()                                                              # type: ignore[no-untyped-call]
-    with pytest.raises(UserError, match=r"blocks.1: was called outside of the model's own forward pass"):
+    with pytest.raises(UserError, match=r"blocks.1: was called outside of the model's own forward pass; .* under torch.no_grad"):
         e.module.blocks[1](torch.rand(2, 12), more={"x": None})                                  # type: ignore[index, operator]
     e = engine(Row("odd"))
     e.backward(loss(e, data(0)))

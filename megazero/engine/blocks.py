@@ -38,7 +38,7 @@ class Submodule:
                 self.views += [(p, self.units[-1].weight(n), p.shape) for n, p in chosen.items()]
         self.trained = next((u for u in self.units if u.trained), None)
         self.kinds = [type(p) for p, _, _ in self.views]
-        self.hidden = False
+        self.hidden = self.kept = False                         # kept: somebody reads outside of passes
 
     def fill(self, first: bool) -> None:
         """The weights become those of the first rank, whatever the others began with: a sum to which they add zeros."""
@@ -70,7 +70,7 @@ class Submodule:
 
     def release(self) -> None:
         """At level 3 the whole weights are given back, if they are here."""
-        if not (self.stays or self.hidden):
+        if not (self.stays or self.hidden or self.kept):
             self.hide()
             for unit in self.units:
                 unit.release()
@@ -104,6 +104,15 @@ class Submodule:
         for (p, w, shape), kind in zip(self.views, self.kinds, strict=True):
             show(p, kind, w.value.view(shape))
 
+    def leave(self) -> None:
+        """Parameters are their own again, whole."""
+        self.gather()
+        self.arrive()
+        for (p, w, shape) in self.views:
+            p.data = w.value.view(shape).clone()
+            for word in ("ds_shape", "ds_numel", "words"):
+                p.__dict__.pop(word, None)
+
     def hide(self) -> None:
         """Parameters are empty, and say so to whoever reads them."""
         self.hidden = True
@@ -132,7 +141,7 @@ class Accumulation:
 
     def __init__(self, units: Sequence[Unit], zero: Zero, micro_batches: int, do: Callable[[Sequence[Action]], None],
                  agree: Callable[[list[int]], list[int]]) -> None:
-        """`units`: the root's first, then those of the blocks."""
+        """`units`: the root's first, then those of the blocks. `micro_batches`: of a step."""
         self.zero, self.micro_batches, self.do, self.agree = zero, micro_batches, do, agree
         self.order, self.agreed = list(reversed(units)), False
         self.waited = 0                                         # the most whole sums that waited at a time
@@ -140,12 +149,24 @@ class Accumulation:
 
     def begin(self) -> None:
         """A step begins."""
-        times = -(-self.micro_batches // self.zero.every) if self.zero.level >= 2 else 1
-        self.reductions = Reductions(dict.fromkeys([u.flat.name for u in self.order], times), self.zero)
+        self.reductions = Reductions({}, self.zero)
         self.micro = 0                                          # micro-batches of this step that are done
+        self.last = self.due = self.over = False
         self.growing: set[Unit] = set()
         self.ready: list[Unit] = []                             # their backward pass of this micro-batch is over
         self.gone = 0                                           # so many of `order` travel
+
+    def start(self, last: bool) -> None:
+        """A micro-batch begins, the `last` one of the step or not; are its sums to travel?"""
+        self.last = last
+        self.due = last or (self.zero.level >= 2 and (self.micro + 1) % self.zero.every == 0)
+
+    def end(self) -> None:
+        """The step has fewer micro-batches than it was said to have: what there is travels now."""
+        self.start(last=True)
+        for unit in self.order:
+            self._travel(unit)
+        self.gone, self.over = 0, True
 
     def add(self, weight: Weight, grad: Tensor) -> None:
         """One parameter's gradient of this micro-batch."""
@@ -157,11 +178,8 @@ class Accumulation:
         weight.add(grad)
 
     def close(self, unit: Unit) -> None:
-        """The unit's backward pass is over: its sum begins to travel when its turn comes, if this micro-batch is the
-        last it takes."""
-        done = self.micro + 1
-        last = done == self.micro_batches or (self.zero.level >= 2 and done % self.zero.every == 0)
-        if not last or unit in self.ready:
+        """The unit's backward pass is over: its sum begins to travel when its turn comes, if it is due."""
+        if not self.due or unit in self.ready:
             return
         self.ready.append(unit)
         while self.gone < len(self.order) and self.order[self.gone] in self.ready:
@@ -170,6 +188,7 @@ class Accumulation:
 
     def _travel(self, unit: Unit) -> None:
         self._open(unit)                                        # even without a gradient: the other ranks count on ours
+        self.reductions.left[unit.flat.name] = 1 if self.last else 2        # this one, and the last
         self.do(self.reductions.complete(unit.flat.name))
         self.growing.discard(unit)
         self.gone += 1
@@ -186,7 +205,7 @@ class Accumulation:
         if self.ready and not self.agreed:
             self.order = [self.order[i] for i in self.agree([self.order.index(u) for u in self.ready])]
             self.agreed = True
-        self.ready, self.gone = [], 0
+        self.ready, self.gone, self.over = [], 0, self.last
         self.micro += 1
 
     def _open(self, unit: Unit) -> None:

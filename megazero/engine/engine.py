@@ -13,77 +13,27 @@ there every rank must call the same. When autograd recomputes a block (torch.uti
 block or within it), hooks run once more, in backward.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
-from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from megazero.base import UserError, say
-from megazero.comm import Wires
+from megazero.comm import Stuck, Wires
 from megazero.engine.blocks import Accumulation, Addresses, Submodule, belongings, longest_list, mistakes
+from megazero.engine.hooks import Hook, running
+from megazero.engine.passes import Passes, weighed
 from megazero.plan import Action, LossScale, Zero, ending
 from megazero.settings import Optimization
-from megazero.units import (
-    TORCH_DTYPE,
-    Buffers,
-    Gate,
-    Ruling,
-    Sharing,
-    Unit,
-    UnitActions,
-    Updater,
-    Verdict,
-    Weight,
-    later,
-)
+from megazero.units import TORCH_DTYPE, Buffers, Gate, Ruling, Sharing, UnitActions, Updater, Verdict, later
 
 Tensor = torch.Tensor
 CONSTANT = LossScale(value=1.0, minimum=1.0, window=1, hysteresis=1, constant=True)
-NOT_OURS = "loss.backward(): the engine must know of it; write engine.backward(loss)."
 
 
-class Handle(NamedTuple):
-    """What autograd keeps instead of a tensor that lies in a unit's weights.
-    `generation` is the step whose weights it means."""
-
-    block: Submodule
-    unit: Unit
-    dtype: torch.dtype
-    offset: int
-    size: torch.Size
-    stride: tuple[int, ...]
-    generation: int
-
-
-class Kept(NamedTuple):
-    """Any other tensor that autograd saves. Under hooks torch does not see whether it was changed since:
-    we do, by its version."""
-
-    tensor: Tensor
-    version: int
-
-
-class _Mark(torch.autograd.Function):
-    """Hands its tensors on; in backward, once all that read them is done, calls `leave`."""
-
-    @staticmethod
-    def forward(ctx: Any, leave: Callable[[], None], *tensors: Tensor) -> tuple[Tensor, ...]:
-        ctx.leave = leave
-        ctx.set_materialize_grads(False)
-        return tensors
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
-        ctx.leave()
-        return None, *gradients
-
-
-class Engine:
+class Engine(Passes):
     """Trains a module on this rank: `engine(...)`, `engine.backward(loss)` and `engine.step()` for each micro-batch.
 
     model           any module whose parameters lie on one device. Rank 0's are taken; buffers stay each rank's own
@@ -93,25 +43,27 @@ class Engine:
                     default: the children of the longest nn.ModuleList
     overlap         levels 1 and 2: weights travel after a step beside what follows, and nobody but blocks reads them
     lr              learning rate of the next step; settings.lr to begin with
+
+    What is not the engine's is asked of the module.
     """
 
     def __init__(self, model: nn.Module, wires: Wires, settings: Optimization, zero: Zero, dtype: str = "fp32",
                  accumulation: int = 1, scale: LossScale = CONSTANT, blocks: Sequence[nn.Module] | None = None,
                  overlap: bool = False) -> None:
+        _part(model)
         modules = list(dict.fromkeys(longest_list(model) if blocks is None else blocks))
-        if errors := [*mistakes(model, modules), *_mistakes(wires, settings, dtype, accumulation)]:
+        if errors := [*mistakes(model, modules), *_mistakes(wires, settings, zero, dtype, accumulation)]:
             raise UserError(*errors)
         assert settings.lr is not None
-        self.module, self.wires, self.zero, self.scale, self.lr = model, wires, zero, scale, settings.lr
-        self.overlap = overlap
-        self.addresses: Addresses = {}
+        addresses: Addresses = {}
         sharing = Sharing(zero.level, wires["shard"], wires["replicate"], buffers=Buffers(poison=wires.late))
         names = {m: n for n, m in model.named_modules()}
-        made = {m: Submodule(names[m] or "root", own, TORCH_DTYPE[dtype], sharing, self.addresses)
+        made = {m: Submodule(names[m] or "root", own, TORCH_DTYPE[dtype], sharing, addresses)
                 for m, own in belongings(model, modules).items()}
-        self.root, *self.blocks = self.all = list(made.values())
         for block in made.values():
             block.fill(wires.rank == 0)
+        super().__init__(model, made, addresses, wires, zero)
+        self.scale, self.lr, self.overlap = scale, settings.lr, overlap
         self._renew()
         units = [b.trained for b in made.values() if b.trained]
         self.ending = ending([u.flat.name for u in units])
@@ -120,66 +72,203 @@ class Engine:
         self.actions = UnitActions({u.flat.name: u for u in units}, wires, self.gate, self.updater)
         self.sums = Accumulation(units, zero, accumulation, self._do, self._agree)
         self.ruling = Ruling()                                  # of this step: what its losses are
-        self.steps = 0
+        self.verdict: Verdict | None = None                     # of the last step
         self.found_inf: Callable[[], list[float]] | None = None  # of the last step, until the host has read it
-        self.graph = self.in_backward = False                   # graph: will backward follow this forward pass?
-        self.saving: saved_tensors_hooks | None = None          # while the module's forward pass runs
-        self.order: list[Submodule] = []                            # calls of the last forward pass:
-                                                                # which weights to gather ahead
-        self.calls: list[Submodule] = []                            # calls of this one
-        self.left: list[Submodule] = []                             # calls whose backward pass is not over
-        self._register(made)
+        self.skipped = 0
+        self.applied = False                                    # the last step that the host knows of
+        self.boundary: bool | None = None                       # does the next backward end the step? None: by count
+        self.over = ""                                          # why this engine does nothing any more
 
     def __call__(self, *inputs: Any, **named: Any) -> Any:
         """The module's own forward pass. Calling the module itself is the same."""
         self._check()
         return self.module(*inputs, **named)
 
-    def backward(self, loss: Tensor) -> None:
-        """Adds the gradients of one micro-batch. `loss` is a mean over this rank's micro-batch; the step's loss and
-        gradient are means over micro-batches and ranks."""
-        if self.sums.micro == self.sums.micro_batches:
-            raise UserError(f"backward: this step has had its {self.sums.micro_batches} micro-batches; "
-                            "call step(), or raise accumulation.")
+    def __getattr__(self, name: str) -> Any:
+        """Of the module, what the engine has not."""
+        if "module" not in self.__dict__:
+            raise AttributeError(name)
+        return getattr(self.module, name)
+
+    def backward(self, loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True,
+                 tokens: int | Tensor | None = None) -> None:
+        """Adds the gradients of one micro-batch; plain loss.backward() does too, with no word of the loss.
+
+        `loss` is a mean over this rank's micro-batch; the step's loss and gradient are means over micro-batches and
+        ranks: each counts as one, or as its `tokens` if it is a mean over so many. Without `scale_wrt_gas` they are
+        sums over micro-batches, and means over ranks. If it fails, the step changes nothing, on all ranks.
+        """
         self._check()
+        if loss.numel() != 1:
+            raise UserError(f"backward: a loss of shape {tuple(loss.shape)}; give one number, such as loss.mean().")
         if not self.scale.constant:                             # else nothing depends on what became of the last step
             self._settle()
-        self.ruling.tell("loss", loss.detach())
-        self.ruling.tell("tokens", torch.ones_like(loss.detach()))       # each loss counts as one
-        self.in_backward = True
-        (loss.to(self.gate.wide) * (self.scale.value / self.losses)).backward()  # type: ignore[no-untyped-call]
-        self.in_backward = False
-        # those whose inputs, or which themselves, had no part in it too
-        for block in (*reversed(self.blocks), self.root):
-            self._close(block)
-            self._release(block, backward=True)
-        self.left.clear()
-        self.sums.next()
+        loss = loss.reshape(())
+        one = torch.ones_like(loss.detach(), dtype=self.gate.wide)
+        weight = one if tokens is None else one * tokens
+        self._start(sure=True)
+        self.weigh = weighed(None if tokens is None else weight)
+        self.ruling.tell("loss", (loss.detach() * weight).where(weight > 0, 0))
+        self.ruling.tell("tokens", weight if scale_wrt_gas else weight * (self.sums.micro == 0))
+        scaled: Any = loss.to(self.gate.wide) * self.scale.value
+        try:
+            scaled.backward(retain_graph=retain_graph)
+        except BaseException as error:
+            self._fail(error)
+            raise
+        self._finish()
 
-    def step(self) -> Verdict | None:
+    def step(self, partial: bool = False) -> Verdict | None:
         """After the last micro-batch: updates the weights, or changes nothing if a loss or a gradient was not finite
-        anywhere. Before that: None."""
-        if self.sums.micro < self.sums.micro_batches:
+        anywhere. Before that: None, unless the step is to end with the micro-batches that it has had, `partial` on all
+        ranks."""
+        self._check()
+        if not (self.sums.over or partial and self.sums.micro):
             return None
-        if thawed := [p for b in self.all for p, w, _ in b.views
-                      if p.requires_grad and not w.unit.trained]:
+        if not self.sums.over:
+            self.sums.end()
+        if thawed := [p for b in self.all for p, w, _ in b.views if p.requires_grad and not w.unit.trained]:
             raise UserError(f"model: {len(thawed)} parameters were frozen when the engine was made and are not now; "
                             "unfreeze them before.")
         for block in self.all if self.zero.level < 3 else ():  # what somebody wrote since: clipped, averaged ones
             block.absorb()
-        loss = self.ruling.told["loss"]
-        self.ruling.scale, self.ruling.nominal = torch.full_like(loss, self.scale.value), self.losses
-        self.ruling.lr = torch.full_like(loss, self.lr, dtype=self.gate.wide)
+        zero = torch.zeros((), dtype=self.gate.wide, device=self.gate.device)
+        self.ruling.scale, self.ruling.lr = zero + self.scale.value, zero + self.lr
         self.ruling.trace = float(self.wires.line.marks.trace)
         self._do([*self.sums.reductions.finish(), *self.ending])
-        verdict, self.ruling = self.ruling.verdict, Ruling()
-        assert verdict is not None, "the ending judges"
         self._settle()
-        self.found_inf = later(torch.stack((verdict.found_inf, verdict.astray)))
+        self.verdict, self.ruling = self.ruling.verdict, Ruling()
+        assert self.verdict is not None, "the ending judges"
+        self.found_inf = later(torch.stack((self.verdict.found_inf, self.verdict.astray)))
         self.sums.begin()
         self.steps += 1
         self._renew()
-        return verdict
+        return self.verdict
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drops the gradients of a step that is not over, on all ranks; after a step there are none."""
+        self._check()
+        self._do(self.sums.reductions.finish())
+        self.ruling = Ruling()
+        self.sums.begin()
+        self.left.clear()
+
+    # ---- when a step ends
+
+    def gradient_accumulation_steps(self) -> int:
+        return self.sums.micro_batches
+
+    def set_gradient_accumulation_boundary(self, is_boundary: bool | None) -> None:
+        """Whether the next backward passes end a step, on all ranks; None: they are counted."""
+        self.boundary = is_boundary
+
+    def is_gradient_accumulation_boundary(self) -> bool:
+        """Has the last micro-batch of this step had its backward pass, or would the next one be it?"""
+        by_count = self.sums.micro + 1 >= self.sums.micro_batches
+        return self.sums.over or (by_count if self.boundary is None else self.boundary)
+
+    @contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Backward passes within end no step."""
+        before, self.boundary = self.boundary, False
+        try:
+            yield
+        finally:
+            self.boundary = before
+
+    def start_sums(self) -> None:
+        if self.sums.over:
+            raise UserError(f"backward: this step has had its {self.sums.micro} micro-batches; "
+                            "call step(), or raise accumulation.")
+        self.weigh = weighed(None if self.scale.value == 1 else
+                             torch.tensor(self.scale.value, dtype=self.gate.wide, device=self.gate.device))
+        self.sums.start(self.is_gradient_accumulation_boundary())
+
+    def untold(self) -> None:
+        one = torch.ones((), dtype=torch.float64, device=self.gate.device)
+        self.ruling.tell("loss", 0 * one)
+        self.ruling.tell("tokens", one)
+
+    # ---- what became of steps
+
+    @property
+    def global_steps(self) -> int:
+        """Steps so far, skipped ones too."""
+        return self.steps
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps that changed nothing. Waits for the last one's verdict, as the two below."""
+        self._settle()
+        return self.skipped
+
+    def was_step_applied(self) -> bool:
+        """Did the last step change the weights?"""
+        self._settle()
+        return self.applied
+
+    def get_global_grad_norm(self) -> float | None:
+        """Of the last step, before clipping; None before the first."""
+        return None if self.verdict is None else float(self.verdict.norm)
+
+    def _settle(self) -> None:
+        """Reads the last step's verdict, when the next step is under way (its forward pass where the loss scale moves,
+        all of it where not): tells of a skipped one, moves the loss scale."""
+        if self.found_inf is None:
+            return
+        (found_inf, astray), self.found_inf = self.found_inf(), None
+        if astray:
+            raise UserError(f"step {self.steps:,}: ranks gathered or summed different blocks, and nothing was changed; "
+                            "let every rank call the same blocks in the same order where weights are shared (level 3).")
+        self.applied = not found_inf
+        self.skipped += not self.applied
+        self.scale = self.scale.after(self.applied)
+        if not self.applied and self.wires.rank == 0:
+            say(f"step {self.steps:,} skipped: its loss or a gradient is not finite; nothing was changed, "
+                f"loss scale {self.scale.value:g}")
+
+    # ---- what fails
+
+    def _check(self) -> None:
+        if self.over:
+            raise UserError(f"engine: {self.over}; make a new one.")
+        self.recover()
+
+    def recover(self) -> None:
+        if self.in_backward and not running():
+            self.untold()
+            self._fail(None)
+
+    def _fail(self, error: BaseException | None) -> None:
+        """The backward pass failed here. The other ranks go on and count on what is missing: it travels all the same,
+        and the step, whose loss is no number now, changes nothing anywhere."""
+        if isinstance(error, Stuck):
+            self.over = "its ranks have lost each other"
+            return
+        if not (self.sure or self.taken):
+            self.in_backward = False
+            return
+        self.ruling.tell("loss", torch.full((), torch.nan, dtype=torch.float64, device=self.gate.device))
+        for block in list(reversed(self.left)) if self.zero.level == 3 else ():
+            self._enter(block)
+            self._leave(block)
+        for p in self.module.parameters():
+            p.grad = None
+        self._finish()
+
+    def destroy(self) -> None:
+        """The module is as it was before, with the trained weights, whole, on all ranks."""
+        if self.over:
+            return
+        self.zero_grad()
+        for handle in self.handles:
+            handle.remove()
+        for block in self.all:
+            block.leave()
+        self.addresses.clear()
+        self.over = "was destroyed, or another one was made of its module"
+
+    # ---- weights outside of passes
 
     def _renew(self) -> None:
         """Below level 3 every rank gathers all, in one order: parameters are whole between steps, for whoever reads
@@ -210,14 +299,9 @@ class Engine:
                     block.take(self.wires["world"], writer)
                 block.absorb()
             for block in closed:
-                block.release()
+                self._shut(block)
 
-    def _open(self, block: Submodule) -> bool:
-        """The block's weights are here, for readers outside of its forward pass; were they hidden?"""
-        hidden = block.hidden
-        block.gather()
-        block.arrive()
-        return hidden
+    # ---- what ranks do together
 
     def _do(self, actions: Sequence[Action]) -> None:
         """As in a program."""
@@ -230,200 +314,22 @@ class Engine:
         told = torch.tensor(numbers, dtype=torch.float64, device=self.gate.device) * (self.wires.rank == 0)
         return [int(n) for n in self.wires["world"].all_reduce(told).wait().tolist()]
 
-    def _check(self) -> None:
-        if self.in_backward:
-            raise UserError("engine: its last backward pass failed, and part of the gradients of this step is lost; "
-                            "make a new engine.")
 
-    @property
-    def losses(self) -> int:
-        """Losses of a step, of all ranks."""
-        return self.sums.micro_batches * self.wires.mesh.dp
-
-    def _settle(self) -> None:
-        """Reads the last step's verdict, when the next step is under way (its forward pass where the loss scale moves,
-        all of it where not): tells of a skipped one, moves the loss scale."""
-        if self.found_inf is None:
-            return
-        (found_inf, astray), self.found_inf = self.found_inf(), None
-        if astray:
-            raise UserError(f"step {self.steps:,}: ranks gathered or summed different blocks, and nothing was changed; "
-                            "let every rank call the same blocks in the same order where weights are shared (level 3).")
-        finite = not found_inf
-        self.scale = self.scale.after(finite)
-        if not finite and self.wires.rank == 0:
-            say(f"step {self.steps:,} skipped: its loss or a gradient is not finite; nothing was changed, "
-                f"loss scale {self.scale.value:g}")
-
-    # ---- weights
-
-    def _enter(self, block: Submodule) -> None:
-        """The block is about to run, forward or backward: its weights are needed, the next block's soon."""
-        ahead = self._ahead(block) if self.zero.prefetch else None
-        self.wires.line.doing = f"{'backward' if self.in_backward else 'forward'} of {block.name}"
-        block.gather()
-        if ahead:
-            ahead.gather()
-        block.arrive()
-
-    def _ahead(self, block: Submodule) -> Submodule | None:
-        """The block that follows, if all goes as in the last forward pass;
-        in backward, the one that was called before."""
-        if self.in_backward:
-            i = self._last_call(block)
-            return self.left[i - 1] if i > 0 else None
-        n = len(self.calls)
-        as_before = self.order[:n][-1:] == self.calls[-1:]
-        return self.order[n] if n < len(self.order) and as_before else None
-
-    def _last_call(self, block: Submodule) -> int:
-        """Where the block stands in `left`, or -1."""
-        return next((i for i in reversed(range(len(self.left))) if self.left[i] is block), -1)
-
-    def _release(self, block: Submodule, backward: bool) -> None:
-        """After a pass in which weights are not kept for the next. Passes of a step are counted as in a program."""
-        number = 2 * self.sums.micro + backward
-        if not self.graph or (number + 1) % self.zero.keep == 0 or number + 1 == 2 * self.sums.micro_batches:
-            block.release()
-
-    def _pack(self, x: Tensor) -> Handle | Kept:
-        """What autograd keeps of a tensor."""
-        home = self.addresses.get(x.untyped_storage().data_ptr()) if x.layout == torch.strided else None
-        if home is None:
-            return Kept(x.detach(), x._version)                 # x itself could own the graph that owns it
-        return Handle(*home, x.dtype, int(x.storage_offset()), x.shape, x.stride(), self.steps)
-
-    def _unpack(self, kept: Handle | Kept) -> Tensor:
-        """The tensor again, in backward."""
-        if isinstance(kept, Kept):
-            if kept.tensor._version != kept.version:
-                raise RuntimeError(f"a tensor of shape {tuple(kept.tensor.shape)} that backward needs "
-                                   "was changed in place since")
-            return kept.tensor
-        if kept.generation != self.steps:
-            raise UserError(f"backward: reads weights of {kept.block.name} as of step {kept.generation}, but step "
-                            f"{self.steps} has changed them; run the forward pass again after step().")
-        if not self.in_backward:
-            raise UserError(NOT_OURS)
-        self._enter(kept.block)
-        assert kept.unit.weights is not None
-        storage = kept.unit.weights.untyped_storage()
-        return torch.empty(0, dtype=kept.dtype, device=storage.device).set_(  # type: ignore[call-overload]
-            storage, kept.offset, kept.size, kept.stride)
-
-    # ---- hooks
-
-    def _register(self, made: Mapping[nn.Module, Submodule]) -> None:
-        self.module.register_forward_pre_hook(self._begin)
-        self.module.register_forward_hook(self._end, always_call=True)
-        for module, block in made.items():
-            if module is not self.module:
-                module.register_forward_pre_hook(partial(self._before, block), with_kwargs=True)
-                module.register_forward_hook(partial(self._after, block))
-            for p, weight, _ in block.views:
-                p.grad = None
-                if p.requires_grad:
-                    p.register_post_accumulate_grad_hook(partial(self._take, weight))
-        homes = {p: block for block in self.all for p, _, _ in block.views}
-        for module in self.module.modules():
-            whose = [*filter(None, [made.get(module)]), *(homes[p] for p in module.parameters(recurse=False))]
-            for block in dict.fromkeys(whose):
-                self._keep_books(module, block)
-
-    def _keep_books(self, module: nn.Module, block: Submodule) -> None:
-        """`state_dict` and `load_state_dict` of a module find the weights of a block whole, on all ranks together."""
-        closed: list[bool] = []
-
-        def enter(*_: Any) -> None:
-            closed.append(self._open(block))
-
-        def copied(module: nn.Module, found: dict[str, Any], prefix: str, metadata: Any) -> None:
-            mine = {u.weights.untyped_storage().data_ptr() for u in block.units if u.weights is not None}
-            for name, t in found.items() if closed[-1] else ():
-                if isinstance(t, Tensor) and not isinstance(t, nn.Parameter) and t.untyped_storage().data_ptr() in mine:
-                    found[name] = t.clone()                     # a view of what is given back now
-            leave()
-
-        def leave(*_: Any) -> None:
-            block.absorb()
-            if closed.pop():
-                block.release()
-
-        module.register_state_dict_pre_hook(enter)
-        module.register_state_dict_post_hook(copied)
-        module.register_load_state_dict_pre_hook(enter)
-        module.register_load_state_dict_post_hook(leave)
-
-    def _begin(self, module: nn.Module, inputs: Any) -> None:
-        """The model's forward pass begins. In backward, here and below, it is recomputed:
-        its backward pass is prepared already."""
-        if self.in_backward:
-            return
-        self.graph, self.order, self.calls = torch.is_grad_enabled(), self.calls, []
-        self._enter(self.root)
-        self.saving = saved_tensors_hooks(self._pack, self._unpack)
-        self.saving.__enter__()
-
-    def _end(self, module: nn.Module, inputs: Any, outputs: Any) -> None:
-        if self.saving is None:
-            return
-        self.saving.__exit__()
-        self.saving = None
-        for block in self.blocks if self.graph else (*self.blocks, self.root):  # what was gathered ahead and not called
-            self._release(block, backward=False)
-
-    def _before(self, block: Submodule, module: nn.Module, inputs: Any, named: Any) -> Any:
-        """A block's forward pass begins. Its inputs are marked, so that the end of its backward pass is known."""
-        if not self.in_backward:
-            if self.saving is None:
-                raise UserError(f"{block.name}: was called outside of the model's own forward pass; call engine(...).")
-            self.calls.append(block)
-            self.left += [block] * self.graph
-        self._enter(block)
-        leaves, spec = tree_flatten((inputs, named))
-        given = {id(x): x for x in leaves if isinstance(x, Tensor) and x.requires_grad}
-        if not given or not torch.is_grad_enabled():
-            return None
-        marked = dict(zip(given, _Mark.apply(partial(self._leave, block), *given.values()), strict=True))
-        return tree_unflatten([marked.get(id(x), x) for x in leaves], spec)
-
-    def _after(self, block: Submodule, module: nn.Module, inputs: Any, outputs: Any) -> None:
-        """Its forward pass is over. The first gradient of an output begins its backward pass."""
-        if self.in_backward:
-            return
-        for x in tree_leaves(outputs):
-            if isinstance(x, Tensor) and x.requires_grad:
-                x.register_hook(lambda _: self._enter(block))
-        self._release(block, backward=False)
-
-    def _leave(self, block: Submodule) -> None:
-        """The backward pass of one call of a block is over."""
-        i = self._last_call(block)
-        # else of a forward pass before another's backward: the end will close it
-        if i >= 0:
-            self.left.pop(i)
-            if block not in self.left:
-                self._close(block)
-        self._release(block, backward=True)
-
-    def _close(self, block: Submodule) -> None:
-        if block.trained:
-            self.sums.close(block.trained)
-
-    def _take(self, weight: Weight, p: Tensor) -> None:
-        """A parameter's gradient is there."""
-        assert p.grad is not None
-        if not self.in_backward:
-            raise UserError(NOT_OURS)
-        self.sums.add(weight, p.grad)
-        p.grad = None
+def _part(model: nn.Module) -> None:
+    """An engine that was made of this module before gives it back."""
+    for module in model.modules():
+        for hook in list(module._forward_pre_hooks.values()):
+            if isinstance(hook, Hook) and hook.owner:
+                hook.owner.destroy()
 
 
-def _mistakes(wires: Wires, settings: Optimization, dtype: str, accumulation: int) -> Iterator[str]:
+def _mistakes(wires: Wires, settings: Optimization, zero: Zero, dtype: str, accumulation: int) -> Iterator[str]:
     mesh = wires.mesh
     if mesh.dp < mesh.world:
         yield (f"mesh: tp {mesh.size('tp')}, pp {mesh.size('pp')}: a module is shared among data-parallel ranks alone; "
                f"write Mesh.of(dp={mesh.world}).")
+    if zero.level not in range(4):
+        yield f"zero: level {zero.level} is not known; write 0, 1, 2 or 3."
     if dtype not in TORCH_DTYPE:
         yield f"dtype {dtype}: is not known; write one of {', '.join(TORCH_DTYPE)}."
     if accumulation < 1:
