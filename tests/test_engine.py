@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from modules import MODELS, loss
+from modules import MODELS, VOCABULARY, loss
 from test_engine_parity import HOW, LR, STEPS, Row, alive, data, engine, held, wires
 from torch import nn
 
@@ -219,10 +219,26 @@ def test_wrong_calls_are_told() -> None:
     e.backward(loss(e, data(0)))
     with pytest.raises(UserError, match="has had its 1 micro-batches; call step"):
         e.backward(loss(e, data(0)))
-    for p in e.module.parameters():
-        p.requires_grad_()
-    with pytest.raises(UserError, match="3 parameters were frozen when the engine was made"):
-        e.step()
+
+
+@pytest.mark.parametrize("level", range(4))
+def test_what_a_module_cannot_become_is_told_at_the_next_forward_pass(level: int) -> None:
+    def half(m: Any) -> None:
+        m.head.bfloat16()
+
+    def added(m: Any) -> None:
+        m.head.gain = nn.Parameter(torch.ones(()))
+
+    def replaced(m: Any) -> None:
+        m.head.weight = nn.Parameter(torch.ones(VOCABULARY, 12, dtype=torch.float64))
+
+    for change, words in ((half, "head.weight was made torch.bfloat16 of shape"), (added, "head.gain was added, replaced or taken"),
+                          (replaced, "head.weight was added, replaced"), (lambda m: delattr(m, "head"), "head.weight was added, replaced or taken"),
+                          (lambda m: m.requires_grad_(), r"blocks.0.frozen was frozen when the engine was made")):
+        e = engine(Row("odd", level=level))
+        with pytest.raises(UserError, match=words if level < 3 or change is not half else "head.weight: its weights are not whole here"):
+            change(e.module)
+            loss(e, data(0))
 
 
 def test_a_block_whose_weight_is_used_elsewhere_is_told() -> None:

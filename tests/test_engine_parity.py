@@ -3,6 +3,7 @@
 Compared to 1e-12 in float64, as in test_parity.py: losses and norms of five steps, every gradient of the first, every weight after the fifth.
 """
 
+import contextlib
 import copy
 import re
 from collections import Counter
@@ -619,3 +620,34 @@ def test_a_second_engine_begins_with_the_trained_weights(destroyed: bool, pool: 
         for weights, hooks, shared in pool.run(2, again, level, destroyed):
             near(weights, wanted)
             assert hooks == bare and shared == 0
+
+
+def freeze(level: int, late: bool) -> Weights:
+    """Parameters are frozen after the first step, and others get new data."""
+    e = made(partial(MODELS["gpt2"], "none"), Row(dp=2, level=level, late=late))
+    for step in range(3):
+        change(e.module, step, e)
+        e.backward(loss(e, micro(step, 0, e.wires.rank)))
+        e.step()
+    return whole(e)
+
+
+def change(model: Any, step: int, e: Engine | None = None) -> None:
+    if step == 1:
+        model.transformer.h[1].requires_grad_(False)
+        for p in model.transformer.h[1].parameters():
+            p.grad = None
+        with e.whole() if e else contextlib.nullcontext():
+            model.transformer.ln_f.weight.data = torch.full((24,), 0.5, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("level", range(4))
+def test_what_is_frozen_later_stays_and_other_data_count(level: int, pool: Pool) -> None:
+    def losses(model: Any, step: int) -> list[Tensor]:
+        change(model, step)
+        return [loss(model, micro(step, 0, rank)) for rank in (0, 1)]
+
+    wanted = plainly(partial(MODELS["gpt2"], "none"), losses, 3)
+    for late in (False, True):
+        for weights in pool.run(2, freeze, level, late):
+            near(weights, wanted)

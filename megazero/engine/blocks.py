@@ -75,9 +75,36 @@ class Submodule:
             for unit in self.units:
                 unit.release()
 
+    def changes(self) -> Iterator[str]:
+        """What somebody did to the parameters since they were made: other data of the same kind are taken for weights;
+        of the rest, why it cannot have the effect that was meant."""
+        for p, w, shape in self.views:
+            if p.requires_grad and not w.unit.trained:
+                yield (f"{w.operand.name} was frozen when the engine was made and is not now; unfreeze it before, or "
+                       "make a new engine.")
+            if self.hidden or (p.data_ptr(), p.dtype, p.shape) == (w.value.data_ptr(), w.value.dtype, shape):
+                continue
+            if (p.dtype, p.device, p.shape) != (w.value.dtype, w.value.device, shape):
+                yield (f"{w.operand.name} was made {p.dtype} of shape {tuple(p.shape)} on {p.device} after the engine "
+                       f"was made, which holds it as {w.value.dtype} of shape {tuple(shape)} on {w.value.device}; "
+                       "change the module before, or give the engine another dtype.")
+                continue
+            with torch.no_grad():
+                w.value.copy_(p.view(w.value.shape))
+            p.data = w.value.view(shape)
+
+    def still(self) -> Iterator[tuple[Unit, int, int]]:
+        """What this rank's slices hold of parameters that were frozen later: (unit, from, to)."""
+        for p, w, _ in self.views:
+            a, b = (min(max(at, w.unit.low), w.unit.high) - w.unit.low for at in (w.operand.start, w.operand.stop))
+            if w.unit.trained and not p.requires_grad and a < b:
+                yield w.unit, a, b
+
     def absorb(self) -> None:
         """What somebody wrote into the whole weights goes to the masters, element by element, so that those that nobody
-        touched keep their precision. Every rank must have written the same."""
+        touched keep their precision. Every rank must have written the same. Raises UserError where it cannot."""
+        for text in self.changes():
+            raise UserError(f"model: {text}")
         for unit in self.units:
             if unit.weights is None or unit.weight_slice is unit.master and self.stays:
                 continue

@@ -127,15 +127,12 @@ class Engine(Passes):
             return None
         if not self.sums.over:
             self.sums.end()
-        if thawed := [p for b in self.all for p, w, _ in b.views if p.requires_grad and not w.unit.trained]:
-            raise UserError(f"model: {len(thawed)} parameters were frozen when the engine was made and are not now; "
-                            "unfreeze them before.")
         for block in self.all if self.zero.level < 3 else ():  # what somebody wrote since: clipped, averaged ones
             block.absorb()
         zero = torch.zeros((), dtype=self.gate.wide, device=self.gate.device)
         self.ruling.scale, self.ruling.lr = zero + self.scale.value, zero + self.lr
         self.ruling.trace = float(self.wires.line.marks.trace)
-        self._do([*self.sums.reductions.finish(), *self.ending])
+        self._update()
         self._settle()
         self.verdict, self.ruling = self.ruling.verdict, Ruling()
         assert self.verdict is not None, "the ending judges"
@@ -144,6 +141,16 @@ class Engine(Passes):
         self.steps += 1
         self._renew()
         return self.verdict
+
+    def _update(self) -> None:
+        """What was frozen since the engine was made stays as it is, moments too, as in torch."""
+        still = [(unit, buffer[a:b], buffer[a:b].clone()) for block in self.all for unit, a, b in block.still()
+                 for buffer in (unit.master, *self.updater.state[unit.flat.name].values())]
+        self._do([*self.sums.reductions.finish(), *self.ending])
+        for unit, part, before in still:
+            unit.updated()
+            part.copy_(before)
+            unit.publish()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drops the gradients of a step that is not over, on all ranks; after a step there are none."""

@@ -113,6 +113,7 @@ class Passes:
                 if p.requires_grad:
                     self._hang(p.register_post_accumulate_grad_hook, partial(self._take, weight))
         homes = {p: block for block in self.all for p, _, _ in block.views}
+        self.known = set(map(id, homes))
         for module in self.module.modules():
             own = [homes[p] for p in module.parameters(recurse=False)]
             if self.root in own and module is not self.module:
@@ -126,6 +127,7 @@ class Passes:
         if running():
             return
         self.recover()
+        self.notice()
         self.graph, self.order, self.calls = torch.is_grad_enabled(), self.calls, []
         self._enter(self.root)
         self.before = len(self.left)
@@ -238,6 +240,17 @@ class Passes:
         self._hang(module.register_state_dict_post_hook, copied)
         self._hang(module.register_load_state_dict_pre_hook, enter)
         self._hang(module.register_load_state_dict_post_hook, leave)
+
+    def notice(self) -> None:
+        """What somebody did to the module since the engine was made has the effect that was meant, or is refused."""
+        if {id(p) for p in self.module.parameters()} != self.known:
+            names = {id(w): n for n, w in self.module.named_parameters()}
+            held = {id(p): w.operand.name for b in self.all for p, w, _ in b.views}
+            other = [names.get(i, held.get(i, "")) for i in {**names, **held} if i not in names or i not in held]
+            raise UserError(f"model: {other[0]} was added, replaced or taken away after the engine was made; make a "
+                            "new engine.")
+        if found := [text for block in self.all for text in block.changes()]:
+            raise UserError(f"model: {found[0]}")
 
     # ---- backward
 
