@@ -81,6 +81,15 @@ def loss(model: Any, ids: Tensor) -> Tensor:
     return F.cross_entropy(model(input_ids=ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
 
 
+def t5() -> nn.Module:
+    """transformers' T5, whose generate calls the encoder by itself."""
+    import transformers
+    transformers.logging.set_verbosity_error()
+    config = transformers.T5Config(vocab_size=VOCABULARY, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2, decoder_start_token_id=0,
+                                   dropout_rate=0.0)
+    return transformers.T5ForConditionalGeneration(config).double()                              # type: ignore[no-any-return]
+
+
 MODELS = {"gpt2": gpt2, "odd": Oddities}
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from modules import CALLS, LENGTH, MODELS, VOCABULARY, Choosing, chosen, loss
+from modules import CALLS, LENGTH, MODELS, VOCABULARY, Choosing, chosen, loss, t5
 from pool import Pool
 from torch import nn
 
@@ -651,3 +651,48 @@ def test_what_is_frozen_later_stays_and_other_data_count(level: int, pool: Pool)
     for late in (False, True):
         for weights in pool.run(2, freeze, level, late):
             near(weights, wanted)
+
+
+# ---- outside of the model's own forward pass
+
+def parts(level: int, overlap: bool) -> list[Tensor]:
+    """Parts of models called by themselves, after a step; beside what plain modules with the same weights give."""
+    differ = []
+    for make in (partial(MODELS["gpt2"], "none"), t5):
+        e = made(make, Row(dp=2, level=level, late=True), overlap=overlap)
+        ids = micro(0, 0, 0)
+        e.backward(e(input_ids=ids, labels=ids).loss)
+        e.step()
+        torch.manual_seed(0)
+        plain: Any = make()
+        plain.load_state_dict(whole(e))
+        for mode in (torch.no_grad, torch.inference_mode):
+            for model in (plain, e.module):
+                model.eval()
+            with mode():
+                for run in RUNS[make is t5]:
+                    mine, theirs = run(e.module, ids), run(plain, ids)
+                    differ.append((mine.double() - theirs.double()).abs().max().clone())
+        hidden = sum(type(p) is Hidden for p in e.module.parameters())
+        assert hidden == (len(list(e.module.parameters())) if level == 3 else 0), "what was lent is given back"
+        if level == 3:
+            with pytest.raises(UserError, match=r"was called outside of the model's own forward pass; .* or call it under torch.no_grad"):
+                RUNS[make is t5][0](e.module, ids)
+        e.module.train()
+        e.backward(e(input_ids=ids, labels=ids).loss)
+        verdict = e.step()
+        assert verdict is not None and not verdict.found_inf
+    return differ
+
+
+RUNS: tuple[tuple[Any, ...], ...] = (
+    (lambda m, x: m.transformer(x).last_hidden_state, lambda m, x: m.transformer.wte(x), lambda m, x: m.lm_head(m.transformer.h[1](m.transformer.wte(x))),
+     lambda m, x: m.generate(x[:, :4], max_new_tokens=4, do_sample=False)),
+    (lambda m, x: m.encoder(x).last_hidden_state, lambda m, x: m.generate(x, max_new_tokens=4, min_new_tokens=4, do_sample=False)),
+)
+
+
+@pytest.mark.parametrize("level, overlap", [(0, False), (1, True), (2, False), (3, False)])
+def test_parts_of_a_model_may_be_called_without_gradients(level: int, overlap: bool, pool: Pool) -> None:
+    for differ in pool.run(2, parts, level, overlap):
+        assert len(differ) == 12 and max(differ) < 1e-12
