@@ -81,6 +81,30 @@ def loss(model: Any, ids: Tensor) -> Tensor:
     return F.cross_entropy(model(input_ids=ids).logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
 
 
+class Critic(nn.Module):
+    """Scores what it is given; with `within` it adds a penalty on the gradient of its own score."""
+
+    def __init__(self, sparse: bool = False) -> None:
+        super().__init__()
+        self.words = nn.Embedding(VOCABULARY, 8, sparse=sparse)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(3))
+        self.double()
+
+    def forward(self, ids: Tensor, x: Tensor | None = None, within: bool = False) -> Tensor:
+        x = self.words(ids) if x is None else x
+        score = self.run(x)
+        return score + penalty(score, x) if within else score
+
+    def run(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            x = x + block(x)
+        return x.square().mean()[None]
+
+
+def penalty(score: Tensor, x: Tensor) -> Tensor:
+    return torch.autograd.grad(score, x, create_graph=True)[0].square().sum()                    # type: ignore[no-any-return]
+
+
 def t5() -> nn.Module:
     """transformers' T5, whose generate calls the encoder by itself."""
     import transformers

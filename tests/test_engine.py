@@ -205,6 +205,7 @@ def test_mistakes_are_told() -> None:
         ("lr: is missing", lambda: Engine(linear, w, Settings(), zero)),
         ("dtype fp8: is not known", lambda: Engine(linear, w, settings, zero, "fp8")),
         ("accumulation 0", lambda: Engine(linear, w, settings, zero, accumulation=0)),
+        ("level 7 is not known; write 0, 1, 2 or 3", lambda: Engine(linear, w, settings, Zero(7))),
         ("tp 2", lambda: Engine(linear, connect(Mesh.of(tp=2), 0, "fake", 60), settings, zero)),
     ):
         with pytest.raises(UserError, match=words):
@@ -217,6 +218,8 @@ def test_wrong_calls_are_told() -> None:
         e.module.blocks[1](torch.rand(2, 12), more={"x": None})                                  # type: ignore[index, operator]
     e = engine(Row("odd"))
     e.backward(loss(e, data(0)))
+    with pytest.raises(UserError, match=r"a loss of shape \(2,\); give one number, such as loss.mean\(\)"):
+        e.backward(torch.zeros(2, requires_grad=True))
     with pytest.raises(UserError, match="has had its 1 micro-batches; call step"):
         e.backward(loss(e, data(0)))
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from modules import CALLS, LENGTH, MODELS, VOCABULARY, Choosing, chosen, loss, t5
+from modules import CALLS, LENGTH, MODELS, VOCABULARY, Choosing, Critic, chosen, loss, penalty, t5
 from pool import Pool
 from torch import nn
 
@@ -696,3 +696,111 @@ RUNS: tuple[tuple[Any, ...], ...] = (
 def test_parts_of_a_model_may_be_called_without_gradients(level: int, overlap: bool, pool: Pool) -> None:
     for differ in pool.run(2, parts, level, overlap):
         assert len(differ) == 12 and max(differ) < 1e-12
+
+
+# ---- odd losses
+
+def given(step: int, rank: int) -> Tensor:
+    return torch.rand(4, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(10 * step + rank)).requires_grad_()
+
+
+def odd(model: Any, how: str, step: int, rank: int) -> Tensor:
+    """A loss of shape [1]."""
+    ids = micro(step, 0, rank)
+    if how in ("one number", "sparse"):
+        return model(ids)                                                                        # type: ignore[no-any-return]
+    if how == "penalty within":
+        return model(ids, within=True)                                                           # type: ignore[no-any-return]
+    if how == "penalty outside":
+        x = given(step, rank)
+        score = model(ids, x)
+        return score + penalty(score, x) + model(ids)                                            # type: ignore[no-any-return]
+    x = given(step, rank)                                       # a look at the gradient of an input, before backward
+    (seen,) = torch.autograd.grad(model(ids, x), x)
+    return model(ids) * seen.abs().mean()                                                        # type: ignore[no-any-return]
+
+
+def oddly(level: int, how: str, plain: bool) -> Weights | str:
+    e = made(partial(Critic, how == "sparse"), Row(dp=2, level=level, late=True, accumulation=1))
+    for step in range(3):
+        try:
+            mean = odd(e, how, step, e.wires.rank)
+        except UserError as error:
+            return str(error)
+        (mean.backward if plain else partial(e.backward, mean))()                                # type: ignore[no-untyped-call]
+        e.step()
+    return whole(e)
+
+
+@pytest.mark.parametrize("plain", [False, True])
+@pytest.mark.parametrize("how", ["one number", "sparse", "penalty within", "penalty outside", "a look"])
+def test_odd_losses_work_or_are_one_sentence(how: str, plain: bool, pool: Pool) -> None:
+    wanted = plainly(Critic, lambda model, step: [odd(model, how, step, rank) for rank in (0, 1)], 3)
+    for level in range(4):
+        for weights in pool.run(2, oddly, level, how, plain):
+            if level == 3 and how == "penalty outside":
+                assert weights.startswith("create_graph=True outside of the model's forward pass: its weights are not whole there")
+            else:
+                near(weights, wanted)
+
+
+def adversaries(level: int, plain: bool) -> tuple[Weights, Weights]:
+    """Two engines: a loss goes through both, and its gradients of the second are dropped; then the second has its own."""
+    maker, critic = (made(Critic, Row(dp=2, level=level, late=True)) for _ in range(2))
+    for step in range(3):
+        x = given(step, maker.wires.rank)
+        both = critic(None, make_of(maker, x))
+        (both.backward if plain else partial(maker.backward, both))()                            # type: ignore[no-untyped-call]
+        maker.step()
+        critic.zero_grad()
+        critic.backward(critic(None, make_of(maker, x).detach()))
+        critic.step()
+    return whole(maker), whole(critic)
+
+
+def make_of(model: Any, x: Tensor) -> Tensor:
+    return x * model(None, x)                                                                    # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("plain", [False, True])
+def test_a_loss_may_go_through_two_engines(plain: bool, pool: Pool) -> None:
+    models, optimizers = [], []
+    for _ in range(2):
+        torch.manual_seed(0)
+        models.append(Critic())
+        groups = [{"params": [p for p in models[-1].parameters() if (p.dim() > 1) == big], "weight_decay": DECAY * big} for big in (True, False)]
+        optimizers.append(torch.optim.AdamW(groups, lr=LR, eps=EPS))
+    for step in range(3):
+        for i, through in enumerate((lambda x: make_of(models[0], x), lambda x: make_of(models[0], x).detach())):
+            for m in models:
+                for p in m.parameters():
+                    p.grad = torch.zeros_like(p)
+            sum(models[1](None, through(given(step, rank))) for rank in (0, 1)).div(2).backward()    # type: ignore[union-attr]
+            optimizers[i].step()
+    for level in range(4):
+        for pair in pool.run(2, adversaries, level, plain):
+            for found, model in zip(pair, models, strict=True):
+                near(found, {n: t.detach() for n, t in model.state_dict().items()})
+
+
+def copied(level: int) -> Weights:
+    """A copy of the module is a module like any other; at level 3 it is made within `whole`."""
+    e = made(partial(MODELS["gpt2"], "none"), Row(dp=2, level=level))
+    if level == 3:
+        with pytest.raises(UserError, match="its weights are not whole here now"):
+            copy.deepcopy(e.module)
+    with e.whole() if level == 3 else contextlib.nullcontext():
+        other = copy.deepcopy(e.module)
+    e.backward(loss(e, micro(0, 0, e.wires.rank)))
+    e.step()
+    loss(other, micro(0, 0, 0)).backward()                                                       # type: ignore[no-untyped-call]
+    assert all(p.grad is not None for p in other.parameters())
+    return {n: t.clone() for n, t in other.state_dict().items()}
+
+
+@pytest.mark.parametrize("level", range(4))
+def test_a_module_may_be_copied(level: int, pool: Pool) -> None:
+    torch.manual_seed(0)
+    model = MODELS["gpt2"]("none")
+    for weights in pool.run(2, copied, level):
+        near(weights, dict(model.state_dict()))
