@@ -804,3 +804,25 @@ def test_a_module_may_be_copied(level: int, pool: Pool) -> None:
     model = MODELS["gpt2"]("none")
     for weights in pool.run(2, copied, level):
         near(weights, dict(model.state_dict()))
+
+
+def buffered(level: int) -> tuple[list[Tensor], bool]:
+    w = wires(Row(dp=2, level=level, late=True))
+    torch.manual_seed(w.rank)
+    model = Critic()
+    kinds = (torch.float64, torch.float32, torch.bfloat16, torch.int64, torch.int16, torch.bool, torch.complex64)
+    for i, dtype in enumerate(kinds):
+        noise = (torch.rand(5, 3) - 0.5) * (2.0**62 if dtype == torch.int64 else 100)
+        model.blocks[0].register_buffer(f"b{i}", (noise > 0 if dtype == torch.bool else noise).to(dtype), persistent=bool(i % 2))
+    model.register_buffer("turned", torch.rand(3, 4).T)
+    model.register_buffer("count", torch.tensor(w.rank + 7))
+    model.register_buffer("none", torch.zeros(0))
+    before = [b.clone() for b in model.buffers()]
+    Engine(model, w, SETTINGS, Zero(level), "fp64")
+    return [b.clone() for b in model.buffers()], all(torch.equal(a, b) for a, b in zip(before, model.buffers(), strict=True))
+
+
+def test_all_ranks_begin_with_the_buffers_of_the_first(pool: Pool) -> None:
+    """To the bit, whatever they are."""
+    (first, kept), (second, same) = pool.run(2, buffered, 2)
+    assert kept and not same and len(first) == 10 and all(torch.equal(a, b) for a, b in zip(first, second, strict=True))

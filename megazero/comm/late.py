@@ -52,7 +52,7 @@ class Late:
     def _held(self, what: str, call: Callable[[Tensor], Work], x: Tensor, into: Tensor | None) -> Work:
         copy = x.clone()
         if into is not None:
-            into.fill_(torch.nan)                               # x too where it shares memory with the result
+            into.fill_(torch.nan if into.is_floating_point() else 1)        # x too where it is the result's memory
         return Held(call(copy), what, x, x.clone(), into)
 
 

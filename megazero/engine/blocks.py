@@ -241,6 +241,17 @@ class Accumulation:
             self.growing.add(unit)
 
 
+def share(buffers: Sequence[Tensor], world: Group) -> None:
+    """They become those of the first rank, bit by bit: a sum of bytes to which the others add zeros."""
+    wide = [b.contiguous().view(-1).view(torch.uint8) for b in buffers]
+    if world.size == 1 or not wide:
+        return
+    told = torch.cat(wide) if world.rank == 0 else torch.zeros_like(torch.cat(wide))
+    total = world.all_reduce(told).wait().split([len(part) for part in wide])
+    for buffer, part in zip(buffers, total, strict=True):
+        buffer.copy_(part.clone().view(buffer.dtype).view(buffer.shape))
+
+
 def longest_list(model: nn.Module) -> list[nn.Module]:
     """The children of the longest nn.ModuleList that is not inside another:
     the layers, not the experts of one of them."""

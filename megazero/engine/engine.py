@@ -22,7 +22,7 @@ from torch import nn
 
 from megazero.base import UserError, say
 from megazero.comm import Stuck, Wires
-from megazero.engine.blocks import Accumulation, Addresses, Submodule, belongings, longest_list, mistakes
+from megazero.engine.blocks import Accumulation, Addresses, Submodule, belongings, longest_list, mistakes, share
 from megazero.engine.hooks import Hook, running
 from megazero.engine.passes import Passes, weighed
 from megazero.plan import Action, LossScale, Zero, ending
@@ -36,7 +36,7 @@ CONSTANT = LossScale(value=1.0, minimum=1.0, window=1, hysteresis=1, constant=Tr
 class Engine(Passes):
     """Trains a module on this rank: `engine(...)`, `engine.backward(loss)` and `engine.step()` for each micro-batch.
 
-    model           any module whose parameters lie on one device. Rank 0's are taken; buffers stay each rank's own
+    model           any module whose parameters lie on one device. Rank 0's are taken, and its buffers
     wires           a mesh of data-parallel ranks: `shard` and `replicate` say who shares what `zero.level` shares
     accumulation    micro-batches of a step on each rank; `step` acts after the last one
     blocks          submodules that are gathered and released one by one;
@@ -62,6 +62,7 @@ class Engine(Passes):
                 for m, own in belongings(model, modules).items()}
         for block in made.values():
             block.fill(wires.rank == 0)
+        share([b.detach() for b in model.buffers() if b.numel()], wires["world"])
         super().__init__(model, made, addresses, wires, zero)
         self.scale, self.lr, self.overlap = scale, settings.lr, overlap
         self._renew()
