@@ -244,6 +244,21 @@ def test_what_a_module_cannot_become_is_told_at_the_next_forward_pass(level: int
             loss(e, data(0))
 
 
+@pytest.mark.parametrize("level", range(4))
+def test_a_gradient_that_the_engine_took_says_so(level: int) -> None:
+    e = engine(Row(level=level, accumulation=2))
+    ps = list(e.module.parameters())
+    for _ in range(2):
+        e.backward(loss(e, data(0)))
+        for read in (lambda: torch.nn.utils.clip_grad_norm_(ps, 1.0), lambda: torch.nn.utils.clip_grad_value_(ps, 1.0), lambda: ps[0].grad.norm(),
+                     lambda: torch.optim.SGD(ps, lr=1.0).step(), lambda: ps[0].grad + 1, lambda: float(ps[-1].grad.sum())):      # type: ignore[union-attr]
+            with pytest.raises(UserError, match=r"its gradient is in the engine, .* let the engine clip it \(clip_grad\)|its weights are not whole here now"):
+                read()
+    e.step()
+    e.zero_grad()
+    assert all(p.grad is None for p in ps)
+
+
 def test_a_block_whose_weight_is_used_elsewhere_is_told() -> None:
     """Its gradient would come after its sum has left."""
     class Reuse(nn.Module):

@@ -160,6 +160,7 @@ class Engine(Passes):
         self.ruling = Ruling()
         self.sums.begin()
         self.left.clear()
+        self._forget()
 
     # ---- when a step ends
 
@@ -260,8 +261,6 @@ class Engine(Passes):
         for block in list(reversed(self.left)) if self.zero.level == 3 else ():
             self._enter(block)
             self._leave(block)
-        for p in self.module.parameters():
-            p.grad = None
         self._finish()
 
     def destroy(self) -> None:

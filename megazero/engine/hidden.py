@@ -65,6 +65,14 @@ def hide(p: nn.Parameter, name: str, empty: Tensor) -> None:
     p.words = f"{name}: its weights are not whole here now; {INSTEAD}"  # type: ignore[attr-defined]
 
 
+def away(p: nn.Parameter, name: str) -> Away:
+    """What stands for its gradient, of its shape and dtype, and holds nothing."""
+    empty = torch.zeros((), dtype=p.dtype, device=p.device).expand(p.size()).as_subclass(Away)
+    empty.words = (f"{name}: its gradient is in the engine, summed with those of other ranks; let the engine clip it "
+                   "(clip_grad), read engine.get_global_grad_norm(), or change it in a hook of the parameter.")
+    return empty
+
+
 def show(p: nn.Parameter, kind: type, whole: Tensor) -> None:
     """Its data is there again; `kind` is its class."""
     p.__class__ = kind

@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from megazero.base import UserError
 from megazero.comm import Wires
 from megazero.engine.blocks import Accumulation, Addresses, Submodule
+from megazero.engine.hidden import away
 from megazero.engine.hooks import Handle, Hook, Kept, Mark, at_its_end, reaches, running
 from megazero.plan import Zero
 from megazero.units import Weight
@@ -40,6 +41,8 @@ class Passes:
         self.calls: list[Submodule] = []
         self.left: list[Submodule] = []
         self.handles: list[Any] = []
+        self.away: dict[tuple[nn.Parameter, torch.Size], Tensor] = {}
+        self.took: dict[nn.Parameter, str] = {}                 # parameters whose gradients came, and their names
         self._register(made)
 
     # ---- weights
@@ -128,6 +131,8 @@ class Passes:
             return
         self.recover()
         self.notice()
+        if torch.is_grad_enabled():
+            self._forget()
         self.graph, self.order, self.calls = torch.is_grad_enabled(), self.calls, []
         self._enter(self.root)
         self.before = len(self.left)
@@ -269,6 +274,7 @@ class Passes:
     def _start(self, sure: bool) -> None:
         if sure:
             self.start_sums()
+        self._forget()
         self.in_backward, self.sure, self.taken = True, sure, False
 
     def _over(self) -> None:
@@ -289,7 +295,16 @@ class Passes:
             self._close(block)
             self._release(block, backward=True)
         self.left.clear()
+        for p, name in self.took.items():                       # whoever looks for its gradient is told where it is
+            if (p, p.size()) not in self.away:
+                self.away[p, p.size()] = away(p, name)
+            p.grad = self.away[p, p.size()]
         self.sums.next()
+
+    def _forget(self) -> None:
+        for p in self.took:
+            p.grad = None
+        self.took.clear()
 
     def _enter_backward(self, block: Submodule) -> None:
         self._note()
@@ -311,7 +326,7 @@ class Passes:
         if block.trained:
             self.sums.close(block.trained)
 
-    def _take(self, weight: Weight, p: Tensor) -> None:
+    def _take(self, weight: Weight, p: nn.Parameter) -> None:
         """A parameter's gradient is there."""
         assert p.grad is not None
         self._note()
@@ -320,6 +335,7 @@ class Passes:
         self.taken = True
         self.sums.add(weight, self.weigh(p.grad.to_dense() if p.grad.is_sparse else p.grad))
         p.grad = None
+        self.took[p] = weight.operand.name
 
     # ---- what the engine says to it
 
