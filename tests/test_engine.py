@@ -1,5 +1,6 @@
 """The engine in one process: what it catches, what it refuses, evaluation in between, half precision."""
 
+import copy
 from functools import partial
 from typing import Any
 
@@ -257,6 +258,42 @@ def test_a_gradient_that_the_engine_took_says_so(level: int) -> None:
     e.step()
     e.zero_grad()
     assert all(p.grad is None for p in ps)
+
+
+class Mixed(nn.Module):
+    """Takes inputs of another precision, into the model and into a block, and has floating buffers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Linear(8, 8)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.BatchNorm1d(8)) for _ in range(2))
+        self.register_buffer("shift", torch.rand(8))
+        self.register_buffer("exact", torch.rand(8), persistent=False)
+        self.kept: list[Any] = []
+
+    def forward(self, x: Tensor, *, more: dict[str, Tensor]) -> Tensor:
+        x = self.first(x) + self.shift + more["x"]                                               # type: ignore[operator]
+        self.kept.append((x.dtype, more["n"].dtype, self.exact.dtype))
+        for block in self.blocks:
+            x = block((x + self.exact).float())
+        return x.square().mean()
+
+
+@pytest.mark.parametrize("level", (0, 3))
+def test_half_precision_casts_inputs_and_buffers(level: int) -> None:
+    torch.manual_seed(0)
+    model, x = Mixed(), torch.rand(5, 8)
+    plain = copy.deepcopy(model)
+    for p in (*plain.parameters(), *plain.buffers()):
+        p.data = p.data.bfloat16() if p.is_floating_point() and p is not plain.exact else p.data
+    y = plain.first(x.bfloat16()) + plain.shift + x.bfloat16()
+    for block in plain.blocks:
+        y = block((y + plain.exact).bfloat16())
+    e = Engine(model, wires(Row()), Settings(lr=LR), Zero(level), "bf16")
+    mean = e(x, more={"x": x, "n": torch.ones(1, dtype=torch.int64)})
+    assert model.kept[0] == (torch.bfloat16, torch.int64, torch.float32) and torch.equal(mean, y.square().mean())
+    e.backward(mean)
+    assert (e.step() or e.verdict).found_inf == 0
 
 
 def test_a_block_whose_weight_is_used_elsewhere_is_told() -> None:

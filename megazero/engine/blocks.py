@@ -241,6 +241,16 @@ class Accumulation:
             self.growing.add(unit)
 
 
+def cast_buffers(model: nn.Module, dtype: torch.dtype) -> None:
+    """Floating buffers follow the parameters whose dtype they share. What is not saved with the module (frequencies of
+    rotary positions) keeps its precision."""
+    shared = {p.dtype for p in model.parameters()}
+    for module in model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            if buffer.dtype in shared and name not in module._non_persistent_buffers_set:
+                buffer.data = buffer.data.to(dtype)
+
+
 def share(buffers: Sequence[Tensor], world: Group) -> None:
     """They become those of the first rank, bit by bit: a sum of bytes to which the others add zeros."""
     wide = [b.contiguous().view(-1).view(torch.uint8) for b in buffers]

@@ -22,7 +22,16 @@ from torch import nn
 
 from megazero.base import UserError, say
 from megazero.comm import Stuck, Wires
-from megazero.engine.blocks import Accumulation, Addresses, Submodule, belongings, longest_list, mistakes, share
+from megazero.engine.blocks import (
+    Accumulation,
+    Addresses,
+    Submodule,
+    belongings,
+    cast_buffers,
+    longest_list,
+    mistakes,
+    share,
+)
 from megazero.engine.hooks import Hook, running
 from megazero.engine.passes import Passes, weighed
 from megazero.plan import Action, LossScale, Zero, ending
@@ -60,10 +69,11 @@ class Engine(Passes):
         names = {m: n for n, m in model.named_modules()}
         made = {m: Submodule(names[m] or "root", own, TORCH_DTYPE[dtype], sharing, addresses)
                 for m, own in belongings(model, modules).items()}
+        cast_buffers(model, TORCH_DTYPE[dtype])
         for block in made.values():
             block.fill(wires.rank == 0)
         share([b.detach() for b in model.buffers() if b.numel()], wires["world"])
-        super().__init__(model, made, addresses, wires, zero)
+        super().__init__(model, made, addresses, wires, zero, TORCH_DTYPE[dtype])
         self.scale, self.lr, self.overlap = scale, settings.lr, overlap
         self._renew()
         units = [b.trained for b in made.values() if b.trained]

@@ -29,9 +29,10 @@ class Passes:
     """
 
     def __init__(self, module: nn.Module, made: dict[nn.Module, Submodule], addresses: Addresses, wires: Wires,
-                 zero: Zero) -> None:
+                 zero: Zero, dtype: torch.dtype) -> None:
         self.module, self.addresses, self.wires, self.zero = module, addresses, wires, zero
         self.root, *self.blocks = self.all = list(made.values())
+        self.half = dtype if dtype.itemsize == 2 else None
         self.sums: Accumulation
         self.steps = 0
         self.graph = self.in_backward = self.sure = self.taken = False      # graph: will backward follow this forward?
@@ -105,7 +106,7 @@ class Passes:
         self.handles.append(register(Hook(self, do), **named))
 
     def _register(self, made: dict[nn.Module, Submodule]) -> None:
-        self._hang(self.module.register_forward_pre_hook, self._begin)
+        self._hang(self.module.register_forward_pre_hook, self._begin, with_kwargs=True)
         self._hang(self.module.register_forward_hook, self._end, always_call=True)
         for module, block in made.items():
             if module is not self.module:
@@ -124,11 +125,11 @@ class Passes:
             for block in dict.fromkeys([made[module], *own] if module in made else own):
                 self._keep_books(module, block)
 
-    def _begin(self, module: nn.Module, inputs: Any) -> None:
+    def _begin(self, module: nn.Module, inputs: Any, named: Any) -> Any:
         """The model's forward pass begins. In backward, here and below, it is recomputed:
         its backward pass is prepared already."""
         if running():
-            return
+            return None
         self.recover()
         self.notice()
         if torch.is_grad_enabled():
@@ -138,6 +139,16 @@ class Passes:
         self.before = len(self.left)
         self.saving = saved_tensors_hooks(self._pack, self._unpack)
         self.saving.__enter__()
+        leaves, spec = tree_flatten((inputs, named))
+        cast = self._cast(leaves)
+        return tree_unflatten(leaves, spec) if cast else None
+
+    def _cast(self, leaves: list[Any]) -> bool:
+        """In half precision what goes into the model or a block is cast, as its weights are; was there anything?"""
+        before = list(leaves)
+        if self.half:
+            leaves[:] = [x.to(self.half) if isinstance(x, Tensor) and x.is_floating_point() else x for x in leaves]
+        return any(x is not y for x, y in zip(before, leaves, strict=True))
 
     def _end(self, module: nn.Module, inputs: Any, outputs: Any) -> None:
         if self.saving is None or running():
@@ -161,9 +172,10 @@ class Passes:
                 self.left += [block] * self.graph
         self._enter(block)
         leaves, spec = tree_flatten((inputs, named))
+        cast = self._cast(leaves)
         given = {id(x): x for x in leaves if isinstance(x, Tensor) and x.requires_grad}
         if not given or not torch.is_grad_enabled():
-            return None
+            return tree_unflatten(leaves, spec) if cast else None
         marked = dict(zip(given, Mark.apply(partial(self._leave, block), *given.values()), strict=True))
         return tree_unflatten([marked.get(id(x), x) for x in leaves], spec)
 
