@@ -6,6 +6,7 @@ there torch's plain kernels run, which read rate and step on the host.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,6 +31,24 @@ def _sgd(groups: list[dict[str, Any]], o: Optimization, fused: bool) -> torch.op
 KERNELS: Mapping[str, Kernel] = {"adam": _adam, "sgd": _sgd}
 
 
+@dataclass(frozen=True)
+class Groups:
+    """Parameters with rates and options of their own.
+
+    options     of torch's kernel, of each group, without lr; asked anew at each update
+    ranges      (number of the group, from, to) of a unit's slice on this rank, all of it
+    """
+
+    options: Callable[[], Sequence[Mapping[str, Any]]]
+    ranges: Callable[[Unit], list[tuple[int, int, int]]]
+
+
+def decayed_or_not(o: Optimization) -> Groups:
+    """Two groups with one rate: what is decayed, as GROUPS says, and what is not."""
+    return Groups(lambda: [{"weight_decay": o.weight_decay}, {"weight_decay": 0.0}],
+                  lambda unit: [(int(not GROUPS[kind]), a, b) for kind, a, b in unit.ranges()])
+
+
 def precise(master: Tensor) -> bool:
     """Do the fused kernels compute in the precision of these masters?"""
     return not (master.is_cuda and master.dtype == torch.float64)
@@ -47,21 +66,25 @@ def plainly(kernel: torch.optim.Optimizer, found_inf: Tensor) -> None:
 class Updater:
     """Changes masters. `state[unit][moment]` is a flat buffer beside the master it belongs to: the whole or a slice."""
 
-    def __init__(self, units: Sequence[Unit], o: Optimization, together: Iterable[tuple[str, ...]]) -> None:
-        """`together`: the units of each update, which are one kernel call."""
-        self.units, self.settings = {u.flat.name: u for u in units}, o
+    def __init__(self, units: Sequence[Unit], o: Optimization, together: Iterable[tuple[str, ...]],
+                 groups: Groups | None = None) -> None:
+        """`together`: the units of each update, which are one kernel call. `groups`: default, decayed or not."""
+        self.units, self.settings, self.groups = {u.flat.name: u for u in units}, o, groups or decayed_or_not(o)
         self.state = {name: {m: torch.zeros_like(u.master) for m in RULES[o.optimizer].moments}
                       for name, u in self.units.items()}
         self.steps: list[Tensor] = []
         master = units[0].master
         self.wide, self.fused = master.dtype, precise(master)
-        self.lr = torch.zeros((), dtype=self.wide, device=master.device)
+        self.lr = torch.zeros(len(self.groups.options()), dtype=self.wide, device=master.device)
         self.kernels = {names: self._kernel([self.units[n] for n in names]) for names in together}
 
     def update(self, names: tuple[str, ...], verdict: Verdict, lr: Tensor) -> None:
-        """Updates the masters of these units, or leaves every bit as it was."""
+        """Updates the masters of these units, or leaves every bit as it was. `lr` is of each group, or of all."""
         kernel: Any = self.kernels[names]
         self.lr.copy_(lr)
+        options = self.groups.options()
+        for group in kernel.param_groups:
+            group.update(options[group["number"]])
         if self.wide == torch.float64:                        # the kernels take the factor in fp32: too coarse for fp64
             # NaN would stay in the padding between operands
             factor = torch.where(verdict.found_inf == 0, verdict.factor, 0)
@@ -83,17 +106,17 @@ class Updater:
 
     def _kernel(self, units: Sequence[Unit]) -> torch.optim.Optimizer:
         """Over views of our flat buffers, its state too, from the start: a first step that is skipped leaves zeros."""
-        slices = [(decayed, unit, a, b) for decayed in (True, False) for unit in units for group, a, b in unit.ranges()
-                  if GROUPS[group] == decayed]
+        options = self.groups.options()
+        slices = [(i, unit, a, b) for i in range(len(options)) for unit in units
+                  for number, a, b in self.groups.ranges(unit) if number == i]
         params = [unit.master[a:b].detach().requires_grad_() for _, unit, a, b in slices]   # so torch knows a parameter
         for p, (_, unit, a, b) in zip(params, slices, strict=True):
             p.grad = unit.grad_slice[a:b]
-        groups = [{"params": [p for p, s in zip(params, slices, strict=True) if s[0] == decayed], "weight_decay": decay}
-                  for decayed, decay in ((True, self.settings.weight_decay), (False, 0.0))]
-        kernel = KERNELS[self.settings.optimizer]([g for g in groups if g["params"]], self.settings,
-                                                         self.fused)
+        groups = [{**given, "number": i, "params": [p for p, s in zip(params, slices, strict=True) if s[0] == i]}
+                  for i, given in enumerate(options)]
+        kernel = KERNELS[self.settings.optimizer]([g for g in groups if g["params"]], self.settings, self.fused)
         for group in kernel.param_groups:                       # given to the constructor, it would be read by the host
-            group["lr"] = self.lr
+            group["lr"] = self.lr[group["number"]]
         for p, (_, unit, a, b) in zip(params, slices, strict=True):
             step = torch.zeros((), dtype=torch.float32, device=p.device)
             self.steps.append(step)
