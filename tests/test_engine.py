@@ -152,6 +152,38 @@ def test_weights_are_gathered_one_block_ahead(overlap: bool, wanted: str, monkey
     assert " ".join(x for x in happened if "t" not in x) == wanted                               # without the root
 
 
+@pytest.mark.parametrize("kind, options", [
+    (torch.optim.AdamW, [{"weight_decay": 0.3}, {"lr": 3e-3, "betas": (0.8, 0.9)}, {"eps": 1e-3}]),
+    (torch.optim.Adam, [{"weight_decay": 0.3}, {"decoupled_weight_decay": True, "weight_decay": 0.2}, {"lr": 0.0}]),
+    (torch.optim.SGD, [{"weight_decay": 0.3}, {"momentum": 0.9, "nesterov": True, "dampening": 0.0}, {"momentum": 0.5}])])
+def test_groups_have_rates_and_options_of_their_own(kind: Any, options: list[dict[str, Any]]) -> None:
+    """Three, dealt parameter by parameter; their rates and decay move between steps. As torch's own optimizer, to the last digits."""
+    ours, theirs = (MODELS["gpt2"]("none") for _ in range(2))
+    theirs.load_state_dict(ours.state_dict())
+    plain, shown = (kind([{**o, "params": list(m.parameters())[i::3]} for i, o in enumerate(options)], lr=LR) for m in (theirs, ours))
+    e = Engine(ours, wires(Row()), Settings("sgd" if kind is torch.optim.SGD else "adam", lr=LR, clip_grad=0.0), Zero(2), "fp64",
+               groups=shown.param_groups)
+    for step in range(3):
+        for optimizer in (plain, shown):
+            optimizer.param_groups[0].update(lr=LR / (step + 1), weight_decay=0.1 * step)
+        loss(theirs, data(step)).backward()                                                      # type: ignore[no-untyped-call]
+        plain.step()
+        plain.zero_grad()
+        e.backward(loss(e, data(step)))
+        e.step()
+    e.module.eval()
+    loss(e, data(9))                                            # gathers what is old
+    for (name, p), q in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+        assert (p - q).abs().max() <= 1e-12 * q.abs().max(), name
+
+
+def test_a_parameter_in_no_group_is_told() -> None:
+    model = MODELS["odd"]("none")
+    first = [{"params": [next(model.parameters())], "lr": 0.1}]
+    with pytest.raises(UserError, match="model_parameters: .* requires a gradient and is in no group; put it into one, or freeze it"):
+        Engine(model, wires(Row()), Settings(lr=LR), Zero(), groups=first)
+
+
 def in_dtype(dtype: str, scale: float = 0.0) -> tuple[list[float], float]:
     """Losses of the steps that were not skipped, and the loss scale before the last one. 0: a constant one."""
     torch.manual_seed(0)

@@ -13,7 +13,7 @@ there every rank must call the same. When autograd recomputes a block (torch.uti
 block or within it), hooks run once more, in backward.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -32,6 +32,7 @@ from megazero.engine.blocks import (
     mistakes,
     share,
 )
+from megazero.engine.groups import grouped
 from megazero.engine.hooks import Hook, running
 from megazero.engine.passes import Passes, weighed
 from megazero.plan import Action, LossScale, Zero, ending
@@ -52,13 +53,15 @@ class Engine(Passes):
                     default: the children of the longest nn.ModuleList
     overlap         levels 1 and 2: weights travel after a step beside what follows, and nobody but blocks reads them
     lr              learning rate of the next step; settings.lr to begin with
+    groups          of parameters, as torch.optim has them: each has the rate and the options that it says when a step
+                    begins. Default: one rate, matrices are decayed
 
     What is not the engine's is asked of the module.
     """
 
     def __init__(self, model: nn.Module, wires: Wires, settings: Optimization, zero: Zero, dtype: str = "fp32",
                  accumulation: int = 1, scale: LossScale = CONSTANT, blocks: Sequence[nn.Module] | None = None,
-                 overlap: bool = False) -> None:
+                 overlap: bool = False, groups: Sequence[Mapping[str, Any]] = ()) -> None:
         _part(model)
         modules = list(dict.fromkeys(longest_list(model) if blocks is None else blocks))
         if errors := [*mistakes(model, modules), *_mistakes(wires, settings, zero, dtype, accumulation)]:
@@ -74,12 +77,13 @@ class Engine(Passes):
             block.fill(wires.rank == 0)
         share([b.detach() for b in model.buffers() if b.numel()], wires["world"])
         super().__init__(model, made, addresses, wires, zero, TORCH_DTYPE[dtype])
-        self.scale, self.lr, self.overlap = scale, settings.lr, overlap
+        self.scale, self.lr, self.overlap, self.groups = scale, settings.lr, overlap, groups
         self._renew()
         units = [b.trained for b in made.values() if b.trained]
         self.ending = ending([u.flat.name for u in units])
         self.gate = Gate(units, settings.clip_grad, wires["world"], tells=True)
-        self.updater = Updater(units, settings, [a.units for a in self.ending if a.kind == "update"])
+        self.updater = Updater(units, settings, [a.units for a in self.ending if a.kind == "update"],
+                               grouped(made.values(), groups) if groups else None)
         self.actions = UnitActions({u.flat.name: u for u in units}, wires, self.gate, self.updater)
         self.sums = Accumulation(units, zero, accumulation, self._do, self._agree)
         self.ruling = Ruling()                                  # of this step: what its losses are
@@ -141,7 +145,8 @@ class Engine(Passes):
         for block in self.all if self.zero.level < 3 else ():  # what somebody wrote since: clipped, averaged ones
             block.absorb()
         zero = torch.zeros((), dtype=self.gate.wide, device=self.gate.device)
-        self.ruling.scale, self.ruling.lr = zero + self.scale.value, zero + self.lr
+        self.ruling.scale = zero + self.scale.value
+        self.ruling.lr = torch.stack([zero + lr for lr in [float(g["lr"]) for g in self.groups] or [self.lr]])
         self.ruling.trace = float(self.wires.line.marks.trace)
         self._update()
         self._settle()
