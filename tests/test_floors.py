@@ -20,7 +20,7 @@ FLOORS: dict[str, tuple[int, str]] = {
     "state": (1250, "tensor_files checkpoint saving merge compare record logs"),
     "hf": (500, "files tokenizer convert"),
     "run": (1350, "executor metrics run feed step loop failures train launch generate"),
-    "engine": (1300, "hidden blocks groups hooks passes engine"),
+    "engine": (2150, "hidden keys words rates blocks groups hooks passes engine"),
 }
 PURE = ("base", "pipeline", "settings", "plan")             # no device, no process
 SPINE = 3930                            # lines that a newcomer reads in an afternoon

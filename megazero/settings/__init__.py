@@ -1,5 +1,5 @@
 """What the user says."""
 
-from megazero.settings.command_line import Option, build, commands, flatten, leaves, option, parse, run
+from megazero.settings.command_line import Option, build, commands, flatten, leaves, nearest, option, parse, run
 from megazero.settings.config import (
     MEGATRON_WORDS, PRESETS, TOKENIZERS, Config, Data, Model, Optimization, Training, from_command_line)
