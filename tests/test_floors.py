@@ -20,10 +20,10 @@ FLOORS: dict[str, tuple[int, str]] = {
     "state": (1250, "tensor_files checkpoint saving merge compare record logs"),
     "hf": (500, "files tokenizer convert"),
     "run": (1350, "executor metrics run feed step loop failures train launch generate"),
-    "engine": (2150, "hidden keys words rates blocks groups hooks passes engine"),
+    "engine": (2550, "hidden keys words rates blocks groups hooks passes engine optimizers deepspeed_engine initialize"),
 }
 PURE = ("base", "pipeline", "settings", "plan")             # no device, no process
-SPINE = 3930                            # lines that a newcomer reads in an afternoon
+SPINE = 3935                            # lines that a newcomer reads in an afternoon
 SPINE_FILES = ("run/train run/loop run/step run/run run/executor model/decoder model/ops units/unit plan/layout plan/program pipeline/schedule plan/plan "
                "plan/architecture comm/group comm/shared comm/gloo comm/nccl comm/fake comm/late comm/rendezvous comm/wires comm/__init__")
 WIDTH = 120
@@ -68,7 +68,7 @@ def test_every_file_has_its_place_and_imports_only_from_below() -> None:
 def test_a_folder_is_entered_by_its_door() -> None:
     """Names of another folder come from the folder, whose __init__ lists what is public: just what others use."""
     used: dict[str, set[str]] = {f"megazero.{folder}": set() for folder in FLOORS}
-    for path in [p for p in OURS if p.name != "__init__.py"]:
+    for path in [p for p in OURS if p.name != "__init__.py" or p.parent.name == "megazero"]:
         for other, names in imports(path):
             if other.startswith("megazero.") and PLACE.get(other, (-1, 0))[0] != PLACE.get(module(path), (-2, 0))[0]:
                 assert other in used, f"{path} imports {other}: import from the folder"

@@ -2,5 +2,5 @@
 
 from megazero.comm.group import Alone, Done, Group, Stuck, Work
 from megazero.comm.nccl import before_cuda
-from megazero.comm.rendezvous import environment, leave_with_launcher, no_place, say_each, say_first
+from megazero.comm.rendezvous import environment, join, leave_with_launcher, no_place, ranks, say_each, say_first
 from megazero.comm.wires import Wires, connect

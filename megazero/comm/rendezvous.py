@@ -25,6 +25,11 @@ def environment() -> tuple[int, int]:
     return int(os.environ.get("RANK") or 0), int(os.environ.get("WORLD_SIZE") or 1)
 
 
+def ranks() -> tuple[int, int] | None:
+    """(rank, world size) of ranks that have joined."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else None
+
+
 def no_place() -> str:
     """What is wrong with who this rank is said to be, or nothing."""
     rank, world = os.environ.get("RANK") or "0", os.environ.get("WORLD_SIZE") or "1"
@@ -44,8 +49,10 @@ def address() -> tuple[str, int]:
 
 
 def join(kind: str, seconds: float, words: str) -> None:
-    """Joins all ranks of the run over a backend of torch. `words`: what all of them must have in common. Raises
-    UserError where they have not, or do not come; Stuck where they cannot reach each other."""
+    """Joins all ranks of the run over a backend of torch, unless they have. `words`: what all of them must have in
+    common. Raises UserError where they have not, or do not come; Stuck where they cannot reach each other."""
+    if ranks():
+        return
     rank, world = environment()
     end = time.monotonic() + seconds
     store = _opened(rank, end)

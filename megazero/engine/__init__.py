@@ -1,3 +1,4 @@
 """Any nn.Module, trained the same way."""
 
+from megazero.engine.initialize import add_config_arguments, init_distributed, initialize
 from megazero.engine.keys import HONOURED, MUST, TABLE, Key, form_of

@@ -2,6 +2,7 @@
 Pure."""
 
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -28,7 +29,7 @@ class Key(NamedTuple):
 
 
 def _number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < float("inf")
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 def _whole(value: Any) -> bool:
@@ -50,6 +51,7 @@ FORMS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     "count": ("a whole number from 1", lambda v: _whole(v) and v >= 1),
     "size": ("a whole number from 0", lambda v: _whole(v) and v >= 0),
     "stage": ("0, 1, 2 or 3", lambda v: _whole(v) and 0 <= v <= 3),
+    "power": ("a whole number from 0 to 127", lambda v: _whole(v) and 0 <= v <= 127),
     "whole": ("a whole number", _whole),
     "number": ("a number", _number),
     "amount": ("a number from 0", _amount),
@@ -128,8 +130,8 @@ TABLE: tuple[Key, ...] = (
         "ranks; two of the three give the third, and accumulation is 1 where one is given"),
     Key("train_micro_batch_size_per_gpu", "count", None, HONOURED, "samples of one forward pass of a rank"),
     Key("gradient_accumulation_steps", "count", None, HONOURED, "micro-batches of a step"),
-    Key("managed_gradient_accumulation", "switch", True, REFUSED, "a step ends when its micro-batches are counted; "
-        "leave it true"),
+    Key("managed_gradient_accumulation", "switch", True, REFUSED, "a step ends when its micro-batches are counted, or "
+        "where set_gradient_accumulation_boundary and step(partial=True) say; leave it true"),
     Key("dataloader_drop_last", "switch", False, HONOURED, "the loader of training_data leaves out a last batch that "
         "is not full"),
     # ---- gradients
@@ -162,7 +164,7 @@ TABLE: tuple[Key, ...] = (
          Key("enabled", "switch", False, HONOURED, "weights and products in fp16, masters and moments in fp32"),
          Key("auto_cast", "switch", False, HONOURED, "floating-point inputs of the module become fp16"),
          Key("loss_scale", "amount", 0.0, HONOURED, "a constant loss scale; 0 is a dynamic one"),
-         Key("initial_scale_power", "size", 16, HONOURED, "the dynamic scale begins with 2 to this power"),
+         Key("initial_scale_power", "power", 16, HONOURED, "the dynamic scale begins with 2 to this power"),
          Key("loss_scale_window", "count", 1000, HONOURED, "good steps after which it doubles"),
          Key("hysteresis", "count", 2, HONOURED, "bad steps before it halves"),
          Key("min_loss_scale", "amount", 1, HONOURED, "it stays there, where DeepSpeed ends the run"),

@@ -111,7 +111,7 @@ def _auto(given: Mapping[str, Any], at: str = "") -> Iterator[str]:
         path = f"{at}{key}"
         if isinstance(value, Mapping):
             yield from _auto(value, f"{path}.")
-        elif value == "auto" and path not in {k.path for k in TABLE if k.default == "auto"}:
+        elif isinstance(value, str) and value == "auto" and path not in {k.path for k in TABLE if k.default == "auto"}:
             yield path
 
 

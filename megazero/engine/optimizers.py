@@ -1,0 +1,79 @@
+"""What people hold as an engine's optimizer: torch's groups of parameters, whose rates and options are read when a step
+begins."""
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from megazero.base import UserError
+from megazero.engine.engine import Engine
+
+RULES_OF: Mapping[type, str] = {torch.optim.Adam: "adam", torch.optim.AdamW: "adam", torch.optim.SGD: "sgd"}
+NOT_DONE = ("amsgrad", "maximize", "dampening", "differentiable")   # options of theirs that the kernels do not have
+Given = torch.optim.Optimizer | Callable[[Any], torch.optim.Optimizer]
+
+
+class ZeroOptimizer(torch.optim.Optimizer):
+    """Groups of parameters; what they are changed by, and moments, are the engine's.
+
+    rule        of plan.RULES
+    core        the engine, once there is one
+    """
+
+    core: Engine
+
+    def __init__(self, groups: Any, rule: str, defaults: dict[str, Any]) -> None:
+        try:
+            super().__init__(groups, defaults)
+        except (TypeError, ValueError) as error:
+            raise UserError(f"model_parameters: {error}; give parameters, or mappings with params.") from None
+        self.rule = rule
+
+    def step(self, closure: Any = None) -> None:                # type: ignore[override]
+        raise UserError("optimizer.step(): the engine changes the weights; write engine.step().")
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self.core.zero_grad(set_to_none)
+
+    def state_dict(self) -> dict[str, Any]:
+        raise UserError("optimizer.state_dict(): moments lie in slices on all ranks, and engines write no checkpoints "
+                        "yet; leave it out.")
+
+    def load_state_dict(self, state_dict: Any) -> None:
+        raise UserError("optimizer.load_state_dict(): moments lie in slices on all ranks, and engines read no "
+                        "checkpoints yet; leave it out.")
+
+    @property
+    def loss_scale(self) -> float:
+        return self.core.scale.value
+
+    cur_scale = loss_scale
+
+    @property
+    def overflow(self) -> bool:
+        return self.core.global_steps > 0 and not self.core.was_step_applied()
+
+
+def of_config(rule: str, options: Mapping[str, Any], parameters: Iterable[Any]) -> ZeroOptimizer:
+    """A group that does not say an option has that of the configuration."""
+    return ZeroOptimizer(parameters, rule, dict(options))
+
+
+def of_client(given: Given, parameters: Iterable[nn.Parameter]) -> ZeroOptimizer:
+    """The groups of a torch optimizer of the user's own, the very dicts, or of what it makes of the parameters. Raises
+    UserError for one that is not known to run over slices, or that has begun."""
+    client = given if isinstance(given, torch.optim.Optimizer) else given(parameters)
+    kind = type(client)
+    if kind not in RULES_OF:
+        known = ", ".join(f"torch.optim.{k.__name__}" for k in RULES_OF)
+        raise UserError(f"optimizer {kind.__module__}.{kind.__name__}: is not known to run over slices; give one of "
+                        f"{known}, or an optimizer of the config.")
+    if client.state:
+        raise UserError(f"optimizer {kind.__name__}: has made steps, whose moments would be lost; give a new one.")
+    for group in client.param_groups:
+        if wrong := next((option for option in NOT_DONE if group.get(option)), None):
+            raise UserError(f"optimizer {kind.__name__}: its {wrong} is {group[wrong]}, which is not here; leave it "
+                            "out.")
+    return ZeroOptimizer(client.param_groups, RULES_OF[kind], dict(client.defaults))
