@@ -47,6 +47,13 @@ def test_each_mistake_has_its_sentence() -> None:
                                                               "config zero_optimization.overlap", "config fp16.enabled"]
 
 
+def test_keys_from_strangers_are_printed_plainly_and_not_without_end() -> None:
+    with pytest.raises(UserError) as told:
+        meaning({**GOOD, **{f"{i}\x1b[2J" + "x" * 999: i for i in range(30)}}, 1, cuda=False)
+    assert len(told.value.sentences) == 11 and told.value.sentences[-1].startswith("config: 20 keys more are wrong")
+    assert all(s.isprintable() and len(s) < 300 for s in told.value.sentences)
+
+
 def test_offload_is_where_things_are_on_a_cpu_and_refused_on_cuda() -> None:
     config = zero(stage=3, offload_optimizer={"device": "cpu"}, offload_param={"device": "cpu"})
     assert "offload_param, offload_optimizer on cpu: things are there already" in meaning(config, 1, cuda=False).told

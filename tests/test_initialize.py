@@ -433,6 +433,16 @@ def test_ranks_that_have_not_joined_are_told(monkeypatch: pytest.MonkeyPatch) ->
         small()
 
 
+def test_a_rank_has_a_device_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(UserError, match="LOCAL_RANK 2: this machine has 2 CUDA devices; start as many ranks, or set DS_ACCELERATOR=cpu"):
+        small()
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    assert small()[0].device.type == "cpu"
+
+
 def test_import_megazero_imports_no_torch() -> None:
     code = "import sys, megazero; assert 'torch' not in sys.modules; print(megazero.__version__, hasattr(megazero, 'nothing'))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=Path(__file__).resolve().parents[1])

@@ -8,12 +8,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megazero.base import UserError, loads, read_bytes, said
+from megazero.base import UserError, loads, printable, read_bytes, said
 from megazero.engine.keys import IDLE, MUST, REFUSED, TABLE, Key, fits, form_of, taken
 from megazero.plan import LossScale
 from megazero.settings import nearest
 
 LONGEST = 2**20             # bytes of a file
+MANY = 10                   # mistakes that are told
 PAGE = "docs/deepspeed.md lists the keys"
 STRING = r'("(?:\\.|[^"\\])*")'
 COMMENT = re.compile(STRING + r"|//[^\n]*|#[^\n]*|/\*.*?\*/", re.DOTALL)
@@ -82,13 +83,16 @@ def judge(given: Mapping[str, Any], where: str = "config") -> Judged:
     """Raises UserError with a sentence for each key that is not known, has not its form or is refused."""
     given = _spelled(given, where)
     if waiting := list(_auto(given)):
-        raise UserError(f'{where}: {", ".join(waiting)} {"is" if len(waiting) == 1 else "are"} "auto", which only a '
-                        "trainer fills in; write values.")
+        which = f"{printable(', '.join(waiting))} {'is' if len(waiting) == 1 else 'are'}"
+        raise UserError(f'{where}: {which} "auto", which only a trainer fills in; write values.')
     kinds = {block: _kind(given, block) for block in ("optimizer", "scheduler")}
     table = {key.path: key for key in TABLE if not key.of or kinds[key.path.split(".")[0]] in key.of.split("|")}
     found = dict(_leaves(given, table))
-    errors = [f"{where} {path}: {fault}." for path, value in found.items() if (fault := _fault(path, value, table))]
+    errors = [f"{where} {printable(path, 200)}: {fault}." for path, value in found.items()
+              if (fault := _fault(path, value, table))]
     errors += _missing(given, table, where)
+    if len(errors) > MANY:
+        errors[MANY:] = [f"{where}: {len(errors) - MANY} keys more are wrong; {PAGE}."]
     if errors:
         raise UserError(*errors)
     idle: dict[str, list[str]] = {}
