@@ -20,7 +20,7 @@ FLOORS: dict[str, tuple[int, str]] = {
     "state": (1250, "tensor_files checkpoint saving merge compare record logs"),
     "hf": (500, "files tokenizer convert"),
     "run": (1350, "executor metrics run feed step loop failures train launch generate"),
-    "engine": (2550, "hidden keys words rates blocks groups hooks passes engine optimizers deepspeed_engine initialize"),
+    "engine": (2550, "hidden keys words rates blocks groups hooks passes engine optimizers monitor deepspeed_engine initialize"),
 }
 PURE = ("base", "pipeline", "settings", "plan")             # no device, no process
 SPINE = 3935                            # lines that a newcomer reads in an afternoon

@@ -339,6 +339,24 @@ def test_lines_that_are_printed(capsys: pytest.CaptureFixture[str]) -> None:
     assert len(told) == 3 and told[2].startswith("step 2: loss 0.") and told[2].endswith(", lr 0.5, skipped 0")
 
 
+def test_curves_are_drawn_and_written(tmp_path: Path) -> None:
+    """As DeepSpeed's monitors name them, over samples; the loss scale in fp16 alone."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    place = {"enabled": True, "output_path": str(tmp_path), "job_name": "job"}
+    e = small({**SMALL, "tensorboard": place, "csv_monitor": place, "optimizer": {"type": "SGD", "params": {"lr": 0.5}}})[0]
+    losses = []
+    for _ in range(2):
+        move(e)
+        losses.append(e.core.verdict.loss.item())
+    tables = {p.name: p.read_text() for p in (tmp_path / "job").glob("*.csv")}
+    assert tables == {"Train_Samples_train_loss.csv": f"step,train_loss\n4,{losses[0]}\n8,{losses[1]}\n", "Train_Samples_lr.csv": "step,lr\n4,0.5\n8,0.5\n"}
+    board = EventAccumulator(str(tmp_path / "job" / "tensorboard")).Reload()
+    assert [(s.step, s.value) for s in board.Scalars("Train/Samples/train_loss")] == [(4, pytest.approx(losses[0])), (8, pytest.approx(losses[1]))]
+    e = small({**SMALL, "fp16": {"enabled": True, "auto_cast": True, "loss_scale": 8}, "csv_monitor": {**place, "job_name": "half"}})[0]
+    move(e)
+    assert (tmp_path / "half" / "Train_Samples_loss_scale.csv").read_text() == "step,loss_scale\n4,8.0\n"
+
+
 def test_inputs_become_half_where_the_configuration_says_so() -> None:
     e = small({**SMALL, "fp16": {"enabled": True, "auto_cast": True}})[0]
     assert e(torch.ones(4, 3)).dtype == torch.float16

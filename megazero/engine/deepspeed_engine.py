@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, Se
 
 from megazero.base import UserError, say
 from megazero.engine.engine import Engine
+from megazero.engine.monitor import Monitor
 from megazero.engine.optimizers import ZeroOptimizer
 from megazero.engine.words import Meaning
 
@@ -34,6 +35,7 @@ class DeepSpeedEngine(nn.Module):
         wires = core.wires
         self.device, self.global_rank, self.world_size = wires.device, wires.rank, wires.mesh.world
         self.dp_world_size = wires.mesh.dp
+        self.monitor = Monitor(meaning.board, meaning.tables) if wires.rank == 0 else None
         self.global_samples = self.micro_steps = 0
         self._ended = False                                     # the last step() ended one
         self._before = 0                                        # micro-batches of the step before the one of now
@@ -76,14 +78,20 @@ class DeepSpeedEngine(nn.Module):
             # else torch's schedulers warn that no step was made
             vars(getattr(self.lr_scheduler, "optimizer", self.optimizer))["_opt_called"] = True
             self.lr_scheduler.step()
-        self._print()
+        if self.monitor is not None:
+            self._tell(self.monitor)
 
-    def _print(self) -> None:
-        every, verdict, steps = self.meaning.print_every, self.core.verdict, self.core.global_steps
-        if verdict is not None and every and steps % every == 0 and self.global_rank == 0:
+    def _tell(self, monitor: Monitor) -> None:
+        every, steps = self.meaning.print_every, self.core.global_steps
+        assert self.core.verdict is not None, "a step was made"
+        if self.meaning.board or self.meaning.tables:
+            scale = {"loss_scale": self.core.scale.value} if self.fp16_enabled() else {}
+            monitor.add(self.global_samples, {"train_loss": self.core.verdict.loss.item(), "lr": self.get_lr()[0],
+                                              **scale})
+        if every and steps % every == 0:
             rates = " ".join(f"{lr:.3g}" for lr in self.get_lr())
-            say(f"step {steps:,}: loss {verdict.loss.item():.4f}, norm {verdict.norm.item():.3f}, lr {rates}, skipped "
-                f"{self.core.skipped_steps}")
+            say(f"step {steps:,}: loss {self.core.verdict.loss.item():.4f}, norm {self.core.verdict.norm.item():.3f}, "
+                f"lr {rates}, skipped {self.core.skipped_steps}")
 
     def was_step_applied(self) -> bool:
         """Did the last step() change the weights?"""

@@ -190,6 +190,7 @@ class Meaning:
     dtype       fp16 or bf16; "": that of the module
     optimizer   rule and options of groups that say none; None without an optimizer
     schedule    type and parameters; None without one
+    board, tables       folders for TensorBoard, and for tables of the same curves; None without
     told        what people should know at start, a line each
     """
 
@@ -207,6 +208,8 @@ class Meaning:
     optimizer: tuple[str, Mapping[str, Any]] | None
     schedule: tuple[str, Values] | None
     print_every: int | None
+    board: Path | None
+    tables: Path | None
     drop_last: bool
     told: tuple[str, ...]
 
@@ -230,7 +233,8 @@ def meaning(given: Any, world: int, cuda: bool) -> Meaning:
         overlap=v[zero + "overlap_comm"] is not False,
         dtype="fp16" if v["fp16.enabled"] else "bf16" if v["bf16.enabled"] else "", cast_inputs=v["fp16.auto_cast"],
         scale=_scale(v), clip=v["gradient_clipping"], optimizer=_optimizer(v), schedule=_schedule(v),
-        print_every=v["steps_per_print"], drop_last=v["dataloader_drop_last"], told=tuple(_told(words, judged, cuda)))
+        print_every=v["steps_per_print"], board=_folder(v, "tensorboard"), tables=_folder(v, "csv_monitor"),
+        drop_last=v["dataloader_drop_last"], told=tuple(_told(words, judged, cuda)))
 
 
 def batch_of(v: Values, world: int) -> tuple[int, int, int]:
@@ -275,6 +279,10 @@ def _homes(v: Values, cuda: bool) -> Iterator[str]:
         if cuda and device != "none":
             yield f"zero_optimization.{block}.device: is {device}, and this rank computes on CUDA: that comes later; " \
                   'write "none"'
+
+
+def _folder(v: Values, block: str) -> Path | None:
+    return Path(v[f"{block}.output_path"], v[f"{block}.job_name"]) if v[f"{block}.enabled"] else None
 
 
 def _scale(v: Values) -> LossScale:
