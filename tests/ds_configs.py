@@ -121,6 +121,8 @@ WRONG: list[tuple[Config, str]] = [
     (good(stage=2), r"config stage: is not a key \(did you mean zero_optimization.stage\?\)"),
     (good(fp61={"enabled": True}), r"fp61: is not a key \(did you mean fp16\?\)"),
     (zero(stge=2), r"zero_optimization.stge: is not a key \(did you mean stage\?\)"),
+    (good(**{"zero_optimization.stage": 2}), "config 'zero_optimization.stage': is not a key"),
+    (good(optimizer={"type": "Adam", "params.lr": 1e-3}), "config optimizer.'params.lr': is not a key"),
     (zero(stage=4), "zero_optimization.stage: is 4, not 0, 1, 2 or 3"),
     (zero(stage="2"), "zero_optimization.stage: is '2', not 0, 1, 2 or 3"),
     (zero(stage=2, reduce_bucket_size="5e8"), "reduce_bucket_size: is '5e8', not a whole number from 0"),

@@ -128,9 +128,9 @@ def _kind(given: Mapping[str, Any], block: str) -> str:
 
 
 def _leaves(given: Mapping[str, Any], table: Mapping[str, Key], at: str = "") -> Iterator[tuple[str, Any]]:
-    """(path, value) of all that are no blocks; a block that is null is not said."""
+    """(path, value) of all that are no blocks; a block that is null is not said. A name with a dot in it is no path."""
     for key, value in given.items():
-        path = f"{at}{key}"
+        path = f"{at}{said(key) if '.' in str(key) else key}"
         within = any(other.startswith(f"{path}.") for other in table)
         if within and isinstance(value, Mapping):
             yield from _leaves(value, table, f"{path}.")
@@ -234,7 +234,7 @@ def meaning(given: Any, world: int, cuda: bool) -> Meaning:
         dtype="fp16" if v["fp16.enabled"] else "bf16" if v["bf16.enabled"] else "", cast_inputs=v["fp16.auto_cast"],
         scale=_scale(v), clip=v["gradient_clipping"], optimizer=_optimizer(v), schedule=_schedule(v),
         print_every=v["steps_per_print"], board=_folder(v, "tensorboard"), tables=_folder(v, "csv_monitor"),
-        drop_last=v["dataloader_drop_last"], told=tuple(_told(words, judged, cuda)))
+        drop_last=v["dataloader_drop_last"], told=tuple(_told(words, judged)))
 
 
 def batch_of(v: Values, world: int) -> tuple[int, int, int]:
@@ -316,7 +316,7 @@ def _schedule(v: Values) -> tuple[str, Values] | None:
     return None if kind is None else (kind, _params(v, "scheduler"))
 
 
-def _told(given: Mapping[str, Any], judged: Judged, cuda: bool) -> Iterator[str]:
+def _told(given: Mapping[str, Any], judged: Judged) -> Iterator[str]:
     v = judged.values
     if given.get("gradient_clipping") is None:
         yield "gradient_clipping is 1.0, the default, as in DeepSpeed 0.19.8; 0 turns it off"
