@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, SequentialSampler
 
 from megazero.base import UserError, say
@@ -52,8 +51,6 @@ class DeepSpeedEngine(nn.Module):
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
         self._before = self.core.sums.micro
-        if self.meaning.cast_inputs and self.fp16_enabled():
-            inputs, named = tree_map(_half, (inputs, named))
         return self.core(*inputs, **named)
 
     def backward(self, loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True,
@@ -170,7 +167,3 @@ class DeepSpeedEngine(nn.Module):
             raise UserError(f"training_data: {type(dataset).__name__} has no length, and each of {self.dp_world_size} "
                             "ranks would read all of it; give a loader of your own that reads a rank's part.")
         return None
-
-
-def _half(x: Any) -> Any:
-    return x.half() if isinstance(x, Tensor) and x.is_floating_point() else x

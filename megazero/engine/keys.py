@@ -167,7 +167,7 @@ TABLE: tuple[Key, ...] = (
     # ---- precision
     *_in("fp16",
          Key("enabled", "switch", False, HONOURED, "weights and products in fp16, masters and moments in fp32"),
-         Key("auto_cast", "switch", False, HONOURED, "floating-point inputs of the module become fp16"),
+         *_all(IDLE, "inputs are always cast as weights are", "auto_cast switch F"),
          Key("loss_scale", "amount", 0.0, HONOURED, "a constant loss scale; 0 is a dynamic one"),
          Key("initial_scale_power", "power", 16, HONOURED, "the dynamic scale begins with 2 to this power"),
          Key("loss_scale_window", "count", 1000, HONOURED, "good steps after which it doubles"),

@@ -202,7 +202,6 @@ class Meaning:
     shard: int
     overlap: bool
     dtype: str
-    cast_inputs: bool
     scale: LossScale
     clip: float
     optimizer: tuple[str, Mapping[str, Any]] | None
@@ -231,7 +230,7 @@ def meaning(given: Any, world: int, cuda: bool) -> Meaning:
     return Meaning(
         where, batch, micro, accumulation, level=v[zero + "stage"], shard=world if shard == -1 else shard,
         overlap=v[zero + "overlap_comm"] is not False,
-        dtype="fp16" if v["fp16.enabled"] else "bf16" if v["bf16.enabled"] else "", cast_inputs=v["fp16.auto_cast"],
+        dtype="fp16" if v["fp16.enabled"] else "bf16" if v["bf16.enabled"] else "",
         scale=_scale(v), clip=v["gradient_clipping"], optimizer=_optimizer(v), schedule=_schedule(v),
         print_every=v["steps_per_print"], board=_folder(v, "tensorboard"), tables=_folder(v, "csv_monitor"),
         drop_last=v["dataloader_drop_last"], told=tuple(_told(words, judged)))
