@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from modules import MODELS, VOCABULARY, loss
-from test_engine_parity import HOW, LR, STEPS, Row, alive, data, engine, held, wires
+from modules import MODELS, VOCABULARY, Critic, loss
+from test_engine_parity import HOW, LR, STEPS, Row, alive, data, engine, held, made, wires
 from torch import nn
 
 from megazero.base.errors import UserError
@@ -326,6 +326,22 @@ def test_half_precision_casts_inputs_and_buffers(level: int) -> None:
     assert model.kept[0] == (torch.bfloat16, torch.int64, torch.float32) and torch.equal(mean, y.square().mean())
     e.backward(mean)
     assert (e.step() or e.verdict).found_inf == 0
+
+
+@pytest.mark.parametrize("level", (1, 3))
+def test_a_module_is_compiled_after_the_engine_was_made(level: int) -> None:
+    """The whole of it: hooks break its graph, and nothing of the engine is traced."""
+    found = []
+    for compiled in (False, True):
+        e = made(Critic, Row(level=level))
+        run: Any = torch.compile(e.module, backend="aot_eager") if compiled else e
+        for step in range(2):
+            e.backward(run(data(step)))
+            e.step()
+        with torch.no_grad():
+            run(data(0))
+        found.append(held(e, "master"))
+    assert all((a - b).abs().max() <= 1e-12 * b.abs().max() for (_, _, a), (_, _, b) in zip(*found, strict=True))
 
 
 def test_a_block_whose_weight_is_used_elsewhere_is_told() -> None:

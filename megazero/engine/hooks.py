@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
+from torch._compile import _disable_dynamo
 
 from megazero.engine.blocks import Submodule
 from megazero.units import Unit
@@ -17,6 +18,7 @@ class Hook:
     def __init__(self, owner: Any = None, do: Callable[..., Any] | None = None) -> None:
         self.owner, self.do = owner, do
 
+    @_disable_dynamo
     def __call__(self, *given: Any, **named: Any) -> Any:
         return self.do(*given, **named) if self.do else None
 

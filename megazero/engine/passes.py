@@ -132,8 +132,7 @@ class Passes:
             return None
         self.recover()
         self.notice()
-        if torch.is_grad_enabled():
-            self._forget()
+        self._forget()
         self.graph, self.order, self.calls = torch.is_grad_enabled(), self.calls, []
         self._enter(self.root)
         self.before = len(self.left)
