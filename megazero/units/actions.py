@@ -62,7 +62,8 @@ class UnitActions:
         self._begin("tie", action.unit, self.units[action.unit].sharing.holders)
 
     def _begin(self, what: str, unit: str, group: Group) -> None:
-        self.under_way[what, unit] = group.all_reduce(self.units[unit].grad_slice, about=unit)
+        about = unit if what == "replicate" else ""             # stages of a pipeline number their units each their way
+        self.under_way[what, unit] = group.all_reduce(self.units[unit].grad_slice, about=about)
 
     def _settle(self, action: Action, ruling: Ruling) -> None:
         for what in ("replicate", "tie"):
