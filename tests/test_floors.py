@@ -12,18 +12,18 @@ FLOORS: dict[str, tuple[int, str]] = {
     "pipeline": (750, "schedule timeline weighing split"),
     "settings": (750, "command_line config"),
     "plan": (2800, "rules devices layout mesh sizes progress action sums program verify architecture operations checks plan cost families show"),
-    "comm": (1200, "marks group shared gloo nccl fake late rendezvous wires"),
+    "comm": (1250, "marks group shared gloo nccl fake late rendezvous wires"),
     "units": (800, "random unit gate rules actions"),
     "model": (750, "products ops attention decoder"),
     "data": (2700, "files indexed order tokenizer_base tokenizer_words tokenizer_tiktoken tokenizers sidecar megatron_order dataset fim splits"),
     "corpus": (1200, "tables sources edit verify preprocess"),
-    "state": (1250, "tensor_files checkpoint saving merge compare record logs"),
+    "state": (1300, "tensor_files checkpoint saving merge compare record logs"),
     "hf": (500, "files tokenizer convert"),
     "run": (1350, "executor metrics run feed step loop failures train launch generate"),
     "engine": (2550, "hidden keys words rates blocks groups hooks passes engine optimizers monitor deepspeed_engine initialize"),
 }
 PURE = ("base", "pipeline", "settings", "plan")             # no device, no process
-SPINE = 3935                            # lines that a newcomer reads in an afternoon
+SPINE = 3900                            # lines that a newcomer reads in an afternoon
 SPINE_FILES = ("run/train run/loop run/step run/run run/executor model/decoder model/ops units/unit plan/layout plan/program pipeline/schedule plan/plan "
                "plan/architecture comm/group comm/shared comm/gloo comm/nccl comm/fake comm/late comm/rendezvous comm/wires comm/__init__")
 WIDTH = 120

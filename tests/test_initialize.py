@@ -519,5 +519,5 @@ def must_agree() -> None:
 
 
 def test_ranks_have_one_configuration(pool: Pool) -> None:
-    with pytest.raises(RankError, match="ranks were started with different flags or files"):
+    with pytest.raises(RankError, match="ranks were started with different flags, files or data"):
         pool.run(2, must_agree)
