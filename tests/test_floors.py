@@ -15,7 +15,7 @@ FLOORS: dict[str, tuple[int, str]] = {
     "comm": (1250, "marks group shared gloo nccl fake late rendezvous wires"),
     "units": (800, "random unit gate rules actions"),
     "model": (750, "products ops attention decoder"),
-    "data": (2700, "files indexed order tokenizer_base tokenizer_words tokenizer_tiktoken tokenizers sidecar megatron_order dataset fim splits"),
+    "data": (2800, "files indexed order tokenizer_base tokenizer_words tokenizer_tiktoken tokenizers sidecar megatron_order dataset fim splits"),
     "corpus": (1200, "tables sources edit verify preprocess"),
     "state": (1300, "tensor_files checkpoint saving merge compare record logs"),
     "hf": (500, "files tokenizer convert"),

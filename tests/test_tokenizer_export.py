@@ -17,9 +17,9 @@ from support import tool, train
 
 from megazero.base.errors import UserError
 from megazero.data.splits import configured_tokenizer
-from megazero.data.tokenizers import Tokenizer, load_tokenizer, same_tokenizer
+from megazero.data.tokenizers import Tokenizer, build_tokenizer, load_tokenizer, same_tokenizer
 from megazero.hf.convert import export_folder, import_folder
-from megazero.hf.tokenizer import HARD
+from megazero.hf.tokenizer import HARD, outlook
 from megazero.settings.config import from_command_line
 from megazero.state.checkpoint import Reader
 
@@ -161,6 +161,25 @@ def test_what_cannot_be_said_is_a_sentence_and_no_file(
         assert sorted(p.name for p in (folder / "hf").iterdir()) == ["config.json", "generation_config.json", "model.safetensors"]
         with pytest.raises(ValueError, match="Couldn't instantiate"):
             transformers.AutoTokenizer.from_pretrained(folder / "hf")
+
+
+def test_a_model_without_an_unknown_piece_cannot_be_said(tmp_path: Path) -> None:
+    sentencepiece_model(tmp_path / "t.model", **MODELS["bpe"])
+    patched(tmp_path / "t.model", lambda model: setattr(model.pieces[0], "type", 1))
+    tokenizer = build_tokenizer("SentencePieceTokenizer", str(tmp_path / "t.model"))
+    assert outlook(tokenizer).endswith("cannot be exported: a tokenizer.json cannot say what a model without an unknown piece does")
+
+
+def test_an_export_looks_at_the_ids_that_are_there(tmp_path: Path) -> None:
+    """The last rank of a file may be 2^30; and what the other library cannot cut is a sentence."""
+    pytest.importorskip("tiktoken")
+    pieces = [*((bytes([b]), b) for b in range(256)), (b"aa", 2**30)]
+    (tmp_path / "t.tiktoken").write_bytes(b"".join(base64.b64encode(piece) + b" %d\n" % rank for piece, rank in pieces))
+    tokenizer = build_tokenizer("TiktokenTokenizer", str(tmp_path / "t.tiktoken"))
+    assert tokenizer.encode("aaa") == [2**30, 97] and outlook(tokenizer) == "TiktokenTokenizer, which can be exported"
+    said = {**tokenizer.words(), "pre_tokenizer": {"type": "FixedLength", "length": 0}}
+    tokenizer.words = lambda: said                                                                  # type: ignore[method-assign]
+    assert "the library behind transformers does not take it (chunk size must be non-zero)" in outlook(tokenizer)
 
 
 def test_a_check_says_before_training_whether_the_tokenizer_can_be_exported(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tracemalloc
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -297,7 +298,8 @@ def test_characters(tmp_path: Path) -> None:
         assert tokenizer.encode("béa") == [1, 2, 0] and tokenizer.decode([1, 2, 0]) == "béa"
     with pytest.raises(UserError, match="has no character 'x', which a text uses"):
         tokenizer.encode("abx")
-    for bad in ("[]", '["ab"]', '["a", "a"]', '{"a": 1}', "3", '"ab"', "[1]", '{"a": "x"}', '{"a": null}'):
+    for bad in ("[]", '["ab"]', '["a", "a"]', '{"a": 1}', "3", '"ab"', "[1]", '{"a": "x"}', '{"a": null}', '{"a": 1.0, "b": 0.0}',
+                '{"a": true, "b": 0}', '{"": 0}'):
         path.write_text(bad)
         with pytest.raises(UserError, match="must hold a JSON list of different characters"):
             build_tokenizer("CharTokenizer", str(path))
@@ -310,9 +312,11 @@ def test_null_is_megatrons() -> None:
     tokenizer = build_tokenizer("NullTokenizer", vocab_size=100)
     assert (tokenizer.vocab_size, tokenizer.eod) == (101, 100)
     assert tokenizer.encode(" 5  99\n100 ") == [5, 99, 100] and tokenizer.decode([5, 99]) == "5 99"
-    for word in ("101", "-1", "x", "1.5"):
-        with pytest.raises(UserError, match=f"a text holds '{word}', expected ids 0 to 100"):
+    for word, shown in [*((w, w) for w in ("101", "-1", "x", "1.5")), ("9" * 5000, f"{'9' * 56}\\.\\.\\.")]:
+        with pytest.raises(UserError, match=f"a text holds '{shown}'?, expected ids 0 to 100"):
             tokenizer.encode(f"1 {word}")
+    with pytest.raises(UserError, match="--vocab-size 4294967295: has ids up to 4,294,967,295, and they must be below 2,147,483,647"):
+        build_tokenizer("NullTokenizer", vocab_size=2**32 - 1)
 
 
 def every_kind(folder: Path) -> list[Tokenizer]:
@@ -375,6 +379,7 @@ def test_mistakes(tmp_path: Path) -> None:
         ("HuggingFaceTokenizer", {"tokenizer_model": bad}, [f"--tokenizer-model {bad}: bad is not a Hugging Face"]),
         ("HuggingFaceTokenizer", {"tokenizer_model": str(tmp_path)}, ["tokenizer.json is not a Hugging Face tokenizer"]),
         ("CharTokenizer", {"tokenizer_model": missing}, [f"--tokenizer-model {missing}: no such file"]),
+        ("SentencePieceTokenizer", {"tokenizer_model": f"{missing}.model"}, [f"--tokenizer-model {missing}.model: no such file"]),
         ("NullTokenizer", {}, ["--vocab-size is missing: NullTokenizer needs it."]),
         ("ByteTokenizer", {"merge_file": bad}, [f"--merge-file {bad}: ByteTokenizer does not read it"]),
         ("ByteTokenizer", {"vocab_size": 256}, ["--vocab-size 256: this ByteTokenizer has 257 ids"]),
@@ -429,10 +434,105 @@ def test_mistakes_in_training(tmp_path: Path) -> None:
         (["--vocab-size", "100"], "--vocab-size 100: byte-level BPE"),
         (["--type", "char", "--vocab-size", "9"], "--vocab-size 9: --type char takes every character"),
         (["--type", "sentencepiece", "--vocab-size", "99999"], "--vocab-size 99999: sentencepiece cannot"),
+        (["--vocab-size", "9" * 20], f"--vocab-size {'9' * 20}: is more than 16,777,216"),
         (["--vocab-size", "300", "--special-tokens", "<\udcff>"], "--special-tokens '<\\udcff>': is no text"),
     ]:
         ran = train("--input", tmp_path / "t.txt", "--output", tmp_path / "out", *arguments)
         assert ran.returncode == 2 and ran.stderr.startswith(f"error: {said}") and "Traceback" not in ran.stderr
+
+
+@pytest.mark.parametrize("flags", ["bpe --vocab-size 300", "sentencepiece --vocab-size 300", "char"])
+def test_no_text_makes_no_tokenizer(tmp_path: Path, flags: str) -> None:
+    (tmp_path / "t.jsonl").write_text("{bad\n")
+    ran = train("--input", tmp_path / "t.jsonl", "--output", tmp_path / "out", "--type", *flags.split())
+    assert (ran.returncode, ran.stderr) == (2, f"error: --input {tmp_path / 't.jsonl'}: holds no text that can be read (1 inputs skipped); name files that do.\n")
+    assert [p.name for p in tmp_path.iterdir()] == ["t.jsonl"]
+
+
+def byte_level(**changes: Any) -> dict[str, Any]:
+    """A tokenizer.json of the 256 bytes; what is changed in it, and in its model."""
+    level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+    model = {"type": "BPE", "dropout": None, "unk_token": None, "continuing_subword_prefix": None, "end_of_word_suffix": None, "fuse_unk": False,
+             "byte_fallback": False, "vocab": {letter: b for b, letter in byte_letters().items()}, "merges": []}
+    made = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": None, "pre_tokenizer": level, "post_processor": None,
+            "decoder": level, "model": model}
+    return {key: changes.get(key, value) if key != "model" else {k: changes.get(k, v) for k, v in model.items()} for key, value in made.items()}
+
+
+BYTES = {letter: b for b, letter in byte_letters().items()}
+DOUBLED = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
+
+
+@pytest.mark.parametrize(("changes", "said"), [
+    ({}, None),
+    ({"vocab": {c: b for c, b in BYTES.items() if b not in (0xC0, 0xFF)}}, None),                   # no text has these bytes
+    ({"vocab": {c: b for c, b in BYTES.items() if b != 0xE4}}, "it has no piece for the byte 228, which would be left out of texts"),
+    ({"dropout": 0.5}, "it merges by chance, with dropout 0.5; write null there"),
+    ({"vocab": {**BYTES, "aa": 5}}, "two pieces have one id"),
+    ({"vocab": {}}, "it has no pieces"),
+    ({"vocab": {**BYTES, "aa": 2**32 - 1}}, "--tokenizer-model .*t.json: has ids up to 4,294,967,295, and they must be below 2,147,483,647"),
+    ({"normalizer": {"type": "Sequence", "normalizers": [DOUBLED] * 9}}, None),
+    ({"normalizer": {"type": "Sequence", "normalizers": [DOUBLED, {"type": "Sequence", "normalizers": [DOUBLED] * 9}]}}, "make a text up to 1,024 times as long"),
+    ({"normalizer": {"type": "Replace", "pattern": {"Regex": ""}, "content": "x" * 1000}}, "make a text up to 1,001 times as long"),
+])
+def test_a_tokenizer_json_that_would_lie_is_refused(tmp_path: Path, changes: dict[str, Any], said: str | None) -> None:
+    (tmp_path / "t.json").write_text(json.dumps(byte_level(**changes)))
+    if said is None:
+        tokenizer = build_tokenizer("HuggingFaceTokenizer", str(tmp_path / "t.json"))
+        assert tokenizer.decode(tokenizer.encode("é 日本")) == "é 日本"
+        return
+    with pytest.raises(UserError, match=said):
+        build_tokenizer("HuggingFaceTokenizer", str(tmp_path / "t.json"))
+
+
+@pytest.mark.parametrize(("vocab", "said"), [
+    (BYTES, None), ({c: b + 1 for c, b in BYTES.items()}, "are not a byte-level BPE .two pieces have one id"),              # the id of an end of text is taken
+    ({**BYTES, "aa": 5}, "two pieces have one id"), ({"a": 0, "<|endoftext|>": 1}, "it has no piece for the byte 33, which")])
+def test_ids_of_gpt2_are_each_of_one_piece_and_say_every_byte(tmp_path: Path, vocab: dict[str, int], said: str | None) -> None:
+    (tmp_path / "v.json").write_text(json.dumps(vocab))
+    (tmp_path / "m.txt").write_text("")
+    flags = {"vocab_file": str(tmp_path / "v.json"), "merge_file": str(tmp_path / "m.txt")}
+    if said is None:
+        assert build_tokenizer("GPT2BPETokenizer", **flags).encode("a<|endoftext|>") == [97, 256]
+        return
+    with pytest.raises(UserError, match=said):
+        build_tokenizer("GPT2BPETokenizer", **flags)
+
+
+@pytest.mark.parametrize("changes", [
+    {"model": {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "[UNK]"}, "pre_tokenizer": None},
+    {"model": {"type": "Unigram", "unk_id": None, "vocab": [["a", 0.0]]}, "pre_tokenizer": None},
+    {"pre_tokenizer": {"type": "FixedLength", "length": 0}}])                                       # panics
+def test_what_a_library_raises_while_it_cuts_is_a_sentence(tmp_path: Path, changes: dict[str, Any]) -> None:
+    (tmp_path / "t.json").write_text(json.dumps({**byte_level(), **changes}))
+    tokenizer = build_tokenizer("HuggingFaceTokenizer", str(tmp_path / "t.json"))
+    for cut in (tokenizer.encode, lambda text: tokenizer.encode_flat([text], np.dtype("i4"))):
+        with pytest.raises(UserError, match="--tokenizer-model .*t.json: cannot cut a text .*; take the file as it was published"):
+            cut("xyz")
+
+
+def test_a_pattern_that_cuts_nothing_and_a_size_without_pieces_are_sentences(tmp_path: Path) -> None:
+    pytest.importorskip("tiktoken")
+    path = tekken_file(tmp_path / "k.json")
+    said = json.loads(Path(path).read_text())
+    (tmp_path / "k.json").write_text(json.dumps({**said, "config": {**said["config"], "pattern": ""}}))
+    with pytest.raises(UserError, match="k.json: cannot cut a text .*; take the file as it was published"):
+        build_tokenizer("TiktokenTokenizer", path).encode("abc")
+    (tmp_path / "k.json").write_text(json.dumps({**said, "config": {**said["config"], "default_vocab_size": 2**24 - 1}}))
+    tracemalloc.start()
+    with pytest.raises(UserError, match="do not make up its default_vocab_size"):
+        build_tokenizer("TiktokenTokenizer", path)
+    assert tracemalloc.get_traced_memory()[1] < 2**28 + 2**25                # a reader's buffer, and not a set of that size
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("kind", ["fifo", "folder", "endless", "text"])
+def test_what_lies_beside_a_tokenizer_json_is_read_with_care(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "tokenizer.json").write_text(json.dumps(byte_level()))
+    beside = tmp_path / "special_tokens_map.json"
+    {"fifo": lambda: os.mkfifo(beside), "folder": beside.mkdir, "endless": lambda: beside.symlink_to("/dev/zero"), "text": lambda: beside.write_text("a host")}[kind]()
+    with pytest.raises(UserError, match="special_tokens_map.json: is not valid JSON"):
+        build_tokenizer("HuggingFaceTokenizer", str(tmp_path))
 
 
 @pytest.mark.parametrize(("words", "text", "said"), [
@@ -450,55 +550,3 @@ def test_files_of_tokenizers_have_one_meaning(tmp_path: Path, words: str, text: 
     (tmp_path / "merges.txt").write_text("")
     with pytest.raises(UserError, match=said):
         build_tokenizer(kind, **{flag: str(tmp_path / "t.json")}, **({"merge_file": str(tmp_path / "merges.txt")} if kind.startswith("GPT2") else {}))
-
-
-def test_a_tokenizer_that_would_lose_text_or_cut_it_by_chance_is_refused(tmp_path: Path) -> None:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    good = {c: i for i, c in enumerate([*alphabet, "<|endoftext|>"])}
-
-    def write(vocab: dict[str, int], **model: Any) -> Path:
-        inner = Tokenizer(models.BPE(vocab, [], **model))
-        inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)  # type: ignore[assignment]
-        inner.save(str(tmp_path / "tokenizer.json"))
-        (tmp_path / "vocab.json").write_text(json.dumps(vocab))
-        (tmp_path / "merges.txt").write_text("#version: 0.2\n")
-        return tmp_path / "tokenizer.json"
-
-    assert build_tokenizer("HuggingFaceTokenizer", str(write(good))).vocab_size == 257
-    assert build_tokenizer("GPT2BPETokenizer", None, str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt")).eod == 256
-    for vocab, model, said in ((good, {"dropout": 0.5}, "its dropout is 0.5, which cuts a text otherwise each time"),
-                               ({c: i for c, i in good.items() if c not in "abc"}, {}, "3 of 256 bytes are no tokens"),
-                               (good | {"zz": 2**31}, {}, "an id stands for two tokens, or is above 1073741824"),
-                               (good | {"zz": 7}, {}, "an id stands for two tokens")):
-        with pytest.raises(UserError, match=said):
-            build_tokenizer("HuggingFaceTokenizer", str(write(vocab, **model)))
-    holes = {c: i + 1 for i, c in enumerate(alphabet)}           # ids 1 .. 256: the end would become 256
-    write(holes)
-    with pytest.raises(UserError, match="an id stands for two tokens|1 of 256 bytes are no tokens"):
-        build_tokenizer("GPT2BPETokenizer", None, str(tmp_path / "vocab.json"), str(tmp_path / "merges.txt"))
-    for beside, said in (("x", "is not valid JSON"), ("[]", "is no mapping")):
-        write(good)
-        (tmp_path / "special_tokens_map.json").write_text(beside)
-        with pytest.raises(UserError, match=f"special_tokens_map.json: {said}"):
-            build_tokenizer("HuggingFaceTokenizer", str(tmp_path))
-    (tmp_path / "special_tokens_map.json").unlink()
-    os.mkfifo(tmp_path / "special_tokens_map.json")
-    with pytest.raises(UserError, match="special_tokens_map.json: is not valid JSON .is not a regular file"):
-        build_tokenizer("HuggingFaceTokenizer", str(tmp_path))
-    (tmp_path / "chars.json").write_text('{"a": 1.0, "b": 0.0}')
-    with pytest.raises(UserError, match="must hold a JSON list of different characters"):
-        build_tokenizer("CharTokenizer", str(tmp_path / "chars.json"))
-    with pytest.raises(UserError, match="nothere.model: no such file; give a sentencepiece .model file"):
-        build_tokenizer("SentencePieceTokenizer", str(tmp_path / "nothere.model"))
-    with pytest.raises(UserError, match="a text holds '9{50,60}"):
-        build_tokenizer("NullTokenizer", vocab_size=7).encode_batch(["9" * 5000])
-
-
-def test_a_library_that_panics_is_a_sentence(tmp_path: Path) -> None:
-    from tokenizers import Tokenizer, models, pre_tokenizers
-    inner = Tokenizer(models.WordLevel({"a": 0}, "[UNK]"))
-    inner.pre_tokenizer = pre_tokenizers.Whitespace()  # type: ignore[assignment]
-    inner.save(str(tmp_path / "tokenizer.json"))
-    with pytest.raises(UserError, match="tokenizer.json: cannot cut a text .*; give the tokenizer as it was published"):
-        build_tokenizer("HuggingFaceTokenizer", str(tmp_path)).encode_batch(["a b"])

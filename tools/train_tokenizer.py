@@ -14,6 +14,7 @@ from megazero.corpus import Place, Unreadable, documents, find_sources, read_chu
 from megazero.data import END_OF_TEXT, characters_of, is_text
 from megazero.settings import option, parse, run
 
+MOST_IDS = 1 << 24                      # memory for as many is taken at once
 LINE = 1 << 16                          # characters of a line that sentencepiece is given at a time
 
 
@@ -45,6 +46,8 @@ def main() -> None:
                         "--type char knows single characters alone; leave it out.")
     if settings.type != "char" and settings.vocab_size is None:
         raise UserError(f"--vocab-size is missing: --type {settings.type} needs the number of ids, such as 8192.")
+    if (settings.vocab_size or 0) > MOST_IDS:
+        raise UserError(f"--vocab-size {settings.vocab_size}: is more than {MOST_IDS:,}; write a size such as 8192.")
     strange = [said(token) for token in settings.special_tokens if not (token and is_text(token))]
     if strange:
         raise UserError(f"--special-tokens {strange[0]}: is no text; write tokens such as <fim_prefix>.")
@@ -82,6 +85,9 @@ class Texts:
             for text in (text for texts in found.values() for text in texts):
                 self.characters += len(text)
                 yield text
+        if not self.characters:
+            raise UserError(f"--input {' '.join(self._settings.input)}: holds no text that can be read "
+                            f"({self.skipped:,} inputs skipped); name files that do.")
 
 
 def train_bpe(texts: Iterable[str], settings: Settings) -> int:

@@ -8,6 +8,6 @@ from megazero.data.indexed import BLOCK, COUNT, CRC, SUMMED, IndexedDataset, Ind
 from megazero.data.order import split_ranges
 from megazero.data.sidecar import MANY, check_sidecar, miscounts, read_sidecar, sums
 from megazero.data.splits import configured_tokenizer, evaluated, samples
-from megazero.data.tokenizer_base import END_OF_TEXT, IDENTITY, Tokenizer, is_text
+from megazero.data.tokenizer_base import END_OF_TEXT, IDENTITY, Tokenizer, is_text, told
 from megazero.data.tokenizers import (
     TYPES, build_tokenizer, characters_of, kept_files, load_tokenizer, same_tokenizer, tokenizer_in)

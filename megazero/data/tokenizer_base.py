@@ -4,7 +4,8 @@ import hashlib
 import os
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from megazero.base import Form, UserError, loads, read_bytes
+from megazero.base import Form, UserError, loads, printable, read_bytes
 
 # what `identity` says of a tokenizer
 IDENTITY: Form = {"type": re.compile(r"\w{1,60}"), "vocab_size": range(1, 2**31), "eod": (None, range(2**31)),
@@ -65,17 +66,43 @@ class Tokenizer(ABC):
 
     @cached_property
     def _hashes(self) -> dict[str, str]:
-        try:
-            return {name: hashlib.sha256(read_bytes(path)).hexdigest() for name, path in self.files().items()}
-        except (OSError, ValueError) as error:
-            files = " or ".join(map(str, self.files().values()))
-            raise UserError(f"{files}: cannot be read ({error}); repair or remove it.") from None
+        return {name: _digest(path) for name, path in self.files().items()}
 
     def identity(self) -> dict[str, Any]:
         """What tells it from others, ready for JSON: type, vocab_size, eod, sha256 of each file; special_tokens where a
         flag gave some."""
         return {"type": type(self).__name__, "vocab_size": self.vocab_size, "eod": self.eod, "files": self._hashes,
                 **({"special_tokens": list(self.special_tokens)} if self.special_tokens else {})}
+
+
+def _digest(path: Path) -> str:
+    try:
+        return hashlib.sha256(read_bytes(path)).hexdigest()
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: is no file of a tokenizer ({error}); repair or remove it.") from None
+
+
+@contextmanager
+def told(what: str, instead: str) -> Iterator[None]:
+    """Whatever a library raises, a bare Exception or a panic, which is none, as a sentence: what, what the library
+    says, and what to do instead."""
+    try:
+        yield
+    except BaseException as error:
+        ours = isinstance(error, (UserError, MemoryError))
+        if ours or not (isinstance(error, Exception) or type(error).__name__ == "PanicException"):
+            raise
+        raise UserError(f"{what} ({printable(str(error))}); {instead}.") from None
+
+
+class LibraryTokenizer(Tokenizer):
+    """One that rides on a library, which may find only while it cuts a text that a file makes no sense."""
+
+    _flag: ClassVar[str] = "--tokenizer-model"
+    _path: Path
+
+    def _cutting(self) -> AbstractContextManager[None]:
+        return told(f"{self._flag} {self._path}: cannot cut a text", "take the file as it was published")
 
 
 def flattened(ids: Sequence[np.ndarray], dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:

@@ -3,8 +3,7 @@ Tekken JSON, which also says how text is cut, and has its special tokens before 
 
 import base64
 import re
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -12,7 +11,7 @@ import numpy as np
 
 from megazero.base import UserError, checked, loads, read_bytes
 from megazero.data.files import library
-from megazero.data.tokenizer_base import END_OF_TEXT, USUAL_ENDS, Tokenizer, existing, flattened
+from megazero.data.tokenizer_base import END_OF_TEXT, USUAL_ENDS, LibraryTokenizer, existing, flattened
 from megazero.data.tokenizer_words import byte_words
 
 LAST = 2**30                    # ranks up to this: ids, special ones after them, are stored in 32 bits
@@ -82,12 +81,13 @@ def tekken(path: Path) -> tuple[dict[bytes, int], Encoding]:
     specials = {named.get(i, f"<SPECIAL_{i}>"): i for i in range(first)}
     ranks = {base64.b64decode(p["token_bytes"], validate=True): first + p["rank"] for p in said["vocab"]
              if p["rank"] < config["default_vocab_size"] - first}
-    if sorted([*ranks.values(), *specials.values()]) != list(range(config["default_vocab_size"])):
+    size = config["default_vocab_size"]                         # looked at first: it may be much
+    if len(ranks) + len(specials) != size or {*ranks.values(), *specials.values()} != set(range(size)):
         raise ValueError("its ranks and special tokens do not make up its default_vocab_size")
     return ranks, Encoding(config["pattern"], specials, by_name=False)
 
 
-class TiktokenTokenizer(Tokenizer):
+class TiktokenTokenizer(LibraryTokenizer):
     needs = {"tokenizer_model": "tokenizer.tiktoken"}
 
     def __init__(self, tokenizer_model: str, special_tokens: tuple[str, ...] = ()) -> None:
@@ -135,20 +135,10 @@ class TiktokenTokenizer(Tokenizer):
             return flattened([self._inner.encode_to_numpy(text, allowed_special=names, disallowed_special=())
                               for text in texts], dtype)
 
-    @contextmanager
-    def _cutting(self) -> Iterator[None]:
-        """The library panics, which is no Exception, where a file's pattern cuts a piece of nothing."""
-        try:
-            yield
-        except BaseException as error:
-            if type(error).__name__ != "PanicException":
-                raise
-            raise UserError(f"--tokenizer-model {self._path}: its pattern cannot cut a text ({error}); take the file "
-                            "as it was published.") from None
-
     def decode(self, ids: Sequence[int]) -> str:
         # ids have holes, and a young model may draw one
-        return self._inner.decode([int(i) for i in ids if int(i) in self._known])
+        with self._cutting():
+            return self._inner.decode([int(i) for i in ids if int(i) in self._known])
 
     def id_of(self, name: str) -> int | None:
         return self._encoding.specials[name] if name in self._specials else super().id_of(name)

@@ -63,8 +63,8 @@ def split(alternatives: Iterable[str], behavior: str) -> Words | None:
 def byte_words(ranks: Mapping[bytes, int], specials: Mapping[str, int], pattern: str, by_name: bool = True) -> Words:
     """tiktoken's kind: bytes are merged in the order of the ranks of what they make, in words that `pattern` finds (a
     word that is a piece, at once). `by_name`: the names of special tokens are those tokens."""
-    letters = _letters()
-    vocab = {"".join(letters[b] for b in piece): rank for piece, rank in ranks.items()}
+    letter = letters()
+    vocab = {"".join(letter[b] for b in piece): rank for piece, rank in ranks.items()}
     cut = split([pattern], "Isolated") if pattern else None
     level = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
     flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
@@ -75,7 +75,7 @@ def byte_words(ranks: Mapping[bytes, int], specials: Mapping[str, int], pattern:
         pre_tokenizer={"type": "Sequence", "pretokenizers": [*([cut] if cut else []), level]}, decoder=level)
 
 
-def _letters() -> dict[int, str]:
+def letters() -> dict[int, str]:
     """GPT-2's letter for each byte: printable ones are themselves, the rest follow from 256 on."""
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     rest = [b for b in range(256) if b not in plain]
@@ -165,7 +165,10 @@ def _bpe(model: Any, whole: bool) -> Words:
 
 
 def _unknown(model: Any) -> int:
-    return next(i for i, p in enumerate(model.pieces) if p.type == UNKNOWN)
+    found = next((i for i, p in enumerate(model.pieces) if p.type == UNKNOWN), None)
+    if found is None:
+        raise UserError("a tokenizer.json cannot say what a model without an unknown piece does")
+    return found
 
 
 def _unigram(model: Any) -> Words:

@@ -21,30 +21,36 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from megazero.base import UserError, checked, loads, printable, read_bytes, said
+from megazero.base import UserError, checked, faults, loads, read_bytes, said
 from megazero.data.tokenizer_base import (
     END_OF_TEXT,
+    IDENTITY,
     USUAL_ENDS,
+    LibraryTokenizer,
     Tokenizer,
     existing,
     flags_for,
     flattened,
     tokenizer_json,
+    told,
 )
-from megazero.data.tokenizer_tiktoken import LAST, TiktokenTokenizer
-from megazero.data.tokenizer_words import byte_words, sentencepiece_words
+from megazero.data.tokenizer_tiktoken import TiktokenTokenizer
+from megazero.data.tokenizer_words import byte_words, letters, sentencepiece_words
 
 if TYPE_CHECKING:
     import tokenizers
 
+UTF8 = {*range(0xC0), *range(0xC2, 0xF5)}        # the bytes that texts are made of
+MOST_GROWTH = 1000                               # characters that the steps of a tokenizer.json may make of one
 
-class SentencePieceTokenizer(Tokenizer):
+
+class SentencePieceTokenizer(LibraryTokenizer):
     needs = {"tokenizer_model": "tokenizer.model"}
     _begins = False                              # does every text begin with the model's begin of text?
 
@@ -65,14 +71,17 @@ class SentencePieceTokenizer(Tokenizer):
                             "before every text; write --tokenizer-type SentencePieceTokenizer.")
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        return self._model.encode(list(texts), num_threads=1, add_bos=self._begins)            # workers are processes
+        with self._cutting():
+            return self._model.encode(list(texts), num_threads=1, add_bos=self._begins)        # workers are processes
 
     def encode_flat(self, texts: Sequence[str], dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
-        ids = self._model.encode(list(texts), num_threads=1, add_bos=self._begins, return_type="numpy")
+        with self._cutting():
+            ids = self._model.encode(list(texts), num_threads=1, add_bos=self._begins, return_type="numpy")
         return flattened(ids, dtype)
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self._model.decode([int(i) for i in ids])
+        with self._cutting():
+            return self._model.decode([int(i) for i in ids])
 
     def id_of(self, name: str) -> int | None:
         found = self._model.piece_to_id(name)                   # encoding the name might put a prefix before it
@@ -91,22 +100,18 @@ class Llama2Tokenizer(SentencePieceTokenizer):
     _begins = True
 
 
-class _LibraryTokenizer(Tokenizer):
+class _JsonTokenizer(LibraryTokenizer):
     """What the `tokenizers` library does for us."""
 
     _inner: "tokenizers.Tokenizer"
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        try:
+        with self._cutting():
             return [e.ids for e in self._inner.encode_batch_fast(list(texts), add_special_tokens=False)]
-        except BaseException as error:                          # bare Exceptions, and panics, which are none
-            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-                raise
-            raise UserError(f"{next(iter(self.files().values()))}: cannot cut a text ({printable(str(error))}); give "
-                            "the tokenizer as it was published.") from None
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self._inner.decode([int(i) for i in ids], skip_special_tokens=False)
+        with self._cutting():
+            return self._inner.decode([int(i) for i in ids], skip_special_tokens=False)
 
     def id_of(self, name: str) -> int | None:
         return self._inner.token_to_id(name)
@@ -119,48 +124,72 @@ class _LibraryTokenizer(Tokenizer):
         around = ("post_processor",) if self._inner.num_special_tokens_to_add(False) else ()
         return {k: None if k in ("truncation", "padding", *around) else v for k, v in said.items()}
 
-    def _adopt(self, inner: "tokenizers.Tokenizer") -> None:
-        """Raises ValueError for one that would cut a text in another way each time, or lose a part of it."""
+    def _adopt(self, inner: "tokenizers.Tokenizer", steps: Sequence[Any]) -> None:
+        """`steps`: what is done to a text before the model sees it. Raises ValueError for ids that mean nothing."""
         inner.no_truncation()
         inner.no_padding()
-        said = json.loads(inner.to_str())
-        model, ids = said["model"], inner.get_vocab(with_added_tokens=True)
-        if model.get("dropout"):
-            raise ValueError(f"its dropout is {model['dropout']}, which cuts a text otherwise each time; write null")
-        if max(ids.values(), default=0) > LAST or len(set(ids.values())) < len(ids):
-            raise ValueError(f"an id stands for two tokens, or is above {LAST}")
-        bytewise = "ByteLevel" in json.dumps(said["pre_tokenizer"]) and model.get("type", "BPE") == "BPE"
-        lost = set(_tokenizers_library().pre_tokenizers.ByteLevel.alphabet()) - ids.keys() if bytewise else set()
-        if lost and model.get("unk_token") is None and not model.get("byte_fallback"):
-            raise ValueError(f"{len(lost)} of 256 bytes are no tokens, and what they stand for would be lost")
+        ids = inner.get_vocab(with_added_tokens=True)
+        if not ids or len(set(ids.values())) < len(ids):
+            raise ValueError("two pieces have one id" if ids else "it has no pieces")
+        wrong = _unsafe(inner.model, steps)
+        if wrong:
+            raise ValueError(wrong)
         self._inner = inner
-        self.vocab_size = max(ids.values()) + 1                 # ids may have holes
+        self.vocab_size = max(ids.values()) + 1                         # ids may have holes
 
 
-class GPT2BPETokenizer(_LibraryTokenizer):
+def _unsafe(model: Any, steps: Sequence[Any]) -> str | None:
+    """Why ids would not be those of the text: by chance, with bytes left out, or of a text that grew without end."""
+    growth = 1
+    for step in steps:
+        growth *= _growth(step) if step.get("type") == "Replace" else 1
+    if growth > MOST_GROWTH:
+        return f"its Replace steps make a text up to {growth:,} times as long"
+    if getattr(model, "dropout", None):
+        return f"it merges by chance, with dropout {model.dropout}; write null there"
+    if any(step.get("type") == "ByteLevel" for step in steps) and getattr(model, "unk_token", "") is None:
+        missing = next((b for b, letter in letters().items() if b in UTF8 and model.token_to_id(letter) is None), None)
+        return None if missing is None else f"it has no piece for the byte {missing}, which would be left out of texts"
+    return None
+
+
+def _growth(step: Mapping[str, Any]) -> int:
+    """How many times as long a text may become by a Replace; a regular expression may find nothing, at each place."""
+    pattern, content = step["pattern"], len(step["content"])
+    return -(-content // max(1, len(pattern["String"]))) or 1 if "String" in pattern else 1 + content
+
+
+def _steps(said: Any) -> Iterator[Any]:
+    """The steps of a normalizer or pre_tokenizer, also those within a Sequence."""
+    if isinstance(said, dict):
+        yield said
+        for inner in (*said.get("normalizers", ()), *said.get("pretokenizers", ())):
+            yield from _steps(inner)
+
+
+class GPT2BPETokenizer(_JsonTokenizer):
     needs = {"vocab_file": "vocab.json", "merge_file": "merges.txt"}
+    _flag = "--vocab-file"
 
     def __init__(self, vocab_file: str, merge_file: str) -> None:
         library = _tokenizers_library()
-        self._vocab = existing("--vocab-file", vocab_file, "GPT-2's vocab.json")
+        self._path = existing("--vocab-file", vocab_file, "GPT-2's vocab.json")
         self._merges = existing("--merge-file", merge_file, "GPT-2's merges.txt")
-        try:
-            checked(loads(read_bytes(self._vocab)), {str: range(2**30)})
-            inner = library.Tokenizer(library.models.BPE.from_file(str(self._vocab), str(self._merges)))
+        with told(f"--vocab-file {vocab_file} --merge-file {merge_file}: are not a byte-level BPE",
+                  "give GPT-2's vocab.json and merges.txt"):
+            checked(loads(read_bytes(self._path)), {str: range(2**30)})
+            inner = library.Tokenizer(library.models.BPE.from_file(str(self._path), str(self._merges)))
             inner.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
             inner.decoder = library.decoders.ByteLevel()
-            inner.add_special_tokens([END_OF_TEXT])                    # so that its literal text becomes its id
-            self._adopt(inner)
-        except Exception as error:                                     # the library raises bare Exception
-            raise UserError(f"--vocab-file {vocab_file} --merge-file {merge_file}: are not a byte-level BPE "
-                            f"({printable(str(error))}); give GPT-2's vocab.json and merges.txt.") from None
+            inner.add_special_tokens([END_OF_TEXT])                     # so that its literal text becomes its id
+            self._adopt(inner, [{"type": "ByteLevel"}])
         self.eod = inner.token_to_id(END_OF_TEXT)
 
     def files(self) -> dict[str, Path]:
-        return {"vocab.json": self._vocab, "merges.txt": self._merges}
+        return {"vocab.json": self._path, "merges.txt": self._merges}
 
 
-class HuggingFaceTokenizer(_LibraryTokenizer):
+class HuggingFaceTokenizer(_JsonTokenizer):
     needs = {"tokenizer_model": "tokenizer.json"}
 
     def __init__(self, tokenizer_model: str) -> None:
@@ -170,15 +199,13 @@ class HuggingFaceTokenizer(_LibraryTokenizer):
         if other is not None and type(self).__name__ not in other:
             raise UserError(f"--tokenizer-model {tokenizer_model}: has no tokenizer.json; write {other}.")
         self._path = given / "tokenizer.json" if given.is_dir() else given
-        try:
-            loads(read_bytes(self._path))                              # the library takes a key that stands twice
-            self._adopt(library.Tokenizer.from_file(str(self._path)))
-        except Exception as error:                                     # the library raises bare Exception
-            raise UserError(f"--tokenizer-model {tokenizer_model}: {self._path.name} is not a Hugging Face tokenizer "
-                            f"({printable(str(error))}); give a tokenizer.json or its folder.") from None
-        for path in [*self.files().values()][1:]:
-            if not isinstance(tokenizer_json("--tokenizer-model", path), dict):
-                raise UserError(f"--tokenizer-model {path}: is no mapping; repair or remove it.")
+        with told(f"--tokenizer-model {tokenizer_model}: {self._path.name} is not a Hugging Face tokenizer",
+                  "give a tokenizer.json or its folder"):
+            words = loads(read_bytes(self._path))                       # the library takes a key that stands twice
+            inner = library.Tokenizer.from_file(str(self._path))
+            self._adopt(inner, [*_steps(words.get("normalizer")), *_steps(words.get("pre_tokenizer"))])
+        self._beside = {name: tokenizer_json("--tokenizer-model", path) for name, path in self.files().items()
+                        if path != self._path}
         known = (self._inner.token_to_id(name) for name in self._names_of_the_end())
         self.eod = next((i for i in known if i is not None), None)
 
@@ -186,18 +213,17 @@ class HuggingFaceTokenizer(_LibraryTokenizer):
         return self._bare(tokenizer_json("--tokenizer-model", self._path))
 
     def _names_of_the_end(self) -> Iterable[str]:
-        config = self.files().get("tokenizer_config.json")
-        said = tokenizer_json("--tokenizer-model", config) if config else {}
+        said = self._beside.get("tokenizer_config.json", {})
         end = said.get("eos_token") if isinstance(said, dict) else said
         end = end.get("content", end) if isinstance(end, dict) else end
         if end is not None and not isinstance(end, str):
-            raise UserError(f"--tokenizer-model {config}: its eos_token should be a text, not {end!r}; "
-                            "repair or remove it.")
+            raise UserError(f"--tokenizer-model {self._path.with_name('tokenizer_config.json')}: its eos_token should "
+                            f"be a text, not {end!r}; repair or remove it.")
         return (end,) if end else USUAL_ENDS
 
     def files(self) -> dict[str, Path]:
         beside = {name: self._path.with_name(name) for name in ("tokenizer_config.json", "special_tokens_map.json")}
-        return {"tokenizer.json": self._path} | {name: path for name, path in beside.items() if os.path.lexists(path)}
+        return {"tokenizer.json": self._path} | {name: path for name, path in beside.items() if path.exists()}
 
 
 class ByteTokenizer(Tokenizer):
@@ -226,14 +252,11 @@ class CharTokenizer(Tokenizer):
     def __init__(self, tokenizer_model: str) -> None:
         self._path = existing("--tokenizer-model", tokenizer_model, "a JSON list of characters")
         data = tokenizer_json("--tokenizer-model", self._path)
-        try:
-            self._ids: dict[str, int] = data if isinstance(data, dict) else {c: i for i, c in enumerate(data)}
-            complete = not isinstance(data, str) and set(self._ids.values()) == set(range(len(data))) and len(data) > 0
-            complete = complete and all(isinstance(c, str) and len(c) == 1 for c in self._ids)
-            complete = complete and all(type(i) is int for i in self._ids.values())
-        except TypeError:
-            complete = False
-        if not complete:
+        listed = not next(faults(data, [str]), "")
+        self._ids: dict[str, int] = {c: i for i, c in enumerate(data)} if listed else data
+        every = range(len(data) if isinstance(data, (dict, list)) else 0)
+        wrong = next(faults(self._ids, {str: every}), "")
+        if wrong or not every or {*self._ids.values()} != {*every} or any(len(c) != 1 for c in self._ids):
             raise UserError(f"--tokenizer-model {tokenizer_model}: must hold a JSON list of different characters, "
                             "or a dictionary from each to its id 0, 1, 2 ...")
         self._chars = {i: c for c, i in self._ids.items()}
@@ -266,7 +289,7 @@ class NullTokenizer(Tokenizer):
         return " ".join(str(int(i)) for i in ids)
 
     def _checked(self, word: str) -> int:
-        if word.isdecimal() and len(word) < 20 and int(word) < self.vocab_size:
+        if word.isdecimal() and len(word) <= 20 and int(word) < self.vocab_size:
             return int(word)
         raise UserError(f"--tokenizer-type NullTokenizer: a text holds {said(word)}, "
                         f"expected ids 0 to {self.vocab_size - 1} with spaces between them.")
@@ -301,6 +324,9 @@ def build_tokenizer(
     if missing or unused:
         raise UserError(*missing, *unused)
     tokenizer = cls(**{name: flags[name] for name in cls.needs}, **named)
+    if tokenizer.vocab_size not in IDENTITY["vocab_size"]:
+        given = " ".join(f"{_flag(name)} {flags[name]}" for name in cls.needs)
+        raise UserError(f"{given}: has ids up to {tokenizer.vocab_size - 1:,}, and they must be below 2,147,483,647.")
     if vocab_size is not None and "vocab_size" not in cls.needs and vocab_size != tokenizer.vocab_size:
         raise UserError(f"--vocab-size {vocab_size}: this {tokenizer_type} has {tokenizer.vocab_size} ids; "
                         "leave the flag out.")

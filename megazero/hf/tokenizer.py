@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megazero.base import UserError, checked, write_json
-from megazero.data import Tokenizer, load_tokenizer, tokenizer_in
+from megazero.data import Tokenizer, load_tokenizer, tokenizer_in, told
 from megazero.hf.files import read_json
 from megazero.state import Reader
 
@@ -82,12 +82,10 @@ def tried(tokenizer: Tokenizer) -> dict[str, Any]:
     """The content of a tokenizer.json that gives the same ids for every probe. Raises UserError where none does."""
     import tokenizers
     said = tokenizer.words()
-    try:
+    with told("the library behind transformers does not take it", "train with another"):
         library = tokenizers.Tokenizer.from_str(json.dumps(said))
-    except Exception as error:                                          # the library raises bare Exception
-        raise UserError(f"the library behind transformers does not take it ({error})") from None
-    texts = list(probes(tokenizer, library))
-    theirs = [e.ids for e in library.encode_batch(texts)]
+        texts = list(probes(tokenizer, library))
+        theirs = [e.ids for e in library.encode_batch(texts)]
     cut = list(zip(texts, tokenizer.encode_batch(texts), theirs, strict=True))
     wrong = sorted((case for case in cut if case[1] != case[2]), key=lambda case: len(case[0]))
     if wrong:
@@ -108,10 +106,12 @@ def probes(tokenizer: Tokenizer, library: Any) -> Iterator[str]:
     lines = "".join(path.read_text(encoding="utf-8") for path in sorted(Path(__file__).parent.glob("*.py"))).split("\n")
     yield from lines
     yield "\n".join(lines)
-    pieces = [tokenizer.decode([i]) for i in range(tokenizer.vocab_size)]
-    for i in range(0, len(pieces), 1 + len(pieces) // 50_000):
-        yield pieces[i]
-        yield pieces[i] + pieces[(i * 7919 + 1) % len(pieces)]
+    ids = sorted(set(library.get_vocab(with_added_tokens=True).values()))           # which may have holes
+    ids = ids[::1 + len(ids) // 50_000]
+    pieces = [tokenizer.decode([i]) for i in ids]
+    for at, i in enumerate(ids):
+        yield pieces[at]
+        yield pieces[at] + pieces[(at * 7919 + 1) % len(pieces)]
         yield library.id_to_token(i) or ""
 
 
@@ -145,6 +145,7 @@ def import_tokenizer(folder: Path, output: Path) -> Tokenizer | None:
     that this program reads."""
     tokenizer = _found(folder)
     if tokenizer is not None:
+        tokenizer.identity()                                    # reads each file: what cannot be kept is said first
         (output / "tokenizer").mkdir()
         for name, path in tokenizer.files().items():
             shutil.copyfile(path, output / "tokenizer" / name)
