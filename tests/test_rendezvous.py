@@ -21,8 +21,9 @@ from support import train
 
 from megazero.base.errors import UserError
 from megazero.comm import rendezvous
-from megazero.comm.rendezvous import address, say_each, say_first
+from megazero.comm.rendezvous import address
 from megazero.comm.shared import CARD, Memory, domain, supported
+from megazero.comm.told import say_each, say_first
 from megazero.state.checkpoint import Reader
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -166,7 +167,7 @@ def test_what_many_ranks_meet_is_told_once_and_never_lost(place: int, monkeypatc
     say_first("failure", "one")
     say_first("failure", "two")                                 # said already
     assert capsys.readouterr().err == "one\n"
-    rendezvous._of_this_start(store).add("word/other", 1)       # somebody took the word, and died
+    rendezvous.of_this_start(store).add("word/other", 1)       # somebody took the word, and died
     say_first("other", "three")
     assert capsys.readouterr().err == "three\n"
     say_each("mistakes", ["four", "five"])

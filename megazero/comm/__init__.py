@@ -2,5 +2,6 @@
 
 from megazero.comm.group import Alone, Done, Group, Stuck, Work
 from megazero.comm.nccl import before_cuda
-from megazero.comm.rendezvous import environment, join, leave_with_launcher, no_place, ranks, say_each, say_first
+from megazero.comm.rendezvous import environment, join, no_place, ranks
+from megazero.comm.told import leave_with_launcher, say_each, say_first
 from megazero.comm.wires import Wires, connect

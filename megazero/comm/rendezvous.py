@@ -1,12 +1,11 @@
 """How the ranks of a run find each other: through a store that torchrun keeps, or rank 0 of ranks that were started by
-hand; and what is told through it once, though many ranks could tell it."""
+hand."""
 
 import errno
 import os
 import socket
-import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from datetime import timedelta
 from threading import Thread
@@ -17,7 +16,6 @@ from megazero.base import UserError, say
 from megazero.comm.group import Stuck
 
 QUIET = 5.0                 # seconds that a rank waits for others before it says so
-TICKET = 1.0                # seconds that a rank leaves to another that wants to say the same
 
 
 def environment() -> tuple[int, int]:
@@ -82,15 +80,15 @@ def _opened(rank: int, end: float) -> dist.Store:
     if not own:
         _reach(host, port, rank, end)
     try:
-        store = _made(host, port, max(end - time.monotonic(), 1), own)
+        store = store_at(host, port, max(end - time.monotonic(), 1), own)
     except RuntimeError as error:
         why = ("is in use here; choose another with --master_port" if own else
                "does not answer as a store of torch; is another program there?")
         raise UserError(f"MASTER_PORT {port}: {why} ({first_line(error)}).") from None
-    return _of_this_start(store)
+    return of_this_start(store)
 
 
-def _made(host: str, port: int, seconds: float, own: bool = False) -> dist.TCPStore:
+def store_at(host: str, port: int, seconds: float, own: bool = False) -> dist.TCPStore:
     """Raises RuntimeError, also where somebody listens who never answers: torch's own time-out does not hold there."""
     found: Future[dist.TCPStore] = Future()
 
@@ -108,7 +106,7 @@ def _made(host: str, port: int, seconds: float, own: bool = False) -> dist.TCPSt
         raise RuntimeError(f"no answer within {seconds:.0f} s") from None
 
 
-def _of_this_start(store: dist.Store) -> dist.Store:
+def of_this_start(store: dist.Store) -> dist.Store:
     run, start = (os.environ.get(f"TORCHELASTIC_{word}", "") for word in ("RUN_ID", "RESTART_COUNT"))
     return dist.PrefixStore(f"megazero/{run}/{start}", store)
 
@@ -163,78 +161,3 @@ def _comes(store: dist.Store, keys: Sequence[str], seconds: float) -> bool:
             return False
         time.sleep(0.02 if waited < 2 else 0.2)
     return True
-
-
-# ---- what is told once
-
-def say_first(what: str, text: str) -> None:
-    """Tells people something that many ranks may have met: the first one does; where nothing was said a second later
-    (it died, or a stranger took the word) everybody does."""
-    store = _board()
-    if store is None or _first(store, what):
-        print(text, file=sys.stderr, flush=True)
-        _done(store, what)
-
-
-def say_each(what: str, texts: Sequence[str]) -> None:
-    """The same for several sentences of one failure; ranks that lose this one have nothing to add to it."""
-    store = _board()
-    if store is not None:
-        store.add(f"word/{what}", 1)
-    for text in texts:
-        say_first(text, text)
-    _done(store, what)
-
-
-def _board() -> dist.Store | None:
-    """Nobody listens, or not any more: better twice than never."""
-    if environment()[1] == 1:
-        return None
-    try:
-        host, port = address()
-        socket.create_connection((host, port), timeout=2).close()       # c10d is noisy when nobody is there
-        return _of_this_start(_made(host, port, 5))
-    except (OSError, RuntimeError, UserError):
-        return None
-
-
-def _first(store: dist.Store, what: str) -> bool:
-    try:
-        if store.add(f"word/{what}", 1) == 1:
-            return True
-        end = time.monotonic() + TICKET
-        while time.monotonic() < end:
-            if store.check([f"said/{what}"]):
-                return False
-            time.sleep(0.02)
-    except RuntimeError:                                        # the store went away meanwhile
-        pass
-    return True
-
-
-def _done(store: dist.Store | None, what: str) -> None:
-    try:
-        if store is not None:
-            store.set(f"said/{what}", "")
-    except RuntimeError:
-        pass
-
-
-def leave_with_launcher() -> Callable[[], bool]:
-    """A killed torchrun cannot end its ranks: each watches for it, and ends by itself. Returns what says whether it is
-    gone: then a peer that is lost is not the reason."""
-    launcher, watched = os.getppid(), "TORCHELASTIC_RUN_ID" in os.environ
-
-    def watch() -> None:
-        while os.getppid() == launcher:
-            time.sleep(0.5)
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            say_first("failure", f"error: torchrun (process {launcher}) is gone; its ranks leave. What came after "
-                                 "the last checkpoint is lost.")
-        else:
-            time.sleep(TICKET)                                  # else the first rank says that this one is gone
-        os._exit(1)
-
-    if watched:
-        Thread(target=watch, name="launcher-watch", daemon=True).start()
-    return lambda: watched and os.getppid() != launcher
