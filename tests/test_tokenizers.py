@@ -471,9 +471,9 @@ DOUBLED = {"type": "Replace", "pattern": {"String": "a"}, "content": "aa"}
     ({"vocab": {**BYTES, "aa": 5}}, "two pieces have one id"),
     ({"vocab": {}}, "it has no pieces"),
     ({"vocab": {**BYTES, "aa": 2**32 - 1}}, "--tokenizer-model .*t.json: has ids up to 4,294,967,295, and they must be below 2,147,483,647"),
-    ({"normalizer": {"type": "Sequence", "normalizers": [DOUBLED] * 9}}, None),
-    ({"normalizer": {"type": "Sequence", "normalizers": [DOUBLED, {"type": "Sequence", "normalizers": [DOUBLED] * 9}]}}, "make a text up to 1,024 times as long"),
-    ({"normalizer": {"type": "Replace", "pattern": {"Regex": ""}, "content": "x" * 1000}}, "make a text up to 1,001 times as long"),
+    ({"normalizer": {"type": "Sequence", "normalizers": [DOUBLED] * 14}}, None),
+    ({"normalizer": {"type": "Sequence", "normalizers": [DOUBLED, {"type": "Sequence", "normalizers": [DOUBLED] * 14}]}}, "make a text up to 32,768 times as long"),
+    ({"normalizer": {"type": "Replace", "pattern": {"Regex": ""}, "content": "x" * 2**14}}, "make a text up to 16,385 times as long"),
 ])
 def test_a_tokenizer_json_that_would_lie_is_refused(tmp_path: Path, changes: dict[str, Any], said: str | None) -> None:
     (tmp_path / "t.json").write_text(json.dumps(byte_level(**changes)))

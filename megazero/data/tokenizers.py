@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     import tokenizers
 
 UTF8 = {*range(0xC0), *range(0xC2, 0xF5)}        # the bytes that texts are made of
-MOST_GROWTH = 1000                               # characters that the steps of a tokenizer.json may make of one
+MOST_GROWTH = 1 << 14                             # characters that a tokenizer.json's Replace steps may make of one
 
 
 class SentencePieceTokenizer(LibraryTokenizer):
