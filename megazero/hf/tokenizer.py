@@ -48,7 +48,7 @@ def export_tokenizer(reader: Reader, output: Path, longest: int) -> tuple[Tokeni
     try:
         said = None if imported else tried(tokenizer)
     except UserError as error:
-        return tokenizer, (f"{type(tokenizer).__name__}: {error}; no tokenizer was written, "
+        return tokenizer, (f"{type(tokenizer).__name__}: {str(error).rstrip('.')}; no tokenizer was written, "
                            "since one that gives other ids than in training would be wrong without a word.")
     for name, path in tokenizer.files().items():
         shutil.copyfile(path, output / name)
