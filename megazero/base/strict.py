@@ -28,7 +28,7 @@ def read_bytes(path: Path, most: int = LONGEST) -> bytes:
     if found.st_size > most:
         raise ValueError(f"has {found.st_size:,} bytes, more than {most:,}")
     with path.open("rb") as file:
-        return file.read(most)
+        return file.read(found.st_size)
 
 
 def load(path: Path, form: Form = dict, most: int = LONGEST, infinite: bool = False) -> Any:
