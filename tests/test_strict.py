@@ -34,6 +34,7 @@ BAD: dict[str, tuple[str, str, str]] = {            # what -> (suffix, text, wha
     "an object": (".yaml", "a: !!python/object/apply:os.system [true]\n", "could not determine a constructor"),
     "no JSON": (".json", "{", "Expecting"),
     "a long number": (".json", "9" * 5000, "digits"),
+    "many values": (".json", "[" + "[]," * 2**23 + "[]]", "holds more than 8,388,608 values"),
     "no format": (".ini", "a", "must end in"),
 }
 

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 T = TypeVar("T")
 LONGEST = 2**28             # bytes of a file that is read at once: indexes, configurations, tokenizers are far below
+MOST = 2**23                # values of a text: the largest tokenizers have a quarter of that
 DEEPEST = 100               # levels of lists and mappings: whoever walks or writes the value again has room for them
 
 # What a value must be: a type (float: any finite number), a range of whole numbers, a pattern that a string matches as
@@ -43,6 +44,8 @@ def loads(text: str | bytes, kind: str = ".json", infinite: bool = False) -> Any
         raise ValueError("its name must end in .toml, .yaml or .json")
     try:
         plain = text if isinstance(text, str) else text.decode()
+        if sum(map(plain.count, "[{,")) > MOST:                 # before any of it takes a hundred bytes
+            raise ValueError(f"holds more than {MOST:,} values")
         value = _shallow(_json(plain, infinite) if kind == ".json" else PARSERS[kind](plain))
         if re.search(r"\\u[dD][89a-fA-F]|\\U0000[dD]", plain):
             json.dumps(value, ensure_ascii=False, default=str).encode()         # half a character stands for none
