@@ -11,7 +11,7 @@ FLOORS: dict[str, tuple[int, str]] = {
     "base": (600, "errors text dtypes disk strict lease"),
     "pipeline": (750, "schedule timeline weighing split"),
     "settings": (750, "command_line config"),
-    "plan": (2800, "rules devices layout mesh sizes progress action sums program verify architecture operations checks plan cost families show"),
+    "plan": (2850, "rules devices layout mesh sizes progress action sums program verify architecture operations checks plan cost families show"),
     "comm": (1250, "marks group shared gloo nccl fake late rendezvous told wires"),
     "units": (800, "random unit gate rules actions"),
     "model": (750, "products ops attention decoder"),

@@ -217,9 +217,17 @@ SCALING: Form = {"factor": float, "low_freq_factor": float, "high_freq_factor": 
                  "original_max_position_embeddings": SIZE}
 
 
+def _contradictions(config: Mapping[str, Any]) -> list[str]:
+    """Where both forms say something, and not the same: readers differ on which counts."""
+    old, new = config.get("rope_scaling") or {}, config.get("rope_parameters") or {}
+    old = {"rope_theta": config.get("rope_theta"), **({"rope_type": old.get("type", "default"), **old} if old else {})}
+    return [f"rope_parameters: {key} is {said(new[key])}, elsewhere {said(old[key])}; let both say the same"
+            for key in new.keys() & old.keys() - {"type"} if old[key] is not None and old[key] != new[key]]
+
+
 def _rope_from_config(config: Mapping[str, Any], channels: int, errors: list[str]) -> Rotary:
     """Both forms; appends what is wrong with it."""
-    wrong = list(faults(config, ROPES))
+    wrong = list(faults(config, ROPES)) or _contradictions(config)
     told = {} if wrong else {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
     base, kind = (told.get("rope_theta", config.get("rope_theta") or 10000.0),
                   told.get("rope_type", told.get("type", "default")))
