@@ -19,7 +19,7 @@ FLOORS: dict[str, tuple[int, str]] = {
     "corpus": (1200, "tables sources edit verify preprocess"),
     "state": (1300, "tensor_files checkpoint saving merge compare record logs"),
     "hf": (500, "files tokenizer convert"),
-    "run": (1350, "executor metrics run feed step loop failures train launch generate"),
+    "run": (1400, "executor metrics run feed step loop failures train launch generate"),
     "engine": (2550, "hidden keys words rates blocks groups hooks passes engine optimizers monitor deepspeed_engine initialize"),
 }
 PURE = ("base", "pipeline", "settings", "plan")             # no device, no process

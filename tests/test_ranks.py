@@ -12,6 +12,7 @@ from pool import Pool, RankError
 from support import SHARED, byte_dataset, lines, train
 
 from megazero.data.indexed import IndexedWriter
+from megazero.run import train as program
 from megazero.run.loop import Wish
 from megazero.run.step import Settled, Step
 from megazero.state.checkpoint import Reader
@@ -172,3 +173,40 @@ def test_ranks_that_do_not_see_the_same_checkpoint_do_not_start(pool: Pool, tmp_
     initial(words.replace("--save ck --load ck", ""), str(tmp_path / "0" / "ck"))
     with pytest.raises(RankError, match="ranks do not see the same checkpoint, but none to step 0"):
         pool.run(2, loads_its_own, f"{words} --tp 2", str(tmp_path))
+
+
+def blind(words: str, folder: str) -> None:
+    """Rank 1 has a folder of its own under the name of the shared one."""
+    if os.environ["RANK"] == "1":
+        plain = os.listdir
+        os.listdir = lambda path=".": [] if str(path) == folder else plain(path)  # type: ignore[assignment]
+    program.SIGHT = 0.1
+    try:
+        train(words)
+    finally:
+        program.SIGHT = 60.0
+        if os.environ["RANK"] == "1":
+            os.listdir = plain
+
+
+def test_ranks_that_do_not_share_the_folder_are_told_at_the_start(pool: Pool, tmp_path: Path) -> None:
+    words = f"{WORDS} --data-path {byte_dataset(tmp_path)} --save {tmp_path / 'ck'} --tp 2"
+    with pytest.raises(RankError, match="--save .*ck: rank 1 does not see what rank 0 wrote there; it must lie on a file system that all of them share"):
+        pool.run(2, blind, words, str(tmp_path / "ck"))
+
+
+def test_other_data_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Under the same name: fewer of them, or as many that are others. Ranks whose data differ are not joined."""
+    prefix = str(tmp_path / "d_text_document")
+
+    def write(start: int, count: int) -> None:
+        with IndexedWriter(prefix, np.uint16) as writer:
+            writer.add_document([(np.arange(count, dtype=np.uint16) + start) % 250])
+
+    words = f"{WORDS.replace('--train-iters 12', '')} --eval-iters 0 --data-path {prefix} --save {tmp_path / 'ck'} --load {tmp_path / 'ck'}"
+    words, told = words.replace("--eval-interval 4 --eval-iters 2", ""), []
+    for start, count, steps in ((0, 9000, 4), (0, 9000, 5), (7, 9000, 6), (7, 5000, 7)):
+        write(start, count)
+        train(f"{words} --train-iters {steps} --lr-decay-iters 100")
+        told.append("changed     the data were" in capsys.readouterr().out)
+    assert told == [False, False, True, True]

@@ -4,6 +4,7 @@ Samples are read ahead: while one step runs, a thread reads the next one's token
 position, so nothing of it needs saving. On CUDA what it reads is pinned, and copies run beside the device's work.
 """
 
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
@@ -31,6 +32,12 @@ class Splits(NamedTuple):
         named = [("data", self.train), *(("validation", s) for s in self.valid.values()),
                  *(("test", s) for s in self.test.values())]
         return [f"{what:<12}{split.describe()}" for what, split in named]
+
+
+    def identity(self) -> str:
+        """The data it trains on, told in a line that other data do not have: how much there is, and how it begins."""
+        begins = zlib.crc32(self.train.in_order(0).tobytes()) if self.train.full_pass() else 0
+        return f"{' '.join(self.train.describe().split())}, beginning with {begins:08x}"
 
 
 def open_splits(plan: Plan, tokenizer: Tokenizer | None) -> Splits:

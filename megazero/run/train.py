@@ -4,13 +4,14 @@ import hashlib
 import json
 import os
 import platform
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
-from megazero.base import Lease, UserError, gib, read_bytes, say
+from megazero.base import Lease, UserError, gib, printable, read_bytes, say
 from megazero.comm import Wires, before_cuda, connect, environment
 from megazero.data import Tokenizer, configured_tokenizer
 from megazero.hf import outlook
@@ -25,6 +26,8 @@ from megazero.settings import Config, flatten
 from megazero.state import Reader, Record, Writer, about, changed, complete, jumps, restore, resumed, set_aside, unfit
 from megazero.units import TORCH_DTYPE
 
+LEASE = "lease.json"
+SIGHT = 60.0            # seconds in which a file server shows a host what another wrote
 NCCL = 128 << 20        # bytes of a communicator's buffers, about: nobody has measured them here
 
 
@@ -73,7 +76,7 @@ def train(plan: Plan, device: torch.device, wires: Wires, tokenizer: Tokenizer |
         nothing_later(config, progress.step)                    # another run may just have ended there
     run = Run(plan.going_on(progress.step, progress.samples), device, wires)
     lease = leases.get(Path(config.checkpoint.save).resolve()) if config.checkpoint.save else None
-    record = recorded(run, tokenizer, reader, progress, lease)
+    record = recorded(run, tokenizer, reader, progress, lease, splits.identity())
     start(run, splits, reader, record)
     feed, metrics = Feed(run, splits, tokenizer), measured(run, progress)
     step = Step(run, feed.batches, progress)
@@ -129,7 +132,7 @@ def leased(config: Config, rank: int) -> Iterator[dict[Path, Lease]]:
                 continue
             try:
                 path.mkdir(parents=True, exist_ok=True)
-                held[path] = Lease(path / "lease.json", f"{flag} {folder}")
+                held[path] = Lease(path / LEASE, f"{flag} {folder}")
             except OSError as error:
                 if flag == "--save":
                     raise UserError(f"--save {folder}: cannot be made ({error.strerror}); name a folder that can "
@@ -172,7 +175,7 @@ def place(config: Config, reader: Reader | None) -> Progress:
 
 
 def recorded(run: Run, tokenizer: Tokenizer | None, reader: Reader | None, progress: Progress,
-             lease: Lease | None) -> Record | None:
+             lease: Lease | None, data: str) -> Record | None:
     """Where the run is saved, if it is. What it goes on from is there already where it loads from there."""
     p, k = run.plan, run.config.checkpoint
     if k.save is None:
@@ -180,7 +183,7 @@ def recorded(run: Run, tokenizer: Tokenizer | None, reader: Reader | None, progr
     layout = {"tp": p.tp, "pp": p.pp, "dp": p.dp, "zero_stage": run.config.parallel.zero_stage,
               "global_batch_size": p.global_batch}
     facts = about(p.architecture, config=flatten(run.config), optimizer=run.config.optimizer.optimizer, layout=layout,
-                  tokenizer=tokenizer, family=reader.index.get("family") if reader is not None else None)
+                  tokenizer=tokenizer, family=reader.index.get("family") if reader is not None else None, data=data)
     writer = Writer(Path(k.save), k.keep_last, k.async_save, run.wires.rank, run.wires["saved"], lease)
     there = reader is not None and in_place(run.config) and not k.finetune
     return Record(writer, facts, tokenizer, progress.step if there else -1)
@@ -203,7 +206,11 @@ def start(run: Run, splits: Splits, reader: Reader | None, record: Record | None
         now = flatten(config) | {"global_batch_size": run.plan.global_batch}
         for line in [*changed(before, now), *([] if k.finetune else jumps(before, run.plan, reader.progress))]:
             run.say(f"changed     {line}")
+        data = str(reader.index.get("data") or splits.identity())
+        if data != splits.identity() and not k.finetune:
+            run.say(f"changed     the data were {printable(data)}; are {splits.identity()}")
     same_start(run, -1 if reader is None else int(reader.index["step"]))
+    same_folder(run)
     if set_back(config) and record is not None and run.wires.rank == 0:
         for path in set_aside(record.writer.folder, record.last):
             run.say(f"set aside   {path}: later than step {record.last}")
@@ -240,8 +247,21 @@ def memory_of(device: torch.device) -> int:
 
 def common(plan: Plan, splits: Splits) -> str:
     """What all ranks must have in common before they are joined: flags, files and data, told in few letters."""
-    text = json.dumps(flatten(plan.config), sort_keys=True) + written(plan.programs) + "".join(splits.describe())
+    text = json.dumps(flatten(plan.config), sort_keys=True) + written(plan.programs) + splits.identity()
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def same_folder(run: Run) -> None:
+    """Raises UserError unless all ranks see what the first one wrote to --save."""
+    save, end = run.config.checkpoint.save, time.monotonic() + (SIGHT if run.wires.rank else 0)
+    if save is None:
+        return
+    while not (seen := LEASE in os.listdir(save) if os.path.isdir(save) else False) and time.monotonic() < end:
+        time.sleep(1)
+    told = torch.tensor([0 if seen else run.wires.rank], dtype=torch.float64, device=run.device)
+    if blind := int(run.wires["world"].all_reduce(told, "max").wait().item()):
+        raise UserError(f"--save {save}: rank {blind} does not see what rank 0 wrote there; it must lie on a file "
+                        "system that all of them share.")
 
 
 def same_start(run: Run, step: int) -> None:

@@ -45,11 +45,12 @@ def restore(reader: Reader, units: Iterable[Unit], moments: Moments) -> None:
 # ---- words
 
 def about(a: Architecture, *, config: Mapping[str, Any], optimizer: str | None, layout: Mapping[str, int],
-          tokenizer: Tokenizer | None, family: str | None) -> dict[str, Any]:
+          tokenizer: Tokenizer | None, family: str | None, data: str | None = None) -> dict[str, Any]:
     """What every index of a run says. `optimizer`: None where weights alone are kept; `family`: the model_type that the
     weights were imported from, if they were."""
     return {"config": config, "optimizer": optimizer, "architecture": asdict(a),
-            "tokenizer": tokenizer.identity() if tokenizer else None, "layout": layout, "family": family}
+            "tokenizer": tokenizer.identity() if tokenizer else None, "layout": layout, "family": family,
+            **({"data": data} if data else {})}
 
 
 def header(progress: Progress, facts: Mapping[str, Any]) -> dict[str, Any]:
