@@ -10,6 +10,7 @@ from megazero.plan.sizes import Sizes
 from megazero.settings import Config
 
 COUNT = range(2**53)
+LARGEST = 2**24             # samples of a step: more than anybody has
 
 FALLS: dict[str, Callable[[float], float]] = {          # how much is left of a rate when this part of its fall is over
     "linear": lambda part: 1 - part,
@@ -139,6 +140,8 @@ def progress_of(values: Any) -> Progress:
     found = made(Progress, {**values, "loss_scale": scale}, {}, "progress")
     if found.applied + found.skipped_in_a_row > found.step:
         raise ValueError(f"progress.step is {found.step}, less than the steps that were applied and skipped")
+    if found.samples > found.step * LARGEST:
+        raise ValueError(f"progress.samples is {found.samples:,} after {found.step:,} steps")
     if scale.value <= 0 or scale.minimum <= 0:
         raise ValueError("progress.loss_scale has a value that is not greater than 0")
     return found
