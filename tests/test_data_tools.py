@@ -126,3 +126,17 @@ def test_datasets_behind_a_url(tmp_path: Path) -> None:
         IndexedDataset("memory://far/d").document(29)
     with pytest.raises(UserError, match="memory://nowhere.idx: cannot be read"):
         IndexedDataset("memory://nowhere")
+
+
+def test_damage_is_not_made_whole_and_floats_are_no_tokens(tmp_path: Path) -> None:
+    data = written(tmp_path, TEXTS)
+    raw = bytearray(Path(f"{data}.bin").read_bytes())
+    raw[100] ^= 1
+    Path(f"{data}.bin").write_bytes(raw)
+    for make_ in (lambda: merge_datasets([data], str(tmp_path / "m")), lambda: split_dataset(data, str(tmp_path / "s"), "8,2")):
+        with pytest.raises(UserError, match="_text_document.bin: bytes 0 to .* have CRC-32"):
+            make_()
+    assert not [*tmp_path.glob("[ms][._]*")]
+    with IndexedWriter(tmp_path / "f", np.dtype("f8")) as writer:
+        writer.add_document([np.ones(9)])
+    assert [s for s in problems(str(tmp_path / "f")) if "holds float64, which are no token ids" in s]

@@ -148,7 +148,7 @@ def test_paths() -> None:
     assert parse_paths(["0.3", "a", "7e-1", "b"]) == (["a", "b"], [0.3, 0.7])
     for words, said in [
         (["1", "a", "b"], "a weight before every dataset"), (["1", "a", "b", "c"], "a weight before every dataset"),
-        (["0", "a"], "the weight 0 is not a positive number"), (["nan", "a"], "the weight nan"), ([], "is empty"),
+        (["0", "a"], "the weight 0 is not a positive number"), (["nan", "a"], "the weight nan"), (["1e308", "a", "1e308", "b"], "the weight 1e.308 is not a positive number that adds up"), ([], "is empty"),
     ]:
         with pytest.raises(UserError, match=f"--train-data-path.*{said}"):
             parse_paths(words, "--train-data-path")

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from megazero.base import UserError, write_json
+from megazero.corpus.verify import problems
 from megazero.data import BLOCK, IndexedDataset, IndexedWriter, alone, read_sidecar, same_tokenizer, split_ranges, sums
 
 NONE = np.empty(0, np.int64)
@@ -28,6 +29,7 @@ def merge_datasets(prefixes: Sequence[str], output: str) -> IndexedDataset:
             raise UserError(f"{prefix}: was not made with the tokenizer of {prefixes[0]} (see their .json); "
                             "merge datasets of one tokenizer.")
     _keep(output, prefixes)
+    _whole(prefixes)
     with alone(output, "--output-prefix"), IndexedWriter(output, dtypes[0]) as writer:
         for prefix in prefixes:
             dataset = IndexedDataset(prefix)
@@ -45,11 +47,19 @@ def split_dataset(prefix: str, output: str, spec: str) -> list[IndexedDataset]:
              for name, (first, last) in split_ranges(spec, dataset.document_count).items() if first < last}
     for name in parts:
         _keep(f"{output}_{name}", [prefix])
+    _whole([prefix])
     for name, (first, last) in parts.items():
         with alone(f"{output}_{name}", "--output-prefix"), IndexedWriter(f"{output}_{name}", dataset.dtype) as writer:
             _copy(dataset, first, last, writer)
         made.append(_finish(writer, read_sidecar(prefix), [prefix]))
     return made
+
+
+def _whole(prefixes: Sequence[str]) -> None:
+    """Raises UserError for damage: what is made of it would have checksums that fit."""
+    wrong = [sentence for prefix in prefixes for sentence in problems(prefix)]
+    if wrong:
+        raise UserError(*wrong)
 
 
 def _same(a: dict[str, Any] | None, b: dict[str, Any] | None) -> bool:

@@ -114,7 +114,7 @@ class Report:
     def __str__(self) -> str:
         return (f"{self.prefix}: {self.documents:,} documents, {self.tokens:,} tokens, "
                 f"{self.skipped:,} inputs skipped, {self.bytes / 1e6:,.1f} MB in {self.seconds:.1f} s "
-                f"({self.bytes / 1e6 / self.seconds:.2f} MB/s)")
+                f"({self.bytes / 1e6 / max(self.seconds, 1e-9):.2f} MB/s)")
 
 
 @dataclass

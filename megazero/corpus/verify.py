@@ -50,6 +50,7 @@ def _tokens(dataset: IndexedDataset, sidecar: dict[str, Any] | None) -> Iterator
     """Tokens below 0, or beyond the vocabulary that the sidecar tells."""
     size = None if sidecar is None else sidecar["vocab_size"]
     if dataset.dtype.kind not in "iu":
+        yield f"{dataset.prefix}: holds {dataset.dtype}, which are no token ids; make it of ids."
         return
     for low in range(0, dataset.token_count, BLOCK):
         block = dataset.tokens[low:low + BLOCK]

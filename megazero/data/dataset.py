@@ -263,9 +263,9 @@ def parse_paths(words: Sequence[str], flag: str = "--data-path") -> tuple[list[s
     if len(words) % 2 or None in numbers:
         raise UserError(f"{flag} {' '.join(words)}: give a weight before every dataset, or before none.")
     weights = [number for number in numbers if number is not None]
-    wrong = [weight for weight in weights if not 0 < weight < float("inf")]
+    wrong = [weight for weight in weights if not 0 < weight < 1e100]
     if wrong:
-        raise UserError(f"{flag}: the weight {wrong[0]:g} is not a positive number; "
+        raise UserError(f"{flag}: the weight {wrong[0]:g} is not a positive number that adds up; "
                         "leave out a dataset that is not to be read.")
     if len(weights) > DENOMINATOR:
         raise UserError(f"{flag}: names {len(weights)} datasets, a blend takes at most {DENOMINATOR}; "
