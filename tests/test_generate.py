@@ -8,6 +8,7 @@ import pytest
 import torch
 from support import built, byte_dataset, named, tool, train
 
+from megazero.base.errors import UserError
 from megazero.data.tokenizers import build_tokenizer
 from megazero.run.generate import build_from_checkpoint, choose, generate, stream_text
 from megazero.state.checkpoint import Reader
@@ -79,6 +80,14 @@ def test_a_character_waits_for_its_bytes() -> None:
     assert "".join(stream_text(tokenizer, [], ids[:-2])) == "é\N{REPLACEMENT CHARACTER}"
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_weights_that_are_no_numbers_write_no_text(temperature: float, trained: Path) -> None:
+    decoder = build_from_checkpoint(Reader(trained))
+    next(iter(decoder.units.values())).weight_slice.fill_(float("nan"))
+    with pytest.raises(UserError, match=r"^--load: its model's scores are not finite; load another step with --ckpt-step\.$"):
+        next(generate(decoder, [1], 1, temperature))
+
+
 def test_the_tool(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = tool(monkeypatch, capsys, "generate.py", "--load", trained, "--prompt", "def ", "--max-new-tokens", 12)
     expected = bytes(generate(build_from_checkpoint(Reader(trained)), list(b"def "), 12)).decode()
@@ -89,6 +98,7 @@ def test_the_tool(trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     train(f"{mock} --train-iters 0 --save {tmp_path / 'mock'}")
     for wrong, sentence in (
         (("--load", tmp_path / "mock", "--prompt", "a"), "was trained without a tokenizer"), (("--load", trained), "--prompt is missing"),
+        (("--load", trained, "--prompt", "a\udcffb"), "--prompt 'a\\udcffb': is not UTF-8 text"),
         (("--load", trained, "--prompt", "a", "--temperature", -1), "--temperature -1: must be 0 or greater"),
         (("--load", trained, "--prompt", "a", "--top-k", 0, "--temperature", 1), "--top-k 0: must be at least 1"),
         (("--load", trained, "--prompt", "a", "--top-k", 3), "has no effect at temperature 0"),

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from megazero.base import UserError
+from megazero.data import is_text
 from megazero.run import build_from_checkpoint, generate, stream_text, tokenizer_of
 from megazero.settings import option, parse, run
 from megazero.state import Reader
@@ -28,6 +29,7 @@ class Generate:
 def checks(s: Generate) -> list[str]:
     """A sentence for each value that cannot be."""
     return [sentence for wrong, sentence in (
+        (not is_text(s.prompt), f"--prompt {s.prompt!r}: is not UTF-8 text; write it in UTF-8."),
         (s.max_new_tokens < 0, f"--max-new-tokens {s.max_new_tokens}: must be 0 or greater."),
         (not 0 <= s.temperature < float("inf"), f"--temperature {s.temperature:g}: must be 0 or greater."),
         (not 0 <= s.seed < 2**63, f"--seed {s.seed}: must be at least 0 and less than 2^63."),

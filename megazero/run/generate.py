@@ -66,14 +66,16 @@ def generate(
 ) -> Iterator[int]:
     """New tokens, one by one: the likeliest at temperature 0, else drawn from the `top_k` likeliest (None: all).
 
-    Ends before `stop`. Only the last `seq_length` tokens are looked at;
-    only ids below `vocab_size` are drawn (padding is not).
+    Ends before `stop`. Only the last `seq_length` tokens are looked at; only ids below `vocab_size` are drawn (padding
+    is not). Raises UserError for weights that give no scores.
     """
     device = next(iter(decoder.units.values())).weight_slice.device
     source, ids = torch.Generator().manual_seed(seed), list(prompt)
     for _ in range(max_new_tokens):
         window = torch.tensor([ids[-decoder.a.seq_length:]], device=device)
         likely = scores(decoder, hidden(decoder, window)[-1:])[0, :vocab_size]
+        if not likely.isfinite().all():
+            raise UserError("--load: its model's scores are not finite; load another step with --ckpt-step.")
         token = choose(likely.double().cpu(), temperature, top_k, source)
         if token == stop:
             return
