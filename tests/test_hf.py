@@ -219,6 +219,7 @@ DAMAGES: dict[str, tuple[Any, str]] = {
     "more layers": (lambda d: edit(d / "config.json", num_hidden_layers=3), r"has no model.layers.2.*which its config.json asks for"),
     "fewer layers": (lambda d: edit(d / "config.json", num_hidden_layers=1), "which its config.json does not mention"),
     "width": (lambda d: edit(d / "config.json", intermediate_size=81), "config.json asks for"),
+    "quantized": (lambda d: edit(d / "config.json", quantization_config={"quant_method": "x"}), "quantization_config is {'quant_method': 'x'}, this decoder has none"),
     "tied, but not equal": (lambda d: edit(d / "config.json", tie_word_embeddings=True), "holds lm_head.weight"),
 }
 

@@ -224,12 +224,14 @@ def test_a_begin_that_training_never_saw_is_not_put_before_texts(tmp_path: Path)
     made.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)])
     made.save(str(tmp_path / "tokenizer.json"))
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(
-        {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True, "chat_template": "kept"}))
+        {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "add_bos_token": True, "chat_template": "kept",
+         "auto_map": {"AutoTokenizer": ["theirs--code.Tokenizer", None]}}))
     (tmp_path / "special_tokens_map.json").write_text('{"bos_token": "<s>", "eos_token": "<s>"}')
     ours, theirs, without = exported("HuggingFaceTokenizer", f"--tokenizer-model {tmp_path}", tmp_path)
     assert without is None and theirs.bos_token == theirs.eos_token == "</s>" and theirs.chat_template == "kept"
     texts = [*TEXTS, *DOCS]
     assert theirs(texts)["input_ids"] == ours.encode_batch(texts)
+    assert "auto_map" not in json.loads((tmp_path / "hf" / "tokenizer_config.json").read_text())
 
 
 def test_a_tokenizer_json_that_adds_nothing_is_exported_byte_for_byte_and_found_again(tmp_path: Path) -> None:
@@ -243,6 +245,10 @@ def test_a_tokenizer_json_that_adds_nothing_is_exported_byte_for_byte_and_found_
     assert_same(ours, theirs, TEXTS, tmp_path)
     path = tmp_path / "hf" / "tokenizer_config.json"
     said = json.loads(path.read_text())
+    path.write_text(json.dumps({**said, "auto_map": {"AutoTokenizer": ["code.Tokenizer", None]}}))
+    assert same_tokenizer(import_folder(tmp_path / "hf", tmp_path / "kept")[1].identity(), ours.identity())
+    assert json.loads((tmp_path / "kept" / "tokenizer" / path.name).read_text()) == said, "all but the names of code"
+    load_tokenizer(Reader(tmp_path / "kept").index["tokenizer"], tmp_path / "kept" / "tokenizer")
     for wrong, sentence in ((3, "it is 3, not a mapping"), ({"type": "ByteTokenizer", "eod": 257}, "it is 257, not a whole number"),
                             ({"type": "ByteTokenizer"}, "it has no eod")):
         path.write_text(json.dumps({**said, "megazero_tokenizer": wrong}))

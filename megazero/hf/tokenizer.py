@@ -128,7 +128,7 @@ def _write_config(output: Path, ids: Mapping[str, Any], longest: int, tokenizer:
     ours = {"add_bos_token": tokenizer.bos is not None, "add_eos_token": False, "split_special_tokens": whole,
             OURS: {k: v for k, v in tokenizer.identity().items() if k != "files"}} if tokenizer else {}
     said = read_json(output / CONFIG) if (output / CONFIG).exists() else {}
-    kept = {k: v for k, v in said.items() if k not in ("bos_token", "eos_token")}
+    kept = {k: v for k, v in said.items() if k not in ("bos_token", "eos_token", "auto_map")}
     write_json(output / CONFIG, {
         **kept, "tokenizer_class": TOKENIZER_CLASS, **names, **({"unk_token": unknown} if unknown else {}),
         **ours, "clean_up_tokenization_spaces": False, "model_max_length": longest}, indent=2)
@@ -149,6 +149,11 @@ def import_tokenizer(folder: Path, output: Path) -> Tokenizer | None:
         (output / "tokenizer").mkdir()
         for name, path in tokenizer.files().items():
             shutil.copyfile(path, output / "tokenizer" / name)
+    kept = output / "tokenizer" / CONFIG
+    said = read_json(kept) if kept.exists() else {}
+    if "auto_map" in said:                                      # names code, which an export would ask to have run
+        write_json(kept, {k: v for k, v in said.items() if k != "auto_map"}, indent=2)
+        return _found(output / "tokenizer")
     return tokenizer
 
 

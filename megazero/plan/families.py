@@ -92,7 +92,8 @@ GPT2 = Family(
     fixed={"kv_heads": lambda v: v["heads"], "head_dim": lambda v: v["hidden"] // v["heads"],
            "seq_length": lambda v: v["learned_positions"], "rotary": None,
            "norm": "LayerNorm", "bias": True, "qkv_bias": True, "qk_norm": False},
-    only={"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False},
+    only={"scale_attn_weights": True, "scale_attn_by_inverse_layer_idx": False, "add_cross_attention": False,
+          "quantization_config": None},
     rows=(
         Row("transformer.wte.weight", ("embedding.weight",)), Row("transformer.wpe.weight", ("positions.weight",)),
         *norm_rows(f"{H}.ln_1", f"{AT}.norm"), *conv_rows(f"{H}.attn.c_attn", f"{AT}.q", f"{AT}.k", f"{AT}.v"),
@@ -115,7 +116,7 @@ LLAMA = Family(
         Field("attention_dropout", "attention_dropout", 0.0), Field("rope_parameters", "rotary"),
     ),
     fixed={"learned_positions": 0, "norm": "RMSNorm", "qk_norm": False, "hidden_dropout": 0.0},
-    only={"partial_rotary_factor": 1.0},
+    only={"partial_rotary_factor": 1.0, "quantization_config": None},
     rows=(
         Row("model.embed_tokens.weight", ("embedding.weight",)),
         Row(f"{LAYER}.input_layernorm.weight", (f"{AT}.norm.weight",)),
@@ -162,8 +163,8 @@ def _from_config(config: Mapping[str, Any]) -> tuple[Architecture, Family]:
     if family is None:
         raise UserError(f"config.json: model_type {_word(config.get('model_type'))} is not known here; "
                         f"there are {', '.join(FAMILIES)}.")
-    errors = [f"config.json: {k} is {said(config[k])}, this decoder has {v}; such a model cannot be imported."
-              for k, v in family.only.items() if config.get(k, v) != v]
+    errors = [f"config.json: {k} is {said(config[k])}, this decoder has {'none' if v is None else v}; "
+              "such a model cannot be imported." for k, v in family.only.items() if config.get(k, v) != v]
     values: dict[str, Any] = {"pad_rows": 128}
     for field in family.fields:
         value = _value(config, field, values, errors)
