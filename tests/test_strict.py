@@ -3,6 +3,7 @@
 import os
 import re
 from dataclasses import dataclass
+from numbers import Number
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ def test_only_regular_files_of_a_known_size_are_read(tmp_path: Path) -> None:
     assert load(tmp_path / "long.json") == {"a": "x" * 1000}
 
 
-FORM = {"step": range(2**62), "name?": re.compile("[a-z]+"), "files": {str: {"bytes": range(2**62)}}, "sizes": [int], "rate": (float, None),
+FORM = {"step": range(2**62), "name?": re.compile("[a-z]+"), "files": {str: {"bytes": range(2**62)}}, "sizes": [int], "rate": (float, None), "any?": (None, bool, Number, str),
         "more": (None, {"a": int})}
 GOOD = {"step": 3, "files": {"a": {"bytes": 4}}, "sizes": [1, -2], "rate": 1, "more": None}
 
@@ -79,6 +80,7 @@ GOOD = {"step": 3, "files": {"a": {"bytes": 4}}, "sizes": [1, -2], "rate": 1, "m
     "files={'b': {'bytes': 'x'}}": "files.b.bytes is 'x', not", "files={'b': {}}": "files.b has no bytes",
     "sizes=[1, None]": "sizes[1] is None, not a whole number", "sizes=3": "sizes is 3, not a list",
     "rate='x'": "rate is 'x', not a number or null", "rate=1e999": "rate is inf", "rate=True": "rate is True, not a number or null",
+    "any={}": "any is {}, not null or true or false or a number or a word",
     "rate=10**400": "rate is 1000", "files={'\\x1b[2J': {}}": r"files.\x1b[2J has no bytes", "more={'a': 'b'}": "more.a is 'b', not a whole number",
 }.items())
 def test_a_value_has_its_form_or_the_place_is_named(change: str, said: str) -> None:

@@ -7,6 +7,7 @@ import stat
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields
+from numbers import Number
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -222,5 +223,5 @@ def _words(form: Form) -> str:
         return f"a word like {form.pattern}"
     if isinstance(form, (list, Mapping)):
         return "a list" if isinstance(form, list) else "a mapping"
-    return {None: "null", int: "a whole number", float: "a number", str: "a word", bool: "true or false",
-            dict: "a mapping", list: "a list"}.get(form, "something else")
+    return {None: "null", int: "a whole number", float: "a number", Number: "a number", str: "a word",
+            bool: "true or false", dict: "a mapping", list: "a list"}.get(form, "something else")

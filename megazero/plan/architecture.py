@@ -94,11 +94,12 @@ def impossible(a: Architecture) -> Iterator[str]:
     if a.rotary and not (a.rotary.base > 0 and a.rotary.channels % 2 == 0 and a.rotary.channels <= a.head_dim):
         yield f"its heads of {a.head_dim} cannot turn {a.rotary.channels} channels on the base {a.rotary.base:g}"
     if a.rotary and a.rotary.scaling is not None and not _stretches(a.rotary.scaling):
-        yield "its rotary scaling is not a factor, a low and a higher frequency, and a length, all above 0"
+        yield "its rotary scaling is not a factor, a low and a higher frequency, and a whole length, all above 0"
 
 
 def _stretches(scaling: tuple[float, ...]) -> bool:
-    return len(scaling) == 4 and min(scaling) > 0 and scaling[1] < scaling[2]
+    return (len(scaling) == 4 and min(scaling) > 0 and scaling[1] < scaling[2]
+            and isinstance(scaling[3], int) and scaling[3] in SIZE)
 
 
 # ---- what a configuration says

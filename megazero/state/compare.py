@@ -105,7 +105,7 @@ def checkpoints(a: Reader, b: Reader, tolerance: float = 0.0) -> Iterator[Differ
     """Where two checkpoints differ: step and position, model, then tensor by tensor, with one tensor of each in memory.
     Where one of them holds weights alone, as a merged one does, the other's optimizer does not count."""
     weights_alone = {"weight"} in (a.kinds, b.kinds)
-    one, two = (r.index | {"architecture": asdict(r.architecture)} for r in (a, b))
+    one, two = (r.index | {"architecture": asdict(r.architecture), "progress": asdict(r.progress)} for r in (a, b))
     for key in ("step", "progress", "architecture", *(() if weights_alone else ("optimizer",))):
         yield from plain(key, one[key], two[key], 0.0)
     for which in sorted((k for k in {*a.shapes, *b.shapes} if k[0] == "weight" or not weights_alone), key=in_order):

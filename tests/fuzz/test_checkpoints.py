@@ -255,6 +255,7 @@ FORGED: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a step that another word contradicts": (words(step=3), "is of the steps 3, 0, 0 at once"),
     "heads that cannot share": (words(architecture__kv_heads=3), "its 2 heads cannot share 3 key-value heads"),
     "a rotation wider than a head": (words(architecture__rotary={"base": 1e4, "channels": 64}), "its heads of 4 cannot turn 64 channels"),
+    "a scaling of half a token": (words(architecture__rotary={"base": 1e4, "channels": 4, "scaling": [8.0, 1.0, 4.0, 8192.5]}), "rotary scaling is not .* a whole length"),
     "more steps applied than made": (words(progress__applied=7), "progress.step is 0, less than the steps that were applied"),
     "more samples than steps could read": (words(progress__samples=2**52), "progress.samples is 4,503,599,627,370,496 after 0 steps"),
     "a scale that is no number": (words(progress__loss_scale__value=float("nan")), "progress.loss_scale.value is nan, not a number"),
