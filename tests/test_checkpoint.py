@@ -4,6 +4,7 @@ import json
 import os
 import random
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -100,6 +101,15 @@ def test_keep_last_and_saving_a_step_again(tmp_path: Path) -> None:
     assert Reader(tmp_path).index["third"] and [s for s, _ in complete(tmp_path)] == [4, 5], "the last saved counts, however often"
     Writer(tmp_path, 1, False).save(slices, header(run, at(2)))
     assert [step for step, _ in complete(tmp_path)] == [2, 5], "what was just saved stays"
+
+
+def test_keep_last_removes_a_link_and_not_what_it_leads_to(tmp_path: Path) -> None:
+    theirs, folder = saved(tmp_path / "theirs"), tmp_path / "ours"
+    folder.mkdir()
+    (folder / theirs.name).symlink_to(theirs)
+    shutil.copytree(theirs, folder / f"{theirs.name}.1")
+    saving.prune(folder, 1)
+    assert (theirs / INDEX).exists() and [p.name for p in folder.iterdir()] == [f"{theirs.name}.1"]
 
 
 def test_a_run_does_not_start_before_checkpoints_that_are_there(tmp_path: Path) -> None:

@@ -207,3 +207,13 @@ def test_nothing_is_written_through_a_link(tmp_path: Path) -> None:
     (run / "tokenizer").symlink_to(tmp_path / "moved")
     with pytest.raises(UserError, match="the tokenizer's files cannot be written there .tokenizer is a link to elsewhere"):
         train(words.replace("--train-iters 1", "--train-iters 2") + f" --load {run}")
+
+
+def test_who_follows_waits_for_no_pipe_and_shows_no_terminal_what_it_obeys(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pid, process = dead()
+    left_by(tmp_path / "lease.json", process=process, pid=pid)
+    path = tmp_path / "lease.json"
+    path.write_text(path.read_text().replace("elsewhere", r"a\u001b[2Jb"))
+    os.mkfifo(tmp_path / "lease.json-after-0123abcd")
+    Lease(path, "--save x").close()
+    assert capsys.readouterr().out == f"--save x: taken over from run 0123abcd on a\\x1b[2Jb, process {pid}, which has ended\n"

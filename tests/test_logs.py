@@ -2,6 +2,7 @@
 
 import io
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -89,6 +90,37 @@ def test_a_log_goes_on_behind_the_step_it_resumes(tmp_path: Path) -> None:
     assert numbers(path) == [1, 2, 3, 2]
     metrics_log(tmp_path, 0).add({"step": 1})
     assert numbers(path) == [1] and numbers(tmp_path / "metrics-2.jsonl") == [1, 2, 3, 2]
+
+
+@pytest.mark.parametrize(("what", "resumed"), [("link", 0), ("link", 3), ("link", None), ("dangling", 0), ("dangling", 3), ("pipe", 3), ("pipe", None), ("aside", 3)])
+def test_a_log_is_a_file_of_its_own_folder(what: str, resumed: int | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Through a link a stranger's folder would have another file cut and written; a pipe would wait for ever."""
+    victim, path = tmp_path / "victim", tmp_path / "run" / "metrics.jsonl"
+    path.parent.mkdir()
+    if what in ("link", "dangling"):
+        path.symlink_to(victim)
+    elif what == "pipe":
+        os.mkfifo(path)
+    else:
+        path.write_text('{"step": 3}\n{"step": 4}\n')
+        path.with_name("metrics-1.jsonl").symlink_to(victim)
+    if what == "link":
+        victim.write_text('{"step": 9}\n')
+    log = metrics_log(path.parent, resumed)
+    log.add({"step": 4})
+    log.close()
+    assert (victim.read_text() if victim.exists() else None) == ('{"step": 9}\n' if what == "link" else None)
+    if what == "aside" or resumed == 0:
+        assert numbers(path)[-1] == 4 and "warning" not in capsys.readouterr().out
+    else:
+        assert f"warning: {path} cannot be written (" in capsys.readouterr().out
+
+
+def test_events_are_not_written_through_a_link(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "tensorboard").symlink_to("elsewhere")
+    board_log(tmp_path, 0).close()
+    assert not [*(tmp_path / "elsewhere").iterdir()] and "(tensorboard is a link to elsewhere)" in capsys.readouterr().out
 
 
 def curve(folder: Path, tag: str) -> list[tuple[int, float]]:

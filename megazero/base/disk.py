@@ -1,9 +1,11 @@
 """What is on the disk, whole or not there."""
 
+import errno
 import json
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,8 +32,12 @@ def opened(path: Path, mode: str) -> BinaryIO:
 
 
 def not_followed(name: str, flags: int) -> int:
-    """An opener of files that are no links."""
-    return os.open(name, flags | os.O_NOFOLLOW, 0o666)
+    """An opener of files that are no links, nor pipes, which would wait for ever."""
+    handle = os.open(name, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise OSError(errno.EINVAL, "is not a regular file", name)
+    return handle
 
 
 @contextmanager

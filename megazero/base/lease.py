@@ -18,8 +18,9 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
+from megazero.base.disk import not_followed
 from megazero.base.errors import UserError
-from megazero.base.strict import checked, loads, read_bytes
+from megazero.base.strict import checked, loads, printable, read_bytes
 from megazero.base.text import say
 
 BEAT, WATCH = 5.0, 30.0     # seconds
@@ -34,7 +35,7 @@ class Holder(NamedTuple):
     process: str            # boot, numbering of processes, start: a process as nothing else is ever named
 
     def __str__(self) -> str:
-        return f"run {self.run} on {self.host}, process {self.pid}"
+        return f"run {self.run} on {printable(self.host, 100)}, process {self.pid}"
 
 
 FORM = {"run": re.compile("[0-9a-f]{8}"), "host": str, "pid": range(2**31), "process": str}
@@ -94,7 +95,7 @@ class Lease:
         turn = self.path.with_name(f"{self.path.name}-after-{held.run}")        # one may follow a holder
         if not self._linked(turn):
             time.sleep(0.1)
-            if abs(time.time() - _touched(turn)) > WATCH:                            # who was about to follow has died
+            if abs(time.time() - _touched(turn)) > WATCH:                       # who was about to follow has died
                 turn.unlink(missing_ok=True)
             return False
         try:
@@ -128,7 +129,7 @@ class Lease:
             if self.path.is_symlink():
                 raise ValueError("is a link")
             text = read_bytes(self.path, 4096)
-            if not text and abs(time.time() - _touched(self.path)) < WATCH:          # somebody is about to write it
+            if not text and abs(time.time() - _touched(self.path)) < WATCH:     # somebody is about to write it
                 time.sleep(0.05)
                 return None
             return _holder(text)
@@ -212,7 +213,7 @@ def _holder(text: bytes) -> Holder:
 def _touched(path: Path) -> float:
     """When, by the file system's clock; it is opened, for NFS looks again then."""
     try:
-        with path.open("rb") as file:
+        with open(path, "rb", opener=not_followed) as file:
             return os.fstat(file.fileno()).st_mtime
     except OSError:
         return 0.0

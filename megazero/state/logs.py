@@ -5,6 +5,7 @@ record, behind what was surely there, so that nothing is torn and nothing stands
 begins and once when it is over.
 """
 
+import errno
 import io
 import json
 import os
@@ -110,15 +111,16 @@ def board_log(folder: Path, resumed: int | None) -> Log:
     if resumed is not None:
         head += framed(step=resumed + 1, session_log=SessionLog(status=SessionLog.START))
     name = f"events.out.tfevents.{time.time_ns() // 1000}.{socket.gethostname()}.{os.getpid()}"
-    return Log(folder / "tensorboard" / name, encode, head=head)
+    return Log(folder / "tensorboard" / name, encode, _own_folder, head)
 
 
 def continued(path: Path, resumed: int) -> None:
     """Cuts a file of lines behind the last line of step `resumed`, and keeps what was cut aside where there is room;
     moves all of it aside for a run that starts afresh."""
-    if not path.exists():
+    if not os.path.lexists(path):
         return
-    aside = next(p for n in range(1, 100_000) if not (p := path.with_name(f"metrics-{n}.jsonl")).exists())
+    names = (path.with_name(f"metrics-{n}.jsonl") for n in range(1, 100_000))
+    aside = next(p for p in names if not os.path.lexists(p))    # a link that leads nowhere yet is there, too
     if resumed == 0:
         path.rename(aside)
         return
@@ -132,9 +134,16 @@ def continued(path: Path, resumed: int) -> None:
         rest = file.read()
         if b"\n" in rest:                                       # more than a line that was torn
             with suppress(OSError):
-                aside.write_bytes(rest)
+                with opened(aside, "xb") as kept:
+                    kept.write(rest)
                 say(f"{path}: what it says beyond step {resumed:,} is kept in {aside.name}")
         file.truncate(end)
+
+
+def _own_folder(path: Path) -> None:
+    """Raises OSError where the folder of a file is a link: whoever laid it would choose where we write."""
+    if path.parent.is_symlink():
+        raise OSError(errno.ELOOP, f"{path.parent.name} is a link to elsewhere")
 
 
 def step_of(line: bytes) -> float:

@@ -226,5 +226,8 @@ def prune(folder: Path, keep_last: int | None, just_saved: Path | None = None) -
     kept = sorted(newest)[-keep_last:] if keep_last else sorted(newest)
     for step, path in found:
         if path != just_saved and (step not in kept or path != newest[step]):
-            (path / INDEX).unlink()
-            shutil.rmtree(path, ignore_errors=True)
+            if path.is_symlink():                               # the checkpoint is another's, the link alone is here
+                path.unlink()
+            else:
+                (path / INDEX).unlink()
+                shutil.rmtree(path, ignore_errors=True)
