@@ -8,7 +8,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Folders are floors, the lowest first, each with its files in order and its budget of lines. A file imports from lower folders, or from
 # files of its own folder that stand before it. A budget is what the folder may grow to before somebody thinks again.
 FLOORS: dict[str, tuple[int, str]] = {
-    "base": (600, "errors text dtypes disk strict lease"),
+    "base": (630, "errors text dtypes disk strict lease"),
     "pipeline": (750, "schedule timeline weighing split"),
     "settings": (750, "command_line config"),
     "plan": (2850, "rules devices layout mesh sizes progress action sums program verify architecture operations checks plan cost families show"),

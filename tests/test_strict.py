@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from megazero.base import load
+from megazero.base import inside, load
 from megazero.base.strict import checked, loads, made
 
 BAD: dict[str, tuple[str, str, str]] = {            # what -> (suffix, text, what is said)
@@ -67,6 +67,26 @@ def test_only_regular_files_of_a_known_size_are_read(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="has 1,009 bytes, more than 1,000"):
         load(tmp_path / "long.json", most=1000)
     assert load(tmp_path / "long.json") == {"a": "x" * 1000}
+
+
+def test_a_link_must_not_lead_out_of_its_folder(tmp_path: Path) -> None:
+    """But for the cache of Hugging Face, in which every file is a link to a blob of the same repository."""
+    revision, blobs = tmp_path / "models--a--b" / "snapshots" / "0123", tmp_path / "models--a--b" / "blobs"
+    revision.mkdir(parents=True)
+    blobs.mkdir()
+    (blobs / "cafe").write_text("{}")
+    (revision / "config.json").symlink_to("../../blobs/cafe")
+    (revision / "same.json").symlink_to("config.json")
+    (tmp_path / "plain.json").write_text("{}")
+    (tmp_path / "linked").symlink_to(revision)
+    for path in (revision / "config.json", revision / "same.json", tmp_path / "plain.json", tmp_path / "linked" / "config.json", tmp_path / "absent"):
+        assert inside(path) is path
+    (revision / "out.json").symlink_to(tmp_path / "plain.json")
+    (revision / "up.json").symlink_to("../../../plain.json")
+    (tmp_path / "out.json").symlink_to("/absent")
+    for path in (revision / "out.json", revision / "up.json", tmp_path / "out.json"):
+        with pytest.raises(ValueError, match="^is a link that leads out of its folder$"):
+            inside(path)
 
 
 FORM = {"step": range(2**62), "name?": re.compile("[a-z]+"), "files": {str: {"bytes": range(2**62)}}, "sizes": [int], "rate": (float, None), "any?": (None, bool, Number, str),

@@ -526,12 +526,15 @@ def test_a_pattern_that_cuts_nothing_and_a_size_without_pieces_are_sentences(tmp
     tracemalloc.stop()
 
 
-@pytest.mark.parametrize("kind", ["fifo", "folder", "endless", "text"])
+@pytest.mark.parametrize("kind", ["fifo", "folder", "text", "endless", "elsewhere"])
 def test_what_lies_beside_a_tokenizer_json_is_read_with_care(tmp_path: Path, kind: str) -> None:
     (tmp_path / "tokenizer.json").write_text(json.dumps(byte_level()))
     beside = tmp_path / "special_tokens_map.json"
-    {"fifo": lambda: os.mkfifo(beside), "folder": beside.mkdir, "endless": lambda: beside.symlink_to("/dev/zero"), "text": lambda: beside.write_text("a host")}[kind]()
-    with pytest.raises(UserError, match="special_tokens_map.json: is not valid JSON"):
+    {"fifo": lambda: os.mkfifo(beside), "folder": beside.mkdir, "text": lambda: beside.write_text("a host"),
+     "endless": lambda: beside.symlink_to("/dev/zero"), "elsewhere": lambda: beside.symlink_to(f"../{tmp_path.name}.json")}[kind]()
+    tmp_path.with_name(f"{tmp_path.name}.json").write_text("{}")
+    wrong = "is a link that leads out of its folder; put" if kind in ("endless", "elsewhere") else "is not valid JSON"
+    with pytest.raises(UserError, match=f"special_tokens_map.json: {wrong}"):
         build_tokenizer("HuggingFaceTokenizer", str(tmp_path))
 
 

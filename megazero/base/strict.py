@@ -2,6 +2,7 @@
 size that is known before it is read; and the form that what was read must have."""
 
 import json
+import os
 import re
 import stat
 import sys
@@ -31,6 +32,16 @@ def read_bytes(path: Path, most: int = LONGEST) -> bytes:
         raise ValueError(f"has {found.st_size:,} bytes, more than {most:,}")
     with path.open("rb") as file:
         return file.read(found.st_size)
+
+
+def inside(path: Path) -> Path:
+    """The path, if it is no link that leads out of its folder. Raises ValueError. In a cache of Hugging Face files are
+    links from snapshots/REVISION to the blobs of the same repository."""
+    home, target = Path(os.path.realpath(path.parent)), Path(os.path.realpath(path))
+    blobs = [above.with_name("blobs") for above in home.parents if above.name == "snapshots"]
+    if not (target.is_relative_to(home) or target.parent in blobs):
+        raise ValueError("is a link that leads out of its folder")
+    return path
 
 
 def load(path: Path, form: Form = dict, most: int = LONGEST, infinite: bool = False) -> Any:

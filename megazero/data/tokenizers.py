@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from megazero.base import UserError, checked, faults, loads, read_bytes, said
+from megazero.base import UserError, checked, faults, inside, loads, read_bytes, said
 from megazero.data.tokenizer_base import (
     END_OF_TEXT,
     IDENTITY,
@@ -204,8 +204,7 @@ class HuggingFaceTokenizer(_JsonTokenizer):
             words = loads(read_bytes(self._path))                       # the library takes a key that stands twice
             inner = library.Tokenizer.from_file(str(self._path))
             self._adopt(inner, [*_steps(words.get("normalizer")), *_steps(words.get("pre_tokenizer"))])
-        self._beside = {name: tokenizer_json("--tokenizer-model", path) for name, path in self.files().items()
-                        if path != self._path}
+        self._beside = {name: _beside(path) for name, path in self.files().items() if path != self._path}
         known = (self._inner.token_to_id(name) for name in self._names_of_the_end())
         self.eod = next((i for i in known if i is not None), None)
 
@@ -224,6 +223,14 @@ class HuggingFaceTokenizer(_JsonTokenizer):
     def files(self) -> dict[str, Path]:
         beside = {name: self._path.with_name(name) for name in ("tokenizer_config.json", "special_tokens_map.json")}
         return {"tokenizer.json": self._path} | {name: path for name, path in beside.items() if path.exists()}
+
+
+def _beside(path: Path) -> Any:
+    """What a file beside a tokenizer.json says. It is copied with it though nobody named it, so it must lie there."""
+    try:
+        return tokenizer_json("--tokenizer-model", inside(path))
+    except ValueError as error:
+        raise UserError(f"--tokenizer-model {path}: {error}; put the file itself there, or remove it.") from None
 
 
 class ByteTokenizer(Tokenizer):
