@@ -140,3 +140,12 @@ def test_damage_is_not_made_whole_and_floats_are_no_tokens(tmp_path: Path) -> No
     with IndexedWriter(tmp_path / "f", np.dtype("f8")) as writer:
         writer.add_document([np.ones(9)])
     assert [s for s in problems(str(tmp_path / "f")) if "holds float64, which are no token ids" in s]
+
+
+def test_show_names_what_a_tokenizer_does_not_have(tmp_path: Path) -> None:
+    for name, tokens in (("d", [5, 400]), ("e", [])):
+        with IndexedWriter(tmp_path / name, np.dtype("i4")) as writer:
+            if tokens:
+                writer.add_document([np.array(tokens)])
+    assert "document 0 holds token 400, which is no id of this ByteTokenizer" in tool("show", "--data-path", tmp_path / "d", "--document", 0, "--tokenizer-type", "ByteTokenizer", fails=True)
+    assert "has no documents" in tool("show", "--data-path", tmp_path / "e", "--document", 0, fails=True)

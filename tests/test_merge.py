@@ -20,6 +20,7 @@ from megazero.run.generate import build_from_checkpoint, logits
 from megazero.run.train import place
 from megazero.state import compare
 from megazero.state.checkpoint import Reader, find
+from megazero.state.compare import runs
 from megazero.state.merge import merge
 from megazero.state.record import restore
 from megazero.state.tensor_files import Stored
@@ -289,3 +290,11 @@ def test_what_the_tools_cannot_do_is_said(
     (tmp_path / "plain.jsonl").write_text('{"step": 1, "\\u001b[2J": 1, "b": "text"}\n')
     code, told, _ = tool(monkeypatch, capsys, "compare_runs.py", tmp_path / "odd.jsonl", tmp_path / "plain.jsonl")
     assert code == 1 and all(line.isprintable() for line in told.splitlines()) and r"\x1b[2J: nan against 1" in told
+
+
+def test_a_log_of_numbers_that_none_could_be_is_damaged(tmp_path: Path) -> None:
+    for name, loss in (("a", "1.5"), ("b", "1" + "0" * 400)):
+        (tmp_path / name).write_text(f'{{"step": 1, "loss": {loss}, "why": "\u2028"}}\n{{"step": 2, "loss": 1.0}}\n')
+    assert [*runs(tmp_path / "a", tmp_path / "a")] == []
+    with pytest.raises(UserError, match="b: line 1 is damaged"):
+        list(runs(tmp_path / "a", tmp_path / "b"))

@@ -167,7 +167,8 @@ def show(s: Show) -> None:
     dataset = IndexedDataset(s.data_path)
     number = s.document + dataset.document_count if s.document < 0 else s.document
     if not 0 <= number < dataset.document_count:
-        raise UserError(f"--document {s.document}: {s.data_path} has documents 0 to {dataset.document_count - 1}.")
+        there = f"documents 0 to {dataset.document_count - 1}" if dataset.document_count else "no documents"
+        raise UserError(f"--document {s.document}: {s.data_path} has {there}.")
     tokenizer = None
     if s.tokenizer_type is not None:
         tokenizer = build_tokenizer(s.tokenizer_type, s.tokenizer_model, s.vocab_file, s.merge_file, s.vocab_size,
@@ -175,6 +176,10 @@ def show(s: Show) -> None:
         check_sidecar(s.data_path, None, tokenizer.identity())
     tokens = dataset.document(number)
     shown = tokens[:s.tokens or None].tolist()
+    wrong = next((t for t in shown if tokenizer is not None and not 0 <= t < tokenizer.vocab_size), None)
+    if wrong is not None:
+        raise UserError(f"{s.data_path}: document {number} holds token {wrong}, which is no id of this "
+                        f"{s.tokenizer_type}; show it with the tokenizer it was made with.")
     more = f" (the first {len(shown):,} are shown)" if len(shown) < len(tokens) else ""
     print(f"document {number} of {s.data_path}: {len(tokens):,} tokens "
           f"from {dataset.document_token_boundaries(number):,} on{more}")

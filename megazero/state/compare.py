@@ -72,12 +72,14 @@ def log_lines(path: Path) -> dict[tuple[int, str], dict[str, Any]]:
     is forgotten. Raises UserError."""
     found: dict[tuple[int, str], dict[str, Any]] = {}
     try:
-        lines = read_bytes(path, LONGEST).decode().splitlines()
+        lines = read_bytes(path, LONGEST).decode().removesuffix("\n").split("\n")
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error}); give the metrics.jsonl of a run.") from None
     for number, line in enumerate(lines, 1):
         try:
             record = checked(loads(line, infinite=True), LINE)
+            if any(isinstance(value, int) and abs(value) >= 2**63 for value in record.values()):
+                raise ValueError("no number of a log")
             found[record["step"], record.get("split", "train")] = {k: v for k, v in record.items() if k not in TIMES}
         except ValueError:
             if number < len(lines):
