@@ -235,3 +235,10 @@ def test_the_tool(tmp_path: Path) -> None:
     assert texts(tmp_path / "deep" / "p_text_document") == ["hello"]
     ran = tool("--input", str(tmp_path / "a.txt"), "--output-prefix", "p", "--tokenizer-typ", "ByteTokenizer")
     assert ran.returncode == 2 and "error: --tokenizer-typ: no such flag" in ran.stderr
+
+
+def test_of_many_bad_lines_the_first_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "bad.jsonl").write_text("bad\n" * 500 + '{"text": "good"}\n')
+    report = preprocess(PreprocessSettings(input=(str(tmp_path / "bad.jsonl"),), output_prefix=str(tmp_path / "d"), tokenizer_type="ByteTokenizer"))[0]
+    told = capsys.readouterr().err
+    assert report.skipped == 500 and told.count("skipped ") == 101 and told.count("skipped more, which are counted") == 1

@@ -65,6 +65,7 @@ from megazero.data import (
 from megazero.settings import option
 
 SAVE_SECONDS = 10.0
+NAMED = 100                 # inputs that cannot be read and are named one by one
 NOTE: Form = {"job": str, "place": [COUNT], "skipped": COUNT, "bytes": COUNT, "seconds": float, "finished": bool,
               "written": {str: [(COUNT, [CRC])]}, "sum?": CRC}      # without a sum it is of a version before
 
@@ -260,7 +261,7 @@ def _write_all(
     with (tqdm(total=int(starts[-1]) or None, unit="B", unit_scale=True, disable=None, file=sys.stderr) as bar,
           closing(_encoded(settings, batches(read_chunks(sources, settings.json_keys, state.place)))) as encoded):
         for last, done in encoded:
-            _report_skipped(done.skipped, settings.strict)
+            _report_skipped(done.skipped, settings.strict, state.skipped)
             for key, writer in writers.items():
                 writer.add(done.tokens[key], done.lengths[key], done.sequences[key])
             state.skipped, state.bytes, state.place = (
@@ -318,11 +319,12 @@ def _encoded(
             pool.shutdown(cancel_futures=True)
 
 
-def _report_skipped(sentences: Sequence[str], strict: bool) -> None:
+def _report_skipped(sentences: Sequence[str], strict: bool, before: int) -> None:
+    """The first NAMED of a run are named, all are counted."""
     if sentences and strict:
         raise UserError(f"{sentences[0]}; repair it, or leave out --strict to skip it.")
-    for sentence in sentences:
-        tqdm.write(f"skipped {sentence}", file=sys.stderr)
+    for number, sentence in enumerate(sentences[:max(NAMED + 1 - before, 0)], before):
+        tqdm.write(f"skipped {sentence}" if number < NAMED else "skipped more, which are counted", file=sys.stderr)
 
 
 def _show(bar: Any, starts: np.ndarray, last: Chunk, state: State, tokens: int) -> None:
