@@ -27,7 +27,7 @@ setup(
         "data": ["pyarrow", "zstandard", "tiktoken"],
         "remote": ["fsspec"],
         "dev": ["pytest", "ruff", "mypy", "transformers", "safetensors", "types-PyYAML", "types-tqdm",
-                "pyarrow", "zstandard", "tiktoken", "fsspec", "ctranslate2"],
+                "pyarrow", "zstandard", "tiktoken", "fsspec", "ctranslate2", "accelerate", "peft", "diffusers"],
         "plot": ["matplotlib"],
     },
 )
