@@ -207,9 +207,9 @@ def interleaved(steps: Mapping[str, Callable[[], Any]], rounds: int,
 
 
 def compared(c: Any, kinds: Callable[[Any], Mapping[str, Callable[[], Step]]],
-             batches: Callable[[str], Sequence[Micro]]) -> None:
-    """The whole of a benchmark of several ranks. The first process launches the ranks and prints the table,
-    the others are ranks.
+             batches: Callable[[str], Sequence[Micro]]) -> dict[str, Any]:
+    """The whole of a benchmark of several ranks. The first process launches the ranks, prints the table and returns
+    what `in_turn` found; the others are ranks, and return nothing.
 
     `kinds` makes the steps to compare, the base first; `batches` is what this rank gets in a step of a kind. `c` has
     ranks, steps, memory, only and json.
@@ -218,7 +218,7 @@ def compared(c: Any, kinds: Callable[[Any], Mapping[str, Callable[[], Step]]],
         torch.set_num_threads(1)
         dist.init_process_group("gloo")
         tell(alone(c, kinds(c), batches) if c.only else in_turn(c, kinds(c), batches))
-        return
+        return {}
     figures = launched(c.ranks)
     names = list(figures["times"])
     memory = {name: launched(c.ranks, "--only", name) for name in ("nothing", *names)} if c.memory else {}
@@ -226,6 +226,7 @@ def compared(c: Any, kinds: Callable[[Any], Mapping[str, Callable[[], Step]]],
     if c.json:
         with open(c.json, "w", encoding="utf-8") as file:
             json.dump({"settings": vars(c), "torch": torch.__version__, "memory": memory, **figures}, file, indent=1)
+    return dict(figures)
 
 
 def alone(c: Any, kinds: Mapping[str, Callable[[], Step]], batches: Callable[[str], Sequence[Micro]]) -> int:
