@@ -70,6 +70,13 @@ def test_files_of_words(tmp_path: Path) -> None:
         path.write_text(text)
         with pytest.raises(UserError, match=f"--data-schedule {path}: {said}"):
             read_schedule(str(path), eight)
+    for line, words in (('0 "my #1 data/web"', ["my #1 data/web"]), ("0 my\\ #1\\ data a#b '#'  # none", ["my #1 data", "a#b", "#"]),
+                        ('\ufeff0 1 "a \\"# b" #"', ["1", 'a "# b'])):
+        path.write_text(line, encoding="utf-8")
+        assert read_schedule(str(path), eight) == [(0, words)]
+    path.write_text('0 "a # b\n')
+    with pytest.raises(UserError, match=r"cannot be cut into words \(No closing quotation\)"):
+        read_schedule(str(path), eight)
     (tmp_path / "words").write_text("0.7 a\n0.3 'b c'\n")
     data = config.from_command_line(["--data-args-path", str(tmp_path / "words")]).data
     assert stages_of(data, "train", eight) == (f"--data-args-path {tmp_path / 'words'}", [(0, ["0.7", "a", "0.3", "b c"])], True)

@@ -3,6 +3,7 @@
 import bz2
 import glob
 import gzip
+import hashlib
 import io
 import json
 import lzma
@@ -289,3 +290,40 @@ def test_a_deep_folder_is_walked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     Path("in/" + "a/" * 1100 + "x.txt").write_text("deep")
     assert read("in") == (["deep"], []) and read("in/**/*.txt") == (["deep"], [])
     subprocess.run(["rm", "-r", "in"], check=True)              # pytest's own way goes down by calls
+
+
+@pytest.mark.parametrize("end", PACKED)
+def test_lines_before_the_damage_of_a_compressed_file_are_read(tmp_path: Path, end: str) -> None:
+    every = [f"{i} {hashlib.sha256(str(i).encode()).hexdigest()}" for i in range(40_000)]
+    rows = [json.dumps({"text": text}).encode() + b"\n" for text in every]
+    whole = b"".join(PACKED[end](b"".join(rows[i:i + 4000])) for i in range(0, len(rows), 4000))
+    path = tmp_path / f"a.jsonl{end}"
+    for raw, least in ((whole[:len(whole) * 2 // 3], 24_000), (whole + b"garbage behind it", 40_000), (whole + b"\1", 40_000)):
+        path.write_bytes(raw)
+        texts, said = read(path)
+        assert texts == every[:len(texts)] and len(texts) >= least and len(said) == 1
+        assert said[0].startswith(f"{path}:{len(texts) + 1}: is damaged, nothing after this can be read (")
+
+
+@pytest.mark.parametrize("end", PACKED)
+def test_an_empty_compressed_file_holds_nothing(tmp_path: Path, end: str) -> None:
+    (tmp_path / f"a.jsonl{end}").write_bytes(b"")
+    (tmp_path / f"b.jsonl{end}").write_bytes(PACKED[end](b""))
+    assert read(tmp_path / f"a.jsonl{end}", tmp_path / f"b.jsonl{end}") == ([], [])
+
+
+@pytest.mark.parametrize("name", ["a.parquet.zst", "a.arrow.gz", "a.feather.xz", "a.ipc.bz2"])
+def test_a_table_compressed_as_a_whole_is_refused(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"anything")
+    with pytest.raises(UserError, match=f"{name}: a table is read at many places and cannot be compressed as a whole; unpack it first"):
+        read(tmp_path / name)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "a.txt", "a.arrow"])
+def test_what_is_said_where_nothing_could_be_read(tmp_path: Path, name: str) -> None:
+    pytest.importorskip("pyarrow")
+    (tmp_path / name).write_bytes(b"\xff\0 nothing of the kind\n")
+    with pytest.raises(UserError) as told:
+        preprocess(PreprocessSettings((str(tmp_path / name),), str(tmp_path / "d"), "ByteTokenizer"))
+    hint = "; a .json or .jsonl file must hold one object per line" if name == "a.jsonl" else ""
+    assert str(told.value) == f"--input {tmp_path / name}: nothing in it could be read (see above){hint}. Nothing was written."

@@ -125,3 +125,9 @@ def test_a_dataclass_is_made_of_fields_that_it_has() -> None:
     for values, said in (({"x": 1, "z": 2}, "the point has z, which is not known here"), ({"y": 1}, "the point has no x"), ({"x": "1"}, "the point.x is '1'")):
         with pytest.raises(ValueError, match=said):
             made(Point, values, form, "the point")
+
+
+@pytest.mark.parametrize(("end", "text"), [(".json", '{"a": 1}'), (".yaml", "a: 1"), (".toml", "a = 1")])
+def test_a_byte_order_mark_is_no_part_of_a_file(tmp_path: Path, end: str, text: str) -> None:
+    (tmp_path / f"x{end}").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    assert load(tmp_path / f"x{end}") == {"a": 1}

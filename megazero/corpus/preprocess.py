@@ -274,8 +274,10 @@ def _write_all(
                 saved = time.monotonic()
     state.seconds = before + time.monotonic() - began
     if state.skipped and not any(writer.document_count for writer in writers.values()):
-        raise UserError(f"--input {' '.join(settings.input)}: nothing in it could be read (see above); "
-                        "a .json or .jsonl file must hold one object per line. Nothing was written.")
+        hint = ("; a .json or .jsonl file must hold one object per line"
+                if any(source.kind == "lines" for source in sources) else "")
+        raise UserError(f"--input {' '.join(settings.input)}: nothing in it could be read (see above){hint}. "
+                        "Nothing was written.")
     state.finished, state.written = True, {key: writer.mark() for key, writer in writers.items()}
     if resumable:
         note()

@@ -23,7 +23,7 @@ import orjson
 
 from megazero.base import UserError
 from megazero.corpus.tables import Question, TableReader, strings
-from megazero.data import STDIN, Opened, expand, is_damage, line_of, suffix_of
+from megazero.data import STDIN, Opened, expand, is_damage, is_packed, line_of, suffix_of
 
 CHUNK = 1 << 18                 # bytes: a worker's round trip costs nothing, and a few of them keep all workers busy
 LONGEST = 1 << 30               # bytes of a document
@@ -69,6 +69,10 @@ def find_sources(
     """The files that the inputs name, folders walked in order of names. Raises UserError."""
     sources = [Input(file, _kind(file, is_folder, input_format))
                for name in inputs for files, is_folder in [_expanded(name)] for file in files]
+    packed = next((s.path for s in sources if s.kind not in READERS and is_packed(s.path)), None)
+    if packed:
+        raise UserError(f"--input {packed}: a table is read at many places and cannot be compressed as a whole; unpack "
+                        "it first, its columns are compressed within.")
     text = next((source.path for source in sources if source.kind in ("text", "blocks")), None)
     if text and "text" not in json_keys:
         raise UserError(f"--json-keys {' '.join(json_keys)}: {text} has no keys but text; "
@@ -147,15 +151,20 @@ def _pieces(
     some bytes begins; `ends`: does a line, blank or not, end it?"""
     with Opened(source.path) as file:
         file.skip(at.offset)
-        while raw := file.bytes.read(CHUNK):
-            cut, begun = last(raw), at
-            rest, size, lines = _rest(file.bytes, raw.endswith(b"\n"), ends, LONGEST - len(raw) + cut)
-            at = Place(at.source, at.offset + len(raw) + size, at.line + raw.count(b"\n") + lines)
+        while raw := file.some(CHUNK):
+            cut = last(raw)
+            before = Place(at.source, at.offset + cut, at.line + raw.count(b"\n", 0, cut))
+            whole = Chunk(source, at.line, raw[:cut], before, file.tell())
+            try:
+                rest, size, lines = _rest(file.bytes, raw.endswith(b"\n"), ends, LONGEST - len(raw) + cut)
+            except Exception:
+                yield whole                                     # what stands before it is not lost
+                raise
+            begun, at = at, Place(at.source, at.offset + len(raw) + size, at.line + raw.count(b"\n") + lines)
             if rest is not None:
                 yield Chunk(source, begun.line, raw + rest, at, file.tell())
                 continue
-            before = Place(at.source, begun.offset + cut, begun.line + raw.count(b"\n", 0, cut))
-            yield Chunk(source, begun.line, raw[:cut], before, file.tell())
+            yield whole
             yield Chunk(source, before.line, b"", at, file.tell(), _too_long())
 
 

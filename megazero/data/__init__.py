@@ -2,7 +2,7 @@
 
 from megazero.data.dataset import DatasetPart, Samples, SampleSource, open_split
 from megazero.data.files import (
-    STDIN, Damage, Opened, bytes_of, expand, is_damage, library, line_of, size_of, stamp_of, suffix_of)
+    STDIN, Damage, Opened, bytes_of, expand, is_damage, is_packed, library, line_of, size_of, stamp_of, suffix_of)
 from megazero.data.fim import FillInTheMiddle
 from megazero.data.indexed import BLOCK, COUNT, CRC, SUMMED, IndexedDataset, IndexedWriter, Written, alone, best_dtype
 from megazero.data.order import split_ranges

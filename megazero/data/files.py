@@ -7,7 +7,6 @@ told by their last suffix. A library that is not always there is imported by the
 import bz2
 import errno
 import glob
-import gzip
 import importlib
 import io
 import lzma
@@ -18,7 +17,7 @@ import sys
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -26,6 +25,7 @@ from megazero.base import LONGEST, UserError, printable, read_bytes
 
 STDIN = "-"
 PACKED = 1 << 10                # bytes that are unpacked at once: of a .zst they stand for 32 MiB at most
+UNPACKED = 1 << 20              # bytes that the others make of them at once
 UNPACKING = 1 << 29             # bytes of memory that an .xz may ask for; `xz -9` asks for 2^26
 
 
@@ -136,53 +136,65 @@ def _expand_remote(word: str) -> tuple[list[str], bool]:
 
 class _Frames(io.RawIOBase):
     """Compressed frames one after the other, unpacked a little at a time: some bytes may stand for gigabytes.
-    A file that was cut short is told; Zstandard's own reader takes it for a whole one."""
+    A file that was cut short, and what is no frame behind one, is told; the libraries' own readers take some for whole
+    ones. A file without a frame holds nothing."""
 
-    def __init__(self, file: BinaryIO, new: Callable[[], Any], padding: bytes = b"") -> None:
-        """`new` makes the decompressor of a frame; `padding` may follow one."""
-        self._new, self._padding = new, padding
-        self._file, self._frame, self._packed, self._ready = file, new(), b"", memoryview(b"")
+    def __init__(self, file: BinaryIO, new: Callable[[], Any], padding: bytes, *most: int) -> None:
+        """`new` makes the decompressor of a frame; `padding` may follow one. `most`: bytes unpacked at once, of one
+        that can be told."""
+        self._new, self._padding, self._most = new, padding, most
+        self._file, self._packed, self._ready = file, b"", memoryview(b"")
+        self._frame: Any = None
+        self._broken: Exception | None = None
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, into: Any) -> int:
-        while not self._ready:
-            self._packed = self._packed or self._file.read(PACKED)
-            if not self._packed:
-                return self._end()
-            if self._frame.eof:
-                self._packed = self._packed.lstrip(self._padding)
-                if not self._packed:
-                    continue
-                self._frame = self._new()
-            self._ready = memoryview(self._frame.decompress(self._packed))
-            self._packed = self._frame.unused_data if self._frame.eof else b""
+        if self._broken is not None:
+            raise self._broken
+        try:
+            while not self._ready and self._fed():
+                self._ready = memoryview(self._frame.decompress(self._packed, *self._most))
+                self._packed = self._frame.unused_data if self._frame.eof else getattr(
+                    self._frame, "unconsumed_tail", b"")
+        except Exception as error:
+            self._broken = error
+            raise
         count = min(len(into), len(self._ready))
         into[:count], self._ready = self._ready[:count], self._ready[count:]
         return count
 
-    def _end(self) -> int:
-        if not self._frame.eof:
-            raise EOFError("the file ends within a frame")
-        return 0
+    def _fed(self) -> bool:
+        """Packed bytes for a frame that waits for some; False at the end of the file."""
+        if self._frame is not None and not self._frame.eof:
+            if getattr(self._frame, "needs_input", True):       # else it has kept some of what it had
+                self._packed = self._packed or self._file.read(PACKED)
+                if not self._packed:
+                    raise EOFError("the file ends within a frame")
+            return True
+        while self._packed or (more := self._file.read(PACKED)):
+            self._packed = (self._packed or more).lstrip(b"" if self._frame is None else self._padding)
+            if self._packed:
+                self._frame = self._new()
+                return True
+        return False
 
 
-def _zstd(file: BinaryIO) -> BinaryIO:
-    zstandard = library("zstandard", "data", "a .zst file")
-    return io.BufferedReader(_Frames(file, zstandard.ZstdDecompressor().decompressobj), 1 << 17)
+def _zstd() -> Any:
+    return library("zstandard", "data", "a .zst file").ZstdDecompressor().decompressobj()
 
 
-def _xz(file: BinaryIO) -> BinaryIO:
-    return io.BufferedReader(_Frames(file, lambda: lzma.LZMADecompressor(memlimit=UNPACKING), b"\0"), 1 << 17)
+# what unpacks a frame, what may fill up the file behind one, and bytes to be unpacked at once
+COMPRESSIONS: Mapping[str, tuple[Any, ...]] = {
+    ".gz": (lambda: zlib.decompressobj(zlib.MAX_WBITS | 16), b"\0", UNPACKED),
+    ".bz2": (bz2.BZ2Decompressor, b"", UNPACKED),
+    ".xz": (lambda: lzma.LZMADecompressor(memlimit=UNPACKING), b"\0", UNPACKED),
+    ".zst": (_zstd, b"")}
 
 
-COMPRESSIONS: Mapping[str, Callable[[BinaryIO], BinaryIO]] = {
-    ".gz": lambda file: cast(BinaryIO, gzip.GzipFile(fileobj=file)),
-    ".bz2": lambda file: cast(BinaryIO, bz2.BZ2File(file)),
-    ".xz": _xz,
-    ".zst": _zstd,
-}
+def is_packed(path: str) -> bool:
+    return _pure(path).suffix in COMPRESSIONS
 
 
 def suffix_of(path: str) -> str:
@@ -208,12 +220,25 @@ class Opened:
             self._file = fs.open(there, "rb")
         else:
             self._file = open(path, "rb")                            # noqa: SIM115  (__exit__ closes it)
-        unpack = COMPRESSIONS.get(_pure(path).suffix)
-        self.bytes = unpack(self._file) if unpack else self._file
+        packed = COMPRESSIONS.get(_pure(path).suffix)
+        self.bytes = io.BufferedReader(_Frames(self._file, *packed), 1 << 17) if packed else self._file
         self._seekable = path != STDIN and self._file.seekable()
 
     def tell(self) -> int:
         return self._file.tell() if self._seekable else 0
+
+    def some(self, count: int) -> bytes:
+        """The next `count` bytes, fewer at the end, and before what is broken, which the next call tells."""
+        read = getattr(self.bytes, "read1", self.bytes.read)
+        parts: list[bytes] = []
+        try:
+            while count > 0 and (part := read(count)):
+                parts.append(part)
+                count -= len(part)
+        except Exception:
+            if not parts:
+                raise
+        return b"".join(parts)
 
     def skip(self, count: int) -> None:
         """To byte `count` of what is inside. Raises EOFError."""

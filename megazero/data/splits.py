@@ -13,6 +13,8 @@ from megazero.plan import Plan, Sizes
 from megazero.settings import Config, Data
 
 Stages = list[tuple[int, Sequence[str]]]        # (first sample, words of --data-path)
+SIGN = r"""\\.|"(?:\\.|[^"\\])*"|'[^']*'|[^\s"'\\#]"""       # a letter of a word, as a shell sees it
+WORDS = re.compile(rf"(?:\s*(?:{SIGN})(?:{SIGN}|#)*)*\s*")      # up to a comment
 
 
 def samples(plan: Plan, which: str, tokenizer: Tokenizer | None) -> SampleSource:
@@ -87,8 +89,10 @@ def _words(flag: str, path: str) -> list[str]:
 
 def _cut(flag: str, path: str, line: str) -> list[str]:
     """The words of a line; a word that begins with # begins a comment. Raises UserError."""
+    words = WORDS.match(line)
+    assert words is not None, "none are enough"
     try:
-        return shlex.split(re.sub(r"(^|\s)#.*", "", line))
+        return shlex.split(words[0] if line[words.end():].startswith("#") else line)
     except ValueError as error:
         raise UserError(f"{flag} {path}: cannot be cut into words ({error}) at {line.strip()!r}; "
                         "quote a path with such a sign.") from None
@@ -96,7 +100,7 @@ def _cut(flag: str, path: str, line: str) -> list[str]:
 
 def _text(flag: str, path: str) -> str:
     try:
-        return read_bytes(Path(path)).decode()
+        return read_bytes(Path(path)).decode("utf-8-sig")
     except UnicodeDecodeError:
         raise UserError(f"{flag} {path}: cannot be read (is not UTF-8).") from None
     except (OSError, ValueError) as error:
