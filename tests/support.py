@@ -88,7 +88,7 @@ def stepping(run: Run, given: Callable[[int, int], Sequence[Batch]] | None = Non
 
 def kept(run: Run, unit: Unit) -> dict[str, torch.Tensor]:
     """What a checkpoint holds of a unit."""
-    return record.buffers(unit, run.updater.state)
+    return record.buffers_of(unit, run.updater.state)
 
 
 def load(run: Run, reader: Reader) -> Progress:

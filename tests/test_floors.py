@@ -17,10 +17,10 @@ FLOORS: dict[str, tuple[int, str]] = {
     "model": (750, "products ops attention decoder"),
     "data": (2800, "files indexed order tokenizer_base tokenizer_words tokenizer_tiktoken tokenizers sidecar megatron_order dataset fim splits"),
     "corpus": (1200, "tables sources verify edit preprocess"),
-    "state": (1300, "tensor_files checkpoint saving merge compare record logs"),
-    "hf": (500, "files tokenizer convert"),
+    "state": (1350, "tensor_files checkpoint saving merge compare record logs"),
+    "hf": (520, "files tokenizer convert"),
     "run": (1400, "executor metrics run feed step loop failures train launch generate"),
-    "engine": (2550, "hidden keys words rates blocks groups hooks passes engine optimizers monitor deepspeed_engine initialize"),
+    "engine": (3450, "hidden keys words rates values blocks groups hooks passes engine optimizers checkpoints monitor deepspeed_engine initialize"),
 }
 PURE = ("base", "pipeline", "settings", "plan")             # no device, no process
 SPINE = 3900                            # lines that a newcomer reads in an afternoon

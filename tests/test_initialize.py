@@ -365,8 +365,8 @@ def test_other_names_are_the_modules_or_told() -> None:
     e = small()[0]
     e.module.colour = "red"
     assert e.colour == "red" and e.train_micro_batch_size_per_gpu() == 4 and e.config is SMALL and not e.eval().module.training
-    with pytest.raises(AttributeError, match="engine.save_checkpoint: is not here yet"):
-        e.save_checkpoint("x")
+    with pytest.raises(AttributeError, match="engine.train_batch: is not here yet"):
+        e.train_batch()
     assert not hasattr(e, "nothing")
     with pytest.raises(UserError, match=r"optimizer.step\(\): the engine changes the weights; write engine.step"):
         e.optimizer.step()

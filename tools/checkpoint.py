@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from megazero.base import Bar
 from megazero.settings import commands, option, run
-from megazero.state import CODES, Reader, check, checkpoints, merge, report
+from megazero.state import OF_DTYPE, Reader, check, checkpoints, merge, report
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def inspect(s: Inspect) -> None:
     width = max(len(name) for name in names)
     for name in names:
         held = {kind: parts for (kind, n), parts in reader.tensors.items() if n == name}
-        kinds = [f"{kind} {CODES[reader.dtype(kind, name)]}" + (f" in {len(parts)} boxes" if len(parts) > 1 else "")
+        kinds = [f"{kind} {OF_DTYPE[reader.dtype(kind, name)]}" + (f" in {len(parts)} boxes" if len(parts) > 1 else "")
                  for kind, parts in held.items()]
         print(f"{name:<{width}}  {list(reader.shapes[next(iter(held)), name])!s:<16} {', '.join(kinds)}")
     weights = sum(prod(shape) for (kind, _), shape in reader.shapes.items() if kind == "weight")

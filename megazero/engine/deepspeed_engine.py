@@ -1,5 +1,7 @@
 """An engine in DeepSpeed's words: what scripts written for it call."""
 
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -7,16 +9,16 @@ from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, SequentialSampler
 
 from megazero.base import UserError, say
+from megazero.engine.checkpoints import LOAD, buffers, load_state, save_state, save_weights, whole_weights
 from megazero.engine.engine import Engine
 from megazero.engine.monitor import Monitor
 from megazero.engine.optimizers import ZeroOptimizer
 from megazero.engine.words import Meaning
 
 Tensor = torch.Tensor
+EMPTY: Mapping[str, Any] = {}
 # DeepSpeed's names that are not here yet: no attribute of the module is meant
-ABSENT = ("save_checkpoint", "load_checkpoint", "save_16bit_model", "save_fp16_model", "module_state_dict",
-          "load_module_state_dict", "offload_states", "reload_states", "coalesce_grad_reduction", "train_batch",
-          "eval_batch", "empty_partition_cache")
+ABSENT = ("coalesce_grad_reduction", "train_batch", "eval_batch", "empty_partition_cache")
 
 
 class DeepSpeedEngine(nn.Module):
@@ -102,6 +104,86 @@ class DeepSpeedEngine(nn.Module):
         if self.core.sums.over or self.core.boundary is not None:
             return self.core.is_gradient_accumulation_boundary()
         return self._before + 1 >= self.gradient_accumulation_steps()
+
+    # ---- checkpoints: all ranks together
+
+    def save_checkpoint(self, save_dir: str | Path, tag: str | None = None, client_state: Mapping[str, Any] = EMPTY,
+                        save_latest: bool = True, exclude_frozen_parameters: bool = False) -> bool:
+        """Saves to save_dir/tag (default: global_step<N>), see checkpoints.py; True. Raises UserError."""
+        state = getattr(self.lr_scheduler, "state_dict", lambda: None)()
+        training = {"scheduler": state, "samples": self.global_samples, "micro": self.micro_steps}
+        save_state(self.core, self.optimizer, Path(save_dir), tag, training, client_state or {},
+             not exclude_frozen_parameters, save_latest)
+        return True
+
+    def load_checkpoint(self, load_dir: str | Path, tag: str | None = None, load_module_strict: bool = True,
+                        load_optimizer_states: bool = True, load_lr_scheduler_states: bool = True,
+                        load_module_only: bool = False, custom_load_fn: Any = None
+                        ) -> tuple[str | None, dict[str, Any]]:
+        """Loads what any number of ranks saved at any level, by default the tag saved last: (its folder, client_state),
+        or (None, {}) if there is none. Raises UserError; then nothing has changed."""
+        if custom_load_fn is not None:
+            raise UserError(f"{LOAD}: custom_load_fn is given; load such files yourself, with load_module_state_dict.")
+        found = load_state(self.core, self.optimizer, Path(load_dir), tag, load_module_strict, load_optimizer_states,
+                     load_module_only)
+        if found is None:
+            self._say(f"{LOAD} {load_dir}: holds no checkpoint; going on as it is")
+            return None, {}
+        path, training, client = found
+        if training:
+            self.global_samples, self.micro_steps = training["samples"], training["micro"]
+            if load_lr_scheduler_states and self.lr_scheduler is not None and training["scheduler"] is not None:
+                self.lr_scheduler.load_state_dict(training["scheduler"])
+        self._say(f"loaded {path}")
+        return str(path), client
+
+    def save_16bit_model(self, save_dir: str | Path, save_filename: str = "model.safetensors",
+                         exclude_frozen_parameters: bool = False) -> bool:
+        """Weights of the dtype that the module computes in, as from_pretrained reads them; True. Raises UserError."""
+        name = save_filename
+        if not name.endswith(".safetensors"):
+            name = "model.safetensors"
+            self._say(f"save_16bit_model: {save_filename} would be pickled; {name} is written instead")
+        save_weights(self.core, Path(save_dir), name, not exclude_frozen_parameters)
+        return True
+
+    save_fp16_model = save_16bit_model
+
+    def zero_gather_16bit_weights_on_model_save(self) -> bool:
+        return self.meaning.gathers
+
+    def _zero3_consolidated_16bit_state_dict(self, exclude_frozen_parameters: bool = False) -> dict[str, Tensor] | None:
+        """The whole state_dict on the host of rank 0, block by block; None on the others."""
+        first = self.global_rank == 0
+        found = {name: t.cpu().clone() for name, t in whole_weights(self.core, not exclude_frozen_parameters) if first}
+        return found | buffers(self.module) if first else None
+
+    def module_state_dict(self, destination: Any = None, prefix: str = "", keep_vars: bool = False,
+                          exclude_frozen_parameters: bool = False) -> dict[str, Tensor]:
+        """The module's own, whole, on every rank."""
+        found = self.module.state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
+        still = {prefix + n for n, p in self.module.named_parameters() if not p.requires_grad}
+        return {n: t for n, t in found.items() if not (exclude_frozen_parameters and n in still)}
+
+    def load_module_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, custom_load_fn: Any = None,
+                               fetch_z3_params: bool = False) -> None:
+        """Every rank gives all of it."""
+        if custom_load_fn is not None:
+            custom_load_fn(src=state_dict, dst=self.module)
+            return
+        self.module.load_state_dict(state_dict, strict=strict)
+
+    def offload_states(self, *_: Any, device: Any = "cpu", **__: Any) -> None:
+        """State lies on the host already where the ranks are CPUs. Raises UserError elsewhere."""
+        if self.device.type != "cpu" or str(getattr(device, "value", device)) != "cpu":
+            raise UserError(f"offload_states: from {self.device} to {device} is not here yet; leave it out.")
+
+    def reload_states(self, non_blocking: bool = False) -> None:
+        """What `offload_states` moved comes back."""
+
+    def _say(self, words: str) -> None:
+        if self.global_rank == 0:
+            say(words)
 
     # ---- sizes
 

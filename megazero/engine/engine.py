@@ -35,7 +35,7 @@ from megazero.engine.blocks import (
 from megazero.engine.groups import grouped
 from megazero.engine.hooks import Hook, running
 from megazero.engine.passes import Passes, weighed
-from megazero.plan import Action, LossScale, Zero, ending
+from megazero.plan import Action, LossScale, Progress, Zero, ending
 from megazero.settings import Optimization
 from megazero.units import TORCH_DTYPE, Buffers, Gate, Ruling, Sharing, UnitActions, Updater, Verdict, later
 
@@ -250,6 +250,38 @@ class Engine(Passes):
         if not self.applied and self.wires.rank == 0:
             say(f"step {self.steps:,} skipped: its loss or a gradient is not finite; nothing was changed, "
                 f"loss scale {self.scale.value:g}")
+
+    def resume(self, progress: Progress | None, moments: bool) -> None:
+        """Weights came from elsewhere, and if told moments: a step begins, with a progress the one that follows it."""
+        if progress is not None:
+            self.steps, self.skipped, self.scale = progress.step, progress.step - progress.applied, progress.loss_scale
+            self.verdict, self.found_inf, self.applied = None, None, False
+        if progress is not None and moments:
+            self.updater.set_steps(progress.applied)
+        self._renew()
+
+    def moments(self) -> Iterator[tuple[nn.Parameter, dict[str, Tensor]]]:
+        """Of each parameter that is trained what the optimizer keeps, whole, on all ranks together."""
+        for block in self.all:
+            for unit in [block.trained] if block.trained else []:
+                unit.updated()
+                whole = {m: unit.sharing.shard.all_gather(own, about=unit.flat.name).wait()
+                         for m, own in self.updater.state[unit.flat.name].items()}
+                for p, w, shape in block.views:
+                    if w.unit is unit:
+                        yield p, {m: t[w.operand.start:w.operand.stop].view(shape).clone() for m, t in whole.items()}
+
+    def set_moments(self, given: Mapping[nn.Parameter, Mapping[str, Tensor]]) -> None:
+        """Turned round; every rank gives all of them. Those that are not given stay."""
+        for block in self.all:
+            for p, w, _ in block.views if block.trained else ():
+                a, b = (min(max(at, w.unit.low), w.unit.high) for at in (w.operand.start, w.operand.stop))
+                for m, own in self.updater.state[w.unit.flat.name].items() if p in given and w.unit.trained else ():
+                    start = w.operand.start
+                    own[a - w.unit.low:b - w.unit.low] = given[p][m].flatten()[a - start:b - start]
+        steps = [float(own["step"]) for own in given.values() if "step" in own]
+        if steps:
+            self.updater.set_steps(int(max(steps)))
 
     # ---- what fails
 

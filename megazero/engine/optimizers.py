@@ -38,12 +38,24 @@ class ZeroOptimizer(torch.optim.Optimizer):
         self.core.zero_grad(set_to_none)
 
     def state_dict(self) -> dict[str, Any]:
-        raise UserError("optimizer.state_dict(): moments lie in slices on all ranks, and engines write no checkpoints "
-                        "yet; leave it out.")
+        """torch's, with whole moments on every rank; all ranks call it. engine.save_checkpoint needs no such memory."""
+        number = {p: i for i, p in enumerate(p for group in self.param_groups for p in group["params"])}
+        state = {number[p]: {"step": torch.tensor(float(self.core.global_steps - self.core.skipped_steps)), **own}
+                 for p, own in self.core.moments() if p in number}
+        return {"state": state, "param_groups": [{**group, "params": [number[p] for p in group["params"]]}
+                                                 for group in self.param_groups]}
 
     def load_state_dict(self, state_dict: Any) -> None:
-        raise UserError("optimizer.load_state_dict(): moments lie in slices on all ranks, and engines read no "
-                        "checkpoints yet; leave it out.")
+        """What `state_dict` gave, on every rank. Raises UserError."""
+        given, own = state_dict["param_groups"], self.param_groups
+        if [len(g["params"]) for g in given] != [len(g["params"]) for g in own]:
+            raise UserError(f"optimizer.load_state_dict: has groups of {[len(g['params']) for g in given]} parameters, "
+                            f"there are {[len(g['params']) for g in own]} now; give the same groups.")
+        number = {p: i for now, then in zip(own, given, strict=True)
+                  for p, i in zip(now["params"], then["params"], strict=True)}
+        self.core.set_moments({p: state_dict["state"][i] for p, i in number.items() if i in state_dict["state"]})
+        for now, then in zip(own, given, strict=True):
+            now.update({key: value for key, value in then.items() if key != "params"})
 
     @property
     def loss_scale(self) -> float:

@@ -191,6 +191,7 @@ class Meaning:
     optimizer   rule and options of groups that say none; None without an optimizer
     schedule    type and parameters; None without one
     board, tables       folders for TensorBoard, and for tables of the same curves; None without
+    gathers     trainers may ask for whole weights at level 3
     told        what people should know at start, a line each
     """
 
@@ -210,6 +211,7 @@ class Meaning:
     board: Path | None
     tables: Path | None
     drop_last: bool
+    gathers: bool
     told: tuple[str, ...]
 
 
@@ -233,7 +235,9 @@ def meaning(given: Any, world: int, cuda: bool) -> Meaning:
         dtype="fp16" if v["fp16.enabled"] else "bf16" if v["bf16.enabled"] else "",
         scale=_scale(v), clip=v["gradient_clipping"], optimizer=_optimizer(v), schedule=_schedule(v),
         print_every=v["steps_per_print"], board=_folder(v, "tensorboard"), tables=_folder(v, "csv_monitor"),
-        drop_last=v["dataloader_drop_last"], told=tuple(_told(words, judged)))
+        drop_last=v["dataloader_drop_last"],
+        gathers=any(v[f"{zero}stage3_gather_{kind}_weights_on_model_save"] for kind in ("16bit", "fp16")),
+        told=tuple(_told(words, judged)))
 
 
 def batch_of(v: Values, world: int) -> tuple[int, int, int]:

@@ -32,6 +32,7 @@ def build_from_checkpoint(reader: Reader, dtype: str = "fp32", device: torch.dev
 
 def tokenizer_of(reader: Reader) -> Tokenizer:
     """The tokenizer kept beside a checkpoint. Raises UserError where there is none."""
+    assert reader.architecture, "else it raises: a module has none"
     identity = reader.index["tokenizer"]
     if identity is None:
         raise UserError(f"--load {reader.folder}: was trained without a tokenizer (mock data, or --vocab-size alone), "

@@ -24,19 +24,22 @@ from typing import Any
 
 import torch
 
-from megazero.base import Form, UserError, checked, load, loads, said
+from megazero.base import Form, UserError, checked, load, loads, read_bytes, said
 from megazero.data import IDENTITY
-from megazero.plan import Box, Flat, Parameter, Piece, architecture_of, intersect, progress_of, tiles
-from megazero.state.tensor_files import CODES, Stored, checksums, contents, header_of
+from megazero.plan import Architecture, Box, Flat, Parameter, Piece, architecture_of, intersect, progress_of, tiles
+from megazero.state.tensor_files import CODES, READABLE, Stored, checksums, contents, header_of
 
 FORMAT, VERSION, INDEX = "megazero-checkpoint", 2, "index.json"
+MODEL = {"weight", "buffer"}             # kinds that are the model's; the others are how it is trained
+DRAFT, BEFORE, LATEST = "draft-", "before-", "latest"    # not complete yet; to be replaced by one of its tag; its note
+TAG = re.compile(r"(?!draft-|before-)\w[\w.+=-]{0,199}")
 STEP, FILE = re.compile(r"^step-(\d+)(?:\.\d+)?$"), re.compile(r"rank-\d{5,9}\.safetensors")
 CRC, COUNT = range(2**32), range(2**53)
 WORD, PLAIN = re.compile(r"\w{1,60}"), (None, bool, Number, str)
 WORDS: Form = {                         # of an index; about architecture and progress plan/ knows more
     "step": COUNT, "progress": dict, "config": {str: (*PLAIN, [PLAIN])}, "optimizer": (None, WORD),
-    "architecture": dict, "layout": {str: COUNT}, "tokenizer": (None, IDENTITY), "family?": (None, WORD),
-    "special_ids?": dict, "files": {str: {"bytes": COUNT, "header_crc32": CRC}}}
+    "architecture": (None, dict), "layout": {str: COUNT}, "tokenizer": (None, IDENTITY), "family?": (None, WORD),
+    "special_ids?": dict, "module?": dict, "files": {str: {"bytes": COUNT, "header_crc32": CRC}}}
 SIZES = [range(1, 2**53)]
 BOXES: Form = {str: {"kind": WORD, "name": re.compile(r"[\w.:+/-]{1,500}"), "full": SIZES, "offset": [COUNT],
                      "size": SIZES, "crc32": list}}
@@ -101,6 +104,25 @@ def complete(folder: Path) -> list[tuple[int, Path]]:
     return [(step, path) for step, _, path in sorted(found)]
 
 
+def tagged(folder: Path) -> dict[str, Path]:
+    """The complete checkpoints of an engine, by tag. One whose successor was about to take its name stands for it."""
+    found = [path for path in folder.iterdir() if os.path.isfile(path / INDEX)] if os.path.isdir(folder) else []
+    return ({path.name.removeprefix(BEFORE): path for path in found if path.name.startswith(BEFORE)}
+            | {path.name: path for path in found if not path.name.startswith((BEFORE, DRAFT))})
+
+
+def newest(folder: Path) -> str | None:
+    """The tag that an engine saved last, as it noted. Raises UserError."""
+    try:
+        words = read_bytes(folder / LATEST, 1000).decode().strip()
+        return str(checked(words, TAG, "the tag in it"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder / LATEST}: cannot be read ({getattr(error, 'strerror', None) or error}); name a tag, "
+                        "or write one into it.") from None
+
+
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
@@ -131,7 +153,7 @@ class Reader:
     def __init__(self, folder: str | Path, step: int | None = None, flag: str = "--load") -> None:
         self.folder = find(Path(folder), step, flag)
         self.index = self._words()
-        self.architecture = architecture_of(self.index["architecture"])
+        self._architecture = None if self.of_module else architecture_of(self.index["architecture"])
         self.tensors: dict[tuple[str, str], list[StoredBox]] = {}
         self.shapes: dict[tuple[str, str], tuple[int, ...]] = {}
         for name, known in self.index["files"].items():
@@ -195,7 +217,8 @@ class Reader:
         if not len(full) == len(box.offset) == len(box.size) or any(
                 o + n > f for o, n, f in zip(*box, full, strict=True)):
             raise ValueError(f"the box of {said(stored.name)} is not inside its tensor")
-        if box.size != stored.shape or stored.name != key_of(*which, full, box) or stored.dtype not in CODES:
+        if box.size != stored.shape or stored.name != key_of(*which, full, box) or stored.dtype not in (
+                CODES if which[0] == "weight" else READABLE.values()):
             raise ValueError(f"{said(stored.name)} is not what its box says")
         sums = b["crc32"]                                       # a million of them may be: no form, a quick look
         if len(sums) != ceil(box.size[0] / stored.run) or not all(type(c) is int and 0 <= c < 2**32 for c in sums):
@@ -214,7 +237,7 @@ class Reader:
             if len(parts) > 1 and not tiles(full, [part.box for part in parts]):
                 raise self._bad(self.folder, f"holds elements of {kind}/{name} twice")
         weights = sum(kind == "weight" for kind, _ in self.shapes)
-        if self.architecture.layers > weights:
+        if self._architecture is not None and self.architecture.layers > weights:
             raise self._bad(self.folder / INDEX, f"cannot be: {self.architecture.layers:,} layers of {weights} weights")
 
     def _bad(self, path: Path, what: str) -> UserError:
@@ -224,6 +247,19 @@ class Reader:
         """What to do instead: the newest other checkpoint."""
         steps = [step for step, path in complete(self.folder.parent) if path != self.folder]
         return f"load another with --ckpt-step {steps[-1]}" if steps else "there is no other checkpoint beside it"
+
+    @property
+    def of_module(self) -> bool:
+        """Was it an engine that saved a module of somebody's own, and not a run that saved our decoder?"""
+        return self.index["architecture"] is None
+
+    @property
+    def architecture(self) -> Architecture:
+        """Raises UserError where a module of somebody's own was saved."""
+        if self._architecture is None:
+            raise UserError(f"{self.folder}: holds a module that megazero.initialize trained, whose own code alone "
+                            "knows what it computes; load it with engine.load_checkpoint.")
+        return self._architecture
 
     @property
     def kinds(self) -> set[str]:
@@ -283,16 +319,29 @@ def find(folder: Path, step: int | None, flag: str = "--load") -> Path:
         raise UserError(f"{flag} {folder}: there is no such folder.")
     found = dict(complete(folder))
     if not found:
-        raise UserError(f"{flag} {folder}: holds no complete checkpoint.")
+        return _by_tag(folder, step, flag)
     if step is not None and step not in found:
         raise UserError(f"--ckpt-step {step}: {folder} holds steps {', '.join(map(str, found))}.")
     return found[max(found) if step is None else step]
 
 
-def fill(reader: Reader, flat: Flat, low: int, buffers: Mapping[str, Tensor]) -> None:
-    """Reads what a unit's buffers hold (see `held`), whatever layout wrote it."""
+def _by_tag(folder: Path, step: int | None, flag: str) -> Path:
+    """The same of an engine's folder, whose last tag is the newest, and whose own tags tell steps."""
+    tags = tagged(folder)
+    tag = newest(folder) if step is None else f"global_step{step}"
+    if not tags:
+        raise UserError(f"{flag} {folder}: holds no complete checkpoint.")
+    if tag not in tags:
+        raise UserError(f"{flag} {folder}: holds {', '.join(sorted(tags))}, and "
+                        f"{'no file latest that names one' if tag is None else f'not {tag}'}; name the folder of one.")
+    return tags[tag]
+
+
+def fill(reader: Reader, flat: Flat, low: int, buffers: Mapping[str, Tensor], lenient: bool = False) -> None:
+    """Reads what a unit's buffers hold (see `held`), whatever layout wrote it; if `lenient`, what there is of it."""
     for _, slice_ in held(flat, low, buffers):
-        slice_.tensor.copy_(reader.read(slice_.kind, slice_.name, slice_.box))
+        if not lenient or reader.shapes.get((slice_.kind, slice_.name)) == slice_.full:
+            slice_.tensor.copy_(reader.read(slice_.kind, slice_.name, slice_.box))
 
 
 def mismatches(reader: Reader, parameters: Sequence[Parameter], kinds: Sequence[str], most: int = 6) -> list[str]:

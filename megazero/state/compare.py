@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from megazero.base import Form, UserError, checked, loads, printable, read_bytes
-from megazero.state.checkpoint import Reader
+from megazero.state.checkpoint import MODEL, Reader
 from megazero.state.merge import Key, in_order
 
 Tensor = torch.Tensor
@@ -106,18 +106,19 @@ def logs(a: Path, b: Path, tolerance: float = 0.0) -> Iterator[Difference]:
 def checkpoints(a: Reader, b: Reader, tolerance: float = 0.0) -> Iterator[Difference]:
     """Where two checkpoints differ: step and position, model, then tensor by tensor, with one tensor of each in memory.
     Where one of them holds weights alone, as a merged one does, the other's optimizer does not count."""
-    weights_alone = {"weight"} in (a.kinds, b.kinds)
-    one, two = (r.index | {"architecture": asdict(r.architecture), "progress": asdict(r.progress)} for r in (a, b))
+    weights_alone = a.kinds <= MODEL or b.kinds <= MODEL
+    one, two = (r.index | {"architecture": None if r.of_module else asdict(r.architecture),
+                           "progress": asdict(r.progress)} for r in (a, b))
     for key in ("step", "progress", "architecture", *(() if weights_alone else ("optimizer",))):
         yield from plain(key, one[key], two[key], 0.0)
-    for which in sorted((k for k in {*a.shapes, *b.shapes} if k[0] == "weight" or not weights_alone), key=in_order):
+    for which in sorted((k for k in {*a.shapes, *b.shapes} if k[0] in MODEL or not weights_alone), key=in_order):
         where, left, right = "/".join(which), a.shapes.get(which), b.shapes.get(which)
         if left is None or right is None:
             yield Difference(where, there(left), there(right))
         elif left != right:
             yield Difference(where, f"shape {list(left)}", f"shape {list(right)}")
         else:
-            mine, other = a.read(*which), b.read(*which)
+            mine, other = (t if t.is_floating_point() else t.double() for t in (a.read(*which), b.read(*which)))
             if not torch.equal(mine, other):
                 yield from tensors(where, mine, other, tolerance, _beside(a, b, which), _is_rounding(a, b, which))
 
@@ -137,7 +138,7 @@ def _is_rounding(a: Reader, b: Reader, which: Key) -> bool:
     makes steps of them all the same."""
     if len(a.shapes[which]) != 1:
         return False
-    moments = [(kind, which[1]) for kind in a.kinds & b.kinds - {"weight"}]
+    moments = [(kind, which[1]) for kind in a.kinds & b.kinds - MODEL]
     return any(0 < _largest(r.read(*m)) <= ROUNDINGS * torch.finfo(r.dtype(*m)).eps * _beside(a, b, m)
                for m in moments if m in a.shapes and m in b.shapes for r in (a, b))
 

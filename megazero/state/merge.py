@@ -9,7 +9,7 @@ import torch
 
 from megazero.base import UserError, draft_of
 from megazero.data import kept_files
-from megazero.state.checkpoint import Reader, Slice
+from megazero.state.checkpoint import MODEL, Reader, Slice
 from megazero.state.saving import planned, write_alone
 
 Key = tuple[str, str]                   # (kind, name)
@@ -29,9 +29,9 @@ def merge(reader: Reader, output: Path, optimizer: bool = False,
     last. The folder appears when it is complete. Checkpoints of one state make the same file, whatever their layouts.
     Raises UserError.
     """
-    if optimizer and reader.kinds == {"weight"}:
+    if optimizer and reader.kinds <= MODEL:
         raise UserError(f"--optimizer: {reader.folder} holds weights alone; leave it out.")
-    keys = sorted((k for k in reader.shapes if optimizer or k[0] == "weight"), key=in_order)
+    keys = sorted((k for k in reader.shapes if optimizer or k[0] in MODEL), key=in_order)
     slices = [planned(*key, reader.shapes[key], reader.dtype(*key)) for key in keys]
     total, done = sum(prod(s.full) * s.tensor.itemsize for s in slices), 0
 
@@ -46,6 +46,8 @@ def merge(reader: Reader, output: Path, optimizer: bool = False,
     header["layout"] = {**header["layout"], "tp": 1, "pp": 1, "dp": 1, "zero_stage": 0}
     if not optimizer:
         header["optimizer"] = None
+        if "module" in header:                                  # what the script kept is not the model's
+            header["module"] = {"excluded": header["module"].get("excluded", False), "client": {}}
     tokenizer = reader.folder.parent / "tokenizer"
     kept = kept_files(header["tokenizer"] or {"files": {}}, tokenizer) if tokenizer.is_dir() else {}
     with draft_of(output) as draft:

@@ -24,7 +24,7 @@ SILENT = {"load", "save", "config", "check", "exit_interval", "log_interval", "l
 
 # ---- tensors
 
-def buffers(unit: Unit, moments: Moments) -> dict[str, torch.Tensor]:
+def buffers_of(unit: Unit, moments: Moments) -> dict[str, torch.Tensor]:
     """Everything a checkpoint holds of a unit: kind -> this rank's slice of the flat buffer."""
     unit.updated()
     return {"weight": unit.master, **moments.get(unit.flat.name, {})}
@@ -32,13 +32,13 @@ def buffers(unit: Unit, moments: Moments) -> dict[str, torch.Tensor]:
 
 def slices(units: Iterable[Unit], moments: Moments) -> list[Slice]:
     """What this rank writes of its units."""
-    return [s for u in units if u.owner for s in owned(u.flat, u.low, buffers(u, moments))]
+    return [s for u in units if u.owner for s in owned(u.flat, u.low, buffers_of(u, moments))]
 
 
 def restore(reader: Reader, units: Iterable[Unit], moments: Moments) -> None:
     """Weights and those `moments` from a checkpoint, whatever layout wrote it. Raises UserError for damage."""
     for unit in units:
-        fill(reader, unit.flat, unit.low, buffers(unit, moments))
+        fill(reader, unit.flat, unit.low, buffers_of(unit, moments))
         unit.publish()
 
 

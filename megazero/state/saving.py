@@ -16,11 +16,10 @@ import torch
 from megazero.base import Lease, UserError, sync, whole
 from megazero.comm import Alone, Group
 from megazero.plan import Box
-from megazero.state.checkpoint import FORMAT, INDEX, VERSION, Slice, complete, facts, text_checksum
+from megazero.state.checkpoint import BEFORE, DRAFT, FORMAT, INDEX, VERSION, Slice, complete, facts, text_checksum
 from megazero.state.tensor_files import Planned, RowSums, header_of, stream
 
 Tensor = torch.Tensor
-DRAFT = "draft"                         # what a checkpoint is called that is not complete: draft-RUN-step-00000100
 
 
 class Staging:
@@ -132,16 +131,17 @@ def on_host(slice_: Slice) -> Tensor:
 
 
 def write(target: Path, slices: Sequence[Slice], header: Mapping[str, Any], rank: int = 0, group: Group | None = None,
-          run: str = "alone", ready: Callable[[], None] = lambda: None) -> None:
+          run: str = "alone", ready: Callable[[], None] = lambda: None, flag: str = "--save") -> None:
     """This rank's part of a checkpoint: file, fsync; when all ranks have done that, rank 0 writes the index and gives
     the folder its name. `ready` is asked before, and raises what stands against it."""
-    group, draft = group or Alone(), target.with_name(f"{DRAFT}-{run}-{target.name}")
+    group, draft = group or Alone(), target.with_name(f"{DRAFT}{run}-{target.name}")
     names = [f"rank-{r:05d}.safetensors" for r in range(group.size)]
     try:
         if rank == 0:
             ready()
-            for left in [target, *target.parent.glob(f"{DRAFT}-*")]:            # of saves that were cut short
-                shutil.rmtree(left, ignore_errors=True)
+            for left in [target, *target.parent.glob(f"{DRAFT}*")]:             # of saves that were cut short
+                if not (left == target and (left / INDEX).is_file()):
+                    shutil.rmtree(left, ignore_errors=True)
         group.all_reduce(torch.zeros(1)).wait()
         draft.mkdir(parents=True, exist_ok=True)
         write_file(draft / names[rank], slices, header["step"])
@@ -149,14 +149,24 @@ def write(target: Path, slices: Sequence[Slice], header: Mapping[str, Any], rank
         if rank == 0:
             write_index(draft, header, names)
             ready()
-            draft.rename(target)
-            sync(target.parent)
+            _named(draft, target)
         group.all_reduce(torch.zeros(1)).wait()
     except OSError as error:
         with suppress(OSError):
             (draft / names[rank]).unlink(missing_ok=True)       # a full disk has better use for it
-        raise UserError(f"--save {target}: cannot be written ({error.strerror}); "
+        raise UserError(f"{flag} {target}: cannot be written ({error.strerror}); "
                         "the checkpoints before it are untouched.") from error
+
+
+def _named(draft: Path, target: Path) -> None:
+    """The folder takes its name. A checkpoint that has it already stands for it until then, and goes."""
+    before = target.with_name(BEFORE + target.name)
+    if target.exists():
+        shutil.rmtree(before, ignore_errors=True)
+        target.rename(before)
+    draft.rename(target)
+    sync(target.parent)
+    shutil.rmtree(before, ignore_errors=True)
 
 
 def write_alone(folder: Path, slices: Sequence[Slice], header: Mapping[str, Any],

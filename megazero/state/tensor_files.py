@@ -34,11 +34,12 @@ READABLE = OF_CODE | {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "U16": torch.uint16, "U32": torch.uint32,
     "U64": torch.uint64}
+OF_DTYPE = {dtype: code for code, dtype in READABLE.items()}
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A tensor that is known before it exists, of at least one dimension."""
+    """A tensor that is known before it exists."""
 
     name: str
     shape: tuple[int, ...]
@@ -73,7 +74,7 @@ class Stored(Planned):
 def checksums(tensor: Tensor) -> list[int]:
     """CRC-32 of each run of rows, in order; the last may be shorter."""
     data, rows = raw(tensor), Planned("", tuple(tensor.shape), tensor.dtype).run
-    step = rows * (len(data) // max(len(tensor), 1))
+    step = rows * (len(data) // max(prod(tensor.shape[:1]), 1))
     return [zlib.crc32(data[at:at + step]) for at in range(0, len(data), step or 1)]
 
 
@@ -89,7 +90,7 @@ def stream(path: Path, plan: Sequence[Planned], make: Callable[[str], Tensor],
 
     Those are known last but stand in the header, which comes first: room is kept for the longest, spaces fill the rest.
     """
-    sums = {p.name: [2**32 - 1] * ceil(p.shape[0] / p.run) for p in plan}
+    sums = {p.name: [2**32 - 1] * ceil(prod(p.shape[:1]) / p.run) for p in plan}
     room = (len(_header(plan, metadata(sums))) + 7) // 8 * 8
     with path.open("wb") as file:
         file.seek(8 + room)
@@ -108,7 +109,7 @@ def _header(plan: Sequence[Planned], metadata: dict[str, str]) -> bytes:
     header: dict[str, Any] = {"__metadata__": metadata}
     at = 0
     for p in plan:
-        header[p.name] = {"dtype": CODES[p.dtype], "shape": p.shape, "data_offsets": (at, at + p.nbytes)}
+        header[p.name] = {"dtype": OF_DTYPE[p.dtype], "shape": p.shape, "data_offsets": (at, at + p.nbytes)}
         at += p.nbytes
     return json.dumps(header, separators=(",", ":")).encode()
 
