@@ -55,7 +55,7 @@ def loads(text: str | bytes, kind: str = ".json", infinite: bool = False) -> Any
     if kind not in PARSERS:
         raise ValueError("its name must end in .toml, .yaml or .json")
     try:
-        plain = text if isinstance(text, str) else text.decode("utf-8-sig")
+        plain = text if isinstance(text, str) else text.decode("utf-8" if kind == ".json" else "utf-8-sig")
         if sum(map(plain.count, "[{,")) > MOST:                 # before any of it takes a hundred bytes
             raise ValueError(f"holds more than {MOST:,} values")
         value = _shallow(_json(plain, infinite) if kind == ".json" else PARSERS[kind](plain))
