@@ -11,6 +11,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["megazero", "megazero.*"]),
+    package_data={"megazero": ["door/*.py", "door/deepspeed/*.py", "door/*.dist-info/METADATA"]},
     install_requires=[
         "torch>=2.11",
         "numpy",

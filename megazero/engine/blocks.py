@@ -284,7 +284,7 @@ def belongings(model: nn.Module, blocks: Sequence[nn.Module]) -> dict[nn.Module,
     return {m: parameters for m, parameters in own.items() if parameters or m is model}
 
 
-def mistakes(model: nn.Module, blocks: Sequence[nn.Module]) -> Iterator[str]:
+def mistakes(model: nn.Module, blocks: Sequence[nn.Module], trains: bool = True) -> Iterator[str]:
     """What keeps a module from being trained as blocks."""
     names = {m: n for n, m in model.named_modules() if m is not model}
     for block in blocks:
@@ -300,5 +300,5 @@ def mistakes(model: nn.Module, blocks: Sequence[nn.Module]) -> Iterator[str]:
     for name, p in parameters.items():
         if not p.is_floating_point():
             yield f"model: {name} is {p.dtype}; make it a buffer, since parameters are floating-point numbers."
-    if not any(p.requires_grad for p in parameters.values()):
+    if trains and not any(p.requires_grad for p in parameters.values()):
         yield "model: no parameter requires a gradient; leave requires_grad on for those to be trained."

@@ -27,11 +27,13 @@ class DeepSpeedEngine(nn.Module):
     What it has not itself is asked of `core`, the Engine, and of the module.
     """
 
-    def __init__(self, core: Engine, meaning: Meaning, optimizer: ZeroOptimizer, scheduler: Any, config: Any) -> None:
+    def __init__(self, core: Engine, meaning: Meaning, optimizer: ZeroOptimizer | None, scheduler: Any,
+                 config: dict[str, Any]) -> None:
         super().__init__()
         self.module, self.core, self.meaning, self.config = core.module, core, meaning, config
         self.optimizer, self.lr_scheduler = optimizer, scheduler
-        optimizer.core = core
+        if optimizer is not None:
+            optimizer.core = core
         self.training_dataloader: DataLoader[Any] | None = None
         wires = core.wires
         self.device, self.global_rank, self.world_size = wires.device, wires.rank, wires.mesh.world
@@ -209,10 +211,13 @@ class DeepSpeedEngine(nn.Module):
     # ---- what is asked
 
     def get_lr(self) -> list[float]:
-        return [float(group["lr"]) for group in self.optimizer.param_groups]
+        return [float(group["lr"]) for group in self._groups()]
 
     def get_mom(self) -> list[Any]:
-        return [group.get("betas", group.get("momentum")) for group in self.optimizer.param_groups]
+        return [group.get("betas", group.get("momentum")) for group in self._groups()]
+
+    def _groups(self) -> list[dict[str, Any]]:
+        return self.optimizer.param_groups if self.optimizer else []
 
     def zero_optimization_stage(self) -> int:
         return self.meaning.level
@@ -228,6 +233,23 @@ class DeepSpeedEngine(nn.Module):
 
     def bfloat16_enabled(self) -> bool:
         return self.meaning.dtype == "bf16"
+
+    # ---- the module
+
+    def compile(self, *given: Any, compile_kwargs: Any = None, **named: Any) -> None:  # type: ignore[override]
+        """torch.compile of the module, which breaks at blocks."""
+        self.module.compile(*given, **{**(compile_kwargs or {}), **named})
+
+    def zero_gather_16bit_weights_on_model_save(self) -> bool:
+        """May weights be gathered to be saved? Always: block by block it takes no memory to speak of."""
+        return True
+
+    def _zero3_consolidated_16bit_state_dict(self, exclude_frozen_parameters: bool = False) -> dict[str, Tensor] | None:
+        """The module's whole weights on rank 0, None on the others. All ranks come here."""
+        found = self.module.state_dict()
+        frozen = {name for name, p in self.module.named_parameters(remove_duplicate=False) if not p.requires_grad}
+        return None if self.global_rank else {
+            name: t.clone() for name, t in found.items() if not (exclude_frozen_parameters and name in frozen)}
 
     # ---- data
 

@@ -55,16 +55,17 @@ class Engine(Passes):
     lr              learning rate of the next step; settings.lr to begin with
     groups          of parameters, as torch.optim has them: each has the rate and the options that it says when a step
                     begins. Default: one rate, matrices are decayed
+    trains          without, all parameters are frozen: weights are shared, and that is all
 
     What is not the engine's is asked of the module.
     """
 
     def __init__(self, model: nn.Module, wires: Wires, settings: Optimization, zero: Zero, dtype: str = "fp32",
                  accumulation: int = 1, scale: LossScale = CONSTANT, blocks: Sequence[nn.Module] | None = None,
-                 overlap: bool = False, groups: Sequence[Mapping[str, Any]] = ()) -> None:
+                 overlap: bool = False, groups: Sequence[Mapping[str, Any]] = (), trains: bool = True) -> None:
         _part(model)
         modules = list(dict.fromkeys(longest_list(model) if blocks is None else blocks))
-        if errors := [*mistakes(model, modules), *_mistakes(wires, settings, zero, dtype, accumulation)]:
+        if errors := [*mistakes(model, modules, trains), *_mistakes(wires, settings, zero, dtype, accumulation)]:
             raise UserError(*errors)
         assert settings.lr is not None
         addresses: Addresses = {}

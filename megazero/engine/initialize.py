@@ -16,13 +16,13 @@ from megazero.engine.deepspeed_engine import DeepSpeedEngine
 from megazero.engine.engine import Engine
 from megazero.engine.optimizers import ZeroOptimizer, of_client, of_config
 from megazero.engine.rates import Scheduler
-from megazero.engine.words import Meaning, meaning
+from megazero.engine.words import Meaning, meaning, read_config
 from megazero.plan import Mesh, Zero
 from megazero.settings import Optimization
 from megazero.units import TORCH_DTYPE
 
 PATIENCE = timedelta(minutes=10)        # that a rank waits for another
-Parts = tuple[DeepSpeedEngine, ZeroOptimizer, Any, Any]
+Parts = tuple[DeepSpeedEngine, ZeroOptimizer | None, Any, Any]
 
 
 def initialize(
@@ -31,7 +31,8 @@ def initialize(
     dist_init_required: bool | None = None, collate_fn: Any = None, config: Any = None, mesh_param: Any = None,
     config_params: Any = None,
 ) -> Parts:
-    """(engine, optimizer, loader, scheduler) with DeepSpeed's signature; the last two may be None.
+    """(engine, optimizer, loader, scheduler) with DeepSpeed's signature; the last two may be None. Without an optimizer
+    anywhere the weights are frozen, and shared as `stage` says: to be evaluated, to generate, a teacher.
 
     model_parameters    to be trained: a list, or groups of their own rates; default: all of the module's
     optimizer           Adam, AdamW or SGD of torch over the parameters, or what makes one of them
@@ -54,7 +55,7 @@ def initialize(
     if rank == 0:
         for line in means.told:
             say(f"{means.where}: {line}")
-    engine = DeepSpeedEngine(core, means, chosen, scheduler, given)
+    engine = DeepSpeedEngine(core, means, chosen, scheduler, read_config(given)[1])
     if training_data is not None:
         engine.training_dataloader = engine.deepspeed_io(training_data, collate_fn=collate_fn)
     return engine, chosen, engine.training_dataloader, scheduler
@@ -68,9 +69,13 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentPa
     return parser
 
 
-def init_distributed(dist_backend: str | None = None, timeout: timedelta = PATIENCE, distributed_port: int = 29500,
-                     dist_init_required: bool | None = None) -> None:
-    """Joins the ranks that torchrun started; nothing to do for one process by itself, or a second time."""
+def init_distributed(
+    dist_backend: str | None = None, auto_mpi_discovery: bool = True, distributed_port: int = 29500,
+    verbose: bool = True, timeout: timedelta = PATIENCE, init_method: str | None = None,
+    dist_init_required: bool | None = None, config: Any = None, rank: int = -1, world_size: int = -1,
+) -> None:
+    """Joins the ranks that torchrun started; nothing to do for one process by itself, or a second time. Who is where
+    is what torchrun says: MPI is not asked, and the rest of DeepSpeed's words has no effect."""
     if dist_init_required is not False:
         _meet(dist_backend or _backend(device_of_rank()), timeout, distributed_port, "")
 
@@ -109,15 +114,20 @@ def _mistakes(model: Any, mpu: Any, mesh_param: Any, world: int, may_join: bool 
         yield f"mesh_param: is {tuple(mesh_param)}, but all ranks are data-parallel ranks; leave it out."
 
 
-def _optimizer(model: nn.Module, means: Meaning, given: Any, parameters: Any) -> ZeroOptimizer:
+def _optimizer(model: nn.Module, means: Meaning, given: Any, parameters: Any) -> ZeroOptimizer | None:
     trained = list(model.parameters() if parameters is None else parameters)
-    if (given is None) == (means.optimizer is None):
-        raise UserError(f"optimizer: is missing; write {means.where} optimizer, or give one." if given is None else
-                        f"optimizer: is given, and {means.where} has one too; keep one.")
+    if given is None and means.optimizer is None:
+        if parameters is not None:
+            raise UserError(f"optimizer: is missing; write {means.where} optimizer, or give one.")
+        return None
+    if given is not None and means.optimizer is not None:
+        raise UserError(f"optimizer: is given, and {means.where} has one too; keep one.")
     return of_config(*means.optimizer, trained) if means.optimizer is not None else of_client(given, trained)
 
 
-def _scheduler(means: Meaning, given: Any, optimizer: ZeroOptimizer) -> Any:
+def _scheduler(means: Meaning, given: Any, optimizer: ZeroOptimizer | None) -> Any:
+    if optimizer is None:
+        return None
     if given is not None and means.schedule is not None:
         raise UserError(f"lr_scheduler: is given, and {means.where} has a scheduler too; keep one.")
     if means.schedule is not None:
@@ -145,12 +155,15 @@ def _wires(means: Meaning, rank: int, world: int, device: torch.device) -> Wires
     return connect(mesh, rank, _backend(device), PATIENCE.total_seconds())
 
 
-def _engine(model: nn.Module, means: Meaning, optimizer: ZeroOptimizer, wires: Wires) -> Engine:
-    settings = Optimization(optimizer.rule, lr=0.0, clip_grad=means.clip)      # the rest is the groups'
+def _engine(model: nn.Module, means: Meaning, optimizer: ZeroOptimizer | None, wires: Wires) -> Engine:
+    if optimizer is None:
+        model.requires_grad_(False)
+    rule = optimizer.rule if optimizer else "sgd"
+    settings = Optimization(rule, lr=0.0, clip_grad=means.clip)                # the rest is the groups'
     zero = Zero(means.level, prefetch=means.overlap, lag=int(means.overlap and means.level >= 2),
                 replicas=int(means.overlap))
     return Engine(model, wires, settings, zero, means.dtype or _dtype(model, means.where), means.accumulation,
-                  means.scale, groups=optimizer.param_groups)
+                  means.scale, groups=optimizer.param_groups if optimizer else (), trains=optimizer is not None)
 
 
 def _dtype(model: nn.Module, where: str) -> str:

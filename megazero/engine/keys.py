@@ -49,6 +49,7 @@ def _amount(value: Any) -> bool:
 FORMS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     "switch": ("true or false", lambda v: isinstance(v, bool)),
     "count": ("a whole number from 1", lambda v: _whole(v) and v >= 1),
+    "never": ("a whole number from 1, or Infinity for never", lambda v: v == float("inf") or _whole(v) and v >= 1),
     "size": ("a whole number from 0", lambda v: _whole(v) and v >= 0),
     "stage": ("0, 1, 2 or 3", lambda v: _whole(v) and 0 <= v <= 3),
     "power": ("a whole number from 0 to 127", lambda v: _whole(v) and 0 <= v <= 127),
@@ -147,7 +148,7 @@ TABLE: tuple[Key, ...] = (
              (None, []))),
     *_all(REFUSED, "gradients of embeddings are whole; write false", "sparse_gradients switch F"),
     # ---- what is printed
-    Key("steps_per_print", "count", None, HONOURED, "steps between lines with loss, norm and learning rate"),
+    Key("steps_per_print", "never", None, HONOURED, "steps between lines with loss, norm and learning rate"),
     *_all(IDLE, "nothing is timed or listed", "wall_clock_breakdown switch F; memory_breakdown switch F; dump_state "
           "switch F; log_level word"),
     *_in("tensorboard",

@@ -10,7 +10,30 @@ from torch import nn
 from megazero.base import UserError
 from megazero.engine.engine import Engine
 
-RULES_OF: Mapping[type, str] = {torch.optim.Adam: "adam", torch.optim.AdamW: "adam", torch.optim.SGD: "sgd"}
+
+class FusedAdam(torch.optim.Adam):
+    """DeepSpeed's name for Adam with its words; AdamW unless `adam_w_mode` is false."""
+
+    def __init__(self, params: Any, lr: float = 1e-3, bias_correction: bool = True, betas: Any = (0.9, 0.999),
+                 eps: float = 1e-8, adam_w_mode: bool = True, weight_decay: float = 0.0, amsgrad: bool = False,
+                 set_grad_none: bool = True) -> None:
+        if not bias_correction or amsgrad:
+            raise UserError(f"{type(self).__name__}: bias_correction {bias_correction}, amsgrad {amsgrad}: there is no "
+                            "such kernel here; leave it out.")
+        super().__init__(params, lr, betas, eps, weight_decay, decoupled_weight_decay=adam_w_mode)
+
+
+class DeepSpeedCPUAdam(FusedAdam):
+    """The same; on a CPU moments and masters are in its memory already."""
+
+    def __init__(self, model_params: Any, lr: float = 1e-3, bias_correction: bool = True, betas: Any = (0.9, 0.999),
+                 eps: float = 1e-8, weight_decay: float = 0.0, amsgrad: bool = False, adamw_mode: bool = True,
+                 fp32_optimizer_states: bool = True) -> None:
+        super().__init__(model_params, lr, bias_correction, betas, eps, adamw_mode, weight_decay, amsgrad)
+
+
+RULES_OF: Mapping[type, str] = {torch.optim.Adam: "adam", torch.optim.AdamW: "adam", torch.optim.SGD: "sgd",
+                                FusedAdam: "adam", DeepSpeedCPUAdam: "adam"}
 NOT_DONE = ("amsgrad", "maximize", "dampening", "differentiable")   # options of theirs that the kernels do not have
 Given = torch.optim.Optimizer | Callable[[Any], torch.optim.Optimizer]
 

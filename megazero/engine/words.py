@@ -207,7 +207,7 @@ class Meaning:
     clip: float
     optimizer: tuple[str, Mapping[str, Any]] | None
     schedule: tuple[str, Values] | None
-    print_every: int | None
+    print_every: float | None
     board: Path | None
     tables: Path | None
     drop_last: bool

@@ -65,12 +65,12 @@ class Gate:
     def __init__(self, units: Sequence[Unit], clip: float, world: Group, tells: bool) -> None:
         """`clip`: largest norm, 0 for any. `tells`: of ranks that know the same figures one tells them."""
         self.clip, self.world, self.tells = clip, world, tells
-        self.wide = units[0].master.dtype
+        like = units[0].master if units else torch.zeros(0)     # none: there will be no steps
+        self.wide, self.device = like.dtype, like.device
         owned = [(p.shard.parameter.name, u.grad_slice[a:b]) for u in units if u.owner
                  for p, a, b in u.pieces() if p.shard.owner]
         pieces = [(name, part) for name, grad in owned for part in ([grad] if grad.is_cuda else grad.split(NORM))]
         self.names, self._pieces = [name for name, _ in pieces], [part for _, part in pieces]
-        self.device = units[0].master.device
         self._none = torch.zeros(0, dtype=torch.float64, device=self.device)
 
     def figures(self, ruling: Ruling) -> Tensor:

@@ -73,7 +73,7 @@ class Updater:
         self.state = {name: {m: torch.zeros_like(u.master) for m in RULES[o.optimizer].moments}
                       for name, u in self.units.items()}
         self.steps: list[Tensor] = []
-        master = units[0].master
+        master = units[0].master if units else torch.zeros(0)
         self.wide, self.fused = master.dtype, precise(master)
         self.lr = torch.zeros(len(self.groups.options()), dtype=self.wide, device=master.device)
         self.kernels = {names: self._kernel([self.units[n] for n in names]) for names in together}
