@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from modules import CALLS, LENGTH, MODELS, VOCABULARY, Choosing, Critic, chosen, loss, penalty, t5
 from pool import Pool
 from torch import nn
@@ -696,6 +697,43 @@ RUNS: tuple[tuple[Any, ...], ...] = (
 def test_parts_of_a_model_may_be_called_without_gradients(level: int, overlap: bool, pool: Pool) -> None:
     for differ in pool.run(2, parts, level, overlap):
         assert len(differ) == 12 and max(differ) < 1e-12
+
+
+class Early(nn.Module):
+    """Calls a part of its first block after all blocks, as diffusers' DiT does, and another before them without gradients."""
+
+    def __init__(self, recompute: bool) -> None:
+        super().__init__()
+        self.recompute = recompute
+        self.words, self.head = nn.Embedding(VOCABULARY, 12), nn.Linear(12, 1)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(12, 12), nn.Tanh(), nn.Linear(12, 12)) for _ in range(3))
+        self.double()
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.words(ids)
+        with torch.no_grad():
+            early = self.blocks[2][2](x)                                                         # type: ignore[index]
+        for block in self.blocks:
+            x = x + (torch.utils.checkpoint.checkpoint(block, x, use_reentrant=False) if self.recompute else block(x))
+        return (self.head(x * early + self.blocks[0][2](x)) ** 2).mean()                 # type: ignore[index, no-any-return]
+
+
+def early(level: int, recompute: bool) -> Weights:
+    e = made(partial(Early, recompute), Row(dp=2, level=level, late=True))
+    for step in range(3):
+        e.backward(e(micro(step, 0, e.wires.rank)))
+        e.step()
+        with torch.no_grad():
+            e(micro(step, 1, e.wires.rank))
+    return whole(e)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_part_of_a_block_may_be_called_beside_its_turn(recompute: bool, pool: Pool) -> None:
+    wanted = plainly(partial(Early, recompute), lambda model, step: [model(micro(step, 0, rank)) for rank in (0, 1)], 3)
+    for level in range(4):
+        for weights in pool.run(2, early, level, recompute):
+            near(weights, wanted)
 
 
 # ---- odd losses

@@ -364,7 +364,7 @@ def test_inputs_are_cast_as_weights_are(kind: str) -> None:
 def test_other_names_are_the_modules_or_told() -> None:
     e = small()[0]
     e.module.colour = "red"
-    assert e.colour == "red" and e.train_micro_batch_size_per_gpu() == 4 and e.config is SMALL and not e.eval().module.training
+    assert e.colour == "red" and e.train_micro_batch_size_per_gpu() == 4 and e.config == SMALL and not e.eval().module.training
     with pytest.raises(AttributeError, match="engine.train_batch: is not here yet"):
         e.train_batch()
     assert not hasattr(e, "nothing")
@@ -394,6 +394,21 @@ def test_arguments_as_deepspeeds_scripts_give_them(tmp_path: Path) -> None:
     megazero.init_distributed()                                 # one process by itself: nothing to do
 
 
+@pytest.mark.parametrize("level", [0, 3])
+def test_without_an_optimizer_weights_are_frozen_and_shared(level: int) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 1))
+    x = torch.ones(3, 2, requires_grad=True)
+    wanted = model(x)
+    e, optimizer, _, scheduler = megazero.initialize(model=model, config={**BARE, "zero_optimization": {"stage": level}})
+    assert optimizer is None and scheduler is None and e.get_lr() == []
+    assert torch.equal(e(x), wanted) and not any(p.requires_grad for p in model.parameters())
+    e(x).sum().backward()                                       # a part of another model's loss
+    assert x.grad is not None
+    with pytest.raises(UserError, match=r"backward: this engine has no optimizer; write config optimizer, or give initialize one"):
+        e.backward(e(x).sum())
+
+
 class Own(torch.optim.AdamW):
     """Somebody's."""
 
@@ -415,7 +430,7 @@ BARE = {"train_batch_size": 4}
     (lambda m: {"model": type("PipelineModule", (nn.Linear,), {})(2, 2)}, "model: has a PipelineModule of DeepSpeed, which is not here yet"),
     (lambda m: {"mpu": object()}, "mpu: is given, but all ranks are data-parallel ranks"),
     (lambda m: {"mesh_param": (1, 2)}, r"mesh_param: is \(1, 2\)"),
-    (lambda m: {"config": BARE}, "optimizer: is missing; write config optimizer, or give one"),
+    (lambda m: {"config": BARE, "model_parameters": m.parameters()}, "optimizer: is missing; write config optimizer, or give one"),
     (lambda m: {"optimizer": torch.optim.SGD(m.parameters())}, "optimizer: is given, and config has one too; keep one"),
     (lambda m: {"config": BARE, "optimizer": torch.optim.Adagrad(m.parameters())}, "Adagrad: is not known to run over slices; give one of torch.optim.Adam"),
     (lambda m: {"config": BARE, "optimizer": Own(m.parameters())}, "Own: is not known to run over slices"),

@@ -27,6 +27,7 @@ class Submodule:
     def __init__(self, name: str, parameters: Mapping[str, nn.Parameter], dtype: torch.dtype, sharing: Sharing,
                  addresses: Addresses) -> None:
         self.name, self.addresses = name, addresses
+        self.fetch: Callable[[], bool] = lambda: False          # gets the weights for who reads them, where that may be
         self.stays = sharing.level < 3
         self.views: list[tuple[nn.Parameter, Weight, torch.Size]] = []
         self.units = []
@@ -137,7 +138,7 @@ class Submodule:
         self.arrive()
         for (p, w, shape) in self.views:
             p.data = w.value.view(shape).clone()
-            for word in ("ds_shape", "ds_numel", "words"):
+            for word in ("ds_shape", "ds_numel", "words", "fetch"):
                 p.__dict__.pop(word, None)
 
     def hide(self) -> None:
@@ -147,7 +148,7 @@ class Submodule:
             if unit.weights is not None:
                 self.addresses.pop(unit.weights.untyped_storage().data_ptr(), None)
         for p, w, shape in self.views:
-            hide(p, w.operand.name, w.unit.weight_slice.new_empty(0))
+            hide(p, w.operand.name, w.unit.weight_slice.new_empty(0), lambda: self.fetch())
             p.ds_shape, p.ds_numel = shape, shape.numel()  # type: ignore[attr-defined]
 
 

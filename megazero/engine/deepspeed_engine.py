@@ -61,6 +61,9 @@ class DeepSpeedEngine(nn.Module):
                  tokens: int | Tensor | None = None) -> Tensor:
         """Adds the gradients of a micro-batch's mean loss, as Engine.backward. Returns the loss, divided by the
         micro-batches of a step if it was not (`scale_wrt_gas` false)."""
+        if self.optimizer is None:
+            raise UserError(f"backward: this engine has no optimizer; write {self.meaning.where} optimizer, or give "
+                            "initialize one.")
         self.core.backward(loss, retain_graph, scale_wrt_gas, tokens)
         return loss.detach() / (self.gradient_accumulation_steps() if scale_wrt_gas else 1)
 
@@ -75,9 +78,11 @@ class DeepSpeedEngine(nn.Module):
         if not self._ended:
             return
         self.global_samples += self.train_micro_batch_size_per_gpu() * micro * self.dp_world_size
+        for stepped in (self.optimizer, self.optimizer and self.optimizer.client,
+                        getattr(self.lr_scheduler, "optimizer", None)):
+            if stepped is not None:                             # else torch's schedulers warn that no step was made
+                vars(stepped)["_opt_called"] = True
         if self.lr_scheduler is not None and self.core.was_step_applied():
-            # else torch's schedulers warn that no step was made
-            vars(getattr(self.lr_scheduler, "optimizer", self.optimizer))["_opt_called"] = True
             self.lr_scheduler.step()
         if self.monitor is not None:
             self._tell(self.monitor)

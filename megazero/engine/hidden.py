@@ -1,5 +1,6 @@
 """What a parameter answers while its weights or its gradient are elsewhere: one sentence, and no wrong number."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,15 +19,20 @@ READ: Any = torch.Tensor.data.__get__  # type: ignore[attr-defined]
 
 
 class Hidden(nn.Parameter):
-    """A parameter whose weights are not here. `ds_shape` and `ds_numel` say what they will be."""
+    """A parameter whose weights are not here. `ds_shape` and `ds_numel` say what they will be; `fetch` gets them, where
+    one may read them without a word (the model's own forward pass)."""
 
     words: str
+    fetch: Callable[[], bool]
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in ASKED or (type(func).__name__ == "method-wrapper" and func != READ):
             return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[misc]
-        raise UserError(_words(Hidden, (args, kwargs)))
+        hidden = _first(Hidden, (args, kwargs))
+        if hidden.fetch():
+            return func(*args, **(kwargs or {}))
+        raise UserError(hidden.words)
 
     def __repr__(self) -> str:  # type: ignore[override]
         return f"Parameter of shape {tuple(getattr(self, 'ds_shape', ()))} whose weights are not here"
@@ -44,24 +50,25 @@ class Away(Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in ASKED or type(func).__name__ == "method-wrapper":
             return super().__torch_function__(func, types, args, kwargs or {})
-        raise UserError(_words(Away, (args, kwargs)))
+        raise UserError(_first(Away, (args, kwargs)).words)
 
     def __repr__(self) -> str:  # type: ignore[override]
         return self.words
 
 
-def _words(kind: type, given: Any) -> str:
-    """Those of the first tensor of a kind among arguments."""
+def _first(kind: type, given: Any) -> Any:
+    """The first tensor of a kind among arguments."""
     if isinstance(given, kind):
-        return str(given.words)  # type: ignore[attr-defined]
+        return given
     parts = given.values() if isinstance(given, dict) else given if isinstance(given, list | tuple) else ()
-    return next(filter(None, (_words(kind, part) for part in parts)), "")
+    return next((found for part in parts if (found := _first(kind, part)) is not None), None)
 
 
-def hide(p: nn.Parameter, name: str, empty: Tensor) -> None:
-    """Its data becomes `empty`; whoever reads it is told."""
+def hide(p: nn.Parameter, name: str, empty: Tensor, fetch: Callable[[], bool]) -> None:
+    """Its data becomes `empty`; whoever reads it is told, unless it can be fetched."""
     p.data = empty
     p.__class__ = Hidden
+    p.fetch = fetch  # type: ignore[attr-defined]
     p.words = f"{name}: its weights are not whole here now; {INSTEAD}"  # type: ignore[attr-defined]
 
 

@@ -43,9 +43,11 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     rule        of plan.RULES
     core        the engine, once there is one
+    client      the user's own, whose groups these are
     """
 
     core: Engine
+    client: torch.optim.Optimizer | None = None
 
     def __init__(self, groups: Any, rule: str, defaults: dict[str, Any]) -> None:
         try:
@@ -111,4 +113,6 @@ def of_client(given: Given, parameters: Iterable[nn.Parameter]) -> ZeroOptimizer
         if wrong := next((option for option in NOT_DONE if group.get(option)), None):
             raise UserError(f"optimizer {kind.__name__}: its {wrong} is {group[wrong]}, which is not here; leave it "
                             "out.")
-    return ZeroOptimizer(client.param_groups, RULES_OF[kind], dict(client.defaults))
+    made = ZeroOptimizer(client.param_groups, RULES_OF[kind], dict(client.defaults))
+    made.client = client
+    return made

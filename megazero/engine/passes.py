@@ -57,6 +57,14 @@ class Passes:
             ahead.gather()
         block.arrive()
 
+    def _fetch(self, block: Submodule) -> bool:
+        """A part of the block is read before its turn, or after it: in the model's own forward pass, and where autograd
+        recomputes it, the block comes. It is given back at the end of the pass, at the latest."""
+        within = self.saving is not None or running() and self.in_backward
+        if within:
+            self._enter(block)
+        return within
+
     def _ahead(self, block: Submodule) -> Submodule | None:
         """The block that follows, if all goes as in the last forward pass;
         in backward, the one that was called before."""
@@ -117,6 +125,8 @@ class Passes:
                 if p.requires_grad:
                     self._hang(p.register_post_accumulate_grad_hook, partial(self._take, weight))
         homes = {p: block for block in self.all for p, _, _ in block.views}
+        for block in self.blocks:
+            block.fetch = partial(self._fetch, block)
         self.known = set(map(id, homes))
         for module in self.module.modules():
             own = [homes[p] for p in module.parameters(recurse=False)]

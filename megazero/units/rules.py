@@ -76,7 +76,7 @@ class Updater:
         master = units[0].master if units else torch.zeros(0)
         self.wide, self.fused = master.dtype, precise(master)
         self.lr = torch.zeros(len(self.groups.options()), dtype=self.wide, device=master.device)
-        self.kernels = {names: self._kernel([self.units[n] for n in names]) for names in together}
+        self.kernels = {names: self._kernel([self.units[n] for n in names]) for names in together if names}
 
     def update(self, names: tuple[str, ...], verdict: Verdict, lr: Tensor) -> None:
         """Updates the masters of these units, or leaves every bit as it was. `lr` is of each group, or of all."""
