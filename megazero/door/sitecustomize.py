@@ -13,13 +13,13 @@ DOOR = Path(__file__).parent
 
 
 class Watch:
-    """Finds accelerate.state as Python does, once; what it holds then is changed."""
+    """Finds `deepspeed` in the door, whatever lies beside a script; and accelerate.state as Python does, and changes what
+    it holds."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
-        if name != "accelerate.state":
-            return None
-        sys.meta_path.remove(self)                              # type: ignore[arg-type]
-        spec = find_spec(name)
+        if name == "deepspeed":
+            return PathFinder.find_spec(name, [str(DOOR)])
+        spec = PathFinder.find_spec(name, path) if name == "accelerate.state" else None
         if spec is not None and spec.loader is not None:
             run = spec.loader.exec_module
 

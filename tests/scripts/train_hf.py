@@ -17,7 +17,7 @@ LENGTH, WORDS = 16, 64
 class Own:
     """Beside TrainingArguments."""
 
-    facts: str = field(metadata={"help": "where to write what was seen, a file for each rank"})
+    facts: str = field(default="", metadata={"help": "where to write what was seen, a file for each rank"})
     kind: str = "llama"
     samples: int = 64
     lora: bool = False
@@ -47,7 +47,7 @@ class Texts(torch.utils.data.Dataset[dict[str, Tensor]]):
 def built(own: Own) -> Any:
     torch.manual_seed(3)
     if own.pretrained:
-        model = transformers.AutoModelForCausalLM.from_pretrained(own.pretrained)
+        model = (transformers.AutoModelForSeq2SeqLM if own.kind == "t5" else transformers.AutoModelForCausalLM).from_pretrained(own.pretrained)
     elif own.kind == "t5":
         model = transformers.AutoModelForSeq2SeqLM.from_config(transformers.T5Config(
             vocab_size=WORDS, d_model=32, d_kv=8, d_ff=64, num_layers=2, num_heads=4, dropout_rate=0.0, decoder_start_token_id=0, pad_token_id=0))
@@ -71,7 +71,8 @@ def main() -> None:
 
     class Watching(transformers.Seq2SeqTrainer if own.kind == "t5" else transformers.Trainer):                                      # type: ignore[misc]
         def training_step(self, model: Any, inputs: Any, *given: Any, **named: Any) -> Tensor:
-            seen.extend(inputs["input_ids"][:, :3].sum(1).tolist())
+            for ids in inputs["input_ids"]:                     # first, second, length: of one sample alone
+                seen.append(int(ids[0] + 100 * ids[1] + 10_000 * ids.count_nonzero()))
             return super().training_step(model, inputs, *given, **named)
 
     def metrics(p: Any) -> dict[str, float]:
@@ -84,9 +85,11 @@ def main() -> None:
     if own.save:
         trainer.save_model()
     engine = trainer.model_wrapped
+    state = trainer.accelerator.get_state_dict(engine) or {}
     steps = getattr(engine, "global_steps", None)
     facts = {"history": trainer.state.log_history, "type": str(trainer.accelerator.distributed_type), "processes": args.world_size, "steps": steps,
              "engine": type(engine).__name__, "seen": seen, "skipped": getattr(engine, "skipped_steps", None), "best": trainer.state.best_model_checkpoint,
+             "weights": {name.removeprefix("module."): [float(t.double().sum()), float(t.double().norm())] for name, t in state.items()},
              "evaluated": trainer.evaluate()}
     Path(f"{own.facts}.{os.environ.get('RANK', 0)}.json").write_text(json.dumps(facts))
 
