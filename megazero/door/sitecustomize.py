@@ -13,8 +13,8 @@ DOOR = Path(__file__).parent
 
 
 class Watch:
-    """Finds `deepspeed` in the door, whatever lies beside a script; and accelerate.state as Python does, and changes what
-    it holds."""
+    """Finds `deepspeed` in the door, whatever lies beside a script; and accelerate.state as Python does, and changes
+    what it holds."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
         if name == "deepspeed":

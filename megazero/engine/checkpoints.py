@@ -56,8 +56,9 @@ THEIRS = ("*_states.pt", "*/*_states.pt")                       # DeepSpeed's ow
 
 # ---- saving
 
-def save_state(core: Engine, optimizer: ZeroOptimizer, folder: Path, tag: str | None, training: Mapping[str, Any],
-         client: Mapping[str, Any], frozen: bool = True, latest: bool = True) -> None:
+def save_state(core: Engine, optimizer: ZeroOptimizer | None, folder: Path, tag: str | None,
+               training: Mapping[str, Any], client: Mapping[str, Any], frozen: bool = True,
+               latest: bool = True) -> None:
     """Saves weights, moments, buffers, the groups' options and progress.
 
     training    beside them: the scheduler's state, samples and micro-batches so far
@@ -75,8 +76,8 @@ def save_state(core: Engine, optimizer: ZeroOptimizer, folder: Path, tag: str | 
         held += [_slice("buffer", name, b) for name, b in buffers(core.module).items() if b.numel()]
         held += [_slice("state", number, t) for number, t in tensors.items() if t.numel()]
     progress = Progress(core.scale, core.global_steps, core.global_steps - core.skipped_steps, training["samples"])
-    header = {"step": progress.step, "progress": asdict(progress), "config": {}, "optimizer": optimizer.rule,
-              "architecture": None, "tokenizer": None, "module": {"excluded": not frozen, **words},
+    header = {"step": progress.step, "progress": asdict(progress), "config": {}, "architecture": None,
+              "optimizer": optimizer.rule if optimizer else None, "tokenizer": None, "module": {"excluded": not frozen, **words},
               "layout": {"tp": 1, "pp": 1, "dp": core.wires.mesh.dp, "zero_stage": core.zero.level}}
     with _leased(folder) if core.wires.rank == 0 else nullcontext() as lease:
         run, ready = (lease.holder.run, lease.look) if lease else ("", lambda: None)
@@ -136,11 +137,11 @@ def _slice(kind: str, name: str, t: Tensor) -> Slice:
     return Slice(kind, name, full, Box((0,) * len(full), full), t.detach().reshape(full))
 
 
-def _options(core: Engine, optimizer: ZeroOptimizer) -> list[dict[str, Any]]:
+def _options(core: Engine, optimizer: ZeroOptimizer | None) -> list[dict[str, Any]]:
     names = {p: n for n, p in parameters(core).items()}
     return [{"parameters": [names[p] for p in group["params"] if p in names],
              "options": {key: value for key, value in group.items() if key != "params"}}
-            for group in optimizer.param_groups]
+            for group in (optimizer.param_groups if optimizer else ())]
 
 
 # ---- what there is of a module
@@ -163,8 +164,8 @@ def buffers(module: nn.Module) -> dict[str, Tensor]:
 
 # ---- loading
 
-def load_state(core: Engine, optimizer: ZeroOptimizer, folder: Path, tag: str | None, strict: bool = True,
-         moments: bool = True, only: bool = False) -> tuple[Path, dict[str, Any], dict[str, Any]] | None:
+def load_state(core: Engine, optimizer: ZeroOptimizer | None, folder: Path, tag: str | None, strict: bool = True,
+               moments: bool = True, only: bool = False) -> tuple[Path, dict[str, Any], dict[str, Any]] | None:
     """Loads weights and buffers, with `moments` the optimizer's state too; steps go on from there, unless it is the
     module `only`. Without `strict`, what has the same name and shape is taken.
 
@@ -190,7 +191,8 @@ def load_state(core: Engine, optimizer: ZeroOptimizer, folder: Path, tag: str | 
         return None
     training = words.get("training") if not only else None
     _restore(core, reader, moments and training is not None)
-    for group, saved in zip(optimizer.param_groups, training["groups"] if training and moments else (), strict=False):
+    for group, saved in zip(optimizer.param_groups if optimizer else (),
+                            training["groups"] if training and moments else (), strict=False):
         group.update(saved["options"])
     core.resume(resumed(reader.progress, core.scale) if training else None, moments)
     return reader.folder, training or {}, words["client"]
@@ -224,7 +226,7 @@ def _words(reader: Reader) -> dict[str, Any]:
         raise UserError(f"{reader.folder}: cannot be ({said(str(error))}); load another checkpoint.") from None
 
 
-def _fits(core: Engine, optimizer: ZeroOptimizer, reader: Reader, words: Mapping[str, Any], strict: bool,
+def _fits(core: Engine, optimizer: ZeroOptimizer | None, reader: Reader, words: Mapping[str, Any], strict: bool,
           moments: bool) -> None:
     """Raises UserError."""
     own = [u for u in all_units(core) if u.trained or not words["excluded"]]
@@ -235,7 +237,7 @@ def _fits(core: Engine, optimizer: ZeroOptimizer, reader: Reader, words: Mapping
     if errors:
         raise UserError(*errors, f"{LOAD}: {reader.folder} is not of this module; give load_module_strict=False to "
                         "take what has the same name and shape.")
-    if moments and "training" in words:
+    if optimizer and moments and "training" in words:
         for text in _other_optimizer(core, optimizer, reader, words["training"]["groups"]):
             raise UserError(f"{LOAD} {reader.folder}: {text}, or load_optimizer_states=False.")
 

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, SequentialSampler
 
 from megazero.base import UserError, say
-from megazero.engine.checkpoints import LOAD, buffers, load_state, save_state, save_weights, whole_weights
+from megazero.engine.checkpoints import LOAD, buffers, load_state, parameters, save_state, save_weights, whole_weights
 from megazero.engine.engine import Engine
 from megazero.engine.monitor import Monitor
 from megazero.engine.optimizers import ZeroOptimizer
@@ -157,13 +157,16 @@ class DeepSpeedEngine(nn.Module):
     save_fp16_model = save_16bit_model
 
     def zero_gather_16bit_weights_on_model_save(self) -> bool:
-        return self.meaning.gathers
+        """May weights be gathered to be saved? Always: block by block it takes no memory to speak of."""
+        return True
 
     def _zero3_consolidated_16bit_state_dict(self, exclude_frozen_parameters: bool = False) -> dict[str, Tensor] | None:
-        """The whole state_dict on the host of rank 0, block by block; None on the others."""
-        first = self.global_rank == 0
+        """The module's whole state_dict on the host of rank 0, block by block; None on the others."""
+        first, names = self.global_rank == 0, {p: n for n, p in parameters(self.core).items()}
         found = {name: t.cpu().clone() for name, t in whole_weights(self.core, not exclude_frozen_parameters) if first}
-        return found | buffers(self.module) if first else None
+        again = {name: found[names[p]] for name, p in self.module.named_parameters(remove_duplicate=False)
+                 if names[p] in found}                          # tied ones have several
+        return {**again, **buffers(self.module)} if first else None
 
     def module_state_dict(self, destination: Any = None, prefix: str = "", keep_vars: bool = False,
                           exclude_frozen_parameters: bool = False) -> dict[str, Tensor]:
@@ -244,17 +247,6 @@ class DeepSpeedEngine(nn.Module):
     def compile(self, *given: Any, compile_kwargs: Any = None, **named: Any) -> None:  # type: ignore[override]
         """torch.compile of the module, which breaks at blocks."""
         self.module.compile(*given, **{**(compile_kwargs or {}), **named})
-
-    def zero_gather_16bit_weights_on_model_save(self) -> bool:
-        """May weights be gathered to be saved? Always: block by block it takes no memory to speak of."""
-        return True
-
-    def _zero3_consolidated_16bit_state_dict(self, exclude_frozen_parameters: bool = False) -> dict[str, Tensor] | None:
-        """The module's whole weights on rank 0, None on the others. All ranks come here."""
-        found = self.module.state_dict()
-        frozen = {name for name, p in self.module.named_parameters(remove_duplicate=False) if not p.requires_grad}
-        return None if self.global_rank else {
-            name: t.clone() for name, t in found.items() if not (exclude_frozen_parameters and name in frozen)}
 
     # ---- data
 

@@ -272,9 +272,8 @@ TABLE: tuple[Key, ...] = (
                "F; override_module_apply switch T"),
          *_all(IDLE, CHECKPOINTS, "load_from_fp32_weights switch T; elastic_checkpoint switch F; "
                "pipeline_loading_checkpoint switch F; save_muon_momentum_buffer_in_memory switch F"),
-         Key("stage3_gather_16bit_weights_on_model_save", "switch", False, HONOURED, "trainers may ask for the whole "
-             "weights on rank 0; save_16bit_model writes them in any case"),
-         Key("stage3_gather_fp16_weights_on_model_save", "switch", False, HONOURED, "its old name"),
+         *_all(IDLE, "weights may always be gathered to be saved: block by block it takes no memory to speak of",
+               "stage3_gather_16bit_weights_on_model_save switch F; stage3_gather_fp16_weights_on_model_save switch F"),
          *_all(REFUSED, "was ZeRO's first stage before 2021; leave it out", "legacy_stage1 switch F"),
          *_all(REFUSED, "weights and gradients travel in full precision; leave it out (mics_shard_size keeps traffic "
                "near)", "zero_hpz_partition_size count 1; zero_quantized_weights switch F; "

@@ -191,7 +191,6 @@ class Meaning:
     optimizer   rule and options of groups that say none; None without an optimizer
     schedule    type and parameters; None without one
     board, tables       folders for TensorBoard, and for tables of the same curves; None without
-    gathers     trainers may ask for whole weights at level 3
     told        what people should know at start, a line each
     """
 
@@ -211,7 +210,6 @@ class Meaning:
     board: Path | None
     tables: Path | None
     drop_last: bool
-    gathers: bool
     told: tuple[str, ...]
 
 
@@ -236,7 +234,6 @@ def meaning(given: Any, world: int, cuda: bool) -> Meaning:
         scale=_scale(v), clip=v["gradient_clipping"], optimizer=_optimizer(v), schedule=_schedule(v),
         print_every=v["steps_per_print"], board=_folder(v, "tensorboard"), tables=_folder(v, "csv_monitor"),
         drop_last=v["dataloader_drop_last"],
-        gathers=any(v[f"{zero}stage3_gather_{kind}_weights_on_model_save"] for kind in ("16bit", "fp16")),
         told=tuple(_told(words, judged)))
 
 
