@@ -77,7 +77,8 @@ def save_state(core: Engine, optimizer: ZeroOptimizer | None, folder: Path, tag:
         held += [_slice("state", number, t) for number, t in tensors.items() if t.numel()]
     progress = Progress(core.scale, core.global_steps, core.global_steps - core.skipped_steps, training["samples"])
     header = {"step": progress.step, "progress": asdict(progress), "config": {}, "architecture": None,
-              "optimizer": optimizer.rule if optimizer else None, "tokenizer": None, "module": {"excluded": not frozen, **words},
+              "optimizer": optimizer.rule if optimizer else None, "tokenizer": None,
+              "module": {"excluded": not frozen, **words},
               "layout": {"tp": 1, "pp": 1, "dp": core.wires.mesh.dp, "zero_stage": core.zero.level}}
     with _leased(folder) if core.wires.rank == 0 else nullcontext() as lease:
         run, ready = (lease.holder.run, lease.look) if lease else ("", lambda: None)
