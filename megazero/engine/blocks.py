@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import torch
 from torch import nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from megazero.base import UserError, say
 from megazero.comm import Group
@@ -263,12 +264,25 @@ def share(buffers: Sequence[Tensor], world: Group) -> None:
         buffer.copy_(part.clone().view(buffer.dtype).view(buffer.shape))
 
 
-def longest_list(model: nn.Module) -> list[nn.Module]:
-    """The children of the longest nn.ModuleList that is not inside another:
-    the layers, not the experts of one of them."""
-    lists = {f"{n}.": m for n, m in model.named_modules() if isinstance(m, nn.ModuleList)}
-    outer = [list(m) for n, m in lists.items() if not any(n != other and n.startswith(other) for other in lists)]
-    return max(outer, key=len, default=[])
+def repeated(model: nn.Module) -> list[nn.Module]:
+    """The layers: children of each nn.ModuleList, or nn.Sequential with two of a kind, that is not inside another: so
+    of encoder and decoder alike, and no experts of a layer. Layers have parts of their own; if none has, they are
+    simple ones."""
+    lists = {f"{n}.": m for n, m in model.named_modules() if _repeats(m)}
+    outer = [[child for child in m.children() if any(True for _ in child.parameters())] for n, m in lists.items()
+             if not any(n != other and n.startswith(other) for other in lists)]
+    made = [layers for layers in outer if any(map(_has_parts, layers))]
+    return [layer for layers in made or outer for layer in layers]
+
+
+def _has_parts(module: nn.Module) -> bool:
+    return any(True for _ in module.children())
+
+
+def _repeats(m: nn.Module) -> bool:
+    kinds = [type(child) for child in m.children() if _has_parts(child)]
+    return (isinstance(m, nn.ModuleList) and not isinstance(m, ParametrizationList)
+            or isinstance(m, nn.Sequential) and len(set(kinds)) < len(kinds))
 
 
 def belongings(model: nn.Module, blocks: Sequence[nn.Module]) -> dict[nn.Module, dict[str, nn.Parameter]]:

@@ -28,8 +28,8 @@ from megazero.engine.blocks import (
     Submodule,
     belongings,
     cast_buffers,
-    longest_list,
     mistakes,
+    repeated,
     share,
 )
 from megazero.engine.groups import grouped
@@ -49,8 +49,7 @@ class Engine(Passes):
     model           any module whose parameters lie on one device. Rank 0's are taken, and its buffers
     wires           a mesh of data-parallel ranks: `shard` and `replicate` say who shares what `zero.level` shares
     accumulation    micro-batches of a step on each rank; `step` acts after the last one
-    blocks          submodules that are gathered and released one by one;
-                    default: the children of the longest nn.ModuleList
+    blocks          submodules that are gathered and released one by one; default: all repeated layers
     overlap         levels 1 and 2: weights travel after a step beside what follows, and nobody but blocks reads them
     lr              learning rate of the next step; settings.lr to begin with
     groups          of parameters, as torch.optim has them: each has the rate and the options that it says when a step
@@ -64,10 +63,13 @@ class Engine(Passes):
                  accumulation: int = 1, scale: LossScale = CONSTANT, blocks: Sequence[nn.Module] | None = None,
                  overlap: bool = False, groups: Sequence[Mapping[str, Any]] = (), trains: bool = True) -> None:
         _part(model)
-        modules = list(dict.fromkeys(longest_list(model) if blocks is None else blocks))
+        modules = list(dict.fromkeys(repeated(model) if blocks is None else blocks))
         if errors := [*mistakes(model, modules, trains), *_mistakes(wires, settings, zero, dtype, accumulation)]:
             raise UserError(*errors)
         assert settings.lr is not None
+        if zero.level == 3 and not modules and wires.rank == 0:
+            say("model: has no repeated layers (nn.ModuleList), so all its weights are gathered at once: level 3 saves "
+                "optimizer state and gradients alone; name `blocks`")
         addresses: Addresses = {}
         sharing = Sharing(zero.level, wires["shard"], wires["replicate"], buffers=Buffers(poison=wires.late))
         names = {m: n for n, m in model.named_modules()}
