@@ -3,10 +3,10 @@
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from megazero.engine import add_config_arguments, init_distributed, initialize
+    from megazero.engine import add_config_arguments, from_pretrained, init_distributed, initialize
 
 __version__ = "0.1.0"
-__all__ = ["add_config_arguments", "init_distributed", "initialize"]
+__all__ = ["add_config_arguments", "from_pretrained", "init_distributed", "initialize", "zero"]
 
 
 def __getattr__(name: str) -> Any:
@@ -14,4 +14,4 @@ def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module megazero has no {name}; there are {', '.join(__all__)}")
     from importlib import import_module
-    return getattr(import_module("megazero.engine"), name)
+    return import_module("megazero.engine.zero") if name == "zero" else getattr(import_module("megazero.engine"), name)

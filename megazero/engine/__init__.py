@@ -3,3 +3,4 @@
 from megazero.engine.initialize import add_config_arguments, init_distributed, initialize
 from megazero.engine.keys import HONOURED, MUST, TABLE, Key, form_of
 from megazero.engine.names import furnish
+from megazero.engine.zero import from_pretrained

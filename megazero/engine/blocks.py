@@ -10,6 +10,7 @@ from torch.nn.utils.parametrize import ParametrizationList
 from megazero.base import UserError, say
 from megazero.comm import Group
 from megazero.engine.hidden import hide, show
+from megazero.engine.sliced import sliced
 from megazero.plan import Action, OperandSpec, Parameter, Reductions, UnitSpec, Zero, flat
 from megazero.units import Sharing, Unit, Weight
 
@@ -39,16 +40,23 @@ class Submodule:
                 self.units.append(Unit(flat(_spec(unit_name, chosen)), dtype, device, sharing, trained))
                 self.views += [(p, self.units[-1].weight(n), p.shape) for n, p in chosen.items()]
         self.trained = next((u for u in self.units if u.trained), None)
-        self.kinds = [type(p) for p, _, _ in self.views]
+        homes = {home.p: home.kind for home in sliced(parameters.values())}
+        self.kinds = [homes.get(p, type(p)) for p, _, _ in self.views]
         self.hidden = self.kept = False                         # kept: somebody reads outside of passes
 
     def fill(self, first: bool) -> None:
-        """The weights become those of the first rank, whatever the others began with: a sum to which they add zeros."""
+        """The weights become those of the first rank, whatever the others began with: a sum to which they add zeros.
+        What they were goes as they come."""
         for unit in self.units:
             start = unit.master.new_zeros(unit.size)
             for p, w, _ in self.views:
-                if first and w.unit is unit:
-                    start[w.operand.start:w.operand.stop] = p.detach().flatten()
+                if w.unit is unit:
+                    for home in sliced([p]):
+                        home.open()
+                        home.leave()
+                    if first:
+                        start[w.operand.start:w.operand.stop] = p.detach().flatten()
+                    p.data = p.data.new_empty(0)
             unit.master.copy_(unit.sharing.shard.reduce_scatter(start, about=unit.flat.name).wait())
             unit.sharing.replicate.all_reduce(unit.master, about=unit.flat.name).wait()
             unit.publish()

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from megazero.base import UserError, say
+from megazero.base import UserError, give_back, say
 from megazero.comm import Stuck, Wires
 from megazero.engine.blocks import (
     Accumulation,
@@ -73,11 +73,12 @@ class Engine(Passes):
         addresses: Addresses = {}
         sharing = Sharing(zero.level, wires["shard"], wires["replicate"], buffers=Buffers(poison=wires.late))
         names = {m: n for n, m in model.named_modules()}
-        made = {m: Submodule(names[m] or "root", own, TORCH_DTYPE[dtype], sharing, addresses)
-                for m, own in belongings(model, modules).items()}
+        made: dict[nn.Module, Submodule] = {}
+        for m, own in belongings(model, modules).items():       # one is whole at a time
+            made[m] = Submodule(names[m] or "root", own, TORCH_DTYPE[dtype], sharing, addresses)
+            made[m].fill(wires.rank == 0)
+            give_back()
         cast_buffers(model, TORCH_DTYPE[dtype])
-        for block in made.values():
-            block.fill(wires.rank == 0)
         share([b.detach() for b in model.buffers() if b.numel()], wires["world"])
         super().__init__(model, made, addresses, wires, zero, TORCH_DTYPE[dtype])
         self.scale, self.lr, self.overlap, self.groups = scale, settings.lr, overlap, groups

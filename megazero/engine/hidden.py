@@ -30,6 +30,8 @@ class Hidden(nn.Parameter):
         if func in ASKED or (type(func).__name__ == "method-wrapper" and func != READ):
             return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[misc]
         hidden = _first(Hidden, (args, kwargs))
+        if func is torch.Tensor.detach:                         # state_dict lists it; whoever reads that is told
+            return hidden
         if hidden.fetch():
             return func(*args, **(kwargs or {}))
         raise UserError(hidden.words)
@@ -64,12 +66,12 @@ def _first(kind: type, given: Any) -> Any:
     return next((found for part in parts if (found := _first(kind, part)) is not None), None)
 
 
-def hide(p: nn.Parameter, name: str, empty: Tensor, fetch: Callable[[], bool]) -> None:
+def hide(p: nn.Parameter, name: str, empty: Tensor, fetch: Callable[[], bool], instead: str = INSTEAD) -> None:
     """Its data becomes `empty`; whoever reads it is told, unless it can be fetched."""
     p.data = empty
     p.__class__ = Hidden
     p.fetch = fetch  # type: ignore[attr-defined]
-    p.words = f"{name}: its weights are not whole here now; {INSTEAD}"  # type: ignore[attr-defined]
+    p.words = f"{name}: its weights are not whole here now; {instead}"  # type: ignore[attr-defined]
 
 
 def away(p: nn.Parameter, name: str) -> Away:

@@ -16,6 +16,7 @@ from megazero.engine.deepspeed_engine import DeepSpeedEngine
 from megazero.engine.engine import Engine
 from megazero.engine.optimizers import ZeroOptimizer, of_client, of_config
 from megazero.engine.rates import Scheduler
+from megazero.engine.sliced import sliced
 from megazero.engine.words import Meaning, meaning, read_config
 from megazero.plan import Mesh, Zero
 from megazero.settings import Optimization
@@ -51,7 +52,7 @@ def initialize(
     chosen = _optimizer(model, means, optimizer, model_parameters)
     scheduler = _scheduler(means, lr_scheduler, chosen)
     _join(means, device, distributed_port)
-    core = _engine(model.to(device), means, chosen, _wires(means, rank, world, device))
+    core = _engine(_moved(model, device), means, chosen, _wires(means, rank, world, device))
     if rank == 0:
         for line in means.told:
             say(f"{means.where}: {line}")
@@ -77,7 +78,7 @@ def init_distributed(
     """Joins the ranks that torchrun started; nothing to do for one process by itself, or a second time. Who is where
     is what torchrun says: MPI is not asked, and the rest of DeepSpeed's words has no effect."""
     if dist_init_required is not False:
-        _meet(dist_backend or _backend(device_of_rank()), timeout, distributed_port, "")
+        _meet(dist_backend or backend_of(device_of_rank()), timeout, distributed_port, "")
 
 
 def device_of_rank() -> torch.device:
@@ -137,7 +138,7 @@ def _scheduler(means: Meaning, given: Any, optimizer: ZeroOptimizer | None) -> A
 
 def _join(means: Meaning, device: torch.device, port: int) -> None:
     """All ranks, who must have the same configuration, wherever it lies."""
-    _meet(_backend(device), PATIENCE, port, repr(replace(means, where="")))
+    _meet(backend_of(device), PATIENCE, port, repr(replace(means, where="")))
 
 
 def _meet(backend: str, timeout: timedelta, port: int, words: str) -> None:
@@ -146,13 +147,22 @@ def _meet(backend: str, timeout: timedelta, port: int, words: str) -> None:
         join(backend, timeout.total_seconds(), words)
 
 
-def _backend(device: torch.device) -> str:
+def _moved(model: nn.Module, device: torch.device) -> nn.Module:
+    """On this rank's device, where slices of zero.Init are already."""
+    if not sliced(model.parameters()):
+        return model.to(device)
+    for t in (*(p for p in model.parameters() if not sliced([p])), *model.buffers()):
+        t.data = t.data.to(device)
+    return model
+
+
+def backend_of(device: torch.device) -> str:
     return "nccl" if device.type == "cuda" else "gloo"
 
 
 def _wires(means: Meaning, rank: int, world: int, device: torch.device) -> Wires:
     mesh = Mesh.of(dp=world, shard=means.shard if means.level else 1)
-    return connect(mesh, rank, _backend(device), PATIENCE.total_seconds())
+    return connect(mesh, rank, backend_of(device), PATIENCE.total_seconds())
 
 
 def _engine(model: nn.Module, means: Meaning, optimizer: ZeroOptimizer | None, wires: Wires) -> Engine:
