@@ -407,6 +407,8 @@ def test_without_an_optimizer_weights_are_frozen_and_shared(level: int) -> None:
     assert x.grad is not None
     with pytest.raises(UserError, match=r"backward: this engine has no optimizer; write config optimizer, or give initialize one"):
         e.backward(e(x).sum())
+    e.destroy()
+    assert all(p.requires_grad for p in model.parameters()) and torch.equal(model(x), wanted)
 
 
 class Own(torch.optim.AdamW):

@@ -70,6 +70,9 @@ class Engine(Passes):
         if zero.level == 3 and not modules and wires.rank == 0:
             say("model: has no repeated layers (nn.ModuleList), so all its weights are gathered at once: level 3 saves "
                 "optimizer state and gradients alone; name `blocks`")
+        self.frozen = [] if trains else [p for p in model.parameters() if p.requires_grad]      # until it is destroyed
+        for p in self.frozen:
+            p.requires_grad_(False)
         addresses: Addresses = {}
         sharing = Sharing(zero.level, wires["shard"], wires["replicate"], buffers=Buffers(poison=wires.late))
         names = {m: n for n, m in model.named_modules()}
@@ -323,6 +326,8 @@ class Engine(Passes):
             handle.remove()
         for block in self.all:
             block.leave()
+        for p in self.frozen:
+            p.requires_grad_(True)
         self.addresses.clear()
         self.over = "was destroyed, or another one was made of its module"
 

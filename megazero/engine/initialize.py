@@ -166,8 +166,6 @@ def _wires(means: Meaning, rank: int, world: int, device: torch.device) -> Wires
 
 
 def _engine(model: nn.Module, means: Meaning, optimizer: ZeroOptimizer | None, wires: Wires) -> Engine:
-    if optimizer is None:
-        model.requires_grad_(False)
     rule = optimizer.rule if optimizer else "sgd"
     settings = Optimization(rule, lr=0.0, clip_grad=means.clip)                # the rest is the groups'
     zero = Zero(means.level, prefetch=means.overlap, lag=int(means.overlap and means.level >= 2),

@@ -23,7 +23,7 @@ class Own:
     lora: bool = False
     resume: str | None = None
     pretrained: str | None = None
-    frozen: bool = False
+    evaluate_only: bool = False
     save: bool = False
 
 
@@ -59,8 +59,6 @@ def built(own: Own) -> Any:
         import peft
         model = peft.get_peft_model(model, peft.LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM",
                                                            init_lora_weights="gaussian"))
-    if own.frozen:
-        model.get_input_embeddings().requires_grad_(False)
     return model
 
 
@@ -81,7 +79,10 @@ def main() -> None:
     torch.manual_seed(7)
     trainer = Watching(model=built(own), args=args, train_dataset=Texts(own.samples, 0), eval_dataset=Texts(6, 1000),
                        compute_metrics=metrics if args.predict_with_generate else None)
-    trainer.train(resume_from_checkpoint=own.resume)
+    if own.evaluate_only:
+        seen += [int(p.argmax() + p.size) for p in trainer.predict(trainer.train_dataset).predictions]
+    else:
+        trainer.train(resume_from_checkpoint=own.resume)
     if own.save:
         trainer.save_model()
     engine = trainer.model_wrapped
@@ -90,7 +91,8 @@ def main() -> None:
     facts = {"history": trainer.state.log_history, "type": str(trainer.accelerator.distributed_type), "processes": args.world_size, "steps": steps,
              "engine": type(engine).__name__, "seen": seen, "skipped": getattr(engine, "skipped_steps", None), "best": trainer.state.best_model_checkpoint,
              "weights": {name.removeprefix("module."): [float(t.double().sum()), float(t.double().norm())] for name, t in state.items()},
-             "evaluated": trainer.evaluate()}
+             "moved": [line["learning_rate"] for line in trainer.state.log_history if "learning_rate" in line],
+             "evaluated": [trainer.evaluate()["eval_loss"]]}
     Path(f"{own.facts}.{os.environ.get('RANK', 0)}.json").write_text(json.dumps(facts))
 
 
