@@ -20,6 +20,14 @@ from torch import nn
 
 import megazero
 from megazero.base.errors import UserError
+from megazero.engine.full import (
+    safe_get_full_fp32_param,
+    safe_get_full_grad,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_grad,
+    safe_set_full_optimizer_state,
+)
 
 transformers = pytest.importorskip("transformers", reason="the model is transformers' OPT, which is not installed")
 Tensor = torch.Tensor
@@ -409,6 +417,54 @@ def test_without_an_optimizer_weights_are_frozen_and_shared(level: int) -> None:
         e.backward(e(x).sum())
     e.destroy()
     assert all(p.requires_grad for p in model.parameters()) and torch.equal(model(x), wanted)
+
+
+def looked(level: int) -> list[list[Tensor]]:
+    """Gradients, masters and moments of all parameters in the second step; the third is made with other ones."""
+    model = opt().double()
+    e = megazero.initialize(model=model, config=introduction(level, "fp64"))[0]
+    found = []
+    for step in range(3):
+        assert safe_get_full_grad(next(model.parameters())) is None
+        for ids in mine(e, step):
+            e.backward(loss(e, ids))
+        gradients = [safe_get_full_grad(p) for p in model.parameters()]
+        if step == 2:
+            for p, grad in zip(model.parameters(), gradients, strict=True):
+                safe_set_full_grad(p, torch.zeros_like(grad))
+                safe_set_full_fp32_param(p, torch.full_like(grad, 0.5))
+                for key in ("exp_avg", "exp_avg_sq"):
+                    safe_set_full_optimizer_state(p, torch.zeros_like(grad), key)
+        before = [safe_get_full_fp32_param(p) for p in model.parameters()]
+        moments = [safe_get_full_optimizer_state(p, "exp_avg") for p in model.parameters()]
+        e.step()
+        found.append([*gradients, *before, *moments])
+    found.append(list(e.module.state_dict().values()))
+    with pytest.raises(UserError, match="optimizer state exp: is not there; write one of exp_avg, exp_avg_sq"):
+        safe_get_full_optimizer_state(next(model.parameters()), "exp")
+    assert safe_get_full_grad(nn.Parameter(torch.ones(1))) is None
+    return found
+
+
+def test_a_parameter_is_seen_and_set_whole(pool: Pool) -> None:
+    """Against plain torch's p.grad, p and state; zero gradients and moments leave decay alone."""
+    model = opt().double()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.1, eps=1e-5)
+    wanted = []
+    for step in range(2):
+        optimizer.zero_grad()
+        loss(model, data(step)).backward()                                                       # type: ignore[no-untyped-call]
+        ps = list(model.parameters())
+        wanted.append([p.grad.clone() for p in ps] + [p.detach().clone() for p in ps]            # type: ignore[union-attr]
+                      + [optimizer.state[p]["exp_avg"].clone() if step else torch.zeros_like(p) for p in ps])
+        nn.utils.clip_grad_norm_(ps, 0.5)
+        optimizer.step()
+    for level in range(4):
+        for found in pool.run(2, looked, level):
+            for step in range(2):
+                for a, b in zip(found[step], wanted[step], strict=True):
+                    assert a.shape == b.shape and (a - b).abs().max() < 1e-12
+            assert all((t - 0.5 * (1 - LR * 0.1)).abs().max() < 1e-12 for t in found[3])
 
 
 class Own(torch.optim.AdamW):

@@ -85,7 +85,7 @@ class Engine(Passes):
         share([b.detach() for b in model.buffers() if b.numel()], wires["world"])
         super().__init__(model, made, addresses, wires, zero, TORCH_DTYPE[dtype])
         self.scale, self.lr, self.overlap, self.groups = scale, settings.lr, overlap, groups
-        self._renew()
+        self.renew()
         units = [b.trained for b in made.values() if b.trained]
         self.ending = ending([u.flat.name for u in units])
         self.gate = Gate(units, settings.clip_grad, wires["world"], tells=True)
@@ -162,7 +162,7 @@ class Engine(Passes):
         self.found_inf = later(torch.stack((self.verdict.found_inf, self.verdict.astray)))
         self.sums.begin()
         self.steps += 1
-        self._renew()
+        self.renew()
         return self.verdict
 
     def _update(self) -> None:
@@ -174,6 +174,14 @@ class Engine(Passes):
             unit.updated()
             part.copy_(before)
             unit.publish()
+
+    def mean(self) -> Tensor | None:
+        """The factor that makes the step's sums its gradient, once all of them are here; None before."""
+        if not self.sums.over:
+            return None
+        self._do(self.sums.reductions.finish())
+        tokens = self.wires["world"].all_reduce(self.ruling.told["tokens"].reshape(1).clone()).wait()
+        return self.ruling.nominal / tokens.clamp(min=1) / self.scale.value
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drops the gradients of a step that is not over, on all ranks; after a step there are none."""
@@ -333,7 +341,7 @@ class Engine(Passes):
 
     # ---- weights outside of passes
 
-    def _renew(self) -> None:
+    def renew(self) -> None:
         """Below level 3 every rank gathers all, in one order: parameters are whole between steps, for whoever reads
         them. With `overlap` they travel beside what follows, and are hidden until their block's turn."""
         for block in self.all if self.zero.level < 3 else ():

@@ -26,6 +26,12 @@ class Hook:
         return Hook, ()
 
 
+def owner_of(p: Tensor) -> Any:
+    """The engine that trains a parameter, or None."""
+    hooks = (getattr(p, "_post_accumulate_grad_hooks", None) or {}).values()
+    return next((hook.owner for hook in hooks if isinstance(hook, Hook) and hook.owner), None)
+
+
 class Handle(NamedTuple):
     """What autograd keeps instead of a tensor that lies in a unit's weights.
     `generation` is the step whose weights it means."""

@@ -6,10 +6,10 @@ A name that is not there is one sentence, whether it is read, imported from a mo
 import importlib
 import logging
 import os
-import resource
 import sys
 from collections.abc import Mapping
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -19,6 +19,14 @@ from torch.utils.checkpoint import checkpoint
 from megazero.base import UserError, gib, say
 from megazero.comm import environment, ranks
 from megazero.engine.deepspeed_engine import DeepSpeedEngine
+from megazero.engine.full import (
+    safe_get_full_fp32_param,
+    safe_get_full_grad,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_grad,
+    safe_set_full_optimizer_state,
+)
 from megazero.engine.initialize import add_config_arguments, device_of_rank, init_distributed, initialize
 from megazero.engine.optimizers import DeepSpeedCPUAdam, FusedAdam
 from megazero.engine.rates import SCHEDULES
@@ -107,9 +115,11 @@ def log_dist(message: str, ranks: Any = None, level: int = logging.INFO) -> None
 def see_memory_usage(message: str, force: bool = False) -> None:
     """What this rank has at most had, if `force`."""
     if force and get_rank() == 0:
-        there = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        cuda = f", CUDA {gib(torch.cuda.max_memory_allocated())}" if torch.cuda.is_available() else ""
-        say(f"{message}: at most {gib(there)} of memory{cuda}")
+        status = Path("/proc/self/status")
+        there = [int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM")] \
+            if status.exists() else []
+        cuda = [f"CUDA {gib(torch.cuda.max_memory_allocated())}"] if torch.cuda.is_available() else []
+        say(f"{message}: at most {', '.join([gib(n * 1024) + ' of memory' for n in there] + cuda)}")
 
 
 def clone_tensors_for_torch_save(item: Any, device: Any = "cpu") -> Any:
@@ -162,6 +172,9 @@ ZERO = {"Init": Init, "GatheredParameters": GatheredParameters,
         "TiledLinear": refused("TiledLinear", "write nn.Linear")}
 LEAVES = {"set_z3_leaf_modules": _none_of_them, "unset_z3_leaf_modules": _none_of_them,
           "get_z3_leaf_modules": _none_of_them}
+FULL = {one.__name__: one for one in (
+    safe_get_full_fp32_param, safe_get_full_grad, safe_get_full_optimizer_state, safe_set_full_fp32_param,
+    safe_set_full_grad, safe_set_full_optimizer_state)}
 LOGS = {"logger": LOGGER, "log_dist": log_dist}
 RECOMPUTE = {"checkpoint": checkpointed, "non_reentrant_checkpoint": checkpointed_once, "configure": _nothing,
              "is_configured": lambda: True, "reset": _nothing}
@@ -193,9 +206,9 @@ MODULES: Mapping[str, Names] = {
     "deepspeed.runtime.utils": {"see_memory_usage": see_memory_usage},
     "deepspeed.runtime.activation_checkpointing": {},
     "deepspeed.runtime.activation_checkpointing.checkpointing": RECOMPUTE, "deepspeed.checkpointing": RECOMPUTE,
-    "deepspeed.utils": {**LOGS, **LEAVES, "is_initialized": WORLD["is_initialized"],
+    "deepspeed.utils": {**LOGS, **LEAVES, **FULL, "is_initialized": WORLD["is_initialized"],
                         "z3_leaf_module": lambda module: False},
-    "deepspeed.utils.logging": LOGS,
+    "deepspeed.utils.logging": LOGS, "deepspeed.utils.tensor_fragment": FULL,
     "deepspeed.utils.z3_leaf_module": LEAVES,
     "deepspeed.utils.groups": {"get_data_parallel_rank": get_rank, "get_data_parallel_world_size": get_world_size,
                                "get_data_parallel_group": lambda: torch.distributed.group.WORLD,

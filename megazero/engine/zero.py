@@ -18,7 +18,7 @@ from torch import nn
 
 from megazero.base import UserError, give_back, printable, say
 from megazero.comm import Wires, connect, environment, ranks
-from megazero.engine.hooks import Hook
+from megazero.engine.hooks import owner_of
 from megazero.engine.initialize import PATIENCE, backend_of, device_of_rank, init_distributed
 from megazero.engine.sliced import Sliced, sliced
 from megazero.engine.words import read_config
@@ -161,9 +161,8 @@ def _engines(parameters: Iterable[Tensor]) -> dict[Any, list[Tensor]]:
     """Whose they are, by engine."""
     found: dict[Any, list[Tensor]] = {}
     for p in parameters:
-        for hook in (getattr(p, "_post_accumulate_grad_hooks", None) or {}).values():
-            if isinstance(hook, Hook) and hook.owner:
-                found.setdefault(hook.owner, []).append(p)
+        if (engine := owner_of(p)) is not None:
+            found.setdefault(engine, []).append(p)
     return found
 
 
