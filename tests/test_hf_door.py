@@ -174,22 +174,24 @@ LINES = {                                                       # a script and i
     "lora": f"{TRAIN} --max_steps 4 --lora true",
     "workers": f"{TRAIN} --max_steps 2 --dataloader_num_workers 1 --dataloader_multiprocessing_context spawn",
     "only": f"{TRAIN} --evaluate_only true", "fp16": f"{TRAIN} --max_steps 6 --fp16 true",
+    "saves": f"{TRAIN} --max_steps 12 --save_strategy steps --save_steps 4 --eval_strategy steps --eval_steps 4 --load_best_model_at_end true --save true",
     "unet": f"{LOOP} --kind unet", "dit": f"{LOOP} --kind dit",
 }
-STEPS = {"steps": 30, "windows": 6, "t5": 3, "lora": 4, "workers": 2, "only": 0, "unet": 6, "dit": 6}
+EXTRA = {"unet 2": "--save {place}/state --export {place}/exported", "unet 3 resumed": "--resume {place}/state"}     # and those of one run
+STEPS = {"steps": 30, "windows": 6, "t5": 3, "lora": 4, "workers": 2, "only": 0, "saves": 12, "unet": 6, "dit": 6}
 QUICK = {"steps 1": config(1), "steps 2": config(2, optimizer=ADAMW), "steps 3": config(3), "windows 2": config(2), "t5 3": config(3, optimizer=ADAMW), "lora 3": config(3),
-         "only 3": config(3), "unet 2": {}, "dit 3": {}}
+         "only 3": config(3), "saves 2": config(2, optimizer=ADAMW), "unet 2": {}, "unet 3 resumed": {}, "dit 3": {}}
 FP16 = {f"fp16 {stage}": config(stage, fp16={"enabled": "auto", "initial_scale_power": 18, "hysteresis": 1}, optimizer=ADAMW) for stage in (1, 3)}
 MORE = {"steps 0": config(0), "windows 1": config(1, optimizer=ADAMW), "windows 3": config(3), "t5 1": config(1), "t5 2": config(2), "lora 1": config(1), "lora 2": config(2),
-        "workers 1": config(1), "workers 3": config(3), "unet 1": {}, "unet 3": {}, "dit 1": {}, "dit 2": {}}
+        "workers 1": config(1), "workers 3": config(3), "saves 1": config(1), "saves 3": config(3), "unet 1": {}, "unet 3": {}, "dit 1": {}, "dit 2": {}}
 
 
 def words_of(name: str, ds: Mapping[str, Any] | None, place: Path) -> list[str]:
     """Of one run in a folder."""
-    line, _, stage = name.partition(" ")
-    script, *flags = [*LINES[line].split(), "--facts", str(place / name)]
+    line, stage = name.split()[0], name.split()[1:2]
+    script, *flags = [*LINES[line].split(), "--facts", str(place / name), *EXTRA.get(name, "").format(place=place).split()]
     if script == LOOP:
-        return ["--next", script, *flags, *(["--cpu"] if ds is None else ["--stage", stage])]
+        return ["--next", script, *flags, *(["--cpu"] if ds is None else ["--stage", *stage])]
     (place / f"{name}.json").write_text(json.dumps(ds))
     return ["--next", script, *TRAINER.split(), *flags, "--output_dir", str(place / f"out {name}"),
             "--pretrained", str(place / ("t5" if line == "t5" else "llama")), *(["--use_cpu"] if ds is None else ["--deepspeed", str(place / f"{name}.json")])]
@@ -226,11 +228,15 @@ def compare(name: str, place: Path) -> None:
     line = name.split()[0]
     wanted, found = facts_of(place, line), facts_of(place, name)
     for mine, theirs in zip(found, wanted, strict=True):
+        half = len(theirs["seen"]) // 2 if "resumed" in name else 0                              # what came after the checkpoint
         assert (mine["type"], mine["processes"], mine["steps"]) == ("DistributedType.DEEPSPEED", 2, STEPS[line])
-        assert (theirs["type"], theirs["steps"]) == ("DistributedType.MULTI_CPU", None) and mine["seen"] == theirs["seen"]
+        assert (theirs["type"], theirs["steps"]) == ("DistributedType.MULTI_CPU", None) and mine["seen"] == theirs["seen"][half:]
     assert line == "only" or not set(found[0]["seen"][:12]) & set(found[1]["seen"][:12]), "ranks saw different samples"
     mine, theirs = found[0], wanted[0]
+    if half:
+        theirs |= {key: theirs[key][len(theirs[key]) // 2:] for key in ("losses", "norms", "rates")} | {"average": mine["average"]}
     assert len(of(mine, "loss") or of(mine, "losses")) >= STEPS[line]
+    assert Path(mine.get("best") or "").name == Path(theirs.get("best") or "").name and bool(mine.get("best")) == (line == "saves")
     for key, tolerance in (("loss", 1e-5), ("losses", 1e-5), ("eval_loss", 1e-5), ("eval_said", 1e-5), ("grad_norm", 1e-4), ("norms", 1e-4), ("rates", 1e-12),
                            ("average", 1e-3), ("evaluated", 1e-5)):
         assert of(mine, key) == pytest.approx(of(theirs, key), rel=tolerance), key
@@ -242,6 +248,37 @@ def compare(name: str, place: Path) -> None:
 @pytest.mark.parametrize("name", QUICK)
 def test_it_trains_as_without_the_engine(name: str, quick: Path) -> None:
     compare(name, quick)
+
+
+def exported(folder: Path) -> dict[str, Any]:
+    from safetensors.torch import load_file
+    return load_file(folder / "model.safetensors")
+
+
+def equal(found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    assert found.keys() == wanted.keys()
+    for key, t in wanted.items():
+        assert (found[key] - t).abs().max() < 1e-4, key
+
+
+def test_an_export_is_that_of_the_run_without_the_engine(quick: Path) -> None:
+    """The best checkpoint, which was loaded at the end; and the pipeline of another library reads its own."""
+    equal(exported(quick / "out saves 2"), exported(quick / "out saves"))
+    from diffusers import UNet2DModel
+    read = UNet2DModel.from_pretrained(quick / "exported").state_dict()
+    assert {name: pytest.approx(float(t.double().norm()), rel=1e-5) for name, t in read.items()} == facts_of(quick, "unet 2")[0]["weights"]
+
+
+def test_the_trainer_resumes_at_another_level_on_another_number_of_ranks(quick: Path) -> None:
+    """From a checkpoint of two ranks at stage 2, on one rank at stage 3; the rest of the curve, and the last weights."""
+    (quick / "stage 3.json").write_text(json.dumps(config(3, optimizer=ADAMW)))
+    flags = words_of("saves", None, quick)[2:-1]
+    under_door(TRAIN, *flags, "--gradient_accumulation_steps", "2", "--load_best_model_at_end", "false", "--facts", str(quick / "resumed"), "--output_dir",
+               str(quick / "out resumed"), "--deepspeed", str(quick / "stage 3.json"), "--resume", str(quick / "out saves 2" / "checkpoint-4"))
+    wanted, (found,) = facts_of(quick, "saves")[0], facts_of(quick, "resumed", ranks=1)
+    assert (found["type"], found["processes"], found["steps"]) == ("DistributedType.DEEPSPEED", 1, 12)
+    assert of(found, "loss") == pytest.approx(of(wanted, "loss"), rel=1e-5)
+    equal(exported(quick / "out resumed"), exported(quick / "out saves" / "checkpoint-12"))
 
 
 def test_a_step_that_is_skipped_moves_no_learning_rate(quick: Path) -> None:

@@ -273,7 +273,7 @@ class Engine(Passes):
             self.verdict, self.found_inf, self.applied = None, None, False
         if progress is not None and moments:
             self.updater.set_steps(progress.applied)
-        self._renew()
+        self.renew()
 
     def moments(self) -> Iterator[tuple[nn.Parameter, dict[str, Tensor]]]:
         """Of each parameter that is trained what the optimizer keeps, whole, on all ranks together."""
