@@ -130,6 +130,35 @@ def test_what_is_found_under_the_name() -> None:
         "UserError: FusedAdam: bias_correction False, amsgrad False: there is no such kernel here; leave it out."]
 
 
+OWN = """import sys
+from megazero import Trainer
+import torch, transformers
+transformers.logging.set_verbosity_error()
+model = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=1, n_embd=8, n_head=2, n_positions=8, vocab_size=16, bos_token_id=0, eos_token_id=0))
+data = [{"input_ids": torch.arange(8), "labels": torch.arange(8)}] * 8
+words = {"output_dir": sys.argv[1], "report_to": "none", "max_steps": 2, "per_device_train_batch_size": 2, "save_strategy": "no", "disable_tqdm": True}
+config = {"train_micro_batch_size_per_gpu": "auto", "zero_optimization": {"stage": 3}, "optimizer": {"type": "AdamW", "params": {"lr": "auto"}}}
+try:
+    Trainer(model=model, args=transformers.TrainingArguments(**words), train_dataset=data)
+except Exception as error:
+    print(type(error).__name__, error)
+trainer = Trainer(model=model, args=transformers.TrainingArguments(**words, deepspeed=config), train_dataset=data)
+trainer.train()
+print("engine:", type(trainer.model_wrapped).__name__, trainer.model_wrapped.global_steps, trainer.model_wrapped.zero_optimization_stage())
+"""
+
+
+def test_a_trainer_may_be_imported(tmp_path: Path) -> None:
+    """Before transformers, by a script that is started as it is; after it, one sentence."""
+    import megazero
+    (tmp_path / "own.py").write_text(OWN)
+    told = finished([sys.executable, str(tmp_path / "own.py"), str(tmp_path / "out")])
+    assert "engine: DeepSpeedEngine 2 3\n" in told
+    assert 'UserError megazero.Trainer: args.deepspeed is missing; write TrainingArguments(deepspeed="ds_config.json", ...), or use' in told
+    with pytest.raises(UserError, match="megazero.Trainer: transformers was imported before, and looked for DeepSpeed then; import megazero.Trainer first"):
+        megazero.Trainer  # noqa: B018
+
+
 # ---- DeepSpeed's introduction and its command
 
 INTRODUCTION = {"train_batch_size": 8, "gradient_accumulation_steps": 2, "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}, "gradient_clipping": 1.0}

@@ -65,4 +65,5 @@ def _next() -> None:
 if find_spec("megazero") is None:                               # started beside a checkout
     sys.path.append(str(DOOR.parents[1]))
 sys.meta_path.insert(0, Watch())                                # type: ignore[arg-type]
-_next()
+if __name__ == "sitecustomize":                                 # not run by megazero.Trainer
+    _next()
