@@ -200,3 +200,52 @@ def test_only_the_same_command_goes_on(tmp_path: Path, small_steps: None) -> Non
     (tmp_path / "out" / "d_text_document.bin.partial").write_bytes(b"")
     with pytest.raises(UserError, match="d_text_document.bin.partial: has 0 bytes, the unfinished run wrote [0-9]+; begin again"):
         preprocess(settings(tmp_path))
+
+
+def test_a_note_is_held_against_the_sources(tmp_path: Path, small_steps: None) -> None:
+    """Who can write its checksum, too, cannot make it lose documents by a place where no run can be."""
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.jsonl").write_text("".join(json.dumps({"text": f"line {i}", "note": "x"}) + "\n" for i in range(400)))
+    assert forked(killed_at(25, lambda: preprocess(settings(tmp_path)))) == -signal.SIGKILL
+    note, size = tmp_path / "out" / "d.progress.json", (tmp_path / "in" / "a.jsonl").stat().st_size
+    told = json.loads(note.read_text())
+    del told["sum"]
+    at, nothing = told["place"][1], {key: [0, 0, 0, [], [0, 0]] for key in ("text", "note")}
+    assert 0 < at < size
+    for change, said in (
+        ({"place": [0, size + 1, 9], "bytes": size + 1}, f"a.jsonl ends before byte {size + 1:,}"),
+        ({"place": [0, at + 5, 9], "bytes": at + 5}, f"no document begins at byte {at + 5:,} of .*a.jsonl"),
+        ({"place": [0, at, at + 2]}, "its place is"), ({"place": [1, 7, 1]}, "its place is"),
+        ({"finished": True, "place": [0, 0, 1], "bytes": 0, "written": nothing}, "its place is"),
+        ({"finished": True, "place": [1, 0, 1], "bytes": 0, "written": nothing}, f"it tells of 0 bytes of text, before its place are {size:,}"),
+        ({"finished": True, "place": [1, 0, 1], "bytes": size, "written": nothing}, "text_document.bin.partial has [0-9,]+ bytes, it tells of 0"),
+        ({"bytes": at + 1}, f"it tells of {at + 1:,} bytes of text, before its place are {at:,}"),
+        ({"written": {key: [9, 9, 8, [1]] for key in nothing}}, "8 tokens in 9 sequences of 9 documents of text are not made of"),
+        ({"written": {key: [at + 1, 9, 9, [1]] for key in nothing}}, "documents of text are not made of"),
+    ):
+        words = {**told, **change}
+        note.write_text(json.dumps({**words, "sum": module._sum(words)}))
+        with pytest.raises(UserError, match=rf"d.progress.json: is damaged \(.*{said}.*; remove it to begin again"):
+            preprocess(settings(tmp_path))
+    note.write_text(json.dumps(told))
+    preprocess(settings(tmp_path))
+    resumed = result(tmp_path)
+    for path in (tmp_path / "out").iterdir():
+        path.unlink()
+    preprocess(settings(tmp_path))
+    assert result(tmp_path) == resumed
+
+
+@pytest.mark.parametrize("name", ["lengths", "documents"])
+def test_damage_of_what_an_unfinished_run_left_is_told(tmp_path: Path, small_steps: None, name: str) -> None:
+    """Lengths that are swapped have the same sum."""
+    source(tmp_path, 300)
+    assert forked(killed_at(25, lambda: preprocess(settings(tmp_path)))) == -signal.SIGKILL
+    path = tmp_path / "out" / f"d_text_document.{name}.partial"
+    good = path.read_bytes()
+    path.write_bytes(good[:8] + good[12:16] + good[8:12] + good[16:])
+    assert path.read_bytes() != good
+    with pytest.raises(UserError, match=f"d_text_document.{name}.partial: is damaged, its checksum is not that of what the unfinished run wrote"):
+        preprocess(settings(tmp_path))
+    path.write_bytes(good)
+    preprocess(settings(tmp_path))

@@ -22,7 +22,7 @@ from megazero.base.errors import UserError
 from megazero.corpus import sources
 from megazero.corpus.preprocess import PreprocessSettings, preprocess
 from megazero.corpus.sources import Place, Unreadable, documents, find_sources, read_chunks
-from megazero.corpus.tables import Question, TableReader
+from megazero.corpus.tables import Misplaced, Question, TableReader
 from megazero.data import files
 from megazero.data.files import suffix_of
 
@@ -253,8 +253,26 @@ def test_damaged_tables_are_counted_like_other_damage(tmp_path: Path, capfd: pyt
 def test_a_place_beyond_the_end_is_told(tmp_path: Path) -> None:
     for end in ("", ".gz"):
         (tmp_path / f"a.jsonl{end}").write_bytes(gzip.compress(JSONL) if end else JSONL)
-        assert "is damaged, nothing after this can be read (it ends" in read(tmp_path / f"a.jsonl{end}", start=Place(0, 10**9, 3))[1][0]
+        with pytest.raises(Misplaced, match=f"a.jsonl{end} ends before byte 1,000,000,000"):
+            read(tmp_path / f"a.jsonl{end}", start=Place(0, 10**9, 3))
+        with pytest.raises(Misplaced, match=f"no document begins at byte 3 of .*a.jsonl{end}"):
+            read(tmp_path / f"a.jsonl{end}", start=Place(0, 3, 1))
         assert read(tmp_path / f"a.jsonl{end}", start=Place(0, len(JSONL), 3)) == ([], [])
+
+
+def test_a_row_beyond_the_end_is_told(tmp_path: Path) -> None:
+    for path in tables(tmp_path)[1::2]:
+        with pytest.raises(Misplaced, match=f"{path.name} has {len(TEXTS):,} rows, it tells of {len(TEXTS) + 1:,}"):
+            read(path, start=Place(0, len(TEXTS) + 1, len(TEXTS) + 2))
+
+
+def test_a_block_begins_behind_a_blank_line(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"one\ntwo\n \t\nthree\n")
+    for at, rest in ((0, ["one\ntwo", "three"]), (11, ["three"]), (17, [])):
+        assert read(tmp_path / "a.txt", input_format="blocks", start=Place(0, at, 1))[0] == rest
+    for at in (2, 4, 8, 10, 12):
+        with pytest.raises(Misplaced, match=f"no document begins at byte {at} of"):
+            read(tmp_path / "a.txt", input_format="blocks", start=Place(0, at, 1))
 
 
 def test_globs_are_those_of_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

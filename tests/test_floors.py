@@ -16,7 +16,7 @@ FLOORS: dict[str, tuple[int, str]] = {
     "units": (800, "random unit gate rules actions"),
     "model": (750, "products ops attention decoder"),
     "data": (2800, "files indexed order tokenizer_base tokenizer_words tokenizer_tiktoken tokenizers sidecar megatron_order dataset fim splits"),
-    "corpus": (1200, "tables sources verify edit preprocess"),
+    "corpus": (1260, "tables sources verify edit preprocess"),
     "state": (1350, "tensor_files checkpoint saving merge compare record logs"),
     "hf": (520, "files tokenizer convert"),
     "run": (1400, "executor metrics run feed step loop failures train launch generate"),

@@ -36,6 +36,7 @@ from megazero.base import Form, UserError, load, said, write_json
 from megazero.corpus.sources import (
     CHUNK,
     FORMATS,
+    READERS,
     Chunk,
     Input,
     Place,
@@ -44,6 +45,7 @@ from megazero.corpus.sources import (
     find_sources,
     read_chunks,
 )
+from megazero.corpus.tables import Misplaced
 from megazero.data import (
     COUNT,
     CRC,
@@ -57,6 +59,7 @@ from megazero.data import (
     alone,
     best_dtype,
     build_tokenizer,
+    is_packed,
     read_sidecar,
     size_of,
     stamp_of,
@@ -68,6 +71,7 @@ SAVE_SECONDS = 10.0
 NAMED = 100                 # inputs that cannot be read and are named one by one
 NOTE: Form = {"job": str, "place": [COUNT], "skipped": COUNT, "bytes": COUNT, "seconds": float, "finished": bool,
               "written": {str: [(COUNT, [CRC])]}, "sum?": CRC}      # without a sum it is of a version before
+NOTED = ([int, int, int, list], [int, int, int, list, list])        # what it says of a dataset; the shorter is older
 
 
 @dataclass(frozen=True)
@@ -205,16 +209,22 @@ def preprocess(settings: PreprocessSettings) -> list[Report]:
     tokenizer = _checked(settings)
     sources = find_sources(settings.input, settings.json_keys, settings.input_format)
     with alone(settings.output_prefix, "--output-prefix"):
-        return _preprocessed(settings, tokenizer, sources)
+        try:
+            return _preprocessed(settings, tokenizer, sources)
+        except Misplaced as error:
+            raise _damaged(_note_of(settings), error) from None
 
 
 def _preprocessed(settings: PreprocessSettings, tokenizer: Tokenizer, sources: Sequence[Input]) -> list[Report]:
-    note, job = Path(f"{settings.output_prefix}.progress.json"), _job(settings, tokenizer, sources)
-    state = _read_note(note, job, settings.json_keys, len(sources), best_dtype(tokenizer.vocab_size).itemsize)
+    note, job = _note_of(settings), _job(settings, tokenizer, sources)
+    width = best_dtype(tokenizer.vocab_size).itemsize
+    state = _read_note(note, job, settings.json_keys, sources, width)
     prefixes = {key: f"{settings.output_prefix}_{key}_document" for key in settings.json_keys}
     if not note.exists():
         _keep_others(prefixes, tokenizer, settings, sources)
     open_keys = [key for key in prefixes if not (state.finished and _is_published(prefixes[key]))]
+    if state.finished:
+        _all_noted(note, {prefixes[key]: state.written[key] for key in open_keys}, width)
     writers: dict[str, IndexedWriter] = {}
     try:
         for key in open_keys:
@@ -278,7 +288,8 @@ def _write_all(
                 if any(source.kind == "lines" for source in sources) else "")
         raise UserError(f"--input {' '.join(settings.input)}: nothing in it could be read (see above){hint}. "
                         "Nothing was written.")
-    state.finished, state.written = True, {key: writer.mark() for key, writer in writers.items()}
+    state.finished, state.place = True, Place(len(sources))
+    state.written = {key: writer.mark() for key, writer in writers.items()}
     if resumable:
         note()
 
@@ -356,7 +367,15 @@ def _sum(words: Mapping[str, Any]) -> int:
     return zlib.crc32(json.dumps(words).encode())
 
 
-def _read_note(path: Path, job: str, keys: Sequence[str], sources: int, width: int) -> State:
+def _note_of(settings: PreprocessSettings) -> Path:
+    return Path(f"{settings.output_prefix}.progress.json")
+
+
+def _damaged(note: Path, why: Exception) -> UserError:
+    return UserError(f"{note}: is damaged ({why}); remove it to begin again.")
+
+
+def _read_note(path: Path, job: str, keys: Sequence[str], sources: Sequence[Input], width: int) -> State:
     """Where an earlier run of this command ended. Raises UserError when the note is of another command."""
     try:
         told = load(path, NOTE)
@@ -368,7 +387,7 @@ def _read_note(path: Path, job: str, keys: Sequence[str], sources: int, width: i
     except (FileNotFoundError, NotADirectoryError):
         return State()
     except (OSError, ValueError) as error:
-        raise UserError(f"{path}: is damaged ({error}); remove it to begin again.") from None
+        raise _damaged(path, error) from None
     if not same:
         raise UserError(f"{path}: is of an unfinished run with other inputs, tokenizer or flags; "
                         "give those to go on with it, or remove this file to begin again.")
@@ -379,23 +398,59 @@ def _state(told: Mapping[str, Any]) -> State:
     """Raises ValueError for other entries than a note has."""
     if len(told["place"]) != 3:
         raise ValueError("place is not a file, a byte and a line")
-    strange = [key for key, entry in told["written"].items() if [*map(type, entry)] != [int, int, int, list]]
+    strange = [key for key, entry in told["written"].items() if [*map(type, entry)] not in NOTED]
     if strange:
         raise ValueError(f"written.{said(strange[0])} is not three counts and a list of checksums")
-    written = {key: Written(d, s, t, tuple(sums)) for key, (d, s, t, sums) in told["written"].items()}
+    written = {key: Written(d, s, t, *map(tuple, sums)) for key, (d, s, t, *sums) in told["written"].items()}
     return State(Place(*told["place"]), told["skipped"], told["bytes"], told["seconds"], told["finished"], written)
 
 
-def _fits(state: State, keys: Sequence[str], sources: int, width: int) -> None:
+def _fits(state: State, keys: Sequence[str], sources: Sequence[Input], width: int) -> None:
     """Raises ValueError for a note whose numbers cannot be of a run with these keys and sources, tokens of `width`
     bytes."""
-    if state.seconds < 0 or state.place.source > sources or state.place.line < 1:
-        raise ValueError(f"its place is {tuple(state.place)} of {sources} files after {state.seconds} s")
+    place, passed = state.place, _passed(state.place, sources)
+    if state.seconds < 0 or not _is_place(place, sources) or (state.finished and place.source < len(sources)):
+        raise ValueError(f"its place is {tuple(place)} of {len(sources)} files after {state.seconds} s")
+    if passed is not None and not (state.bytes == passed or (state.skipped and state.bytes < passed)):
+        raise ValueError(f"it tells of {state.bytes:,} bytes of text, before its place are {passed:,}")
     if state.written.keys() != set(keys):
         raise ValueError(f"it tells of {said(list(state.written))}, not of {said(list(keys))}")
     for key, written in state.written.items():
         if len(written.sums) != -(-written.tokens * width // SUMMED):
             raise ValueError(f"it has {len(written.sums)} checksums for {written.tokens} tokens of {key}")
+        if written.sequences > written.tokens or written.documents > state.bytes + place.source:
+            raise ValueError(f"{written.tokens:,} tokens in {written.sequences:,} sequences of {written.documents:,} "
+                             f"documents of {key} are not made of {state.bytes:,} bytes")
+
+
+def _is_place(place: Place, sources: Sequence[Input]) -> bool:
+    """Can somebody who read these sources in order be there?"""
+    if place.source >= len(sources):
+        return place == Place(len(sources))
+    return place.line in range(1, place.offset + 2) and (sources[place.source].kind != "text" or place.offset == 0)
+
+
+def _passed(place: Place, sources: Sequence[Input]) -> int | None:
+    """Bytes of text before a place; None where only who reads can tell, in archives, tables, and what is no file."""
+    before = [source.path for source in sources[:place.source + (place.offset > 0)]
+              if source.kind in READERS and not is_packed(source.path) and not _is_stream(source.path)]
+    if len(before) < min(place.source + (place.offset > 0), len(sources)):
+        return None
+    return sum(map(size_of, before[:place.source])) + place.offset
+
+
+def _is_stream(path: str) -> bool:
+    return os.path.exists(path) and not os.path.isfile(path)
+
+
+def _all_noted(note: Path, datasets: Mapping[str, Written], width: int) -> None:
+    """Raises UserError when a note of a run that has read everything tells of less than it wrote."""
+    for prefix, written in datasets.items():
+        for name, size in {"bin": written.tokens * width, "lengths": 4 * written.sequences,
+                           "documents": 8 * written.documents + 8}.items():
+            path = Path(f"{prefix}.{name}.partial")
+            if path.exists() and path.stat().st_size > size:
+                raise _damaged(note, ValueError(f"{path} has {path.stat().st_size:,} bytes, it tells of {size:,}"))
 
 
 def _keep_others(

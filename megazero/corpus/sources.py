@@ -22,12 +22,13 @@ from typing import Any, NamedTuple
 import orjson
 
 from megazero.base import UserError
-from megazero.corpus.tables import Question, TableReader, strings
+from megazero.corpus.tables import Misplaced, Question, TableReader, strings
 from megazero.data import STDIN, Opened, expand, is_damage, is_packed, line_of, suffix_of
 
 CHUNK = 1 << 18                 # bytes: a worker's round trip costs nothing, and a few of them keep all workers busy
 LONGEST = 1 << 30               # bytes of a document
 PIECE = 1 << 20                 # bytes of a line that are read at once
+TAIL = 1 << 12                  # bytes before a place that show whether a document ends there
 BLANK = re.compile(rb"^[^\S\n]*\n", re.MULTILINE)
 KINDS: Mapping[str, str] = {".jsonl": "lines", ".ndjson": "lines", ".json": "lines", ".parquet": "parquet",
                             ".arrow": "arrow", ".feather": "arrow", ".ipc": "arrow"}
@@ -104,7 +105,7 @@ def _kind(file: str, is_folder: bool, input_format: str) -> str:
 
 def read_chunks(sources: Sequence[Input], keys: Sequence[str], start: Place) -> Iterator[Chunk]:
     """The documents of the sources from a place on, in order; of tables the columns `keys`.
-    Raises UserError for a file that cannot be opened."""
+    Raises UserError for a file that cannot be opened, Misplaced for a place where no document begins."""
     with closing(TableReader()) as tables:
         for number in range(start.source, len(sources)):
             source, place = sources[number], start if number == start.source else Place(number)
@@ -150,8 +151,10 @@ def _pieces(
     """About CHUNK bytes at a time, and then the rest of the document that was cut. `last`: where the last document of
     some bytes begins; `ends`: does a line, blank or not, end it?"""
     with Opened(source.path) as file:
-        file.skip(at.offset)
+        begins = _skipped(file, at.offset, last)
         while raw := file.some(CHUNK):
+            if not begins:
+                raise Misplaced(f"no document begins at byte {at.offset:,} of {source.path}")
             cut = last(raw)
             before = Place(at.source, at.offset + cut, at.line + raw.count(b"\n", 0, cut))
             whole = Chunk(source, at.line, raw[:cut], before, file.tell())
@@ -166,6 +169,21 @@ def _pieces(
                 continue
             yield whole
             yield Chunk(source, before.line, b"", at, file.tell(), _too_long())
+
+
+def _skipped(file: Opened, offset: int, last: Callable[[bytes], int]) -> bool:
+    """Goes to byte `offset` of what is inside; does a document end there? Raises Misplaced."""
+    size = min(offset, TAIL)
+    try:
+        file.skip(offset - size)
+        raw = file.some(size)
+    except Exception as error:
+        if not is_damage(error):
+            raise
+        raw = b""
+    if len(raw) < size:
+        raise Misplaced(f"{file.path} ends before byte {offset:,}")
+    return last(raw) == size
 
 
 def _rest(file: Any, begins: bool, ends: Callable[[bool], bool], room: int) -> tuple[bytes | None, int, int]:

@@ -6,7 +6,7 @@ import multiprocessing
 import os
 import resource
 import signal
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
 from typing import Any, NamedTuple
@@ -18,6 +18,10 @@ from megazero.data import Damage, Opened, library, line_of
 
 MEMORY = 1 << 32                # bytes that the process may take: a page or batch that needs more is told
 ROWS = 1 << 10                  # of a batch at most: a few bytes may stand for millions of equal texts
+
+
+class Misplaced(Exception):
+    """Nobody who read a source in order was at the place to go on from: it is not the source that is wrong."""
 
 
 class Question(NamedTuple):
@@ -47,7 +51,7 @@ class TableReader:
         self._process: BaseProcess | None = None
 
     def rows(self, question: Question) -> Iterator[Rows]:
-        """Raises UserError, an OSError of the system, or Damage."""
+        """Raises UserError, an OSError of the system, Damage, or Misplaced where a table has fewer rows."""
         line = self._started()
         try:
             line.send(question)
@@ -118,7 +122,7 @@ def _answer(question: Question, line: Connection) -> None:
 
 def _told(error: Exception) -> Exception:
     """What is said of an error: what is not the system's or ours is the file's."""
-    if isinstance(error, UserError) or (isinstance(error, OSError) and error.errno is not None):
+    if isinstance(error, (UserError, Misplaced)) or (isinstance(error, OSError) and error.errno is not None):
         return error
     if isinstance(error, MemoryError):
         return Damage(f"it needs more than {MEMORY:,} bytes of memory")
@@ -143,6 +147,7 @@ def _parquet(question: Question, opened: Opened) -> Iterator[tuple[int, Any]]:
             size = _rows(question.size, about.total_byte_size, about.num_rows)
             yield from _from(question.start, row, file.iter_batches(size, [group], present))
         row += about.num_rows
+    _reached(question, row)
 
 
 def _arrow(question: Question, opened: Opened) -> Iterator[tuple[int, Any]]:
@@ -155,19 +160,25 @@ def _arrow(question: Question, opened: Opened) -> Iterator[tuple[int, Any]]:
     else:
         batches = iter(ipc.open_stream(opened.bytes))
     own = (batch.select([key for key in question.keys if key in batch.schema.names]) for batch in batches)
-    yield from _from(question.start, 0, own)
+    _reached(question, (yield from _from(question.start, 0, own)))
 
 
 KINDS: Mapping[str, Callable[[Question, Opened], Iterator[tuple[int, Any]]]] = {"parquet": _parquet, "arrow": _arrow}
 
 
-def _from(start: int, row: int, batches: Iterable[Any]) -> Iterator[tuple[int, Any]]:
-    """(first row, batch) of batches that begin at `row`, those before the start left out."""
+def _reached(question: Question, rows: int) -> None:
+    if rows < question.start:
+        raise Misplaced(f"{question.path} has {rows:,} rows, it tells of {question.start:,}")
+
+
+def _from(start: int, row: int, batches: Iterable[Any]) -> Generator[tuple[int, Any], None, int]:
+    """(first row, batch) of batches that begin at `row`, those before the start left out; returns the row behind."""
     for batch in batches:
         skipped = min(max(start - row, 0), batch.num_rows)
         if skipped < batch.num_rows:
             yield row + skipped, batch.slice(skipped)
         row += batch.num_rows
+    return row
 
 
 def _smaller(batches: Iterable[tuple[int, Any]], size: int) -> Iterator[tuple[int, Any]]:

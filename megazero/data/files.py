@@ -213,6 +213,7 @@ class Opened:
 
     def __init__(self, path: str) -> None:
         """Raises OSError."""
+        self.path = path
         if path == STDIN:
             self._file: BinaryIO = sys.stdin.buffer
         elif is_remote(path):

@@ -70,6 +70,7 @@ class Written(NamedTuple):
     sequences: int = 0
     tokens: int = 0
     sums: tuple[int, ...] = ()                # of the .bin
+    index_sums: tuple[int, ...] = ()          # CRC-32 of the lengths, of the documents; none in notes of before
 
 
 def alone(prefix: str | Path, flag: str) -> Lease:
@@ -103,6 +104,7 @@ class IndexedWriter:
         self._told = at.sequences                              # sequences that the documents so far have
         self._sums = Sums(at.sums, at.tokens * self.dtype.itemsize)
         self._files: dict[str, BinaryIO] = {}
+        self._index = {"lengths": 0, "documents": 0}           # CRC-32 of what has been written to them
         sizes = {"bin": self._sums.size, "lengths": 4 * at.sequences, "documents": 8 * at.documents + 8}
         try:
             Path(self.prefix).parent.mkdir(parents=True, exist_ok=True)
@@ -113,11 +115,13 @@ class IndexedWriter:
             raise UserError(f"{self.prefix}.bin: cannot be written ({error.strerror}); "
                             "name a writable folder.") from None
         if resume is None:
-            self._files["documents"].write(struct.pack("<q", 0))
-        elif (last := self._last_boundary()) != at.sequences:
+            self._append("documents", struct.pack("<q", 0))
+            return
+        try:
+            self._check_index(at)
+        except UserError:
             self.suspend()
-            raise UserError(f"{self._partial('documents')}: ends at sequence {last}, the unfinished run wrote "
-                            f"{at.sequences}; {AFRESH}")
+            raise
 
     def add_document(self, sequences: Sequence[np.ndarray | Sequence[int]]) -> None:
         """Appends one document of any number of sequences (each [tokens]).
@@ -136,8 +140,8 @@ class IndexedWriter:
         raw = np.ascontiguousarray(self._checked(tokens)).view(np.uint8).data
         self._files["bin"].write(raw)
         self._sums.update(raw)
-        self._files["lengths"].write(lengths.astype("<i4").tobytes())
-        self._files["documents"].write((self._told + np.cumsum(sequences, dtype="<i8")).tobytes())
+        self._append("lengths", lengths.astype("<i4").tobytes())
+        self._append("documents", (self._told + np.cumsum(sequences, dtype="<i8")).tobytes())
         self.token_count += len(tokens)
         self.sequence_count += len(lengths)
         self.document_count += len(sequences)
@@ -147,7 +151,8 @@ class IndexedWriter:
         """How far it is, once that is on disk."""
         for file in self._files.values():
             _to_disk(file)
-        return Written(self.document_count, self.sequence_count, self.token_count, tuple(self._sums.sums))
+        return Written(self.document_count, self.sequence_count, self.token_count, self.sums,
+                       tuple(self._index.values()))
 
     @property
     def sums(self) -> tuple[int, ...]:
@@ -215,10 +220,26 @@ class IndexedWriter:
         file.seek(size)
         return file
 
-    def _last_boundary(self) -> int:
-        """What the documents so far end with."""
-        self._files["documents"].seek(-8, os.SEEK_END)
-        return int(struct.unpack("<q", self._files["documents"].read(8))[0])
+    def _append(self, name: str, raw: bytes) -> None:
+        self._files[name].write(raw)
+        self._index[name] = zlib.crc32(raw, self._index[name])
+
+    def _check_index(self, at: Written) -> None:
+        """Reads what an earlier process left of lengths and documents. Raises UserError where it is not what it
+        wrote."""
+        last = 0
+        for name in self._index:
+            self._files[name].seek(0)
+            while raw := self._files[name].read(BLOCK):
+                self._index[name] = zlib.crc32(raw, self._index[name])
+                last = int.from_bytes(raw[-8:], "little", signed=True)
+        if last != at.sequences:                               # the documents so far end with it
+            raise UserError(f"{self._partial('documents')}: ends at sequence {last}, the unfinished run wrote "
+                            f"{at.sequences}; {AFRESH}")
+        for (name, found), wrote in zip(self._index.items(), at.index_sums, strict=False):
+            if found != wrote:
+                raise UserError(f"{self._partial(name)}: is damaged, its checksum is not that of what the unfinished "
+                                f"run wrote; {AFRESH}")
 
     def _checked(self, tokens: np.ndarray) -> np.ndarray:
         """The tokens in the dataset's dtype, none of them changed by the cast."""
