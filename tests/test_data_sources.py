@@ -195,6 +195,8 @@ def test_a_row_that_is_too_long_is_named(tmp_path: Path, monkeypatch: pytest.Mon
     pyarrow.parquet.write_table(arrow.table({"text": ["a", "x" * 1001, "b"] + ["same"] * 5000}), tmp_path / "t.parquet")
     texts, said = read(tmp_path / "t.parquet")
     assert texts == ["a", "b"] + ["same"] * 5000 and len(said) == 1 and said[0].startswith(f"{tmp_path}/t.parquet:2: is longer than 1,000 bytes")
+    pyarrow.parquet.write_table(arrow.table({"text": ["\1" * 150, "\1" * 180]}), tmp_path / "t.parquet", row_group_size=1)
+    assert read(tmp_path / "t.parquet") == (["\1" * 150], [f"{tmp_path}/t.parquet:2: is longer than 1,000 bytes as JSON; cut it in pieces"])
 
 
 @pytest.mark.parametrize("end", PACKED)

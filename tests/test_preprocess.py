@@ -105,13 +105,49 @@ def test_bytes_of_each_tokenizer_are_those_of_its_own_library(tmp_path: Path, ki
     assert size < 65_500 and contents(tmp_path / "out_text_document") == plain_bytes(documents, 8, "H")
 
 
-@pytest.mark.parametrize("size", [3_000_000, pytest.param(300_000_000, marks=pytest.mark.full)])
+@pytest.mark.parametrize("size", [3_000_000, pytest.param(60_000_000, marks=pytest.mark.full)])
 def test_one_huge_document(tmp_path: Path, size: int) -> None:
     (tmp_path / "a.jsonl").write_bytes(b'{"text": "before"}\n{"text": "' + b"xyz " * (size // 4) + b'"}\n{"text": "after"}\n')
     preprocess(settings(tmp_path, tmp_path / "a.jsonl", append_eod=True))
     dataset = IndexedDataset(tmp_path / "out_text_document")
     assert dataset.lengths[:].tolist() == [7, size + 1, 6]
     assert dataset.tokens[7:].reshape(-1)[:size].reshape(-1, 4).astype(np.uint8).tobytes() == b"xyz " * (size // 4)
+
+
+PEAK = """
+import atexit, resource, runpy, sys
+sys.argv = sys.argv[1:]
+atexit.register(lambda: print("peak", resource.getrusage(resource.RUSAGE_SELF).ru_maxrss))
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def test_the_longest_document_fits_a_gigabyte_and_a_longer_one_is_named(tmp_path: Path) -> None:
+    """Text of four bytes a character, as one emoji makes it; no reader is asked to hold what is longer."""
+    good = b'{"n": 0, "text": "' + b"abcd" * (2**24 - 12) + "😀".encode() + b'"}\n'
+    (tmp_path / "a.jsonl").write_bytes(good + b'{"text": "next"}\n' + good[:-3] + b"a few bytes more than what fits" + good[-3:])
+    run = subprocess.run([sys.executable, "-c", PEAK, str(REPOSITORY / "tools" / "preprocess_data.py"), "--input", str(tmp_path / "a.jsonl"),
+                          "--output-prefix", str(tmp_path / "out"), "--tokenizer-type", "ByteTokenizer"],
+                         capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(REPOSITORY)})
+    assert run.returncode == 0 and IndexedDataset(tmp_path / "out_text_document").lengths[:].tolist() == [2**26 - 44, 4], run.stderr
+    assert f"skipped {tmp_path}/a.jsonl:3: is longer than 67,108,864 bytes; cut it in pieces" in run.stderr
+    assert int(run.stdout.split("peak")[1]) < 2**20
+
+
+@needs_golden
+def test_a_document_of_a_library_is_as_long_as_it_has_memory_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, size in (("a", 3 * 2**20), ("b", 3 * 2**20 + 1)):
+        (tmp_path / f"{name}.txt").write_bytes(b"\n" * size)
+    report, = preprocess(settings(tmp_path, tmp_path / "a.txt", tmp_path / "b.txt", tokenizer_type="HuggingFaceTokenizer",
+                                  tokenizer_model=str(DATA / "tokenizers" / "gpt2_hf")))
+    assert (report.documents, report.skipped) == (1, 1) and "b.txt: is longer than 3,145,728 bytes; cut it in pieces" in capsys.readouterr().err
+
+
+def test_what_waits_for_workers_is_bounded_in_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = jsonl(tmp_path / "a.jsonl", *({"text": str(i) * 99} for i in range(3000)))
+    monkeypatch.setattr(sys.modules["megazero.corpus.preprocess"], "AHEAD", 1)
+    preprocess(settings(tmp_path, source, workers=2))
+    assert texts(tmp_path / "out_text_document") == [str(i) * 99 for i in range(3000)]
 
 
 @pytest.mark.parametrize("count", [50_000, pytest.param(1_000_000, marks=pytest.mark.full)])

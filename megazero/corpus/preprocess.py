@@ -68,6 +68,7 @@ from megazero.data import (
 from megazero.settings import option
 
 SAVE_SECONDS = 10.0
+AHEAD = 1 << 27             # bytes of text that wait for workers or for being written
 NAMED = 100                 # inputs that cannot be read and are named one by one
 NOTE: Form = {"job": str, "place": [COUNT], "skipped": COUNT, "bytes": COUNT, "seconds": float, "finished": bool,
               "written": {str: [(COUNT, [CRC])]}, "sum?": CRC}      # without a sum it is of a version before
@@ -268,8 +269,9 @@ def _write_all(
     if state.bytes:
         tqdm.write(f"going on after {state.bytes / 1e6:,.1f} MB of text", file=sys.stderr)
     starts = np.cumsum([0, *(size_of(source.path) for source in sources)])            # of each file in the bytes of all
+    chunks = read_chunks(sources, settings.json_keys, state.place, _tokenizer(settings).longest)
     with (tqdm(total=int(starts[-1]) or None, unit="B", unit_scale=True, disable=None, file=sys.stderr) as bar,
-          closing(_encoded(settings, batches(read_chunks(sources, settings.json_keys, state.place)))) as encoded):
+          closing(_encoded(settings, batches(chunks))) as encoded):
         for last, done in encoded:
             _report_skipped(done.skipped, settings.strict, state.skipped)
             for key, writer in writers.items():
@@ -318,11 +320,16 @@ def _encoded(
     # a fresh interpreter per worker: forking a process that has threads can hang
     with ProcessPoolExecutor(settings.workers, multiprocessing.get_context("spawn"), _leave_with_parent) as pool:
         try:
-            pending: deque[tuple[Chunk, Future[Encoded]]] = deque()
+            pending: deque[tuple[Chunk, Future[Encoded], int]] = deque()
+            ahead = 0                                                   # bytes: bounded, so memory is
             for group in groups:
-                pending.append((group[-1]._replace(raw=b""), pool.submit(encode, settings, group)))
-                if len(pending) > 3 * settings.workers:                 # what is read ahead is bounded, so memory is
-                    yield pending[0][0], pending.popleft()[1].result()
+                size = sum(len(chunk.raw) for chunk in group)
+                while pending and (len(pending) > 3 * settings.workers or ahead + size > AHEAD):
+                    last, done, read = pending.popleft()
+                    ahead -= read
+                    yield last, done.result()
+                pending.append((group[-1]._replace(raw=b""), pool.submit(encode, settings, group), size))
+                ahead += size
             while pending:
                 yield pending[0][0], pending.popleft()[1].result()
         except BrokenProcessPool:

@@ -8,8 +8,8 @@
     arrow      .arrow .feather .ipc                 a row                       FILE:row
 
 All but the tables may be compressed (.gz .zst .bz2 .xz), and all may be URLs. Whoever reads holds one chunk; what to do
-with it (parse, encode) can happen in another process. No document is longer than LONGEST: a few packed bytes could
-stand for more than there is memory.
+with it (parse, encode) can happen in another process. No document is longer than LONGEST, or than whoever asks has
+memory for: a few packed bytes could stand for more than there is.
 """
 
 import json
@@ -26,7 +26,7 @@ from megazero.corpus.tables import Misplaced, Question, TableReader, strings
 from megazero.data import STDIN, Opened, expand, is_damage, is_packed, line_of, suffix_of
 
 CHUNK = 1 << 18                 # bytes: a worker's round trip costs nothing, and a few of them keep all workers busy
-LONGEST = 1 << 30               # bytes of a document
+LONGEST = 1 << 26               # bytes of a document: as text it may have four times as many
 PIECE = 1 << 20                 # bytes of a line that are read at once
 TAIL = 1 << 12                  # bytes before a place that show whether a document ends there
 BLANK = re.compile(rb"^[^\S\n]*\n", re.MULTILINE)
@@ -103,14 +103,18 @@ def _kind(file: str, is_folder: bool, input_format: str) -> str:
 # ---- reading
 
 
-def read_chunks(sources: Sequence[Input], keys: Sequence[str], start: Place) -> Iterator[Chunk]:
-    """The documents of the sources from a place on, in order; of tables the columns `keys`.
+def read_chunks(
+    sources: Sequence[Input], keys: Sequence[str], start: Place, longest: int | None = None
+) -> Iterator[Chunk]:
+    """The documents of the sources from a place on, in order, those of more than `longest` bytes (or LONGEST) as a
+    problem; of tables the columns `keys`.
     Raises UserError for a file that cannot be opened, Misplaced for a place where no document begins."""
+    most = min(longest or LONGEST, LONGEST)
     with closing(TableReader()) as tables:
         for number in range(start.source, len(sources)):
             source, place = sources[number], start if number == start.source else Place(number)
-            chunks = READERS[source.kind](source, place) if source.kind in READERS else _rows(
-                source, place, keys, tables)
+            chunks = READERS[source.kind](source, place, most) if source.kind in READERS else _rows(
+                source, place, keys, tables, most)
             yield from _to_damage(source, place, chunks)
 
 
@@ -130,23 +134,23 @@ def _to_damage(source: Input, last: Place, chunks: Iterator[Chunk]) -> Iterator[
             raise
 
 
-def _too_long() -> str:
-    return f"is longer than {LONGEST:,} bytes; cut it in pieces"
+def _too_long(longest: int) -> str:
+    return f"is longer than {longest:,} bytes; cut it in pieces"
 
 
-def _lines(source: Input, at: Place) -> Iterator[Chunk]:
+def _lines(source: Input, at: Place, longest: int) -> Iterator[Chunk]:
     """Only \\n ends a line, not U+2028 or a lone \\r."""
-    return _pieces(source, at, lambda raw: raw.rfind(b"\n") + 1, lambda is_blank: True)
+    return _pieces(source, at, longest, lambda raw: raw.rfind(b"\n") + 1, lambda is_blank: True)
 
 
-def _blocks(source: Input, at: Place) -> Iterator[Chunk]:
+def _blocks(source: Input, at: Place, longest: int) -> Iterator[Chunk]:
     """Lines up to a blank one."""
-    return _pieces(source, at, lambda raw: max((m.end() for m in BLANK.finditer(raw)), default=0),
+    return _pieces(source, at, longest, lambda raw: max((m.end() for m in BLANK.finditer(raw)), default=0),
                    lambda is_blank: is_blank)
 
 
 def _pieces(
-    source: Input, at: Place, last: Callable[[bytes], int], ends: Callable[[bool], bool]
+    source: Input, at: Place, longest: int, last: Callable[[bytes], int], ends: Callable[[bool], bool]
 ) -> Iterator[Chunk]:
     """About CHUNK bytes at a time, and then the rest of the document that was cut. `last`: where the last document of
     some bytes begins; `ends`: does a line, blank or not, end it?"""
@@ -159,7 +163,7 @@ def _pieces(
             before = Place(at.source, at.offset + cut, at.line + raw.count(b"\n", 0, cut))
             whole = Chunk(source, at.line, raw[:cut], before, file.tell())
             try:
-                rest, size, lines = _rest(file.bytes, raw.endswith(b"\n"), ends, LONGEST - len(raw) + cut)
+                rest, size, lines = _rest(file.bytes, raw.endswith(b"\n"), ends, longest - len(raw) + cut)
             except Exception:
                 yield whole                                     # what stands before it is not lost
                 raise
@@ -168,7 +172,7 @@ def _pieces(
                 yield Chunk(source, begun.line, raw + rest, at, file.tell())
                 continue
             yield whole
-            yield Chunk(source, before.line, b"", at, file.tell(), _too_long())
+            yield Chunk(source, before.line, b"", at, file.tell(), _too_long(longest))
 
 
 def _skipped(file: Opened, offset: int, last: Callable[[bytes], int]) -> bool:
@@ -205,24 +209,25 @@ def _rest(file: Any, begins: bool, ends: Callable[[bool], bool], room: int) -> t
     return b"".join(parts) if size <= room else None, size, lines
 
 
-def _text(source: Input, at: Place) -> Iterator[Chunk]:
+def _text(source: Input, at: Place, longest: int) -> Iterator[Chunk]:
     with Opened(source.path) as file:
         parts, size = [], 0
-        while size <= LONGEST and (part := file.bytes.read(PIECE)):
+        while size <= longest and (part := file.bytes.read(PIECE)):
             parts.append(part)
             size += len(part)
-        is_longer = size > LONGEST
+        is_longer = size > longest
         yield Chunk(source, 0, b"" if is_longer else b"".join(parts), Place(at.source + 1), file.tell(),
-                    _too_long() if is_longer else "")
+                    _too_long(longest) if is_longer else "")
 
 
-def _rows(source: Input, at: Place, keys: Sequence[str], tables: TableReader) -> Iterator[Chunk]:
-    question = Question(source.kind, source.path, at.offset, tuple(keys), CHUNK, LONGEST)
+def _rows(source: Input, at: Place, keys: Sequence[str], tables: TableReader, longest: int) -> Iterator[Chunk]:
+    question = Question(source.kind, source.path, at.offset, tuple(keys), CHUNK, longest)
     for rows in tables.rows(question):
         yield Chunk(source, rows.first + 1, rows.raw, Place(at.source, rows.end, rows.end + 1), rows.read)
 
 
-READERS: Mapping[str, Callable[[Input, Place], Iterator[Chunk]]] = {"lines": _lines, "text": _text, "blocks": _blocks}
+READERS: Mapping[str, Callable[[Input, Place, int], Iterator[Chunk]]] = {
+    "lines": _lines, "text": _text, "blocks": _blocks}
 
 
 # ---- parsing

@@ -31,6 +31,7 @@ class Tokenizer(ABC):
     eod: int | None                              # the id that ends a document, if there is one: --eod-token, or known
     bos: int | None = None                       # the id that begins every text, if there is one
     special_tokens: tuple[str, ...] = ()         # names that a flag gave, where the file has none
+    longest: ClassVar[int] = 2**24               # bytes of a text that it encodes in a gigabyte
 
     @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:

@@ -52,6 +52,7 @@ MOST_GROWTH = 1 << 14                             # characters that a tokenizer.
 
 class SentencePieceTokenizer(LibraryTokenizer):
     needs = {"tokenizer_model": "tokenizer.model"}
+    longest = 2**23
     _begins = False                              # does every text begin with the model's begin of text?
 
     def __init__(self, tokenizer_model: str) -> None:
@@ -101,8 +102,9 @@ class Llama2Tokenizer(SentencePieceTokenizer):
 
 
 class _JsonTokenizer(LibraryTokenizer):
-    """What the `tokenizers` library does for us."""
+    """What the `tokenizers` library does for us; it takes up to 260 bytes for one of a text."""
 
+    longest = 3 * 2**20
     _inner: "tokenizers.Tokenizer"
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
@@ -234,6 +236,8 @@ def _beside(path: Path) -> Any:
 
 
 class ByteTokenizer(Tokenizer):
+    longest = 2**26
+
     def __init__(self) -> None:
         self.vocab_size, self.eod = 257, 256
 

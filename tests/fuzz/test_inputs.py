@@ -167,7 +167,7 @@ def test_tables(count: int, tables: Path, tmp_path: Path, reader: TableReader) -
     def use(folder: Path) -> list[Any]:
         path, = folder.iterdir()
         source, keys = Input(str(path), KINDS[path.name]), ("text", "list")
-        chunks = sources._to_damage(source, Place(), sources._rows(source, Place(), keys, reader))
+        chunks = sources._to_damage(source, Place(), sources._rows(source, Place(), keys, reader, sources.LONGEST))
         return [found for chunk in chunks for found in documents(chunk, keys)]
 
     def right(found: Any) -> bool:
