@@ -5,6 +5,8 @@ import os
 import random
 import re
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,9 +19,10 @@ from megazero.base.errors import UserError
 from megazero.plan.layout import Box
 from megazero.plan.progress import Progress, loss_scale
 from megazero.settings.config import Config
-from megazero.state import checkpoint, saving
+from megazero.state import checkpoint, saving, tensor_files
 from megazero.state.checkpoint import INDEX, Reader, complete, find, owned
 from megazero.state.saving import Writer, write
+from megazero.state.tensor_files import Planned, contents, header_of, stream
 
 
 def saved(tmp_path: Path, words: str = "") -> Path:
@@ -246,3 +249,35 @@ def test_a_read_only_folder_is_one_sentence(tmp_path: Path) -> None:
     blocked.write_text("not a folder")
     with pytest.raises(UserError, match="--save .*: is not a folder that can be written to"):
         train(f"{TINY} --save {blocked}")
+
+
+HEADER = """
+import resource, sys
+from pathlib import Path
+from megazero.state.tensor_files import contents, header_of
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+try:
+    contents(Path(sys.argv[1]), header_of(Path(sys.argv[1])))
+except ValueError as error:
+    print(error)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+def test_a_header_takes_little_memory_and_what_could_not_be_read_again_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Many small mappings take most: thirty times their bytes."""
+    words = (b'{"a":[' + b'{"a":0},' * (tensor_files.LONGEST // 8 - 2) + b"0]}").ljust(tensor_files.LONGEST)
+    assert len(words) == tensor_files.LONGEST
+    for name, extra in (("a", b""), ("b", b" ")):
+        (tmp_path / name).write_bytes((len(words) + len(extra)).to_bytes(8, "little") + words + extra)
+    told, taken = subprocess.run([sys.executable, "-c", HEADER, tmp_path / "a"], capture_output=True, text=True, check=True).stdout.splitlines()
+    assert told.startswith("a is [{'a': 0}, ") and int(taken) < 700_000
+    with pytest.raises(ValueError, match="its header cannot have 16,777,217 bytes"):
+        header_of(tmp_path / "b")
+    monkeypatch.setattr(tensor_files, "LONGEST", 200)
+    plan = [Planned(f"weight {i}", (2,), torch.float32) for i in range(5)]
+    stream(tmp_path / "c", plan[:2], lambda _: torch.ones(2), lambda _: {})
+    assert list(contents(tmp_path / "c", header_of(tmp_path / "c"))[0]) == ["weight 0", "weight 1"]
+    with pytest.raises(UserError, match=r"d: its 5 tensors need a header of [0-9]+ bytes, nobody reads more than 200; save from more ranks"):
+        stream(tmp_path / "d", plan, lambda _: torch.ones(2), lambda _: {})
+    assert not (tmp_path / "d").exists()

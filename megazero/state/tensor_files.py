@@ -20,14 +20,15 @@ from typing import Any
 import numpy as np
 import torch
 
-from megazero.base import DTYPES, Form, checked, loads, said, sync
+from megazero.base import DTYPES, Form, UserError, checked, loads, said, sync
 
 Tensor = torch.Tensor
 RowSums = Mapping[str, list[int]]          # tensor -> the checksums of its runs of rows
 CODES: dict[torch.dtype, str] = {getattr(torch, d.torch): d.code for d in DTYPES.values()}
 OF_CODE = {code: dtype for dtype, code in CODES.items()}
 RUN = 2**20                             # bytes that share a checksum, unless one row is longer
-LONGEST, DIMENSIONS = 10**8, 6          # of a header (bytes, as in the library) and of a shape
+# of a header in bytes: a hundred thousand tensors have room, and reading it takes up to 35 times as many; of a shape
+LONGEST, DIMENSIONS = 2**24, 6
 ENTRY: Form = {"dtype": re.compile(r"\w{1,20}"), "shape": [range(2**62)], "data_offsets": [range(2**62)]}
 # what a file may hold, ours or not
 READABLE = OF_CODE | {
@@ -92,6 +93,9 @@ def stream(path: Path, plan: Sequence[Planned], make: Callable[[str], Tensor],
     """
     sums = {p.name: [2**32 - 1] * ceil(prod(p.shape[:1]) / p.run) for p in plan}
     room = (len(_header(plan, metadata(sums))) + 7) // 8 * 8
+    if room > LONGEST:
+        raise UserError(f"{path}: its {len(plan):,} tensors need a header of {room:,} bytes, nobody reads more than "
+                        f"{LONGEST:,}; save from more ranks.")
     with path.open("wb") as file:
         file.seek(8 + room)
         for p in plan:
