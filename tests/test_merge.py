@@ -298,3 +298,16 @@ def test_a_log_of_numbers_that_none_could_be_is_damaged(tmp_path: Path) -> None:
     assert [*runs(tmp_path / "a", tmp_path / "a")] == []
     with pytest.raises(UserError, match="b: line 1 is damaged"):
         list(runs(tmp_path / "a", tmp_path / "b"))
+
+
+def test_a_plot_of_losses_that_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ("--log-dir", tmp_path, "--width", 2, "--height", 2)
+    for losses, said in (
+            (("NaN", "3.0", "Infinity", "1e308", "1.0"), "3.000 |o\n  1.000 | o\n        +--\n         step 2 to 5\nlosses left out, no finite numbers or beyond 1e+100: 3\n"),
+            (("2.0", "1.0"), "2.000 |o\n  1.000 | o\n        +--\n         step 1 to 2\n\n"),
+            (('"x"',), "metrics.jsonl: the loss of step 1 (train) is 'x', not a number; repair or remove that line."),
+            (("null",), "is None, not a number"), (("[1]",), "is [1], not a number"), (("true",), "is True, not a number"),
+            (("1" + "0" * 400, "1.0"), "metrics.jsonl: line 1 is damaged"), (("NaN",), "holds no training step with a finite loss")):
+        (tmp_path / "metrics.jsonl").write_text("".join(f'{{"step": {i}, "loss": {loss}}}\n' for i, loss in enumerate(losses, 1)))
+        code, out, err = tool(monkeypatch, capsys, "plot_loss.py", *words)
+        assert said in out + err and (code in (0, None)) == (said in out), (losses, code, out, err)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from megazero.base import UserError
+from megazero.base import UserError, said
 from megazero.settings import option, parse, run
 from megazero.state import log_lines
 
@@ -19,6 +19,7 @@ class Settings:
 
 
 Curve = list[tuple[int, float]]         # (step, loss)
+MOST = 1e100                            # of a loss: means and differences of smaller ones are finite
 
 
 def main() -> None:
@@ -26,22 +27,34 @@ def main() -> None:
     for flag, size in (("--width", settings.width), ("--height", settings.height)):
         if size < 2:
             raise UserError(f"{flag} {size}: must be at least 2.")
-    train, valid = read(Path(settings.log_dir) / "metrics.jsonl")
+    train, valid, left = read(Path(settings.log_dir) / "metrics.jsonl")
     print(drawn(train, settings.width, settings.height))
+    if left:
+        print(f"losses left out, no finite numbers or beyond {MOST:g}: {left}")
     print("  ".join(f"valid {loss:.3f} at step {step:,}" for step, loss in valid[-3:]))
     if settings.output:
         paint(train, valid, Path(settings.output))
 
 
-def read(path: Path) -> tuple[Curve, Curve]:
-    """Training and validation losses. Raises UserError."""
-    lines = log_lines(path)
-    train = [(step, r["loss"]) for (step, split), r in lines.items()
-             if split == "train" and "loss" in r and not r.get("skipped")]
-    valid = [(step, r["loss"]) for (step, split), r in lines.items() if split == "valid" and "loss" in r]
-    if not train:
-        raise UserError(f"{path}: holds no training step.")
-    return train, valid
+def read(path: Path) -> tuple[Curve, Curve, int]:
+    """Training and validation losses that can be drawn, and how many cannot: NaN, infinity, beyond MOST. Raises
+    UserError."""
+    curves: dict[str, Curve] = {"train": [], "valid": []}
+    left = 0
+    for (step, split), r in log_lines(path).items():
+        if split not in curves or "loss" not in r or r.get("skipped"):
+            continue
+        loss = r["loss"]
+        if isinstance(loss, bool) or not isinstance(loss, (int, float)):
+            raise UserError(f"{path}: the loss of step {step} ({split}) is {said(loss)}, not a number; repair or "
+                            "remove that line.")
+        if abs(loss) < MOST:
+            curves[split].append((step, loss))
+        else:
+            left += 1
+    if not curves["train"]:
+        raise UserError(f"{path}: holds no training step" + (" with a finite loss." if left else "."))
+    return curves["train"], curves["valid"], left
 
 
 def drawn(curve: Curve, width: int, height: int) -> str:
