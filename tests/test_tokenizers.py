@@ -186,6 +186,16 @@ def test_tekken(tmp_path: Path) -> None:
             build_tokenizer("TiktokenTokenizer", path)
 
 
+def test_a_tekken_pattern_that_leaves_some_of_a_text_out_is_told(tmp_path: Path) -> None:
+    pytest.importorskip("tiktoken")
+    tokenizer = build_tokenizer("TiktokenTokenizer", tekken_file(tmp_path / "tekken.json", pattern=r"[a-zé]+"))
+    assert tokenizer.encode("aé") == [4 + b for b in "aé".encode()] and tokenizer.encode("") == []
+    for text in ("ab 12 cd", " "):
+        for encode in (tokenizer.encode, lambda text: tokenizer.encode_flat(["ab", text], np.dtype("u2"))):
+            with pytest.raises(UserError, match="tekken.json: its pattern does not cover all of a text .*the rest would be lost"):
+                encode(text)
+
+
 needs_mistral = pytest.mark.skipif(find_spec("mistral_common") is None, reason="mistral-common, which holds real models, is not installed")
 
 

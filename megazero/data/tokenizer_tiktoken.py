@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from megazero.base import UserError, checked, loads, read_bytes
+from megazero.base import UserError, checked, loads, read_bytes, said
 from megazero.data.files import library
 from megazero.data.tokenizer_base import END_OF_TEXT, USUAL_ENDS, LibraryTokenizer, existing, flattened
 from megazero.data.tokenizer_words import byte_words
@@ -73,13 +73,13 @@ def _rank(word: bytes) -> int:
 def tekken(path: Path) -> tuple[dict[bytes, int], Encoding]:
     """Mistral's JSON: ids are those of the special tokens, then of the pieces by rank, as many as there is room for. A
     name of a special token in a text stays text. Raises ValueError."""
-    said = loads(read_bytes(path))
-    config = checked(said, TEKKEN_FORM)["config"]
+    told = loads(read_bytes(path))
+    config = checked(told, TEKKEN_FORM)["config"]
     first = config["default_num_special_tokens"]
-    listed = said.get("special_tokens") or [{"rank": i, "token_str": name} for i, name in enumerate(TEKKEN)]
+    listed = told.get("special_tokens") or [{"rank": i, "token_str": name} for i, name in enumerate(TEKKEN)]
     named = {s["rank"]: s["token_str"] for s in listed if s["rank"] < first}
     specials = {named.get(i, f"<SPECIAL_{i}>"): i for i in range(first)}
-    ranks = {base64.b64decode(p["token_bytes"], validate=True): first + p["rank"] for p in said["vocab"]
+    ranks = {base64.b64decode(p["token_bytes"], validate=True): first + p["rank"] for p in told["vocab"]
              if p["rank"] < config["default_vocab_size"] - first}
     size = config["default_vocab_size"]                         # looked at first: it may be much
     if len(ranks) + len(specials) != size or {*ranks.values(), *specials.values()} != set(range(size)):
@@ -110,6 +110,10 @@ class TiktokenTokenizer(LibraryTokenizer):
         self._specials, self._known = set(specials), {*self._ranks.values(), *specials.values()}
         self._by_name = self._specials if self._encoding.by_name else set()
         self.vocab_size = max(self._known) + 1
+        # a file's own pattern need not cover a text: bytes of each piece, to see it; ids are without holes there
+        self._sizes = None if self._encoding.by_name else np.zeros(self.vocab_size, np.int64)
+        if self._sizes is not None:
+            self._sizes[[*self._ranks.values()]] = [*map(len, self._ranks)]
         self.eod = next((specials[name] for name in USUAL_ENDS if name in specials), None)
 
     def _read(self) -> tuple[dict[bytes, int], Encoding]:
@@ -127,13 +131,25 @@ class TiktokenTokenizer(LibraryTokenizer):
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         with self._cutting():                                   # in one thread: workers are processes
-            return [self._inner.encode(text, allowed_special=self._by_name, disallowed_special=()) for text in texts]
+            ids = [self._inner.encode(text, allowed_special=self._by_name, disallowed_special=()) for text in texts]
+        self._check_whole(texts, ids)
+        return ids
 
     def encode_flat(self, texts: Sequence[str], dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
         names = self._by_name
         with self._cutting():
-            return flattened([self._inner.encode_to_numpy(text, allowed_special=names, disallowed_special=())
-                              for text in texts], dtype)
+            ids = [self._inner.encode_to_numpy(text, allowed_special=names, disallowed_special=()) for text in texts]
+        self._check_whole(texts, ids)
+        return flattened(ids, dtype)
+
+    def _check_whole(self, texts: Sequence[str], ids: Sequence[Any]) -> None:
+        """Raises UserError where the pieces of a text are not as long as it is: what no match of the pattern covers is
+        left out by the library."""
+        for text, found in zip(texts, ids if self._sizes is not None else (), strict=False):
+            assert self._sizes is not None
+            if self._sizes[np.asarray(found, np.int64)].sum() != len(text.encode(errors="replace")):
+                raise UserError(f"--tokenizer-model {self._path}: its pattern does not cover all of a text "
+                                f"({said(text[:60])}), the rest would be lost; take the file as it was published.")
 
     def decode(self, ids: Sequence[int]) -> str:
         # ids have holes, and a young model may draw one
