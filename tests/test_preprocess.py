@@ -136,11 +136,11 @@ def test_the_longest_document_fits_a_gigabyte_and_a_longer_one_is_named(tmp_path
 
 @needs_golden
 def test_a_document_of_a_library_is_as_long_as_it_has_memory_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    for name, size in (("a", 3 * 2**20), ("b", 3 * 2**20 + 1)):
+    for name, size in (("a", 6 * 2**20), ("b", 6 * 2**20 + 1)):
         (tmp_path / f"{name}.txt").write_bytes(b"\n" * size)
     report, = preprocess(settings(tmp_path, tmp_path / "a.txt", tmp_path / "b.txt", tokenizer_type="HuggingFaceTokenizer",
                                   tokenizer_model=str(DATA / "tokenizers" / "gpt2_hf")))
-    assert (report.documents, report.skipped) == (1, 1) and "b.txt: is longer than 3,145,728 bytes; cut it in pieces" in capsys.readouterr().err
+    assert (report.documents, report.skipped) == (1, 1) and "b.txt: is longer than 6,291,456 bytes; cut it in pieces" in capsys.readouterr().err
 
 
 def test_what_waits_for_workers_is_bounded_in_bytes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
