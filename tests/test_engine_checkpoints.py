@@ -216,7 +216,7 @@ WRONG: dict[str, tuple[Callable[[Any, Path], Any], str]] = {
     "a tag that leads out": (lambda e, f: e.save_checkpoint(f, "../up"), r"the tag '\.\./up' is no name of a folder"),
     "a tag of ours": (lambda e, f: e.save_checkpoint(f, "draft-1"), "the tag 'draft-1' is no name of a folder"),
     "what is pickled": (lambda e, f: e.save_checkpoint(f, client_state={"a": [{"b": object()}]}), r"save_checkpoint.client.a\[0\].b: is a object, which could"),
-    "a number for a key": (lambda e, f: e.save_checkpoint(f, client_state={"a": {1: 2}}), "save_checkpoint.client.a: has the key 1; name it by a text"),
+    "a tuple for a key": (lambda e, f: e.save_checkpoint(f, client_state={"a": {(1, 2): 2}}), r"save_checkpoint.client.a: has the key \(1, 2\); name it by"),
     "a key of ours": (lambda e, f: e.save_checkpoint(f, client_state={"$tensor": 2}), r"save_checkpoint.client: has the key .*\$tensor"),
     "a function": (lambda e, f: e.load_checkpoint(f, custom_load_fn=print), "custom_load_fn is given"),
     "DeepSpeed's": (lambda e, f: (fake(f, "global_step1/mp_rank_00_model_states.pt"), e.load_checkpoint(f)), "was saved by DeepSpeed, whose files are pickled"),
@@ -326,6 +326,114 @@ def test_values_come_back() -> None:
     back = unpacked(words, tensors.__getitem__)
     assert back["tuple"] == [1, 2.5] and back["nan"] != back["nan"] and back["best"] == float("inf") and back["empty"].shape == (0, 3)
     assert back["half"].dtype == torch.float16 and back["deep"]["x"][0] == 1.5 and back["names"] == ["a", "b"]
+
+
+SCHEDULES: dict[str, Callable[[Any], Any]] = {
+    "a lambda": lambda o: torch.optim.lr_scheduler.LambdaLR(o, lambda step: 1 / (1 + step)),
+    "two in turn": lambda o: torch.optim.lr_scheduler.SequentialLR(o, [torch.optim.lr_scheduler.LinearLR(o, 0.1, total_iters=2),
+                                                                       torch.optim.lr_scheduler.CosineAnnealingLR(o, 9)], [2]),
+    "restarts": lambda o: torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(o, 2)}
+
+
+@pytest.mark.parametrize("kind", SCHEDULES)
+def test_schedulers_of_torch_go_on(tmp_path: Path, kind: str) -> None:
+    def begin() -> Any:
+        torch.manual_seed(0)
+        model = Oddities("none")
+        adam = torch.optim.AdamW(groups(model), lr=1e-2)
+        words = {k: v for k, v in CONFIG.items() if k not in ("optimizer", "scheduler")}
+        return megazero.initialize(model=model, optimizer=adam, lr_scheduler=SCHEDULES[kind], config=words)[0]
+
+    one, two = begin(), begin()
+    train(one, range(3))
+    one.save_checkpoint(tmp_path)
+    two.load_checkpoint(tmp_path)
+    assert two.get_lr() == one.get_lr()
+    for e in (one, two):
+        train(e, range(3, 6))
+    equal(state(two), state(one), 0)
+
+
+def test_another_scheduler_begins_anew_and_that_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    e = made(0)
+    train(e, range(2))
+    e.save_checkpoint(tmp_path)
+    other = made(0, scheduler={"type": "WarmupLR", "params": {}})
+    other.load_checkpoint(tmp_path)
+    assert "the scheduler was WarmupDecayLR, is WarmupLR, and begins anew" in capsys.readouterr().out and other.get_lr() == e.get_lr()
+
+
+class Keeps(Oddities):
+    """A part of it keeps something of its own."""
+
+    def __init__(self) -> None:
+        super().__init__("none")
+        self.note: Any = None
+
+    def get_extra_state(self) -> Any:
+        return self.note
+
+    def set_extra_state(self, state: Any) -> None:
+        self.note = state
+
+
+def test_what_a_module_keeps_of_its_own_and_keys_of_numbers(tmp_path: Path) -> None:
+    one, two = (megazero.initialize(model=Keeps(), config=CONFIG)[0] for _ in range(2))
+    one.module.note = {3: torch.ones(2), "x": {None: 1.5}}
+    one.save_checkpoint(tmp_path, client_state={0: {1: "one"}})
+    assert two.load_checkpoint(tmp_path)[1] == {0: {1: "one"}} and two.module.note[3].tolist() == [1, 1] and two.module.note["x"] == {None: 1.5}
+
+
+def test_what_no_engine_saved_is_not_replaced(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "thesis.txt").write_text("years")
+    e = made(0)
+    with pytest.raises(UserError, match="mine is there already, and no engine of megazero saved it; give another tag"):
+        e.save_checkpoint(tmp_path, "mine")
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "years"
+
+
+def full_disk(folder: Path) -> str:
+    """Rank 1 cannot write its file; both are told, and train on."""
+    e = made(2)
+    train(e, range(1))
+    e.save_checkpoint(folder, "good")
+    target = folder / "bad"
+    before = os.fsync
+    if e.global_rank == 1:
+        def fsync(handle: int) -> None:
+            raise OSError(28, "No space left on device")
+        os.fsync = fsync
+    try:
+        with pytest.raises(UserError) as told:
+            e.save_checkpoint(folder, "bad")
+    finally:
+        os.fsync = before
+    train(e, range(1, 2))
+    assert not target.exists() and e.load_checkpoint(folder)[0] == str(folder / "good")
+    e.save_checkpoint(folder, "bad")
+    return str(told.value)
+
+
+def test_a_full_disk_of_one_rank_is_told_by_all(tmp_path: Path, pool: Pool) -> None:
+    for said in pool.run(2, full_disk, tmp_path):
+        assert said == f"save_checkpoint {tmp_path / 'bad'}: cannot be written (No space left on device); the checkpoints before it are untouched."
+
+
+def test_forged_words_are_one_sentence(tmp_path: Path) -> None:
+    """What an index says of a module is not believed."""
+    from megazero.state.checkpoint import text_checksum
+    e = made(0)
+    e.save_checkpoint(tmp_path, client_state={"x": torch.ones(3), "y": float("nan")})
+    path = tmp_path / "global_step0" / "index.json"
+    index = json.loads(path.read_text())
+    for wrong in ({"client": {"x": {"$tensor": "0", "shape": [2**40], "dtype": "float32"}}}, {"client": {"x": {"$tensor": "7", "shape": [3], "dtype": "float32"}}},
+                  {"client": {"x": {"$float": "1e999"}}}, {"client": {"x": {"$pairs": [[[], 1]]}}}, {"client": {"x": {"$other": 1}}}, {"client": []}, {"excluded": 3},
+                  {"training": {}}, {"training": {**index["module"]["training"], "groups": [{"parameters": 3, "options": {}}]}}):
+        forged = {**index, "module": {**index["module"], **wrong}}
+        path.write_text(json.dumps({**forged, "crc32": text_checksum(forged)}))
+        with pytest.raises(UserError, match="global_step0: cannot be"):
+            e.load_checkpoint(tmp_path)
 
 
 def test_ranks_with_other_tags_are_told(tmp_path: Path, pool: Pool) -> None:

@@ -8,7 +8,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -226,20 +226,28 @@ def words_of(name: str, ds: Mapping[str, Any] | None, place: Path) -> list[str]:
             "--pretrained", str(place / ("t5" if line == "t5" else "llama")), *(["--use_cpu"] if ds is None else ["--deepspeed", str(place / f"{name}.json")])]
 
 
-def played(cases: Mapping[str, Mapping[str, Any]], place: Path) -> Path:
+def examples(place: Path) -> list[str]:
+    """The example, with each of its configurations."""
+    flags = "--max_steps 12 --per_device_train_batch_size 4 --learning_rate 3e-3 --logging_steps 1 --report_to none --disable_tqdm true --dataloader_pin_memory false"
+    return [word for stage in (1, 2, 3) for word in ("--next", str(ROOT / "examples" / "finetune_hf.py"), *flags.split(), "--output_dir", str(place / f"example {stage}"),
+                                                     "--deepspeed", str(ROOT / "examples" / f"ds_zero{stage}.json"), "--text", str(ROOT / "tests" / "golden" / "corpus.txt"))]
+
+
+def played(cases: Mapping[str, Mapping[str, Any]], place: Path, more: Sequence[str] = ()) -> Path:
     sys.path.insert(0, str(SCRIPTS))
     from train_hf import Own, built
     for kind in ("llama", "t5"):
         built(Own(kind=kind)).save_pretrained(place / kind)
     several, lines = str(SCRIPTS / "several.py"), dict.fromkeys(name.split()[0] for name in cases if name not in FP16)
     torchrun(several, *(w for name in lines for w in words_of(name, None, place)), door=False)
-    torchrun(several, *(w for name, ds in cases.items() for w in words_of(name, ds, place)))
+    torchrun(several, *(w for name, ds in cases.items() for w in words_of(name, ds, place)), *more)
     return place
 
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return played({**QUICK, **FP16}, tmp_path_factory.mktemp("quick"))
+    place = tmp_path_factory.mktemp("quick")
+    return played({**QUICK, **FP16}, place, examples(place))
 
 
 @pytest.fixture(scope="module")
@@ -296,6 +304,13 @@ def test_an_export_is_that_of_the_run_without_the_engine(quick: Path) -> None:
     from diffusers import UNet2DModel
     read = UNet2DModel.from_pretrained(quick / "exported").state_dict()
     assert {name: pytest.approx(float(t.double().norm()), rel=1e-5) for name, t in read.items()} == facts_of(quick, "unet 2")[0]["weights"]
+
+
+def test_the_example_learns_text(quick: Path) -> None:
+    """A model of bytes, which begins at ln 256; stage 3 draws its weights in another order."""
+    curves = [[line["loss"] for line in json.loads((quick / f"example {stage}" / "trainer_state.json").read_text())["log_history"] if "loss" in line] for stage in (1, 2, 3)]
+    assert all(len(curve) == 12 and 5.4 < curve[0] < 5.7 and curve[-1] < 4.5 for curve in curves) and curves[0] == pytest.approx(curves[1], rel=1e-4)
+    assert exported(quick / "example 3").keys() == exported(quick / "example 1").keys()
 
 
 def test_the_trainer_resumes_at_another_level_on_another_number_of_ranks(quick: Path) -> None:

@@ -9,22 +9,23 @@ Ranks and levels appear nowhere: any number of ranks reads what it needs, at any
 it is complete, and is noted in `latest` after that. All ranks call all of this together.
 """
 
+import os
 import re
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import asdict
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from megazero.base import Form, Lease, UserError, checked, said, say, whole, write_json
+from megazero.base import Form, Lease, UserError, checked, load, said, say, whole, write_json
 from megazero.data import COUNT
 from megazero.engine.engine import Engine
 from megazero.engine.optimizers import ZeroOptimizer
-from megazero.engine.values import packed, unpacked
+from megazero.engine.values import packed, readable, unpacked
 from megazero.hf import INDEX, SHARD, shards
 from megazero.plan import RULES, Box, Progress
 from megazero.state import (
@@ -49,8 +50,9 @@ from megazero.units import Unit
 Tensor = torch.Tensor
 SAVE, LOAD = "save_checkpoint", "load_checkpoint"
 NAME = re.compile(r"[\w.:+/-]{1,500}")
-MODULE: Form = {"excluded": bool, "client": dict, "training?": {
-    "groups": [{"parameters": [str], "options": dict}], "scheduler": (None, dict), "samples": COUNT, "micro": COUNT}}
+MODULE: Form = {"excluded": bool, "client": dict, "extra?": dict, "training?": {
+    "groups": [{"parameters": [str], "options": dict}], "scheduler": (None, {"type": str, "state": object}),
+    "updates": COUNT, "samples": COUNT, "micro": COUNT}}
 THEIRS = ("*_states.pt", "*/*_states.pt")                       # DeepSpeed's own files
 
 
@@ -61,32 +63,81 @@ def save_state(core: Engine, optimizer: ZeroOptimizer | None, folder: Path, tag:
                latest: bool = True) -> None:
     """Saves weights, moments, buffers, the groups' options and progress.
 
-    training    beside them: the scheduler's state, samples and micro-batches so far
-    client      what the script keeps, of numbers, texts, lists, mappings and tensors
+    training    beside them: the scheduler's type and state, samples and micro-batches so far
+    client      what the script keeps, of numbers, texts, lists, mappings and tensors; rank 0's counts
     frozen      parameters that are not trained, too
 
-    Raises UserError; what was saved before stays.
+    Raises UserError on all ranks; what was saved before stays.
     """
     _ready(core)
     tag = _same_tag(core, f"global_step{core.global_steps}" if tag is None else tag)
     tensors: dict[str, Tensor] = {}
-    words = packed({"training": {**training, "groups": _options(core, optimizer)}, "client": client}, SAVE, tensors)
+    given = {"training": {**training, "groups": _options(core, optimizer), "updates": core.updates},
+             "extra": {name: m.get_extra_state() for name, m in _extras(core.module)}, "client": client}
     held = slices([u for u in all_units(core) if frozen or u.trained], core.updater.state)
-    if core.wires.rank == 0:
-        held += [_slice("buffer", name, b) for name, b in buffers(core.module).items() if b.numel()]
-        held += [_slice("state", number, t) for number, t in tensors.items() if t.numel()]
     progress = Progress(core.scale, core.global_steps, core.global_steps - core.skipped_steps, training["samples"])
     header = {"step": progress.step, "progress": asdict(progress), "config": {}, "architecture": None,
-              "optimizer": optimizer.rule if optimizer else None, "tokenizer": None,
-              "module": {"excluded": not frozen, **words},
+              "optimizer": optimizer.rule if optimizer else None, "tokenizer": None, "module": {},
               "layout": {"tp": 1, "pp": 1, "dp": core.wires.mesh.dp, "zero_stage": core.zero.level}}
-    with _leased(folder) if core.wires.rank == 0 else nullcontext() as lease:
+    with ExitStack() as guard:
+        lease: Lease | None = None
+        with _alike(core, f"{SAVE} {folder}"):
+            if core.wires.rank == 0:
+                words = packed(given, SAVE, tensors)
+                readable(words, SAVE)
+                lease = guard.enter_context(_leased(folder))
+                _free(folder, tag)
+                header["module"] = {"excluded": not frozen, **words}
+                held += [_slice("buffer", name, b) for name, b in buffers(core.module).items() if b.numel()]
+                held += [_slice("state", number, t) for number, t in tensors.items() if t.numel()]
         run, ready = (lease.holder.run, lease.look) if lease else ("", lambda: None)
         write(folder / tag, held, header, core.wires.rank, core.wires["saved"], _told(core, run), ready, SAVE)
-        if lease and latest:
-            with whole(folder / LATEST) as file:
-                file.write(tag.encode())
-    core.wires["saved"].all_reduce(torch.zeros(1)).wait()       # nobody looks for it before it is noted
+        with _alike(core, f"{SAVE} {folder}"):                  # nobody looks for it before it is noted
+            if lease and latest:
+                _note(folder, tag)
+
+
+@contextmanager
+def _alike(core: Engine, what: str) -> Iterator[None]:
+    """A mistake that one rank meets here ends it on all of them."""
+    error = None
+    try:
+        yield
+    except UserError as wrong:
+        error = wrong
+    failed = core.wires["saved"].all_reduce(torch.tensor([int(error is not None)]), "max").wait().item()
+    if error is not None:
+        raise error
+    if failed:
+        raise UserError(f"{what}: another rank met a mistake, which it tells.")
+
+
+def _free(folder: Path, tag: str) -> None:
+    """Raises UserError if something of that name is there that no engine saved: it stays."""
+    path, there = folder / tag, tagged(folder)
+    if tag in there:
+        if not _of_run(there[tag]):
+            return
+    elif not os.path.lexists(path) or not path.is_symlink() and path.is_dir() and not any(path.iterdir()):
+        return
+    raise UserError(f"{SAVE} {folder}: {tag} is there already, and no engine of megazero saved it; give another tag.")
+
+
+def _of_run(path: Path) -> bool:
+    """A damaged one is nobody's: another may take its place."""
+    try:
+        return load(path / "index.json", infinite=True).get("architecture") is not None
+    except (OSError, ValueError):
+        return False
+
+
+def _note(folder: Path, tag: str) -> None:
+    try:
+        with whole(folder / LATEST) as file:
+            file.write(tag.encode())
+    except OSError as error:
+        raise UserError(f"{SAVE} {folder}: {tag} is complete, but {LATEST} cannot be written ({error.strerror}).") \
+            from None
 
 
 def _ready(core: Engine) -> None:
@@ -98,8 +149,14 @@ def _ready(core: Engine) -> None:
         say(f"{SAVE}: gradients of {core.sums.micro} micro-batches of a step that is not over are not saved")
     for block in core.all if core.zero.level < 3 else ():
         block.absorb()
+    _not_within(core, SAVE)
     if wrong := next((n for n in [*parameters(core), *buffers(core.module)] if not NAME.fullmatch(n)), None):
         raise UserError(f"{SAVE}: a parameter or buffer is called {said(wrong)}; name modules by letters and digits.")
+
+
+def _not_within(core: Engine, what: str) -> None:
+    if any(block.kept for block in core.all):
+        raise UserError(f"{what}: is called within engine.whole, where weights are about to change; leave it first.")
 
 
 def _same_tag(core: Engine, tag: str) -> str:
@@ -163,6 +220,12 @@ def buffers(module: nn.Module) -> dict[str, Tensor]:
     return {name: b for name, b in module.named_buffers() if name not in local}
 
 
+def _extras(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Parts that keep something of their own with the module."""
+    return ((name, m) for name, m in module.named_modules()
+            if type(m).get_extra_state is not nn.Module.get_extra_state)
+
+
 # ---- loading
 
 def load_state(core: Engine, optimizer: ZeroOptimizer | None, folder: Path, tag: str | None, strict: bool = True,
@@ -173,6 +236,7 @@ def load_state(core: Engine, optimizer: ZeroOptimizer | None, folder: Path, tag:
     Returns its folder, what `save_state` was told of training, and the script's own words; None if there is no
     checkpoint and no tag was given. Raises UserError; then nothing has changed.
     """
+    _not_within(core, LOAD)
     core.zero_grad()
     reader, words, error = None, {}, None
     try:
@@ -191,12 +255,35 @@ def load_state(core: Engine, optimizer: ZeroOptimizer | None, folder: Path, tag:
     if reader is None:
         return None
     training = words.get("training") if not only else None
-    _restore(core, reader, moments and training is not None)
+    progress = reader.progress if training else None
+    if progress and moments:
+        progress = resumed(progress, core.scale)
+    try:
+        with _alike(core, f"{LOAD} {folder}"):
+            _restore(core, reader, moments and training is not None)
+    except UserError as error:
+        raise UserError(*error.sentences, f"{LOAD}: the engine holds a part of it; load another before it trains "
+                                          "on.") from None
+    finally:
+        core.resume(None, None)
+    for name, m in _extras(core.module):
+        if name in words.get("extra", {}):
+            m.set_extra_state(words["extra"][name])
     for group, saved in zip(optimizer.param_groups if optimizer else (),
                             training["groups"] if training and moments else (), strict=False):
-        group.update(saved["options"])
-    core.resume(resumed(reader.progress, core.scale) if training else None, moments)
+        _take(group, saved["options"])
+    core.resume(progress and replace(progress, loss_scale=progress.loss_scale if moments else core.scale),
+                training["updates"] if training and moments else None)
     return reader.folder, training or {}, words["client"]
+
+
+def _take(group: dict[str, Any], saved: Mapping[str, Any]) -> None:
+    """A group's options as they were; of which tuples became lists."""
+    for key, value in saved.items():
+        if isinstance(group.get(key), Tensor):
+            group[key].copy_(torch.as_tensor(value))
+        elif key != "params":
+            group[key] = tuple(value) if isinstance(group.get(key), tuple) else value
 
 
 def _found(folder: Path, tag: str | None) -> Path | None:
@@ -223,7 +310,7 @@ def _words(reader: Reader) -> dict[str, Any]:
     try:
         words = unpacked(checked(reader.index.get("module"), MODULE, "module"), lambda n: reader.read("state", n))
         return dict(words)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
         raise UserError(f"{reader.folder}: cannot be ({said(str(error))}); load another checkpoint.") from None
 
 
@@ -248,6 +335,10 @@ def _other_optimizer(core: Engine, optimizer: ZeroOptimizer, reader: Reader,
     missing = [m for m in RULES[optimizer.rule].moments if m not in reader.kinds]
     if missing:
         yield f"was saved with {reader.index['optimizer']}, and has no {missing[0]}; give that optimizer"
+    for p in (piece.shard.parameter for u in all_units(core) if u.trained for piece in u.flat.pieces):
+        if not missing and ("weight", p.name) in reader.shapes and any(
+                reader.shapes.get((m, p.name)) != p.shape for m in RULES[optimizer.rule].moments):
+            yield f"has no moments of {p.name}, which was not trained then; give the same groups"
     then, now = ([sorted(g["parameters"]) for g in given] for given in (groups, _options(core, optimizer)))
     if then != now:
         number = next((i for i, (a, b) in enumerate(zip(then, now, strict=False)) if a != b), min(len(then), len(now)))
@@ -285,16 +376,16 @@ def save_weights(core: Engine, folder: Path, name: str, frozen: bool) -> None:
     """The file `name` of safetensors that holds what the module computes with, written by rank 0, one block in memory;
     several and their index where it would be longer than SHARD bytes. Raises UserError."""
     weights = whole_weights(core, frozen)
-    try:
-        if core.wires.rank == 0:
-            _write_weights(core, folder, name, frozen, weights)
-    except OSError as error:
-        raise UserError(f"save_16bit_model {folder}: cannot be written ({error.strerror}); what was there is "
-                        "untouched.") from error
-    finally:
-        for _ in weights:                                       # every rank goes to the end, and none before the file
-            pass
-        core.wires["saved"].all_reduce(torch.zeros(1)).wait()
+    with _alike(core, f"save_16bit_model {folder}"):            # nobody goes on before the file is there
+        try:
+            if core.wires.rank == 0:
+                _write_weights(core, folder, name, frozen, weights)
+        except OSError as error:
+            raise UserError(f"save_16bit_model {folder}: cannot be written ({error.strerror}); what was there is "
+                            "untouched.") from error
+        finally:
+            for _ in weights:                                   # every rank goes to the end
+                pass
 
 
 def _write_weights(core: Engine, folder: Path, name: str, frozen: bool, weights: Iterator[tuple[str, Tensor]]) -> None:
@@ -311,10 +402,17 @@ def _write_weights(core: Engine, folder: Path, name: str, frozen: bool, weights:
 
     folder.mkdir(parents=True, exist_ok=True)
     names = {file: name if len(files) == 1 else file for file in files}
-    for file, part in files.items():
-        draft = folder / f"{names[file]}.draft"
-        stream(draft, part, make, lambda _: {"format": "pt"})
-        draft.replace(folder / names[file])
+    drafts = {folder / f"{n}.draft": folder / n for n in names.values()}
+    try:
+        for draft, part in zip(drafts, files.values(), strict=True):
+            stream(draft, part, make, lambda _: {"format": "pt"})
+        for left in (INDEX, "model.safetensors", *(p.name for p in folder.glob("model-?????-of-?????.safetensors"))):
+            (folder / left).unlink(missing_ok=True)             # of an export before, which may have been cut otherwise
+        for draft, path in drafts.items():
+            draft.replace(path)
+    finally:
+        for draft in drafts:
+            draft.unlink(missing_ok=True)
     if len(files) > 1:
         where = {p.name: file for file, part in files.items() for p in part}
         write_json(folder / INDEX, {"metadata": {"total_size": sum(p.nbytes for p in plan)}, "weight_map": where}, 2)

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, SequentialSampler
 
-from megazero.base import UserError, say
+from megazero.base import UserError, printable, say
 from megazero.engine.checkpoints import LOAD, buffers, load_state, parameters, save_state, save_weights, whole_weights
 from megazero.engine.engine import Engine
 from megazero.engine.monitor import Monitor
@@ -117,8 +117,9 @@ class DeepSpeedEngine(nn.Module):
     def save_checkpoint(self, save_dir: str | Path, tag: str | None = None, client_state: Mapping[str, Any] = EMPTY,
                         save_latest: bool = True, exclude_frozen_parameters: bool = False) -> bool:
         """Saves to save_dir/tag (default: global_step<N>), see checkpoints.py; True. Raises UserError."""
-        state = getattr(self.lr_scheduler, "state_dict", lambda: None)()
-        training = {"scheduler": state, "samples": self.global_samples, "micro": self.micro_steps}
+        kind = self._kind_of_scheduler()
+        kept = {"type": kind, "state": self.lr_scheduler.state_dict()} if kind else None
+        training = {"scheduler": kept, "samples": self.global_samples, "micro": self.micro_steps}
         save_state(self.core, self.optimizer, Path(save_dir), tag, training, client_state or {},
              not exclude_frozen_parameters, save_latest)
         return True
@@ -139,10 +140,32 @@ class DeepSpeedEngine(nn.Module):
         path, training, client = found
         if training:
             self.global_samples, self.micro_steps = training["samples"], training["micro"]
-            if load_lr_scheduler_states and self.lr_scheduler is not None and training["scheduler"] is not None:
-                self.lr_scheduler.load_state_dict(training["scheduler"])
+            if load_lr_scheduler_states:
+                self._go_on_with(training["scheduler"], path, load_optimizer_states)
         self._say(f"loaded {path}")
         return str(path), client
+
+    def _kind_of_scheduler(self) -> str:
+        """Nothing without one, or for one that keeps nothing."""
+        keeps = hasattr(self.lr_scheduler, "state_dict")
+        return str(getattr(self.lr_scheduler, "kind", type(self.lr_scheduler).__name__)) if keeps else ""
+
+    def _go_on_with(self, saved: Mapping[str, Any] | None, path: Path, rates_too: bool) -> None:
+        """The scheduler goes on; of another type than was saved it stays where it is, and that is said. Rates that were
+        loaded stay until its next step."""
+        kind, then = self._kind_of_scheduler(), saved["type"] if saved else ""
+        groups = self.optimizer.param_groups if self.optimizer and rates_too else []
+        rates = [group["lr"] for group in groups]
+        if kind != then:
+            self._say(f"{LOAD}: the scheduler was {printable(then) or 'none'}, is {kind or 'none'}, and begins anew")
+        elif kind and saved:
+            try:
+                self.lr_scheduler.load_state_dict(saved["state"])
+            except (KeyError, TypeError, ValueError, AttributeError) as error:
+                raise UserError(f"{LOAD} {path}: holds no state of a {kind} ({error!r}); load another checkpoint.") \
+                    from error
+        for group, lr in zip(groups, rates, strict=True):
+            group["lr"] = lr
 
     def save_16bit_model(self, save_dir: str | Path, save_filename: str = "model.safetensors",
                          exclude_frozen_parameters: bool = False) -> bool:
@@ -172,14 +195,16 @@ class DeepSpeedEngine(nn.Module):
                           exclude_frozen_parameters: bool = False) -> dict[str, Tensor]:
         """The module's own, whole, on every rank."""
         found = self.module.state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
-        still = {prefix + n for n, p in self.module.named_parameters() if not p.requires_grad}
+        still = {prefix + n for n, p in self.module.named_parameters(remove_duplicate=False)
+                 if not p.requires_grad}
         return {n: t for n, t in found.items() if not (exclude_frozen_parameters and n in still)}
 
     def load_module_state_dict(self, state_dict: Mapping[str, Tensor], strict: bool = True, custom_load_fn: Any = None,
                                fetch_z3_params: bool = False) -> None:
         """Every rank gives all of it."""
         if custom_load_fn is not None:
-            custom_load_fn(src=state_dict, dst=self.module)
+            with self.core.whole():
+                custom_load_fn(src=state_dict, dst=self.module)
             return
         self.module.load_state_dict(state_dict, strict=strict)
 

@@ -266,14 +266,20 @@ class Engine(Passes):
             say(f"step {self.steps:,} skipped: its loss or a gradient is not finite; nothing was changed, "
                 f"loss scale {self.scale.value:g}")
 
-    def resume(self, progress: Progress | None, moments: bool) -> None:
-        """Weights came from elsewhere, and if told moments: a step begins, with a progress the one that follows it."""
+    def resume(self, progress: Progress | None, updates: int | None) -> None:
+        """Weights came from elsewhere, and moments of so many `updates`: a step begins, with a progress the one that
+        follows it."""
         if progress is not None:
             self.steps, self.skipped, self.scale = progress.step, progress.step - progress.applied, progress.loss_scale
-            self.verdict, self.found_inf, self.applied = None, None, False
-        if progress is not None and moments:
-            self.updater.set_steps(progress.applied)
+            self.verdict, self.found_inf, self.applied = None, None, True       # none that was skipped
+        if updates is not None:
+            self.updater.set_steps(updates)
         self.renew()
+
+    @property
+    def updates(self) -> int:
+        """Steps that the optimizer counts: those that were applied since its moments began. All ranks ask."""
+        return self._agree([int(self.updater.steps[0]) if self.updater.steps else 0])[0]
 
     def moments(self) -> Iterator[tuple[nn.Parameter, dict[str, Tensor]]]:
         """Of each parameter that is trained what the optimizer keeps, whole, on all ranks together."""

@@ -122,14 +122,18 @@ def see_memory_usage(message: str, force: bool = False) -> None:
         say(f"{message}: at most {', '.join([gib(n * 1024) + ' of memory' for n in there] + cuda)}")
 
 
-def clone_tensors_for_torch_save(item: Any, device: Any = "cpu") -> Any:
-    """Its tensors with storage of their own."""
+def clone_tensors_for_torch_save(item: Any, device: Any = "cpu", made: dict[Any, Any] | None = None) -> Any:
+    """Its tensors with storage of their own; what is tied stays so."""
+    made = {} if made is None else made
     if isinstance(item, torch.Tensor):
-        return item.detach().clone().to(device)
+        place = (item.data_ptr(), item.shape, item.stride(), item.dtype)
+        if place not in made:
+            made[place] = item.detach().clone().to(device)
+        return made[place]
     if isinstance(item, (list, tuple)):
-        return type(item)(clone_tensors_for_torch_save(v, device) for v in item)
+        return type(item)(clone_tensors_for_torch_save(v, device, made) for v in item)
     if isinstance(item, dict):
-        return type(item)({k: clone_tensors_for_torch_save(v, device) for k, v in item.items()})
+        return type(item)({k: clone_tensors_for_torch_save(v, device, made) for k, v in item.items()})
     return item
 
 

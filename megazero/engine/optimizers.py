@@ -65,8 +65,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
     def state_dict(self) -> dict[str, Any]:
         """torch's, with whole moments on every rank; all ranks call it. engine.save_checkpoint needs no such memory."""
         number = {p: i for i, p in enumerate(p for group in self.param_groups for p in group["params"])}
-        state = {number[p]: {"step": torch.tensor(float(self.core.global_steps - self.core.skipped_steps)), **own}
-                 for p, own in self.core.moments() if p in number}
+        updates = float(self.core.updates)
+        state = {number[p]: {"step": torch.tensor(updates), **own} for p, own in self.core.moments() if p in number}
         return {"state": state, "param_groups": [{**group, "params": [number[p] for p in group["params"]]}
                                                  for group in self.param_groups]}
 

@@ -103,7 +103,7 @@ class Scheduler:
             if isinstance(value, (list, tuple)) and len(value) != len(groups):
                 raise UserError(f"scheduler.params.{key}: has {len(value)} values for {len(groups)} groups; write one "
                                 "for each, or a number for all.")
-        self.optimizer, self.curve = optimizer, SCHEDULES[kind]
+        self.optimizer, self.kind, self.curve = optimizer, kind, SCHEDULES[kind]
         self.cycled = kind == "OneCycle" and params["cycle_momentum"]
         self.params = [{key: value[i] if isinstance(value, (list, tuple)) else value for key, value in params.items()}
                        for i in range(len(groups))]

@@ -109,8 +109,8 @@ def checkpoints(a: Reader, b: Reader, tolerance: float = 0.0) -> Iterator[Differ
     weights_alone = a.kinds <= MODEL or b.kinds <= MODEL
     one, two = (r.index | {"architecture": None if r.of_module else asdict(r.architecture),
                            "progress": asdict(r.progress)} for r in (a, b))
-    for key in ("step", "progress", "architecture", *(() if weights_alone else ("optimizer",))):
-        yield from plain(key, one[key], two[key], 0.0)
+    for key in ("step", "progress", "architecture", *(() if weights_alone else ("optimizer", "module"))):
+        yield from plain(key, one.get(key), two.get(key), 0.0)
     for which in sorted((k for k in {*a.shapes, *b.shapes} if k[0] in MODEL or not weights_alone), key=in_order):
         where, left, right = "/".join(which), a.shapes.get(which), b.shapes.get(which)
         if left is None or right is None:

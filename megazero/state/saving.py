@@ -1,7 +1,9 @@
 """How a checkpoint is written: each rank its file, then one of them the index, in a folder that bears the run's name
 until all is there and it takes its own; beside training if asked."""
 
+import errno
 import json
+import os
 import secrets
 import shutil
 import threading
@@ -131,31 +133,46 @@ def on_host(slice_: Slice) -> Tensor:
 
 
 def write(target: Path, slices: Sequence[Slice], header: Mapping[str, Any], rank: int = 0, group: Group | None = None,
-          run: str = "alone", ready: Callable[[], None] = lambda: None, flag: str = "--save") -> None:
+          run: str = "0" * 8, ready: Callable[[], None] = lambda: None, flag: str = "--save") -> None:
     """This rank's part of a checkpoint: file, fsync; when all ranks have done that, rank 0 writes the index and gives
-    the folder its name. `ready` is asked before, and raises what stands against it."""
+    the folder its name. `ready` is asked before, and raises what stands against it. Where a rank's disk fails all ranks
+    say so."""
     group, draft = group or Alone(), target.with_name(f"{DRAFT}{run}-{target.name}")
     names = [f"rank-{r:05d}.safetensors" for r in range(group.size)]
-    try:
+
+    def clear() -> None:
         if rank == 0:
             ready()
-            for left in [target, *target.parent.glob(f"{DRAFT}*")]:             # of saves that were cut short
+            for left in [target, *target.parent.glob(f"{DRAFT}{'[0-9a-f]' * 8}-*")]:    # of saves that were cut short
                 if not (left == target and (left / INDEX).is_file()):
                     shutil.rmtree(left, ignore_errors=True)
-        group.all_reduce(torch.zeros(1)).wait()
+
+    def fill_in() -> None:
         draft.mkdir(parents=True, exist_ok=True)
         write_file(draft / names[rank], slices, header["step"])
-        group.all_reduce(torch.zeros(1)).wait()
+
+    def commit() -> None:
         if rank == 0:
             write_index(draft, header, names)
             ready()
             _named(draft, target)
-        group.all_reduce(torch.zeros(1)).wait()
+
+    for part in (clear, fill_in, commit):
+        if failed := _together(part, group):
+            with suppress(OSError):
+                (draft / names[rank]).unlink(missing_ok=True)   # a full disk has better use for it
+            raise UserError(f"{flag} {target}: cannot be written ({os.strerror(failed)}); "
+                            "the checkpoints before it are untouched.")
+
+
+def _together(part: Callable[[], None], group: Group) -> int:
+    """Each rank does its part: the number of what a disk said against it on one of them, or 0."""
+    failed = 0
+    try:
+        part()
     except OSError as error:
-        with suppress(OSError):
-            (draft / names[rank]).unlink(missing_ok=True)       # a full disk has better use for it
-        raise UserError(f"{flag} {target}: cannot be written ({error.strerror}); "
-                        "the checkpoints before it are untouched.") from error
+        failed = error.errno or errno.EIO
+    return int(group.all_reduce(torch.tensor([failed]), "max").wait().item())
 
 
 def _named(draft: Path, target: Path) -> None:
