@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from pool import _free_port
 from support import ROOT, byte_dataset, lines, train
 
 from megazero.base.errors import UserError
@@ -122,6 +123,23 @@ def test_sigterm_alone_says_a_line(tmp_path: Path) -> None:
     assert process.wait(60) == 128 + signal.SIGTERM
     assert process.stderr.read() == ("terminated (SIGTERM): what came after the last checkpoint is lost; --exit-signal-handler saves before it stops\n")
     process.stdout.close()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_before_training_a_signal_that_asks_says_a_line_too(tmp_path: Path, number: signal.Signals) -> None:
+    """A rank that waits for its peer; nobody would hear the wish."""
+    ranks = {"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    process = subprocess.Popen([sys.executable, str(ROOT / "pretrain_gpt.py"), *f"{WORDS} --data-path {byte_dataset(tmp_path)} --exit-signal-handler".split()],
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | ranks | {"OMP_NUM_THREADS": "1"})
+    assert process.stdout
+    for line in process.stdout:
+        if line.startswith("data "):
+            break
+    time.sleep(1)
+    process.send_signal(number)
+    _, told = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert f"terminated ({number.name}): what came after the last checkpoint, if anything did, is lost\n" in told and "Traceback" not in told
 
 
 def test_who_runs_the_program_in_a_process_of_his_own_keeps_his_signals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

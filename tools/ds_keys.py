@@ -20,8 +20,9 @@ Gradients are summed in fp32 at every level and in every dtype. A step that was 
 
 ## Scripts that say `import deepspeed`
 
-`python -m megazero.deepspeed COMMAND ...` makes that name mean this engine in COMMAND and all that it starts: a script,
-`-m MODULE`, `torchrun ...`, `accelerate launch ...`, or the words of DeepSpeed's launcher (`--num_gpus 2 script.py ...`).
+`python -m megazero.deepspeed COMMAND ...` makes that name mean this engine in COMMAND and all that it starts: a
+script, `-m MODULE`, `torchrun ...`, `accelerate launch ...`, or the words of DeepSpeed's launcher (`--num_gpus 2 script
+...`).
 Under torchrun it may stand before the script: `torchrun --nproc_per_node 2 -m megazero.deepspeed train.py --deepspeed
 ds_config.json`. transformers and accelerate then find DeepSpeed 0.19.8: `TrainingArguments(deepspeed=...)`, `"auto"`,
 `DeepSpeedPlugin`, `HfDeepSpeedConfig`. It works beside the real package, and says so. Without CUDA accelerate sees the
@@ -32,8 +33,8 @@ megazero; megazero.Trainer` is transformers' Trainer for a script that is not st
 - **Layers** are gathered and released one by one at level 3: the children of every nn.ModuleList, or nn.Sequential of
   two of a kind, that is not inside another. A module without any says so.
 - **Large models**: `with megazero.zero.Init(config_dict_or_path=...)` keeps slices of each part once the next is made;
-  its weights are those of a plain module on rank 0. transformers' from_pretrained does so by itself at stage 3, with all
-  files in the memory of rank 0; `megazero.from_pretrained(AutoModelForCausalLM, FOLDER, config)` reads slices alone.
+  its weights are those of a plain module on rank 0. transformers' from_pretrained does so by itself at stage 3, with
+  all files in the memory of rank 0; `megazero.from_pretrained(AutoModelForCausalLM, FOLDER, config)` reads slices alone.
 - **Readers and writers** of weights: `zero.GatheredParameters(parameters, modifier_rank=0)`, or `engine.whole(...)`.
 - **Checkpoints**: [checkpoints.md](checkpoints.md).
 

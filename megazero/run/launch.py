@@ -13,6 +13,7 @@ from typing import NoReturn
 from megazero.base import UserError
 from megazero.comm import Stuck, environment, leave_with_launcher, no_place, say_each, say_first
 from megazero.run.failures import Failure
+from megazero.run.loop import ASKING
 from megazero.run.train import main
 from megazero.settings import Config
 
@@ -49,22 +50,25 @@ def launch(config: Callable[[], Config]) -> NoReturn:
 @contextmanager
 def told_when_terminated(asked: Config) -> Iterator[None]:
     """SIGTERM ends the process as ever, but says so: though the main thread may wait for peers, where no handler of
-    Python runs. With --exit-signal-handler the loop hears it instead."""
-    if asked.training.exit_signal_handler:
-        yield
-        return
+    Python runs. With --exit-signal-handler so do the signals that the loop hears instead, until it does."""
+    asking = asked.training.exit_signal_handler
+    watched = [getattr(signal, name) for name in (ASKING if asking else ("SIGTERM",))
+               if hasattr(signal, name) and name != "SIGINT"]
     out, into = os.pipe()
     os.set_blocking(into, False)
 
-    def watch() -> None:
-        while (number := os.read(out, 1)[0]) != signal.SIGTERM:
-            if number == 0:
-                return
-        say_first("failure", "terminated (SIGTERM): what came after the last checkpoint is lost; --exit-signal-handler "
-                             "saves before it stops")
-        os._exit(128 + signal.SIGTERM)
+    def ours(*_: object) -> None:
+        """Who wakes the watch has been told by the number already."""
 
-    before = signal.signal(signal.SIGTERM, lambda *_: None)
+    def watch() -> None:
+        while number := os.read(out, 1)[0]:
+            if number in watched and signal.getsignal(number) is ours:          # else the loop hears it
+                name = signal.Signals(number).name
+                lost = "if anything did, is lost" if asking else "is lost; --exit-signal-handler saves before it stops"
+                say_first("failure", f"terminated ({name}): what came after the last checkpoint{',' * asking} {lost}")
+                os._exit(128 + number)
+
+    before = {number: signal.signal(number, ours) for number in watched}
     signal.set_wakeup_fd(into)
     thread = threading.Thread(target=watch, name="terminated", daemon=True)
     thread.start()
@@ -72,7 +76,8 @@ def told_when_terminated(asked: Config) -> Iterator[None]:
         yield
     finally:
         signal.set_wakeup_fd(-1)
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
         os.write(into, b"\0")
         thread.join()
         os.close(out)
