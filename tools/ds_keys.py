@@ -34,7 +34,7 @@ megazero; megazero.Trainer` is transformers' Trainer for a script that is not st
   two of a kind, that is not inside another. A module without any says so.
 - **Large models**: `with megazero.zero.Init(config_dict_or_path=...)` keeps slices of each part once the next is made;
   its weights are those of a plain module on rank 0. transformers' from_pretrained does so by itself at stage 3, with
-  all files in the memory of rank 0; `megazero.from_pretrained(AutoModelForCausalLM, FOLDER, config)` reads slices alone.
+  all files in the memory of rank 0; `megazero.from_pretrained(AutoModelForCausalLM, FOLDER, config)` reads slices.
 - **Readers and writers** of weights: `zero.GatheredParameters(parameters, modifier_rank=0)`, or `engine.whole(...)`.
 - **Checkpoints**: [checkpoints.md](checkpoints.md).
 
