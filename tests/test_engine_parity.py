@@ -369,6 +369,29 @@ def test_ranks_may_call_different_blocks_where_weights_are_whole(call: str, pool
         assert any(waited for _, waited in found) or call != "each has another order"
 
 
+def turning(model: Any, rank: int, step: int) -> Tensor:
+    """From the third step on all ranks call blocks the other way round."""
+    x = torch.rand(6, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(10 * step + rank))
+    return model(x, [0, 1, 2, 3] if step < 2 else [3, 2, 1, 0], 0)                               # type: ignore[no-any-return]
+
+
+def turned(level: int) -> tuple[Weights, list[str]]:
+    e, orders = made(Choosing, Row(dp=2, level=level, late=True)), []
+    for step in range(5):
+        e.backward(turning(e, e.wires.rank, step))
+        e.step()
+        orders.append("".join(u.flat.name[-1] for u in e.sums.order if u.flat.name.startswith("blocks")))
+    return whole(e), orders
+
+
+def test_the_order_is_agreed_again_when_blocks_change(pool: Pool) -> None:
+    wanted = plainly(Choosing, lambda model, step: [turning(model, rank, step) for rank in (0, 1)], 5)
+    for level in range(4):
+        for weights, orders in pool.run(2, turned, level):
+            near(weights, wanted)
+            assert orders == ["3210", "3210", "3210", "0123", "0123"]
+
+
 def apart(call: str) -> str:
     with pytest.raises(Stuck) as told:
         choose(3, call)
