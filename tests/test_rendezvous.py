@@ -217,3 +217,29 @@ def test_a_rank_without_a_place_is_told(rank: str, world: str, monkeypatch: pyte
     monkeypatch.setenv("RANK", "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert rendezvous.no_place() == ""
+
+
+def test_two_processes_of_one_rank_are_told(tmp_path: Path) -> None:
+    """Whoever of them comes first; rank 0 is told too, which would wait for a rank that never comes."""
+    place = free_port()
+
+    def start(rank: int) -> "subprocess.Popen[str]":
+        env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "RANK": str(rank), "WORLD_SIZE": "3", "LOCAL_RANK": "0",
+                            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(place)}
+        return subprocess.Popen([sys.executable, str(ROOT / "pretrain_gpt.py"), *WORDS.split(), "--global-batch-size", "3", "--save", str(tmp_path)], env=env, stdout=subprocess.PIPE,
+                                stderr=subprocess.PIPE, text=True)
+
+    ended = [(run.communicate(timeout=90), run.returncode) for run in [start(0), start(1), start(1)]]
+    said = "".join(err for (_, err), _ in ended)
+    assert {code for _, code in ended} == {2}
+    assert set(said.splitlines()) == {"error: RANK 1: two processes were started as this rank; give each a number of its own from 0 to 2, as torchrun does."}
+
+
+def test_a_port_in_use_is_told_without_torchs_own_frames() -> None:
+    place = free_port()
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(place)}
+    with socket.create_server(("127.0.0.1", place)):
+        ran = subprocess.run([sys.executable, str(ROOT / "pretrain_gpt.py"), *WORDS.replace("--save-interval 20 ", "").split()], env=env, capture_output=True, text=True,
+                             timeout=90)
+    assert ran.returncode == 2
+    assert ran.stderr == f"error: MASTER_PORT {place}: is in use here; choose another with --master_port, and start one process as rank 0.\n"

@@ -3,6 +3,7 @@ hand."""
 
 import errno
 import os
+import secrets
 import socket
 import time
 from collections.abc import Sequence
@@ -77,8 +78,7 @@ def _opened(rank: int, end: float) -> dist.Store:
     find the addresses of dead ones)."""
     host, port = address()
     own = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    if not own:
-        _reach(host, port, rank, end)
+    _free(port) if own else _reach(host, port, rank, end)
     try:
         store = store_at(host, port, max(end - time.monotonic(), 1), own)
     except RuntimeError as error:
@@ -111,6 +111,18 @@ def of_this_start(store: dist.Store) -> dist.Store:
     return dist.PrefixStore(f"megazero/{run}/{start}", store)
 
 
+def _free(port: int) -> None:
+    """Raises UserError unless somebody may listen there: torch would tell it with frames of its own."""
+    try:
+        both = socket.has_dualstack_ipv6()
+        family = socket.AF_INET6 if both else socket.AF_INET
+        socket.create_server(("", port), family=family, dualstack_ipv6=both).close()
+    except OSError as error:
+        why = "is in use here" if error.errno == errno.EADDRINUSE else f"cannot be had here ({error.strerror})"
+        raise UserError(f"MASTER_PORT {port}: {why}; choose another with --master_port, and start one process as rank "
+                        "0.") from None
+
+
 def _reach(host: str, port: int, rank: int, end: float) -> None:
     """Returns when somebody listens there: torch's own attempts are noisy, and say nothing for minutes."""
     told = time.monotonic() + QUIET
@@ -133,11 +145,13 @@ def _gathered(store: dist.Store, rank: int, world: int, end: float, words: str) 
     """Returns when all ranks are here. Rank 0 says for whom it waits."""
     if store.compare_set("words", "", words) != words.encode():
         store.set("differ", str(rank))
-    store.set(f"here/{rank}", "")
-    if store.add("here", 1) == world:
+    own = secrets.token_hex(8)
+    if store.compare_set(f"here/{rank}", "", own) != own.encode():
+        store.set("twice", str(rank))
+    elif store.add("here", 1) == world:
         store.set("all", "")
     wait, told, place = QUIET, False, ":".join(map(str, address()))
-    while not _comes(store, ("all", "differ"), min(wait, end - time.monotonic())):
+    while not _comes(store, ("differ", "twice", "all"), min(wait, end - time.monotonic())):
         absent = [r for r in range(world) if not store.check([f"here/{r}"])] if rank == 0 else []
         names = ", ".join(map(str, absent[:8])) + (" ..." if len(absent) > 8 else "")
         if time.monotonic() > end:
@@ -150,6 +164,9 @@ def _gathered(store: dist.Store, rank: int, world: int, end: float, words: str) 
     if store.check(["differ"]):
         raise UserError("--config: ranks were started with different flags, files or data, or for different numbers of "
                         "ranks; start all of them with the same command.")
+    if store.check(["twice"]):
+        raise UserError(f"RANK {store.get('twice').decode()}: two processes were started as this rank; give each a "
+                        f"number of its own from 0 to {world - 1}, as torchrun does.")
 
 
 def _comes(store: dist.Store, keys: Sequence[str], seconds: float) -> bool:
