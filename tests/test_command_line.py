@@ -126,7 +126,7 @@ WRONG = {
     "--hysteresis 3 --bf16": "--hysteresis 3: has no effect without --fp16 and a dynamic loss scale.",
     "--train-iters 1e400": "--train-iters 1e400: must be a whole number.",
     "--hidden-size 10000000 --num-attention-heads 10": "for 1 rank, this cpu has",
-    "--save /proc/x": "--save /proc/x: cannot be made (No such file or directory); name a folder that can be written to.",
+    "--save /proc/x": "--save /proc/x: cannot be written to (No such file or directory); name another folder.",
     "--log-dir setup.py": "--log-dir setup.py: is not a folder that can be written to; name another.",
     "--pp 3": "--num-layers 2: 2 layers are left for 3 stages of --pp 3; each needs at least one and none may be left over.",
     "--pp 2 --num-virtual-stages-per-pipeline-rank 2": "--num-virtual-stages-per-pipeline-rank 2: needs --pipeline-schedule interleaved or breadth-first, not 1f1b.",

@@ -113,7 +113,7 @@ MISTAKES = {
     # checkpoints
     "no checkpoint": Wrong(PRETRAIN, f"{BYTES} --load nowhere", "--load nowhere: there is no such folder."),
     "a name that is too long": Wrong(PRETRAIN, f"{BYTES} --load {'x' * 300}", "xxx: there is no such folder."),
-    "a name to save by that is too long": Wrong(PRETRAIN, f"{BYTES} --save {'x' * 300}", "xxx: cannot be made (File name too long)"),
+    "a name to save by that is too long": Wrong(PRETRAIN, f"{BYTES} --save {'x' * 300}", "xxx: cannot be written to (File name too long)"),
     "a name to write by that is too long": Wrong("tools/checkpoint.py", f"merge --load run --output {'x' * 300}", "xxx: cannot be written (File name too long)"),
     "a link to itself": Wrong(PRETRAIN, f"{BYTES} --load ring", "--load ring: there is no such folder.", lambda: os.symlink("ring", "ring")),
     "a file that is a ring": Wrong(PRETRAIN, LOAD, f"{RANK}: cannot be read (Too many levels of symbolic links)",

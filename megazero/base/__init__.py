@@ -1,6 +1,6 @@
 """Words that everyone needs."""
 
-from megazero.base.disk import draft_of, not_followed, opened, sync, whole, write_json
+from megazero.base.disk import draft_of, not_followed, opened, sync, unwritable, whole, write_json
 from megazero.base.dtypes import DTYPES
 from megazero.base.errors import UserError
 from megazero.base.lease import Lease

@@ -40,6 +40,12 @@ def not_followed(name: str, flags: int) -> int:
     return handle
 
 
+def unwritable(error: OSError) -> str:
+    """That a folder cannot be written to, why, and what to do."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return f"cannot be written to ({error.strerror}); {'make room there, or ' if full else ''}name another folder"
+
+
 @contextmanager
 def whole(path: Path) -> Iterator[BinaryIO]:
     """A file that takes its name when all of it is on the disk; until then what was there stays. Raises OSError."""

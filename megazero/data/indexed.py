@@ -28,7 +28,7 @@ from typing import BinaryIO, NamedTuple
 
 import numpy as np
 
-from megazero.base import Lease, UserError, opened, sync
+from megazero.base import Lease, UserError, opened, sync, unwritable
 from megazero.data.files import Numbers, bytes_of, window
 
 MAGIC = b"MMIDIDX\0\0"
@@ -80,7 +80,7 @@ def alone(prefix: str | Path, flag: str) -> Lease:
         path.parent.mkdir(parents=True, exist_ok=True)
         return Lease(path, f"{flag} {prefix}")
     except OSError as error:
-        raise UserError(f"{flag} {prefix}: cannot be written ({error.strerror}); name a writable folder.") from None
+        raise UserError(f"{flag} {prefix}: {unwritable(error)}.") from None
 
 
 class IndexedWriter:

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from megazero.base import Form, Lease, UserError, checked, load, said, say, whole, write_json
+from megazero.base import Form, Lease, UserError, checked, load, said, say, unwritable, whole, write_json
 from megazero.data import COUNT
 from megazero.engine.engine import Engine
 from megazero.engine.optimizers import ZeroOptimizer
@@ -186,7 +186,7 @@ def _leased(folder: Path) -> Lease:
         folder.mkdir(parents=True, exist_ok=True)
         return Lease(folder / "lease.json", f"{SAVE} {folder}")
     except OSError as error:
-        raise UserError(f"{SAVE} {folder}: cannot be written to ({error.strerror}); name another folder.") from None
+        raise UserError(f"{SAVE} {folder}: {unwritable(error)}.") from None
 
 
 def _slice(kind: str, name: str, t: Tensor) -> Slice:

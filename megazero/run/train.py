@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from megazero.base import Lease, UserError, gib, printable, read_bytes, say
+from megazero.base import Lease, UserError, gib, printable, read_bytes, say, unwritable
 from megazero.comm import Wires, before_cuda, connect, environment
 from megazero.data import Tokenizer, configured_tokenizer
 from megazero.hf import outlook
@@ -135,8 +135,7 @@ def leased(config: Config, rank: int) -> Iterator[dict[Path, Lease]]:
                 held[path] = Lease(path / LEASE, f"{flag} {folder}")
             except OSError as error:
                 if flag == "--save":
-                    raise UserError(f"--save {folder}: cannot be made ({error.strerror}); name a folder that can "
-                                    "be written to.") from None
+                    raise UserError(f"--save {folder}: {unwritable(error)}.") from None
         yield held
     finally:
         for lease in held.values():

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from megazero.base import Lease, UserError, sync, whole
+from megazero.base import Lease, UserError, sync, unwritable, whole
 from megazero.comm import Alone, Group
 from megazero.plan import Box
 from megazero.state.checkpoint import BEFORE, DRAFT, FORMAT, INDEX, VERSION, Slice, complete, facts, text_checksum
@@ -59,8 +59,7 @@ class Writer:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"--save {folder}: cannot be made ({error.strerror}); "
-                            "name a folder that can be written to.") from None
+            raise UserError(f"--save {folder}: {unwritable(error)}.") from None
         self.folder, self.keep_last, self.background, self.rank, self.group = (
             folder, keep_last, background, rank, group or Alone())
         self.lease, self.run = lease, lease.holder.run if lease else secrets.token_hex(4)
