@@ -76,12 +76,12 @@ class Engine(Passes):
         addresses: Addresses = {}
         sharing = Sharing(zero.level, wires["shard"], wires["replicate"], buffers=Buffers(poison=wires.late))
         names = {m: n for n, m in model.named_modules()}
+        cast_buffers(model, TORCH_DTYPE[dtype])
         made: dict[nn.Module, Submodule] = {}
         for m, own in belongings(model, modules).items():       # one is whole at a time
             made[m] = Submodule(names[m] or "root", own, TORCH_DTYPE[dtype], sharing, addresses)
             made[m].fill(wires.rank == 0)
             give_back()
-        cast_buffers(model, TORCH_DTYPE[dtype])
         share([b.detach() for b in model.buffers() if b.numel()], wires["world"])
         super().__init__(model, made, addresses, wires, zero, TORCH_DTYPE[dtype])
         self.scale, self.lr, self.overlap, self.groups = scale, settings.lr, overlap, groups
