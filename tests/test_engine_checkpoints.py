@@ -1,8 +1,10 @@
 """Checkpoints of an engine: from any number of ranks and level to any other, all that it takes to go on, and what does not fit."""
 
 import json
+import multiprocessing
 import os
 import re
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,14 +13,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from modules import LENGTH, VOCABULARY, Oddities
-from pool import Pool, RankError
-from support import tool
+from pool import Pool, RankError, _free_port
+from support import TINY, tool
+from support import train as train_gpt
 from torch import nn
 
 import megazero
 from megazero.base.errors import UserError
 from megazero.engine.values import packed, unpacked
-from megazero.state import Reader
+from megazero.state import Reader, saving
 
 Tensor = torch.Tensor
 BATCH, GAS, STEPS = 12, 2, 6
@@ -444,3 +447,54 @@ def test_ranks_with_other_tags_are_told(tmp_path: Path, pool: Pool) -> None:
 def other_tags(folder: Path) -> None:
     e = made(1)
     e.save_checkpoint(folder, f"tag{e.global_rank}")
+
+
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["megazero.engine.initialize", "torch._dynamo", "pytest"])
+
+
+def dies(rank: int, port: int, folder: Path) -> None:
+    """One of two ranks; the second is killed in the middle of its file, while the same tag is saved again."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    e = made(3)
+    train(e, range(1))
+    e.save_checkpoint(folder, "same")
+    train(e, range(1, 2))
+
+    def torn(path: Path, *_: Any) -> None:
+        path.write_bytes(b"half of it")
+        os.kill(os.getpid(), signal.SIGKILL)
+    if rank == 1:
+        saving.stream = torn
+    e.save_checkpoint(folder, "same")
+
+
+def test_a_rank_that_is_killed_leaves_what_was_there(tmp_path: Path) -> None:
+    """The other one ends at once; the next to save takes the folder over and sweeps it."""
+    port = _free_port()
+    ranks = [SERVER.Process(target=dies, args=(rank, port, tmp_path)) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join(60)
+    assert [process.exitcode for process in ranks] == [1, -signal.SIGKILL]
+    e, alone = made(1, seed=4), made(0)
+    assert e.load_checkpoint(tmp_path)[0] == str(tmp_path / "same") and Reader(tmp_path).verify() > 0
+    train(alone, range(1))
+    equal(state(e), state(alone))
+    e.save_checkpoint(tmp_path, "same")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["latest", "same"]
+
+
+def test_a_tag_may_be_a_number(tmp_path: Path) -> None:
+    e = made(0)
+    e.save_checkpoint(tmp_path, 7)
+    assert e.load_checkpoint(tmp_path, 7)[0] == str(tmp_path / "7")
+
+
+def test_a_run_does_not_begin_in_an_engines_folder(tmp_path: Path) -> None:
+    """Nor go on from it: --load and --save of one folder begin afresh in an empty one alone."""
+    made(0).save_checkpoint(tmp_path)
+    with pytest.raises(UserError, match="holds a module that megazero.initialize trained"):
+        train_gpt(f"{TINY} --load {tmp_path} --save {tmp_path}")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["global_step0", "latest"]

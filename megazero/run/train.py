@@ -303,6 +303,6 @@ def set_back(config: Config) -> bool:
 def find_checkpoint(config: Config) -> Reader | None:
     """The checkpoint to load, if any. A run that loads from where it saves starts afresh the first time."""
     k = config.checkpoint
-    if k.load is None or (in_place(config) and k.ckpt_step is None and not complete(Path(k.load))):
+    if k.load is None or (in_place(config) and k.ckpt_step is None and not Reader.finds(Path(k.load))):
         return None
     return Reader(k.load, k.ckpt_step)

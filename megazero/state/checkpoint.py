@@ -160,6 +160,11 @@ class Reader:
             self._list(self.folder / name, known)
         self._complete()
 
+    @staticmethod
+    def finds(folder: Path) -> bool:
+        """Is anything complete in a folder, of a run or of an engine?"""
+        return bool(complete(folder) or tagged(folder))
+
     def _words(self) -> dict[str, Any]:
         """The index, of which each word was looked at."""
         path = self.folder / INDEX
