@@ -55,7 +55,11 @@ def join(kind: str, seconds: float, words: str) -> None:
     rank, world = environment()
     end = time.monotonic() + seconds
     store = _opened(rank, end)
-    _gathered(store, rank, world, end, f"{words} {world}")
+    try:
+        _gathered(store, rank, world, end, f"{words} {world}")
+    except dist.DistError as error:
+        raise UserError(f"RANK {rank}: lost the store at {':'.join(map(str, address()))} while it waited for other "
+                        f"ranks ({first_line(error)}); see what rank 0 said last.") from None
     try:
         dist.init_process_group(kind, store=store, rank=rank, world_size=world, timeout=timedelta(seconds=seconds))
     except (RuntimeError, OSError) as error:
@@ -142,7 +146,8 @@ def _reach(host: str, port: int, rank: int, end: float) -> None:
 
 
 def _gathered(store: dist.Store, rank: int, world: int, end: float, words: str) -> None:
-    """Returns when all ranks are here. Rank 0 says for whom it waits."""
+    """Returns when all ranks are here. Rank 0 says for whom it waits, and leaves last: the store may be its own."""
+    store.add("came", 1)
     if store.compare_set("words", "", words) != words.encode():
         store.set("differ", str(rank))
     own = secrets.token_hex(8)
@@ -161,6 +166,12 @@ def _gathered(store: dist.Store, rank: int, world: int, end: float, words: str) 
         if absent and not told:
             say(f"waiting for {len(absent)} of {world} ranks at {place}: {names}")
         wait, told = 60.0, True
+    if not (store.check(["differ"]) or store.check(["twice"])):
+        return
+    store.add("heard", 1)
+    end = time.monotonic() + QUIET
+    while rank == 0 and store.add("heard", 0) < store.add("came", 0) and time.monotonic() < end:
+        time.sleep(0.05)
     if store.check(["differ"]):
         raise UserError("--config: ranks were started with different flags, files or data, or for different numbers of "
                         "ranks; start all of them with the same command.")

@@ -18,10 +18,7 @@ TICKET = 1.0                # seconds that a rank leaves to another that wants t
 def say_first(what: str, text: str) -> None:
     """Tells people something that many ranks may have met: the first one does; where nothing was said a second later
     (it died, or a stranger took the word) everybody does."""
-    store = _board()
-    if store is None or _first(store, what):
-        print(text, file=sys.stderr, flush=True)
-        _done(store, what)
+    _say(_board(), what, text)
 
 
 def say_each(what: str, texts: Sequence[str]) -> None:
@@ -30,8 +27,14 @@ def say_each(what: str, texts: Sequence[str]) -> None:
     if store is not None:
         store.add(f"word/{what}", 1)
     for text in texts:
-        say_first(text, text)
+        _say(store, text, text)
     _done(store, what)
+
+
+def _say(store: dist.Store | None, what: str, text: str) -> None:
+    if store is None or _first(store, what):
+        print(text, file=sys.stderr, flush=True)
+        _done(store, what)
 
 
 def _board() -> dist.Store | None:
@@ -41,7 +44,7 @@ def _board() -> dist.Store | None:
     try:
         host, port = address()
         socket.create_connection((host, port), timeout=2).close()       # c10d is noisy when nobody is there
-        return of_this_start(store_at(host, port, 5))
+        return of_this_start(store_at(host, port, 2))
     except (OSError, RuntimeError, UserError):
         return None
 
