@@ -12,7 +12,7 @@ FLOORS: dict[str, tuple[int, str]] = {
     "pipeline": (750, "schedule timeline weighing split"),
     "settings": (750, "command_line config"),
     "plan": (2850, "rules devices layout mesh sizes progress action sums program verify architecture operations checks plan cost families show"),
-    "comm": (1250, "marks group shared gloo nccl fake late rendezvous told wires"),
+    "comm": (1270, "marks group shared gloo nccl fake late rendezvous told wires"),
     "units": (800, "random unit gate rules actions"),
     "model": (750, "products ops attention decoder"),
     "data": (2800, "files indexed order tokenizer_base tokenizer_words tokenizer_tiktoken tokenizers sidecar megatron_order dataset fim splits"),
@@ -20,7 +20,7 @@ FLOORS: dict[str, tuple[int, str]] = {
     "state": (1380, "tensor_files checkpoint saving merge compare record logs"),
     "hf": (520, "files tokenizer convert"),
     "run": (1400, "executor metrics run feed step loop failures train launch generate"),
-    "engine": (4200, "hidden sliced keys words rates values blocks groups hooks passes engine optimizers checkpoints monitor full deepspeed_engine initialize zero names"),
+    "engine": (4300, "hidden sliced aliases keys words rates values blocks groups hooks passes engine optimizers checkpoints monitor full deepspeed_engine initialize zero names"),
 }
 DOORS = {"deepspeed": 140, "door.sitecustomize": 70, "trainer": 45}       # above all floors, each with its budget; `door` is what PYTHONPATH gets
 PURE = ("base", "pipeline", "settings", "plan")             # no device, no process

@@ -9,7 +9,8 @@ from torch.nn.utils.parametrize import ParametrizationList
 
 from megazero.base import UserError, say
 from megazero.comm import Group
-from megazero.engine.hidden import hide, show
+from megazero.engine.aliases import doubles
+from megazero.engine.hidden import forget, hide, show
 from megazero.engine.sliced import sliced
 from megazero.plan import Action, OperandSpec, Parameter, Reductions, UnitSpec, Zero, flat
 from megazero.units import Sharing, Unit, Weight
@@ -42,6 +43,9 @@ class Submodule:
         self.trained = next((u for u in self.units if u.trained), None)
         homes = {home.p: home.kind for home in sliced(parameters.values())}
         self.kinds = [homes.get(p, type(p)) for p, _, _ in self.views]
+        empty = {u: u.weight_slice.new_zeros(()) for u in self.units}
+        self.empties = [empty[w.unit].expand(shape) for _, w, shape in self.views]
+        self.shown: list[tuple[int, int]] = []                  # version and address of parameters, as they were shown
         self.hidden = self.kept = False                         # kept: somebody reads outside of passes
 
     def fill(self, first: bool) -> None:
@@ -79,11 +83,18 @@ class Submodule:
             unit.arrive()
 
     def release(self) -> None:
-        """At level 3 the whole weights are given back, if they are here."""
+        """At level 3 the whole weights are given back, if they are here; what a pass wrote into them stays."""
         if not (self.stays or self.hidden or self.kept):
+            if self._written():
+                self.absorb()
             self.hide()
             for unit in self.units:
                 unit.release()
+
+    def _written(self) -> bool:
+        """Did somebody write into parameters, or give them other data, since they were shown? (What is written through
+        `p.data` leaves no trace.)"""
+        return self.shown != [(p._version, p.data_ptr()) for p, _, _ in self.views]
 
     def changes(self) -> Iterator[str]:
         """What somebody did to the parameters since they were made: other data of the same kind are taken for weights;
@@ -140,6 +151,7 @@ class Submodule:
         self.hidden = False
         for (p, w, shape), kind in zip(self.views, self.kinds, strict=True):
             show(p, kind, w.value.view(shape))
+        self.shown = [(p._version, p.data_ptr()) for p, _, _ in self.views]
 
     def leave(self) -> None:
         """Parameters are their own again, whole."""
@@ -147,18 +159,16 @@ class Submodule:
         self.arrive()
         for (p, w, shape) in self.views:
             p.data = w.value.view(shape).clone()
-            for word in ("ds_shape", "ds_numel", "words", "fetch"):
-                p.__dict__.pop(word, None)
+            forget(p)
 
     def hide(self) -> None:
-        """Parameters are empty, and say so to whoever reads them."""
+        """Parameters hold nothing, and say so to whoever reads them."""
         self.hidden = True
         for unit in self.units:
             if unit.weights is not None:
                 self.addresses.pop(unit.weights.untyped_storage().data_ptr(), None)
-        for p, w, shape in self.views:
-            hide(p, w.operand.name, w.unit.weight_slice.new_empty(0), lambda: self.fetch())
-            p.ds_shape, p.ds_numel = shape, shape.numel()  # type: ignore[attr-defined]
+        for (p, w, _), empty in zip(self.views, self.empties, strict=True):
+            hide(p, w.operand.name, empty, lambda: self.fetch(), lambda _: False)
 
 
 def _spec(name: str, parameters: Mapping[str, nn.Parameter]) -> UnitSpec:
@@ -212,8 +222,8 @@ class Accumulation:
         """One parameter's gradient of this micro-batch."""
         if weight.unit in self.ready:
             raise UserError(f"{weight.operand.name}: its gradient came after the backward pass of "
-                            f"{weight.unit.flat.name}, so it is used outside of that block; "
-                            "give `blocks` without that one.")
+                            f"{weight.unit.flat.name}, which autograd recomputes and whose weight is read outside of "
+                            "it; checkpoint with use_reentrant=False, or give `blocks` without that one.")
         self._open(weight.unit)
         weight.add(grad)
 
@@ -327,5 +337,6 @@ def mistakes(model: nn.Module, blocks: Sequence[nn.Module], trains: bool = True)
     for name, p in parameters.items():
         if not p.is_floating_point():
             yield f"model: {name} is {p.dtype}; make it a buffer, since parameters are floating-point numbers."
+    yield from doubles(model)
     if trains and not any(p.requires_grad for p in parameters.values()):
         yield "model: no parameter requires a gradient; leave requires_grad on for those to be trained."

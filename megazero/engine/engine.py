@@ -22,6 +22,7 @@ from torch import nn
 
 from megazero.base import UserError, give_back, say
 from megazero.comm import Stuck, Wires
+from megazero.engine.aliases import kept
 from megazero.engine.blocks import (
     Accumulation,
     Addresses,
@@ -62,7 +63,7 @@ class Engine(Passes):
     def __init__(self, model: nn.Module, wires: Wires, settings: Optimization, zero: Zero, dtype: str = "fp32",
                  accumulation: int = 1, scale: LossScale = CONSTANT, blocks: Sequence[nn.Module] | None = None,
                  overlap: bool = False, groups: Sequence[Mapping[str, Any]] = (), trains: bool = True) -> None:
-        _part(model)
+        part(model)
         modules = list(dict.fromkeys(repeated(model) if blocks is None else blocks))
         if errors := [*mistakes(model, modules, trains), *_mistakes(wires, settings, zero, dtype, accumulation)]:
             raise UserError(*errors)
@@ -70,6 +71,8 @@ class Engine(Passes):
         if zero.level == 3 and not modules and wires.rank == 0:
             say("model: has no repeated layers (nn.ModuleList), so all its weights are gathered at once: level 3 saves "
                 "optimizer state and gradients alone; name `blocks`")
+        for text in kept(model) if wires.rank == 0 else ():
+            say(text)
         self.frozen = [] if trains else [p for p in model.parameters() if p.requires_grad]      # until it is destroyed
         for p in self.frozen:
             p.requires_grad_(False)
@@ -392,7 +395,7 @@ class Engine(Passes):
         return [int(n) for n in self.wires["world"].all_reduce(told).wait().tolist()]
 
 
-def _part(model: nn.Module) -> None:
+def part(model: nn.Module) -> None:
     """An engine that was made of this module before gives it back."""
     for module in model.modules():
         for hook in list(module._forward_pre_hooks.values()):

@@ -13,7 +13,7 @@ from torch import nn
 from megazero.base import UserError, say
 from megazero.comm import Wires, connect, environment, join, ranks
 from megazero.engine.deepspeed_engine import DeepSpeedEngine
-from megazero.engine.engine import Engine
+from megazero.engine.engine import Engine, part
 from megazero.engine.optimizers import ZeroOptimizer, of_client, of_config
 from megazero.engine.rates import Scheduler
 from megazero.engine.sliced import sliced
@@ -52,6 +52,7 @@ def initialize(
     chosen = _optimizer(model, means, optimizer, model_parameters)
     scheduler = _scheduler(means, lr_scheduler, chosen)
     _join(means, device, distributed_port)
+    part(model)
     core = _engine(_moved(model, device), means, chosen, _wires(means, rank, world, device))
     if rank == 0:
         for line in means.told:

@@ -42,7 +42,7 @@ class Passes:
         self.calls: list[Submodule] = []
         self.left: list[Submodule] = []
         self.handles: list[Any] = []
-        self.away: dict[tuple[nn.Parameter, torch.Size], Tensor] = {}
+        self.away: dict[nn.Parameter, Tensor] = {}
         self.took: dict[nn.Parameter, str] = {}                 # parameters whose gradients came, and their names
         self._register(made)
 
@@ -317,9 +317,9 @@ class Passes:
             self._release(block, backward=True)
         self.left.clear()
         for p, name in self.took.items():                       # whoever looks for its gradient is told where it is
-            if (p, p.size()) not in self.away:
-                self.away[p, p.size()] = away(p, name)
-            p.grad = self.away[p, p.size()]
+            if p not in self.away:
+                self.away[p] = away(p, name)
+            p.grad = self.away[p]
         self.sums.next()
 
     def _forget(self) -> None:
@@ -339,9 +339,14 @@ class Passes:
         # else of a forward pass before another's backward: the end will close it
         if i >= 0:
             self.left.pop(i)
-            if block not in self.left:
+            if block not in self.left and not self._awaited(block):
                 self._close(block)
         self._release(block, backward=True)
+
+    def _awaited(self, block: Submodule) -> bool:
+        """Will a gradient of its parameters come later in this pass, for they were read before the block was called?
+        Then the end closes it."""
+        return any(p.requires_grad and p not in self.took and reaches(p) for p, _, _ in block.views)
 
     def _close(self, block: Submodule) -> None:
         if block.trained:

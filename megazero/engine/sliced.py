@@ -4,9 +4,10 @@ from collections.abc import Callable, Iterable
 
 import torch
 from torch import nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from megazero.comm import Group
-from megazero.engine.hidden import hide, show
+from megazero.engine.hidden import forget, hide, show
 
 Tensor = torch.Tensor
 INSTEAD = "read or write it within zero.GatheredParameters, on all ranks"
@@ -16,6 +17,7 @@ class Sliced:
     """One parameter: whole and as it was while `opened`, else hidden, with this rank's slice of its numbers here.
 
     slice       [numel / ranks, rounded up], on `device`; None while it is whole
+    seen        memory in which it was whole and that somebody may still have a view of
     fetch       asked by who reads it while it is hidden: opens it, where that may be
     """
 
@@ -24,15 +26,24 @@ class Sliced:
         self.p, self.module, self.name, self.group, self.device, self.fetch = p, module, name, group, device, fetch
         self.kind, self.shape = type(p), p.shape
         self.slice: Tensor | None = None
+        self.seen: list[StorageWeakRef] = []
         p.home = self  # type: ignore[attr-defined]
 
     @property
     def width(self) -> int:
         return -(-self.shape.numel() // self.group.size)
 
+    def take(self, writer: int) -> None:
+        """While it is whole: it becomes that of one rank."""
+        if self.group.rank != writer:
+            self.p.data.zero_()
+        self.p.data.copy_(self.group.all_reduce(self.p.data.contiguous(), about=self.name).wait())
+
     def close(self, writer: int | None) -> None:
         """Of the whole weights, those of rank `writer`, this rank keeps its slice; of its own if it is None, when all
         ranks have the same."""
+        self.shape = self.p.shape                               # somebody may have given it other data
+        self.seen = [ref for ref in self.seen if not ref.expired()] + [StorageWeakRef(self.p.data.untyped_storage())]
         whole = self.p.data.new_zeros(self.width * self.group.size, device=self.device)
         if writer in (None, self.group.rank):
             whole[:self.shape.numel()] = self.p.data.flatten()
@@ -43,8 +54,17 @@ class Sliced:
     def keep(self, part: Tensor) -> None:
         """This rank's slice is known."""
         self.slice = part
-        hide(self.p, self.name, part.new_zeros(()).expand(self.shape), lambda: self.fetch(self), INSTEAD)
-        self.p.ds_shape, self.p.ds_numel = self.shape, self.shape.numel()  # type: ignore[attr-defined]
+        hide(self.p, self.name, part.new_zeros(()).expand(self.shape), lambda: self.fetch(self), self.store, INSTEAD)
+
+    def store(self, whole: Tensor) -> bool:
+        """While it is hidden all ranks write the same whole weights: each keeps its slice."""
+        if self.slice is None or whole.shape != self.shape:
+            return False
+        low, high = (min(self.width * (self.group.rank + i), self.shape.numel()) for i in (0, 1))
+        part = torch.zeros_like(self.slice)
+        part[:high - low] = whole.detach().reshape(-1)[low:high]
+        self.keep(part)
+        return True
 
     def open(self) -> None:
         if self.slice is not None:
@@ -54,8 +74,8 @@ class Sliced:
 
     def leave(self) -> None:
         """Whoever opened it keeps it from now on."""
-        for word in ("home", "words", "fetch", "ds_shape", "ds_numel"):
-            self.p.__dict__.pop(word, None)
+        del self.p.home  # type: ignore[attr-defined]
+        forget(self.p)
 
 
 def sliced(parameters: Iterable[Tensor]) -> list[Sliced]:

@@ -8,7 +8,7 @@ What is drawn or written within `Init` is what a plain module would have on rank
 whole while they are made and whenever they are touched again, and rank 0's numbers count.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from torch import nn
 
 from megazero.base import UserError, give_back, printable, say
 from megazero.comm import Wires, connect, environment, ranks
+from megazero.engine.hidden import Hidden
 from megazero.engine.hooks import owner_of
 from megazero.engine.initialize import PATIENCE, backend_of, device_of_rank, init_distributed
 from megazero.engine.sliced import Sliced, sliced
@@ -26,6 +27,8 @@ from megazero.hf import HfFolder
 from megazero.plan import Mesh
 
 Tensor = torch.Tensor
+PATCHED: tuple[tuple[Any, str], ...] = (
+    (nn.Module, "register_parameter"), (nn.Parameter, "__deepcopy__"), (nn.Parameter, "__new__"))
 FREED = 2**20            # numbers that may be kept without need
 # of DeepSpeed's signature: what has no meaning where slices have one home and travel in full precision
 WITHOUT = ("zero_quantized_weights", "zero_quantized_nontrainable_weights", "zero_param_parallel_group",
@@ -60,28 +63,43 @@ class Init:
             self.wires: Wires = _all_ranks()
             for part in module.modules() if module is not None else ():
                 for name, p in part.named_parameters(recurse=False):
-                    self._adopt(part, name, p)
+                    self._adopt(part, f"{type(part).__name__}.{name}", p)
             self._close()
         elif enabled and environment()[0] == 0:
             say(f"zero.Init: at level {self.level} every rank holds the whole weights; nothing is sliced")
 
     def __enter__(self) -> "Init":
         if self.on:
-            self.before: Callable[..., None] = nn.Module.register_parameter
-            before, adopt = self.before, self._adopt
+            self.before = [(kind, name, vars(kind)[name]) for kind, name in PATCHED]
+            register, copy, new = (getattr(kind, name) for kind, name in PATCHED)
+            adopt = self._adopt
 
             def register_parameter(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
-                before(module, name, param)
+                register(module, name, param)
                 if param is not None:
-                    adopt(module, name, param)
+                    adopt(module, f"{type(module).__name__}.{name}", param)
 
-            nn.Module.register_parameter = register_parameter   # type: ignore[method-assign,assignment]
+            def deepcopy(p: nn.Parameter, memo: dict[int, Any]) -> Any:     # is not registered
+                made = copy(p, memo)
+                for home in sliced([p]):
+                    adopt(home.module, home.name, made)
+                return made
+
+            def parameter(cls: type, data: Any = None, *given: Any, **named: Any) -> Any:       # of another's data
+                if isinstance(data, Hidden):
+                    data.fetch()
+                return new(cls, data, *given, **named)
+
+            ours = register_parameter, deepcopy, staticmethod(parameter)
+            for (kind, name), function in zip(PATCHED, ours, strict=True):
+                setattr(kind, name, function)
             self.within = True
         return self
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         if self.on:
-            nn.Module.register_parameter = self.before          # type: ignore[method-assign]
+            for patched in self.before:
+                setattr(*patched)
             self.within = False
             if error is None:
                 self._close()
@@ -92,7 +110,7 @@ class Init:
             return
         if self.dtype is not None:
             p.data = p.data.to(self.dtype)
-        self._turn(Sliced(p, module, f"{type(module).__name__}.{name}", self.wires["world"], self.device, self._fetch))
+        self._turn(Sliced(p, module, name, self.wires["world"], self.device, self._fetch))
 
     def _fetch(self, home: Sliced) -> bool:
         """Somebody touches a parameter again: within, all ranks do."""
@@ -146,9 +164,14 @@ def GatheredParameters(params: Any, modifier_rank: int | None = None, fwd_module
         opened = [home for home in homes if home.slice is not None]
         for home in opened:
             home.open()
-        yield
-        for home in opened:
-            home.close(modifier_rank)
+        try:
+            yield
+        finally:
+            for home in homes:
+                if home in opened:
+                    home.close(modifier_rank)
+                elif modifier_rank is not None:
+                    home.take(modifier_rank)                    # it was whole before, and stays so
 
 
 def _listed(params: Any) -> list[Tensor]:

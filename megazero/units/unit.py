@@ -42,10 +42,20 @@ class Buffers:
         self.bytes += made.nbytes
         return made
 
+    def lose(self, buffer: Tensor) -> None:
+        """It is somebody else's from now on."""
+        self.bytes -= buffer.nbytes
+
     def give(self, kind: Hashable, buffer: Tensor, flat: Flat) -> None:
         for o in flat.operands if self.poison else ():
             buffer[o.start:o.stop].fill_(torch.nan)
         self.free[kind].append(buffer)
+
+
+def viewed(buffer: Tensor) -> bool:
+    """Has another tensor its storage too?"""
+    storage = buffer.untyped_storage()                          # which counts as one
+    return torch._C._storage_Use_Count(storage._cdata) > 2
 
 
 @dataclass(frozen=True)
@@ -162,10 +172,13 @@ class Unit:
             self._gathering = None
 
     def release(self) -> None:
-        """Level 3: whoever needs the whole weights again must gather them."""
+        """Level 3: whoever needs the whole weights again must gather them. Who has a view of them keeps these."""
         assert self.weights is not None and self.sharing.level == 3, f"{self.flat.name} has nothing to release"
         self.arrive()
-        self.sharing.buffers.give((self.flat.kind, "weights"), self.weights, self.flat)
+        if viewed(self.weights):
+            self.sharing.buffers.lose(self.weights)
+        else:
+            self.sharing.buffers.give((self.flat.kind, "weights"), self.weights, self.flat)
         self.weights, self._stale = None, True
 
     # ---- gradients: a sum is opened, grows, is closed, and is reduced to this rank's slice
