@@ -13,7 +13,7 @@ FLOORS: dict[str, tuple[int, str]] = {
     "settings": (750, "command_line config"),
     "plan": (2850, "rules devices layout mesh sizes progress action sums program verify architecture operations checks plan cost families show"),
     "comm": (1270, "marks group shared gloo nccl fake late rendezvous told wires"),
-    "units": (800, "random unit gate rules actions"),
+    "units": (810, "random unit gate rules actions"),
     "model": (750, "products ops attention decoder"),
     "data": (2800, "files indexed order tokenizer_base tokenizer_words tokenizer_tiktoken tokenizers sidecar megatron_order dataset fim splits"),
     "corpus": (1260, "tables sources verify edit preprocess"),
