@@ -498,3 +498,58 @@ def test_a_run_does_not_begin_in_an_engines_folder(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="holds a module that megazero.initialize trained"):
         train_gpt(f"{TINY} --load {tmp_path} --save {tmp_path}")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["global_step0", "latest"]
+
+
+def test_what_goes_on_otherwise_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Options, batch, clipping and dtype that differ; the group's own options are those that were saved."""
+    e = made(0)
+    train(e, range(1))
+    e.save_checkpoint(tmp_path)
+    other = made(0, gradient_clipping=0.25, optimizer={"type": "AdamW", "params": {"lr": 1e-3, "eps": 1e-7, "weight_decay": 0.2}})
+    capsys.readouterr()
+    other.load_checkpoint(tmp_path)
+    told = capsys.readouterr().out
+    assert other.optimizer.param_groups[0]["weight_decay"] == e.optimizer.param_groups[0]["weight_decay"] != 0.2
+    assert f"weight_decay of group 0 is {e.optimizer.param_groups[0]['weight_decay']} as saved, not 0.2" in told and "eps of group 1 is" in told
+    assert f"gradient_clipping was {e.meaning.clip} and is 0.25" in told and "weight_decay of group 1" not in told and "lr of" not in told
+
+
+def test_groups_in_another_order_are_told(tmp_path: Path) -> None:
+    e = made(0)
+    train(e, range(1))
+    e.save_checkpoint(tmp_path)
+    model = Oddities("none")
+    other = megazero.initialize(model=model, model_parameters=groups(model)[::-1], config=CONFIG)[0]
+    with pytest.raises(UserError, match=r"has the same groups of parameters in another order, the group of blocks\.0\..* as number 0; give them in that order"):
+        other.load_checkpoint(tmp_path)
+
+
+def test_what_was_frozen_then_begins_without_moments_if_asked(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def engine(frozen: bool) -> Any:
+        torch.manual_seed(0)
+        model = Oddities("none")
+        model.head.weight.requires_grad_(not frozen)
+        return megazero.initialize(model=model, config=CONFIG)[0]
+    e = engine(True)
+    train(e, range(2))
+    e.save_checkpoint(tmp_path)
+    other = engine(False)
+    with pytest.raises(UserError, match=r"has no moments of head.weight, which was not trained then; .*load_module_strict=False"):
+        other.load_checkpoint(tmp_path)
+    other.load_checkpoint(tmp_path, load_module_strict=False)
+    assert "load_checkpoint: moments of head.weight, not trained then, stay as they are\n" in capsys.readouterr().out
+    kept = {w.operand.name: m for (p, m) in other.core.moments() for b in other.core.all for q, w, _ in b.views if q is p}
+    then = {w.operand.name: m for (p, m) in e.core.moments() for b in e.core.all for q, w, _ in b.views if q is p}
+    assert not kept["head.weight"]["exp_avg"].any() and then["head.bias"]["exp_avg"].any()
+    for name, moments in then.items():
+        equal(kept[name], moments, 0)
+
+
+def test_a_damaged_one_names_the_others(tmp_path: Path) -> None:
+    e = made(0)
+    for tag in ("one", "two"):
+        e.save_checkpoint(tmp_path, tag)
+    index = tmp_path / "two" / "index.json"
+    index.write_text(index.read_text()[:-20])
+    with pytest.raises(UserError, match=r"(?s)two.*load_checkpoint .*: has one too\."):
+        e.load_checkpoint(tmp_path)

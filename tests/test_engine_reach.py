@@ -1,6 +1,7 @@
 """Weights that are read, kept and written beside their block's turn: any level equals plain torch on one rank, or is one sentence."""
 
 import copy
+import re
 from functools import partial
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import nn
 
 import megazero
 from megazero.base.errors import UserError
+from megazero.comm.group import Stuck
 from megazero.engine import names, zero
 from megazero.engine.engine import Engine
 
@@ -291,3 +293,45 @@ def test_views_of_weights_are_told(inits: bool, capsys: pytest.CaptureFixture[st
     if not inits:
         with pytest.raises(UserError, match=r"model: (other and layers.0.weight|layers.0.weight and other) are two parameters in the same memory; make them one"):
             Engine(Views(True), wires(Row()), SETTINGS, Row().zero)
+
+
+# ---- ranks that have unlike numbers of micro-batches
+
+def unlike(level: int) -> str:
+    """Rank 1 ends its step after one micro-batch, rank 0 goes on."""
+    e = made(partial(Reaching, "view_before"), Row(dp=2, level=level, accumulation=3))
+    e.wires.line.seconds = 3
+    with pytest.raises(Stuck) as told:
+        for i in range(2 - e.wires.rank):
+            e.backward(e(micro(0, i, e.wires.rank)))
+        e.step(partial=True)
+    return str(told.value)
+
+
+def test_ranks_that_end_a_step_after_unlike_micro_batches_say_so(pool: Pool) -> None:
+    """At level 2 when time is up, at level 3, where they meet in calls about different blocks, at once."""
+    first, second = pool.run(2, unlike, 2)
+    assert re.match(r"rank 0 gave up in step 1, micro-batches done 2: .* rank 1 did not answer within 3 s, and gave up in step 1, micro-batches done 1: judge", first), first
+    assert re.match(r"rank 1 gave up in step 1, micro-batches done 1: judge.* rank 0 did not answer within 3 s, and gave up in step 1, micro-batches done 2: ", second), second
+    assert all("all ranks must call the same blocks in the same order, in as many micro-batches" in told for told in pool.run(2, unlike, 3))
+
+
+def epoch(level: int) -> tuple[int, Weights]:
+    config = {"train_batch_size": 4, "gradient_accumulation_steps": 2, "gradient_clipping": 0.0, "zero_optimization": {"stage": level},
+              "optimizer": {"type": "AdamW", "params": {"lr": LR, "eps": EPS, "weight_decay": 0.0}}}
+    torch.manual_seed(0)
+    e = megazero.initialize(model=Reaching("view_before"), config=config)[0]
+    rank, seen = names.get_rank(), 0
+    for _ in range(2):
+        for ids in e.together([micro(seen, i, rank) for i in range(5 - 2 * rank)]):              # rank 0 has five, rank 1 three
+            e.backward(e(ids))
+            e.step()
+            seen += 1
+        e.step(partial=True)
+    return seen, {n: t.clone() for n, t in e.module_state_dict().items()}
+
+
+def test_ranks_with_unlike_numbers_of_batches_end_an_epoch_together(pool: Pool) -> None:
+    (seen, first), (also, second) = pool.run(2, epoch, 3)
+    assert seen == also == 6
+    near(second, first)

@@ -20,7 +20,7 @@ from pool import Pool
 from support import train
 
 from megazero.base.errors import UserError
-from megazero.comm import rendezvous
+from megazero.comm import ports, rendezvous
 from megazero.comm.rendezvous import address
 from megazero.comm.shared import CARD, Memory, domain, supported
 from megazero.comm.told import say_each, say_first
@@ -111,7 +111,8 @@ def place(monkeypatch: pytest.MonkeyPatch) -> int:
     port = free_port()
     for key, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": "0", "WORLD_SIZE": "2"}.items():
         monkeypatch.setenv(key, value)
-    monkeypatch.setattr(rendezvous, "QUIET", 0.1)
+    for module in (ports, rendezvous):
+        monkeypatch.setattr(module, "QUIET", 0.1)
     return port
 
 

@@ -19,6 +19,7 @@ from megazero.comm.marks import CALLS, Astray
 from megazero.comm.shared import CARD, Letter, Memory, supported
 
 Tensor = torch.Tensor
+
 COURTESY = 2.0              # seconds that a rank leaves to another of its host that may know better why nothing comes
 
 
@@ -54,13 +55,16 @@ class Messages:
             except Astray as error:
                 mine, theirs = map(line.marks.told, (error.mine, error.theirs))
                 raise Stuck(f"rank {line.rank} is in {self.what}, {mine}, where rank {peer} is in {theirs}: all ranks "
-                            "must call the same blocks in the same order where weights are shared (level 3)") from error
+                            "must call the same blocks in the same order, in as many micro-batches, where weights are "
+                            "shared (level 3)") from error
             except RuntimeError as error:
                 late = time.monotonic() - began > 0.9 * line.seconds
                 if late and isinstance(work, Letter):           # it lives: it may wait for somebody itself, and say so
                     time.sleep(COURTESY)
+                theirs = line.swap(line.doing, peer) if late else ""
                 raise Stuck(f"rank {line.rank} gave up in {line.doing}, {self.what}: rank {peer} "
                             + (f"did not answer within {line.seconds:g} s" if late else "is gone")
+                            + (f", and gave up in {theirs}" if theirs else "")
                             + f" ({str(error).splitlines()[0][:160]})") from error
         return self.finish()
 

@@ -6,7 +6,7 @@ by axis, as if by a ring: reduce-scatter and all-gather send (n - 1) / n of the 
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -69,13 +69,15 @@ class Channel(Protocol):
 
 @dataclass
 class Line:
-    """What the groups of one rank share: counters, the time-out, and what the rank is doing now, for reports."""
+    """What the groups of one rank share: counters, the time-out, and what the rank is doing now, for reports. `swap`
+    tells others what this rank gave up in, and it what a peer did, or nothing."""
 
     rank: int = 0
     seconds: float = 600.0
     doing: str = "start"
     sent: Counter[str] = field(default_factory=Counter)         # bytes by axis
     marks: Marks = field(default_factory=Marks)
+    swap: Callable[[str, int], str] = lambda doing, peer: ""
 
 
 @dataclass(frozen=True)

@@ -4,7 +4,6 @@ hand."""
 import errno
 import os
 import secrets
-import socket
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future
@@ -15,8 +14,7 @@ import torch.distributed as dist
 
 from megazero.base import UserError, say
 from megazero.comm.group import Stuck
-
-QUIET = 5.0                 # seconds that a rank waits for others before it says so
+from megazero.comm.ports import QUIET, free, reach
 
 
 def environment() -> tuple[int, int]:
@@ -82,7 +80,7 @@ def _opened(rank: int, end: float) -> dist.Store:
     find the addresses of dead ones)."""
     host, port = address()
     own = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    _free(port) if own else _reach(host, port, rank, end)
+    free(port) if own else reach(host, port, rank, end, os.environ.get("LOCAL_RANK", "0") == "0")
     try:
         store = store_at(host, port, max(end - time.monotonic(), 1), own)
     except RuntimeError as error:
@@ -113,36 +111,6 @@ def store_at(host: str, port: int, seconds: float, own: bool = False) -> dist.TC
 def of_this_start(store: dist.Store) -> dist.Store:
     run, start = (os.environ.get(f"TORCHELASTIC_{word}", "") for word in ("RUN_ID", "RESTART_COUNT"))
     return dist.PrefixStore(f"megazero/{run}/{start}", store)
-
-
-def _free(port: int) -> None:
-    """Raises UserError unless somebody may listen there: torch would tell it with frames of its own."""
-    try:
-        both = socket.has_dualstack_ipv6()
-        family = socket.AF_INET6 if both else socket.AF_INET
-        socket.create_server(("", port), family=family, dualstack_ipv6=both).close()
-    except OSError as error:
-        why = "is in use here" if error.errno == errno.EADDRINUSE else f"cannot be had here ({error.strerror})"
-        raise UserError(f"MASTER_PORT {port}: {why}; choose another with --master_port, and start one process as rank "
-                        "0.") from None
-
-
-def _reach(host: str, port: int, rank: int, end: float) -> None:
-    """Returns when somebody listens there: torch's own attempts are noisy, and say nothing for minutes."""
-    told = time.monotonic() + QUIET
-    while True:
-        try:
-            socket.create_connection((host, port), timeout=2).close()
-            return
-        except OSError as error:
-            why = error.strerror or first_line(error)
-        if time.monotonic() > end:
-            raise UserError(f"MASTER_ADDR {host}, MASTER_PORT {port}: rank {rank} finds nobody there ({why}); start "
-                            "rank 0 on that host, and let no firewall lie between.")
-        if time.monotonic() > told and os.environ.get("LOCAL_RANK", "0") == "0":
-            say(f"rank {rank}: waiting for somebody at {host}:{port} ({why})")
-            told = end + 1
-        time.sleep(0.2)
 
 
 def _gathered(store: dist.Store, rank: int, world: int, end: float, words: str) -> None:

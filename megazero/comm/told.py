@@ -12,7 +12,7 @@ import torch.distributed as dist
 from megazero.base import UserError
 from megazero.comm.rendezvous import address, environment, of_this_start, store_at
 
-TICKET = 1.0                # seconds that a rank leaves to another that wants to say the same
+TICKET = 1.0                # seconds that a rank leaves to others that want to say the same
 
 
 def say_first(what: str, text: str) -> None:
@@ -29,6 +29,20 @@ def say_each(what: str, texts: Sequence[str]) -> None:
     for text in texts:
         _say(store, text, text)
     _done(store, what)
+
+
+def swap(rank: int, doing: str, peer: int) -> str:
+    """What a peer did when it gave up, as this rank does now: two ranks that wait for each other tell it. Nothing if it
+    does not come."""
+    store = _board()
+    try:
+        if store is not None:
+            store.set(f"gave up/{rank}", doing)
+            time.sleep(TICKET)
+            return store.get(f"gave up/{peer}").decode() if store.check([f"gave up/{peer}"]) else ""
+    except RuntimeError:                                        # the store went away meanwhile
+        pass
+    return ""
 
 
 def _say(store: dist.Store | None, what: str, text: str) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
-from functools import cached_property
+from functools import cached_property, partial
 
 import torch
 import torch.distributed as dist
@@ -14,6 +14,7 @@ from megazero.comm.group import Alone, Channel, Group, Line
 from megazero.comm.late import Late, LateChannel
 from megazero.comm.nccl import Nccl, NcclChannel, urgent
 from megazero.comm.rendezvous import join, unreachable
+from megazero.comm.told import swap
 from megazero.plan import Coordinates, Mesh
 
 PATIENCE = 6            # times longer than elsewhere do ranks wait for another that writes its part of a checkpoint
@@ -65,7 +66,7 @@ def connect(mesh: Mesh, rank: int, backend: str, seconds: float, words: str = ""
     """Joins the ranks (as torchrun's environment says) and makes the groups. `gloo+late` wraps gloo for tests.
     `words`: what all ranks must have in common. Raises UserError where they have not, or one does not come; Stuck where
     they cannot reach each other."""
-    line = Line(rank, seconds)
+    line = Line(rank, seconds, swap=partial(swap, rank))
     kind, _, wrap = backend.partition("+")
     started = kind != "fake" and mesh.world > 1 and not dist.is_initialized()
     if started:

@@ -49,10 +49,11 @@ from megazero.units import Unit
 
 Tensor = torch.Tensor
 SAVE, LOAD = "save_checkpoint", "load_checkpoint"
+SCHEDULED = ("lr ", "initial_lr ", "betas ", "momentum ")       # options that schedules change: nothing to tell
 NAME = re.compile(r"[\w.:+/-]{1,500}")
 MODULE: Form = {"excluded": bool, "client": dict, "extra?": dict, "training?": {
     "groups": [{"parameters": [str], "options": dict}], "scheduler": (None, {"type": str, "state": object}),
-    "updates": COUNT, "samples": COUNT, "micro": COUNT}}
+    "updates": COUNT, "samples": COUNT, "micro": COUNT, "settings?": dict}}
 THEIRS = ("*_states.pt", "*/*_states.pt")                       # DeepSpeed's own files
 
 
@@ -238,14 +239,15 @@ def load_state(core: Engine, optimizer: ZeroOptimizer | None, folder: Path, tag:
     """
     _not_within(core, LOAD)
     core.zero_grad()
-    reader, words, error = None, {}, None
+    reader, path, words, error = None, None, {}, None
     try:
         if (path := _found(folder, tag)) is not None:
             reader = Reader(path, flag=LOAD)
             words = _words(reader)
             _fits(core, optimizer, reader, words, strict, moments and not only)
     except UserError as wrong:
-        error = wrong
+        others = sorted(tagged(folder).keys() - {path and path.name}) if path and not words else []
+        error = UserError(*wrong.sentences, *([f"{LOAD} {folder}: has {', '.join(others)} too."] if others else []))
     same = _same(core, -1 if error else int(reader.index["crc32"]) if reader else 0)
     if error:
         raise error
@@ -269,21 +271,31 @@ def load_state(core: Engine, optimizer: ZeroOptimizer | None, folder: Path, tag:
     for name, m in _extras(core.module):
         if name in words.get("extra", {}):
             m.set_extra_state(words["extra"][name])
-    for group, saved in zip(optimizer.param_groups if optimizer else (),
-                            training["groups"] if training and moments else (), strict=False):
-        _take(group, saved["options"])
+    if optimizer and training and moments:
+        if (fresh := _fresh(core, optimizer, reader)) and core.wires.rank == 0:
+            say(f"{LOAD}: moments of {fresh[0]}{f' and {len(fresh) - 1} more' * (len(fresh) > 1)}, not trained then, "
+                "stay as they are")
+        _take(core, optimizer, training["groups"])
     core.resume(progress and replace(progress, loss_scale=progress.loss_scale if moments else core.scale),
                 training["updates"] if training and moments else None)
     return reader.folder, training or {}, words["client"]
 
 
-def _take(group: dict[str, Any], saved: Mapping[str, Any]) -> None:
-    """A group's options as they were; of which tuples became lists."""
-    for key, value in saved.items():
-        if isinstance(group.get(key), Tensor):
-            group[key].copy_(torch.as_tensor(value))
-        elif key != "params":
-            group[key] = tuple(value) if isinstance(group.get(key), tuple) else value
+def _take(core: Engine, optimizer: ZeroOptimizer, saved: Sequence[Mapping[str, Any]]) -> None:
+    """The options of each group as they were, of which tuples became lists; what that changes is said."""
+    changed = []
+    for i, (group, now, then) in enumerate(zip(optimizer.param_groups, _options(core, optimizer), saved, strict=False)):
+        if sorted(now["parameters"]) != sorted(then["parameters"]):
+            changed.append(f"group {i} has other parameters than then, and keeps its options")
+            continue
+        for key, value in then["options"].items():
+            if isinstance(group.get(key), Tensor):
+                group[key].copy_(torch.as_tensor(value))
+            elif key != "params":
+                before, group[key] = group.get(key), tuple(value) if isinstance(group.get(key), tuple) else value
+                changed += [f"{key} of group {i} is {group[key]} as saved, not {before}"] * (group[key] != before)
+    if (told := [text for text in changed if not text.startswith(SCHEDULED)]) and core.wires.rank == 0:
+        say(f"{LOAD}: {'; '.join(told)}")
 
 
 def _found(folder: Path, tag: str | None) -> Path | None:
@@ -326,24 +338,35 @@ def _fits(core: Engine, optimizer: ZeroOptimizer | None, reader: Reader, words: 
         raise UserError(*errors, f"{LOAD}: {reader.folder} is not of this module; give load_module_strict=False to "
                         "take what has the same name and shape.")
     if optimizer and moments and "training" in words:
-        for text in _other_optimizer(core, optimizer, reader, words["training"]["groups"]):
+        for text in _other_optimizer(core, optimizer, reader, words["training"]["groups"], strict):
             raise UserError(f"{LOAD} {reader.folder}: {text}, or load_optimizer_states=False.")
 
 
 def _other_optimizer(core: Engine, optimizer: ZeroOptimizer, reader: Reader,
-                     groups: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+                     groups: Sequence[Mapping[str, Any]], strict: bool) -> Iterator[str]:
     missing = [m for m in RULES[optimizer.rule].moments if m not in reader.kinds]
     if missing:
         yield f"was saved with {reader.index['optimizer']}, and has no {missing[0]}; give that optimizer"
-    for p in (piece.shard.parameter for u in all_units(core) if u.trained for piece in u.flat.pieces):
-        if not missing and ("weight", p.name) in reader.shapes and any(
-                reader.shapes.get((m, p.name)) != p.shape for m in RULES[optimizer.rule].moments):
-            yield f"has no moments of {p.name}, which was not trained then; give the same groups"
+    if not strict:
+        return
+    for name in [] if missing else _fresh(core, optimizer, reader):
+        yield (f"has no moments of {name}, which was not trained then; give the same groups, load_module_strict=False "
+               "to begin with moments of zero")
     then, now = ([sorted(g["parameters"]) for g in given] for given in (groups, _options(core, optimizer)))
     if then != now:
         number = next((i for i, (a, b) in enumerate(zip(then, now, strict=False)) if a != b), min(len(then), len(now)))
+        if sorted(then) == sorted(now):
+            yield (f"has the same groups of parameters in another order, the group of {then[number][0]} as number "
+                   f"{number}; give them in that order")
         yield (f"has {len(then)} groups of parameters, there are {len(now)} now, and group {number} differs; give the "
                "same groups")
+
+
+def _fresh(core: Engine, optimizer: ZeroOptimizer, reader: Reader) -> list[str]:
+    """Parameters whose weights are there, and whose moments are not."""
+    return [p.name for u in all_units(core) if u.trained for p in (piece.shard.parameter for piece in u.flat.pieces)
+            if ("weight", p.name) in reader.shapes and any(reader.shapes.get((m, p.name)) != p.shape
+                                                           for m in RULES[optimizer.rule].moments)]
 
 
 def _like(reader: Reader, name: str, b: Tensor) -> bool:

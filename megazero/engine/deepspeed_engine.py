@@ -1,6 +1,6 @@
 """An engine in DeepSpeed's words: what scripts written for it call."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -119,7 +119,8 @@ class DeepSpeedEngine(nn.Module):
         """Saves to save_dir/tag (default: global_step<N>), see checkpoints.py; True. Raises UserError."""
         kind = self._kind_of_scheduler()
         kept = {"type": kind, "state": self.lr_scheduler.state_dict()} if kind else None
-        training = {"scheduler": kept, "samples": self.global_samples, "micro": self.micro_steps}
+        training = {"scheduler": kept, "samples": self.global_samples, "micro": self.micro_steps,
+                    "settings": self._settings()}
         save_state(self.core, self.optimizer, Path(save_dir), tag, training, client_state or {},
              not exclude_frozen_parameters, save_latest)
         return True
@@ -140,10 +141,19 @@ class DeepSpeedEngine(nn.Module):
         path, training, client = found
         if training:
             self.global_samples, self.micro_steps = training["samples"], training["micro"]
+            then = training.get("settings", {})
+            if changed := [f"{key} was {printable(str(then[key]), 60)} and is {now}" for key, now in self._settings().items()
+                           if key in then and then[key] != now]:
+                self._say(f"{LOAD}: {'; '.join(changed)}")
             if load_lr_scheduler_states:
                 self._go_on_with(training["scheduler"], path, load_optimizer_states)
         self._say(f"loaded {path}")
         return str(path), client
+
+    def _settings(self) -> dict[str, Any]:
+        """What a run may go on with otherwise, and is told."""
+        return {"train_batch_size": self.train_batch_size(), "gradient_clipping": self.meaning.clip,
+                "dtype": self.meaning.dtype or "that of the module"}
 
     def _kind_of_scheduler(self) -> str:
         """Nothing without one, or for one that keeps nothing."""
@@ -284,6 +294,15 @@ class DeepSpeedEngine(nn.Module):
                           sampler=data_sampler or self._sampler(dataset, route), collate_fn=collate_fn,
                           num_workers=num_local_io_workers or 0, drop_last=self.meaning.drop_last,
                           pin_memory=pin_memory and self.device.type == "cuda")
+
+    def together(self, loader: Iterable[Any]) -> Iterator[Any]:
+        """The loader's micro-batches as long as every rank has one: ranks with unlike numbers of them end an epoch
+        together. All ranks iterate."""
+        for batch in loader:
+            if not self.core.all_have(True):
+                return
+            yield batch
+        self.core.all_have(False)
 
     def _sampler(self, dataset: Any, route: str) -> Any:
         if not isinstance(dataset, IterableDataset):

@@ -386,8 +386,12 @@ class Engine(Passes):
     def _do(self, actions: Sequence[Action]) -> None:
         """As in a program."""
         for action in actions:
-            self.wires.line.doing = str(action)
+            self.doing(str(action))
             self.actions.do[action.kind](action, self.ruling)
+
+    def all_have(self, one: bool) -> bool:
+        """Do all ranks say so?"""
+        return bool(self.wires["saved"].all_reduce(torch.tensor([int(not one)]), "max").wait().item() == 0)
 
     def _agree(self, numbers: list[int]) -> list[int]:
         """Rank 0's."""

@@ -51,11 +51,15 @@ class Passes:
     def _enter(self, block: Submodule) -> None:
         """The block is about to run, forward or backward: its weights are needed, the next block's soon."""
         ahead = self._ahead(block) if self.zero.prefetch else None
-        self.wires.line.doing = f"{'backward' if self.in_backward else 'forward'} of {block.name}"
+        self.doing(f"{'backward' if self.in_backward else 'forward'} of {block.name}")
         block.gather()
         if ahead:
             ahead.gather()
         block.arrive()
+
+    def doing(self, what: str) -> None:
+        """For reports: ranks that make unlike numbers of micro-batches wait for each other in vain."""
+        self.wires.line.doing = f"step {self.steps + 1}, micro-batches done {self.sums.micro}: {what}"
 
     def _fetch(self, block: Submodule) -> bool:
         """A part of the block is read before its turn, or after it: in the model's own forward pass, and where autograd
