@@ -141,9 +141,9 @@ class DeepSpeedEngine(nn.Module):
         path, training, client = found
         if training:
             self.global_samples, self.micro_steps = training["samples"], training["micro"]
-            then = training.get("settings", {})
-            if changed := [f"{key} was {printable(str(then[key]), 60)} and is {now}" for key, now in self._settings().items()
-                           if key in then and then[key] != now]:
+            then, now = training.get("settings", {}), self._settings()
+            if changed := [f"{key} was {printable(str(then[key]), 60)} and is {now[key]}" for key in now
+                           if key in then and then[key] != now[key]]:
                 self._say(f"{LOAD}: {'; '.join(changed)}")
             if load_lr_scheduler_states:
                 self._go_on_with(training["scheduler"], path, load_optimizer_states)
