@@ -347,6 +347,10 @@ def _other_optimizer(core: Engine, optimizer: ZeroOptimizer, reader: Reader,
     missing = [m for m in RULES[optimizer.rule].moments if m not in reader.kinds]
     if missing:
         yield f"was saved with {reader.index['optimizer']}, and has no {missing[0]}; give that optimizer"
+    for i, (group, saved) in enumerate(zip(optimizer.param_groups, groups, strict=False)):
+        for key, value in saved["options"].items():
+            if key in group and not _of_kind(value, group[key]):
+                yield f"says that {key} of group {i} is {said(value)}, which cannot be; load another checkpoint"
     if not strict:
         return
     for name in [] if missing else _fresh(core, optimizer, reader):
@@ -360,6 +364,15 @@ def _other_optimizer(core: Engine, optimizer: ZeroOptimizer, reader: Reader,
                    f"{number}; give them in that order")
         yield (f"has {len(then)} groups of parameters, there are {len(now)} now, and group {number} differs; give the "
                "same groups")
+
+
+def _of_kind(value: Any, own: Any) -> bool:
+    """May a group's option be this, where it is `own` now?"""
+    if isinstance(own, tuple | list):
+        return isinstance(value, list) and len(value) == len(own) and all(map(_of_kind, value, own))
+    if isinstance(own, bool | str | None):
+        return value is None or isinstance(value, bool | str)
+    return isinstance(value, float | int | Tensor) and not isinstance(value, bool)
 
 
 def _fresh(core: Engine, optimizer: ZeroOptimizer, reader: Reader) -> list[str]:

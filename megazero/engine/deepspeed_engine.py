@@ -172,8 +172,8 @@ class DeepSpeedEngine(nn.Module):
             try:
                 self.lr_scheduler.load_state_dict(saved["state"])
             except (KeyError, TypeError, ValueError, AttributeError) as error:
-                raise UserError(f"{LOAD} {path}: holds no state of a {kind} ({error!r}); load another checkpoint.") \
-                    from error
+                raise UserError(f"{LOAD} {path}: holds no state of a {kind} ({error!r}), and the engine holds a part "
+                                "of it; load another before it trains on.") from error
         for group, lr in zip(groups, rates, strict=True):
             group["lr"] = lr
 
