@@ -18,11 +18,13 @@ from support import TINY, built, header, kept, load, named, train
 from megazero.base.errors import UserError
 from megazero.plan.layout import Box
 from megazero.plan.progress import Progress, loss_scale
+from megazero.run.executor import Executor
 from megazero.settings.config import Config
 from megazero.state import checkpoint, saving, tensor_files
 from megazero.state.checkpoint import INDEX, Reader, complete, find, owned
 from megazero.state.saving import Writer, write
 from megazero.state.tensor_files import Planned, contents, header_of, stream
+from megazero.units.rules import Updater
 
 
 def saved(tmp_path: Path, words: str = "") -> Path:
@@ -165,6 +167,20 @@ def test_its_error_is_told_at_the_next_step_and_not_at_the_next_save(tmp_path: P
     with pytest.raises(UserError, match="No space left on device"):
         writer.look()
     writer.look()
+
+
+def test_an_update_waits_for_the_copies_of_a_background_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between a save and the next update somebody asks for it; gradients come meanwhile."""
+    done: list[str] = []
+
+    def noted(kind: type, name: str) -> None:
+        before = getattr(kind, name)
+        monkeypatch.setattr(kind, name, lambda *given: (done.append(name), before(*given))[1])
+    for kind, name in ((saving.Staging, "copies"), (saving.Copies, "hold"), (Updater, "update"), (Executor, "_backward")):
+        noted(kind, name)
+    train(f"{TINY} --save {tmp_path} --save-interval 2 --async-save".replace("--train-iters 5", "--train-iters 4"))
+    order = [name for i, name in enumerate(done) if name != "_backward" or done[i - 1] != name]
+    assert order == ["_backward", "update", "_backward", "update", "copies", "_backward", "hold", "update", "_backward", "hold", "update", "copies"]
 
 
 def test_every_flipped_bit_is_found(tmp_path: Path) -> None:

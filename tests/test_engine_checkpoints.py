@@ -20,7 +20,10 @@ from torch import nn
 
 import megazero
 from megazero.base.errors import UserError
+from megazero.comm.wires import connect
+from megazero.engine import names
 from megazero.engine.values import packed, unpacked
+from megazero.plan.mesh import Mesh
 from megazero.state import Reader, saving
 
 Tensor = torch.Tensor
@@ -553,3 +556,24 @@ def test_a_damaged_one_names_the_others(tmp_path: Path) -> None:
     index.write_text(index.read_text()[:-20])
     with pytest.raises(UserError, match=r"(?s)two.*load_checkpoint .*: has one too\."):
         e.load_checkpoint(tmp_path)
+
+
+def mistaken(folder: Path) -> str:
+    """Rank 0 finds that somebody else saves there now, when its file is written."""
+    rank = names.get_rank()
+    wires = connect(Mesh.of(dp=2), rank, "gloo", 60)
+    asked: list[int] = []
+
+    def ready() -> None:
+        asked.append(1)
+        if rank == 0 and len(asked) == 2:
+            raise UserError("--save there: another run has taken it over.")
+    with pytest.raises(UserError) as told:
+        saving.write(folder / "step-00000001", [], {"step": 1}, rank, wires["saved"], ready=ready)
+    assert not (folder / "step-00000001").exists()
+    return str(told.value)
+
+
+def test_a_mistake_that_one_rank_meets_while_it_saves_ends_all(tmp_path: Path, pool: Pool) -> None:
+    one, two = pool.run(2, mistaken, tmp_path)
+    assert one == "--save there: another run has taken it over." and two == f"--save {tmp_path / 'step-00000001'}: was not written; another rank says why."

@@ -17,7 +17,7 @@ FLOORS: dict[str, tuple[int, str]] = {
     "model": (750, "products ops attention decoder"),
     "data": (2800, "files indexed order tokenizer_base tokenizer_words tokenizer_tiktoken tokenizers sidecar megatron_order dataset fim splits"),
     "corpus": (1260, "tables sources verify edit preprocess"),
-    "state": (1380, "tensor_files checkpoint saving merge compare record logs"),
+    "state": (1400, "tensor_files checkpoint saving merge compare record logs"),
     "hf": (520, "files tokenizer convert"),
     "run": (1400, "executor metrics run feed step loop failures train launch generate"),
     "engine": (4300, "hidden sliced aliases keys words rates values blocks groups hooks passes engine optimizers checkpoints monitor full deepspeed_engine initialize zero names"),

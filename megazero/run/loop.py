@@ -163,6 +163,7 @@ class Loop:
         self.tell(self.step.settle(last=True))
         self.step.lap()
         path = record.save(self.step.progress, slices(self.run.units.values(), self.run.updater.state))
+        self.run.actions.hold = record.writer.hold
         seconds = self.step.lap()
         beside = ", the rest in the background" if record.writer.background else ""
         self.run.say(f"step {self.step.progress.step:,} | saved to {path} ({seconds:.1f} s{beside})")

@@ -32,8 +32,8 @@ class Run:
         units = list(self.units.values())
         self.gate = Gate(units, c.optimizer.clip_grad, wires["world"], tells=wires.place.tp == 0)
         self.updater = Updater(units, c.optimizer, {a.units for a in self.training if a.kind == "update"})
-        actions = UnitActions(self.units, wires, self.gate, self.updater)
-        self.executor = Executor(self.decoder, wires, plan.parts, actions)
+        self.actions = UnitActions(self.units, wires, self.gate, self.updater)
+        self.executor = Executor(self.decoder, wires, plan.parts, self.actions)
 
     def initialise(self) -> None:
         for unit in self.units.values():

@@ -9,7 +9,7 @@ import shutil
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,32 +22,59 @@ from megazero.state.checkpoint import BEFORE, DRAFT, FORMAT, INDEX, VERSION, Sli
 from megazero.state.tensor_files import Planned, RowSums, header_of, stream
 
 Tensor = torch.Tensor
+MISTAKE = 1 << 30                       # no number of an operating system's
+
+
+@dataclass(frozen=True)
+class Copies:
+    """Slices on their way from a device to the host; from a CPU they are there already."""
+
+    slices: list[Slice]
+    event: Any = None
+
+    def hold(self) -> None:
+        """What this stream does next waits for them: it may change what they are copies of."""
+        if self.event is not None:
+            torch.cuda.current_stream().wait_event(self.event)
+
+    def there(self) -> list[Slice]:
+        """Returns when they are complete."""
+        if self.event is not None:
+            self.event.synchronize()
+        return self.slices
 
 
 class Staging:
     """Room on the host for copies of what is on a device: pinned, so that they come at the speed of the bus, and kept
-    from save to save, since to pin memory takes longer than to fill it."""
+    from save to save, since to pin memory takes longer than to fill it. They travel beside what the device does next.
+    """
 
     def __init__(self) -> None:
         self.rooms: dict[str, Tensor] = {}
+        self.stream: Any = None
 
-    def copies(self, slices: Sequence[Slice]) -> list[Slice]:
-        """Returns when all are complete: one after the other they travel without the host, which waits once."""
-        made = [replace(s, tensor=self._copy(s.key, s.tensor.detach())) for s in slices]
-        if any(s.tensor.is_cuda for s in slices):
-            torch.cuda.current_stream().synchronize()
-        return made
+    def copies(self, slices: Sequence[Slice]) -> Copies:
+        device = next((s.tensor.device for s in slices if s.tensor.is_cuda), None)
+        if device is None:
+            return Copies([replace(s, tensor=s.tensor.detach().clone()) for s in slices])
+        self.stream = self.stream or torch.cuda.Stream(device)
+        self.stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(self.stream):
+            made = [replace(s, tensor=self._copy(s.key, s.tensor.detach())) for s in slices]
+            return Copies(made, self.stream.record_event())
 
     def _copy(self, key: str, x: Tensor) -> Tensor:
         if not x.is_cuda:
             return x.clone()
+        x.record_stream(self.stream)                            # its memory is no one else's until then
         if key not in self.rooms:
             self.rooms[key] = torch.empty(x.shape, dtype=x.dtype, pin_memory=True)
         return self.rooms[key].copy_(x, non_blocking=True)
 
 
 class Writer:
-    """Saves to a folder. With `background`, `save` returns when the slices are copied and a thread writes them."""
+    """Saves to a folder. With `background`, `save` returns when the slices are being copied, and a thread writes them:
+    who changes them calls `hold` before."""
 
     def __init__(self, folder: Path, keep_last: int | None, background: bool, rank: int = 0,
                  group: Group | None = None, lease: Lease | None = None) -> None:
@@ -63,7 +90,7 @@ class Writer:
         self.folder, self.keep_last, self.background, self.rank, self.group = (
             folder, keep_last, background, rank, group or Alone())
         self.lease, self.run = lease, lease.holder.run if lease else secrets.token_hex(4)
-        self.staging = Staging()
+        self.staging, self.hold = Staging(), lambda: None
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -76,6 +103,7 @@ class Writer:
             self._commit(target, list(slices), header)
             return target
         copies = self.staging.copies(list(slices))
+        self.hold = copies.hold
         self._thread = threading.Thread(target=self._write, args=(target, copies, header), name="checkpoint-writer")
         self._thread.start()
         return target
@@ -101,9 +129,9 @@ class Writer:
             self.lease.renew()
             self.lease.look()
 
-    def _write(self, target: Path, slices: list[Slice], header: Mapping[str, Any]) -> None:
+    def _write(self, target: Path, copies: Copies, header: Mapping[str, Any]) -> None:
         try:
-            self._commit(target, slices, header)
+            self._commit(target, copies.there(), header)
         except BaseException as error:                          # told at the next wait(), on the main thread
             self._error = error
 
@@ -160,18 +188,26 @@ def write(target: Path, slices: Sequence[Slice], header: Mapping[str, Any], rank
         if failed := _together(part, group):
             with suppress(OSError):
                 (draft / names[rank]).unlink(missing_ok=True)   # a full disk has better use for it
+            if failed == MISTAKE:
+                raise UserError(f"{flag} {target}: was not written; another rank says why.")
             raise UserError(f"{flag} {target}: cannot be written ({os.strerror(failed)}); "
                             "the checkpoints before it are untouched.")
 
 
 def _together(part: Callable[[], None], group: Group) -> int:
-    """Each rank does its part: the number of what a disk said against it on one of them, or 0."""
-    failed = 0
+    """Each rank does its part: the number of what a disk said against it on one of them, MISTAKE where a rank met one,
+    which it raises itself, or 0."""
+    failed, mistake = 0, None
     try:
         part()
     except OSError as error:
         failed = error.errno or errno.EIO
-    return int(group.all_reduce(torch.tensor([failed]), "max").wait().item())
+    except UserError as error:
+        failed, mistake = MISTAKE, error
+    failed = int(group.all_reduce(torch.tensor([failed]), "max").wait().item())
+    if mistake is not None:
+        raise mistake
+    return failed
 
 
 def _named(draft: Path, target: Path) -> None:

@@ -39,6 +39,7 @@ class UnitActions:
     def __init__(self, units: Mapping[str, Unit], wires: Wires, gate: Gate, updater: Updater) -> None:
         self.units, self.wires, self.gate, self.updater = units, wires, gate, updater
         self.under_way: dict[tuple[str, str], Work] = {}
+        self.hold: Callable[[], None] = lambda: None            # called before an update: somebody may still copy state
         self.do: dict[str, Callable[[Action, Ruling], None]] = {
             "gather": lambda a, _: units[a.unit].gather(), "release": lambda a, _: units[a.unit].release(),
             "open": lambda a, _: units[a.unit].open(), "reduce": self._reduce, "land": self._land,
@@ -86,6 +87,7 @@ class UnitActions:
     def _update(self, action: Action, ruling: Ruling) -> None:
         verdict = ruling.verdict
         assert verdict is not None, "a program judges before it updates"
+        self.hold()
         self._change(action.units, lambda: self.updater.update(action.units, verdict, ruling.lr))
 
     def _publish(self, action: Action, ruling: Ruling) -> None:
