@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support import byte_dataset, train
@@ -17,6 +18,7 @@ from megazero.base.errors import UserError
 from megazero.base.lease import Lease, process_of
 from megazero.corpus.edit import merge_datasets, split_dataset
 from megazero.corpus.preprocess import PreprocessSettings, preprocess
+from megazero.run.step import Step
 from megazero.state.checkpoint import complete
 from megazero.state.logs import metrics_log
 
@@ -154,6 +156,32 @@ def test_a_run_that_lost_its_folder_saves_nothing_there(tmp_path: Path, monkeypa
     with pytest.raises(UserError, match=rf"^--save {tmp_path}: run 0123abcd on elsewhere, process 1 took over"):
         train(f"{WORDS} --train-iters 4 --save-interval 2 --save {tmp_path}")
     assert not complete(tmp_path)
+
+
+@pytest.mark.parametrize("flag", ["--save", "--log-dir"])
+def test_a_run_that_was_stopped_and_followed_leaves_its_successors_files_alone(flag: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It wakes in the middle of its third step, before its own clock has looked again."""
+    run, log = tmp_path / "run", tmp_path / "log"
+    there = {"--save": run, "--log-dir": log}[flag]
+    draft = run / "draft-0123abcd-step-00000004" / "rank-00000.safetensors"
+    monkeypatch.setattr(leases, "BEAT", 1e9)
+    start, seen = Step.start, []
+
+    def started(self: Step, *given: Any) -> Any:
+        seen.append(1)
+        if len(seen) == 3:
+            left_by(there / "lease.json", process="another boot")
+            monkeypatch.setattr(leases, "BEAT", -1.0)           # it has not been heard of for long
+            draft.parent.mkdir()
+            draft.write_text("the successor's")
+            (log / "metrics.jsonl").write_text("the successor's\n")
+        return start(self, *given)
+
+    monkeypatch.setattr(Step, "start", started)
+    with pytest.raises(UserError, match=rf"^{flag} {there}: run 0123abcd on elsewhere, process 1 took over"):
+        train(f"{WORDS} --train-iters 4 --save {run} --save-interval 1", log)
+    assert draft.read_text() == "the successor's" and (log / "metrics.jsonl").read_text() == "the successor's\n"
+    assert [step for step, _ in complete(run)] == [1, 2] and (there / "lease.json").exists()
 
 
 def test_two_do_not_make_one_dataset(tmp_path: Path) -> None:

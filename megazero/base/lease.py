@@ -61,6 +61,7 @@ class Lease:
         self.holder = Holder(secrets.token_hex(4), socket.gethostname(), pid, process_of(pid))
         self.path, self.what = path, what
         self.taken_by: Holder | None = None
+        self.renewed = time.monotonic()                         # when it was last seen to be ours
         self._own = path.with_name(f"{path.name}-{self.holder.run}")
         while not self._taken():
             pass
@@ -179,6 +180,7 @@ class Lease:
             held = self._read()
             if held == self.holder:
                 os.utime(self.path)
+                self.renewed = time.monotonic()
             elif held is not None:
                 self.taken_by = held
             elif not self._closed.is_set():
@@ -186,7 +188,10 @@ class Lease:
                     self._linked(self.path)
 
     def look(self) -> None:
-        """Raises UserError if another took it over."""
+        """Raises UserError if another took it over. A process that was stopped looks again."""
+        if time.monotonic() - self.renewed > 2 * BEAT:
+            with suppress(OSError):
+                self.renew()
         if self.taken_by:
             raise UserError(f"{self.what}: {self.taken_by} took over, since this process had not been heard of for "
                             f"{WATCH:g} s; this run ends here.")

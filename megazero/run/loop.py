@@ -98,8 +98,6 @@ class Loop:
             self.evaluations(valid)
         self.step.lap()
         while at < end and not self.stop_reason:
-            for lease in self.leases:
-                lease.look()
             self.tell(self.step.start(self.wish.reason))
             at += 1
             if self.record is not None:
@@ -124,10 +122,16 @@ class Loop:
         why = f": {self.stop_reason}" if self.stop_reason else ""
         self.run.say(f"done at step {self.step.progress.step:,}{why}, after {clock(self.wish.seconds())}")
 
+    def look(self) -> None:
+        """Nothing is written where another run does now. Raises UserError."""
+        for lease in self.leases:
+            lease.look()
+
     def tell(self, done: Settled | None) -> None:
         """Logs a step. Raises UserError after too many skipped ones."""
         if done is None:
             return
+        self.look()
         self.metrics.step(done.figures)
         if done.stop:
             self.stop_reason = self.wish.reason() or "another rank was asked to stop"
@@ -144,7 +148,9 @@ class Loop:
 
     def evaluations(self, sets: Mapping[str, SampleSource]) -> None:
         for name, split in sets.items():
-            self.metrics.evaluation(self.step.progress.step, name, self.evaluate(split))
+            loss = self.evaluate(split)
+            self.look()
+            self.metrics.evaluation(self.step.progress.step, name, loss)
 
     def evaluate(self, split: SampleSource) -> float:
         """Mean loss over the samples that an evaluation takes of a split."""
