@@ -176,7 +176,7 @@ class Written(nn.Module):
         self.same = nn.Parameter(self.layers[1].bias, requires_grad=False)                       # type: ignore[arg-type]
         self.twin = copy.deepcopy(self.layers[1])
         self.encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(4, 2, 6, batch_first=True), 3)
-        with zero.GatheredParameters([self.first.bias, self.third], modifier_rank=1), torch.no_grad():
+        with zero.GatheredParameters([self.first.bias, self.third], modifier_rank=names.get_world_size() - 1), torch.no_grad():
             self.third.fill_(float(names.get_rank()))
             self.first.bias.fill_(float(names.get_rank()))
 

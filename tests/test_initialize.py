@@ -304,7 +304,7 @@ def test_where_a_step_ends() -> None:
 
 
 def test_a_step_ends_where_the_script_says() -> None:
-    """As accelerate does it; within no_sync too; and gradients that are dropped do not count."""
+    """As accelerate does it, where a short step is divided as a full one; within no_sync too, and gradients that are dropped do not count."""
     norms = []
     for how in range(3):
         e = small({**SMALL, "train_batch_size": 12, "gradient_accumulation_steps": 3})[0]
@@ -320,7 +320,7 @@ def test_a_step_ends_where_the_script_says() -> None:
             e.step(partial=last and how > 0)
             assert e.was_step_applied() == last
         norms.append(e.get_global_grad_norm())
-    assert norms[0] == pytest.approx(norms[1], rel=1e-6) == pytest.approx(norms[2], rel=1e-6)
+    assert norms[0] * 3 / 2 == pytest.approx(norms[1], rel=1e-6) == pytest.approx(norms[2], rel=1e-6)         # two micro-batches of three
 
 
 def test_a_loss_that_is_divided_already() -> None:

@@ -70,25 +70,29 @@ class Submodule:
             self.hide()
 
     def gather(self) -> None:
-        """The whole weights begin to arrive, if they are not here or are old.
-        Parameters are views of them from now on."""
+        """The whole weights begin to arrive, if they are not here or are old."""
         with torch.inference_mode(False):                       # a buffer made now will serve training too
             for unit in self.units:
                 unit.gather()
-            if self.hidden:
-                self._show()
 
     def arrive(self) -> None:
+        """They are here; parameters are views of them from now on."""
         for unit in self.units:
             unit.arrive()
+        if self.hidden:
+            with torch.inference_mode(False):
+                self._show()
 
     def release(self) -> None:
         """At level 3 the whole weights are given back, if they are here; what a pass wrote into them stays."""
-        if not (self.stays or self.hidden or self.kept):
+        if self.stays or self.kept:
+            return
+        if not self.hidden:
             if self._written():
                 self.absorb()
             self.hide()
-            for unit in self.units:
+        for unit in self.units:                                 # of a hidden one they were gathered ahead
+            if unit.weights is not None:
                 unit.release()
 
     def _written(self) -> bool:
@@ -168,7 +172,7 @@ class Submodule:
             if unit.weights is not None:
                 self.addresses.pop(unit.weights.untyped_storage().data_ptr(), None)
         for (p, w, _), empty in zip(self.views, self.empties, strict=True):
-            hide(p, w.operand.name, empty, lambda: self.fetch(), lambda _: False)
+            hide(p, w.operand.name, empty, lambda _: self.fetch(), lambda _: False)
 
 
 def _spec(name: str, parameters: Mapping[str, nn.Parameter]) -> UnitSpec:

@@ -48,6 +48,7 @@ from megazero.state import (
 from megazero.units import Unit
 
 Tensor = torch.Tensor
+WHOLE = "model.safetensors"
 SAVE, LOAD = "save_checkpoint", "load_checkpoint"
 SCHEDULED = ("lr ", "initial_lr ", "betas ", "momentum ")       # options that schedules change: nothing to tell
 NAME = re.compile(r"[\w.:+/-]{1,500}")
@@ -142,10 +143,11 @@ def _note(folder: Path, tag: str) -> None:
 
 
 def _ready(core: Engine) -> None:
-    """Masters are what the parameters say."""
+    """Masters are what the parameters say; what became of the last step is known."""
     if core.over:
         raise UserError(f"engine: {core.over}; make a new one.")
     core.recover()
+    core.settle()
     if core.sums.micro and core.wires.rank == 0:
         say(f"{SAVE}: gradients of {core.sums.micro} micro-batches of a step that is not over are not saved")
     for block in core.all if core.zero.level < 3 else ():
@@ -238,7 +240,6 @@ def load_state(core: Engine, optimizer: ZeroOptimizer | None, folder: Path, tag:
     checkpoint and no tag was given. Raises UserError; then nothing has changed.
     """
     _not_within(core, LOAD)
-    core.zero_grad()
     reader, path, words, error = None, None, {}, None
     try:
         if (path := _found(folder, tag)) is not None:
@@ -260,6 +261,7 @@ def load_state(core: Engine, optimizer: ZeroOptimizer | None, folder: Path, tag:
     progress = reader.progress if training else None
     if progress and moments:
         progress = resumed(progress, core.scale)
+    core.zero_grad()
     try:
         with _alike(core, f"{LOAD} {folder}"):
             _restore(core, reader, moments and training is not None)
@@ -442,8 +444,9 @@ def _write_weights(core: Engine, folder: Path, name: str, frozen: bool, weights:
     try:
         for draft, part in zip(drafts, files.values(), strict=True):
             stream(draft, part, make, lambda _: {"format": "pt"})
-        for left in (INDEX, "model.safetensors", *(p.name for p in folder.glob("model-?????-of-?????.safetensors"))):
-            (folder / left).unlink(missing_ok=True)             # of an export before, which may have been cut otherwise
+        for left in ([INDEX, *(p.name for p in folder.glob("model-?????-of-?????.safetensors"))]
+                     if name == WHOLE else ()):                 # of an export before, which may have been cut otherwise
+            (folder / left).unlink(missing_ok=True)
         for draft, path in drafts.items():
             draft.replace(path)
     finally:

@@ -73,6 +73,8 @@ class DeepSpeedEngine(nn.Module):
         if lr_kwargs:
             raise UserError("step: lr_kwargs is given; call the scheduler yourself, and give none to initialize.")
         micro, self.micro_steps = self.core.sums.micro, self.micro_steps + 1
+        if self.core.sums.over and self.core.boundary is not None:      # as in DeepSpeed, and in accelerate's own loop
+            self.core.count_as(self.gradient_accumulation_steps())
         self._ended = self.core.step(partial) is not None
         self._before = self.core.sums.micro
         if not self._ended:

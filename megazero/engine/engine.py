@@ -33,7 +33,7 @@ from megazero.engine.blocks import (
     repeated,
     share,
 )
-from megazero.engine.groups import grouped
+from megazero.engine.groups import grouped, mistaken
 from megazero.engine.hooks import Hook, running
 from megazero.engine.passes import Passes, weighed
 from megazero.plan import Action, LossScale, Progress, Zero, ending
@@ -65,7 +65,8 @@ class Engine(Passes):
                  overlap: bool = False, groups: Sequence[Mapping[str, Any]] = (), trains: bool = True) -> None:
         part(model)
         modules = list(dict.fromkeys(repeated(model) if blocks is None else blocks))
-        if errors := [*mistakes(model, modules, trains), *_mistakes(wires, settings, zero, dtype, accumulation)]:
+        if errors := [*mistakes(model, modules, trains), *(mistaken(model, groups) if groups else ()),
+                      *_mistakes(wires, settings, zero, dtype, accumulation)]:
             raise UserError(*errors)
         assert settings.lr is not None
         if zero.level == 3 and not modules and wires.rank == 0:
@@ -99,6 +100,7 @@ class Engine(Passes):
         self.ruling = Ruling()                                  # of this step: what its losses are
         self.verdict: Verdict | None = None                     # of the last step
         self.found_inf: Callable[[], list[float]] | None = None  # of the last step, until the host has read it
+        self.means = True                                       # every micro-batch of this step counts as one
         self.skipped = 0
         self.applied = False                                    # the last step that the host knows of
         self.boundary: bool | None = None                       # does the next backward end the step? None: by count
@@ -126,12 +128,11 @@ class Engine(Passes):
         self._check()
         if loss.numel() != 1:
             raise UserError(f"backward: a loss of shape {tuple(loss.shape)}; give one number, such as loss.mean().")
-        if not self.scale.constant:                             # else nothing depends on what became of the last step
-            self._settle()
         loss = loss.reshape(())
         one = torch.ones_like(loss.detach(), dtype=self.gate.wide)
         weight = one if tokens is None else one * tokens
         self._start(sure=True)
+        self.means = self.means and tokens is None and scale_wrt_gas
         self.weigh = weighed(None if tokens is None else weight)
         self.ruling.tell("loss", (loss.detach() * weight).where(weight > 0, 0))
         self.ruling.tell("tokens", weight if scale_wrt_gas else weight * (self.sums.micro == 0))
@@ -159,17 +160,19 @@ class Engine(Passes):
         self.ruling.lr = torch.stack([zero + lr for lr in [float(g["lr"]) for g in self.groups] or [self.lr]])
         self.ruling.trace = float(self.wires.line.marks.trace)
         self._update()
-        self._settle()
+        self.settle()
         self.verdict, self.ruling = self.ruling.verdict, Ruling()
         assert self.verdict is not None, "the ending judges"
         self.found_inf = later(torch.stack((self.verdict.found_inf, self.verdict.astray)))
         self.sums.begin()
+        self.means = True
         self.steps += 1
         self.renew()
         return self.verdict
 
     def _update(self) -> None:
-        """What was frozen since the engine was made stays as it is, moments too, as in torch."""
+        """What was frozen since the engine was made stays as it is, moments too. (Steps are counted for all: Adam's
+        bias correction of what is thawed again is that of the others, where torch counts each by itself.)"""
         still = [(unit, buffer[a:b], buffer[a:b].clone()) for block in self.all for unit, a, b in block.still()
                  for buffer in (unit.master, *self.updater.state[unit.flat.name].values())]
         self._do([*self.sums.reductions.finish(), *self.ending])
@@ -190,7 +193,7 @@ class Engine(Passes):
         """Drops the gradients of a step that is not over, on all ranks; after a step there are none."""
         self._check()
         self._do(self.sums.reductions.finish())
-        self.ruling = Ruling()
+        self.ruling, self.means = Ruling(), True
         self.sums.begin()
         self.left.clear()
         self._forget()
@@ -218,10 +221,19 @@ class Engine(Passes):
         finally:
             self.boundary = before
 
+    def count_as(self, micro_batches: int) -> None:
+        """This step's gradient is its sum divided by so many micro-batches of each rank, whatever it had; where none
+        said its tokens. Its loss stays the mean."""
+        if self.means and micro_batches != self.sums.micro:
+            told, counted = self.ruling.told, micro_batches / self.sums.micro
+            told["tokens"], told["loss"] = told["tokens"] * counted, told["loss"] * counted
+
     def start_sums(self) -> None:
         if self.sums.over:
             raise UserError(f"backward: this step has had its {self.sums.micro} micro-batches; "
                             "call step(), or raise accumulation.")
+        if self.sums.micro == 0 and not self.scale.constant:    # it stays the same until the step is over
+            self.settle()
         self.weigh = weighed(None if self.scale.value == 1 else
                              torch.tensor(self.scale.value, dtype=self.gate.wide, device=self.gate.device))
         self.sums.start(self.is_gradient_accumulation_boundary())
@@ -241,19 +253,19 @@ class Engine(Passes):
     @property
     def skipped_steps(self) -> int:
         """Steps that changed nothing. Waits for the last one's verdict, as the two below."""
-        self._settle()
+        self.settle()
         return self.skipped
 
     def was_step_applied(self) -> bool:
         """Did the last step change the weights?"""
-        self._settle()
+        self.settle()
         return self.applied
 
     def get_global_grad_norm(self) -> float | None:
         """Of the last step, before clipping; None before the first."""
         return None if self.verdict is None else float(self.verdict.norm)
 
-    def _settle(self) -> None:
+    def settle(self) -> None:
         """Reads the last step's verdict, when the next step is under way (its forward pass where the loss scale moves,
         all of it where not): tells of a skipped one, moves the loss scale."""
         if self.found_inf is None:
@@ -364,7 +376,10 @@ class Engine(Passes):
     @contextmanager
     def whole(self, *parameters: nn.Parameter, writer: int | None = None) -> Iterator[None]:
         """Within, these parameters (all, if none is named) are whole, to be read and written. All ranks come here, and
-        write the same; or `writer` alone writes. Raises UserError for a parameter that is not the engine's."""
+        write the same; or `writer` alone writes. Raises UserError for a parameter that is not the engine's, a writer
+        that is no rank."""
+        if writer is not None and writer not in range(self.wires.mesh.world):
+            raise UserError(f"whole: writer {writer} is no rank; write one from 0 to {self.wires.mesh.world - 1}.")
         known = {p: block for block in self.all for p, _, _ in block.views}
         if not set(parameters) <= set(known):
             raise UserError("whole: a parameter is not one that the engine found in its model; name those of "

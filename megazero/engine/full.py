@@ -23,8 +23,8 @@ def safe_get_full_fp32_param(param: nn.Parameter) -> Tensor | None:
 
 
 def safe_set_full_fp32_param(param: nn.Parameter, value: Tensor) -> None:
-    """Its master becomes `value`, and its weights follow."""
-    home = _known(param)
+    """Its master becomes `value`, of its shape, and its weights follow. Raises UserError."""
+    home = _known(param, value)
     home[1].unit.updated()
     _scattered(home[1], home[1].unit.master, value)
     home[1].unit.publish()
@@ -42,7 +42,7 @@ def safe_get_full_grad(param: nn.Parameter) -> Tensor | None:
 
 def safe_set_full_grad(param: nn.Parameter, value: Tensor) -> None:
     """Raises UserError before the last backward pass of a step."""
-    engine, weight = _known(param)
+    engine, weight = _known(param, value)
     factor = engine.mean()
     if factor is None:
         raise UserError("safe_set_full_grad: the step's gradient is not complete; call it between the last backward "
@@ -58,7 +58,7 @@ def safe_get_full_optimizer_state(param: nn.Parameter, optim_state_key: str) -> 
 
 def safe_set_full_optimizer_state(param: nn.Parameter, value: Tensor, optim_state_key: str) -> None:
     """Raises UserError."""
-    home = _known(param)
+    home = _known(param, value)
     _scattered(home[1], _moment(*home, optim_state_key), value)
 
 
@@ -66,11 +66,16 @@ def safe_set_full_optimizer_state(param: nn.Parameter, value: Tensor, optim_stat
 
 def _home(param: nn.Parameter) -> tuple[Engine, Weight] | None:
     engine: Any = owner_of(param)
-    return None if engine is None else (engine, next(w for b in engine.all for p, w, _ in b.views if p is param))
+    found = [w for b in engine.all for p, w, _ in b.views if p is param and w.unit.trained] if engine else []
+    return (engine, found[0]) if found else None
 
 
-def _known(param: nn.Parameter) -> tuple[Engine, Weight]:
+def _known(param: nn.Parameter, value: Tensor) -> tuple[Engine, Weight]:
     home = _home(param)
+    if not isinstance(value, Tensor) or value.shape != param.shape:
+        kind = f"shape {list(value.shape)}" if isinstance(value, Tensor) else f"kind {type(value).__name__}"
+        raise UserError(f"safe_set_full: a value of {kind}; give a tensor of the parameter's shape "
+                        f"{list(param.shape)}.")
     if home is None:
         raise UserError("safe_set_full: the parameter is not one that an engine trains; write into it as usual.")
     return home

@@ -1,11 +1,12 @@
 """What a parameter answers while its weights or its gradient are elsewhere: one sentence, and no wrong number."""
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from megazero.base import UserError
 
@@ -22,18 +23,20 @@ WRITE: Any = torch.Tensor.data.__set__  # type: ignore[attr-defined]
 
 class Hidden(nn.Parameter):
     """A parameter whose weights are not here, of their shape all the same. `fetch` gets them, where one may read them
-    without a word (the model's own forward pass); `store` takes whole ones in their place, where that may be."""
+    without a word (the model's own forward pass), and leaves others that are wanted with them; `store` takes whole ones
+    in their place, where that may be."""
 
     words: str
-    fetch: Callable[[], bool]
+    fetch: Callable[[Sequence[nn.Parameter]], bool]
     store: Callable[[Tensor], bool]
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in ASKED or (type(func).__name__ == "method-wrapper" and func not in (READ, WRITE)):
             return super().__torch_function__(func, types, args, kwargs or {})  # type: ignore[misc]
-        hidden = _first(Hidden, (args, kwargs))
-        if hidden.fetch():
+        wanted = [x for x in tree_leaves((args, kwargs)) if isinstance(x, nn.Parameter)]
+        hidden: Any = next(x for x in wanted if isinstance(x, Hidden))
+        if hidden.fetch(wanted):
             return func(*args, **(kwargs or {}))
         if func is torch.Tensor.detach:                         # state_dict lists it; whoever reads that is told
             return nothing(hidden, hidden.words)
@@ -45,7 +48,7 @@ class Hidden(nn.Parameter):
         return f"Parameter of shape {tuple(self.size())} whose weights are not here"
 
     def __deepcopy__(self, memo: Any) -> Any:
-        if self.fetch():
+        if self.fetch([self]):
             return copy.deepcopy(self, memo)
         raise UserError(self.words)
 
@@ -59,22 +62,14 @@ class Away(Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in ASKED or type(func).__name__ == "method-wrapper":
             return super().__torch_function__(func, types, args, kwargs or {})
-        raise UserError(_first(Away, (args, kwargs)).words)
+        raise UserError(next(x for x in tree_leaves((args, kwargs)) if isinstance(x, Away)).words)
 
     def __repr__(self) -> str:  # type: ignore[override]
         return self.words
 
 
-def _first(kind: type, given: Any) -> Any:
-    """The first tensor of a kind among arguments."""
-    if isinstance(given, kind):
-        return given
-    parts = given.values() if isinstance(given, dict) else given if isinstance(given, list | tuple) else ()
-    return next((found for part in parts if (found := _first(kind, part)) is not None), None)
-
-
-def hide(p: nn.Parameter, name: str, empty: Tensor, fetch: Callable[[], bool], store: Callable[[Tensor], bool],
-         instead: str = INSTEAD) -> None:
+def hide(p: nn.Parameter, name: str, empty: Tensor, fetch: Callable[[Sequence[nn.Parameter]], bool],
+         store: Callable[[Tensor], bool], instead: str = INSTEAD) -> None:
     """Its data becomes `empty`, of its shape; whoever reads it is told, unless it can be fetched."""
     p.__class__ = nn.Parameter
     p.data = empty
@@ -105,5 +100,5 @@ def show(p: nn.Parameter, kind: type, whole: Tensor) -> None:
 
 def forget(p: nn.Parameter) -> None:
     """Whoever has its data keeps them from now on."""
-    for word in ("words", "fetch", "store", "ds_shape", "ds_numel"):
+    for word in ("words", "fetch", "store", "ds_shape", "ds_numel", "holder"):
         p.__dict__.pop(word, None)

@@ -27,14 +27,13 @@ class Hook:
 
 
 def owner_of(p: Tensor) -> Any:
-    """The engine that trains a parameter, or None."""
-    hooks = (getattr(p, "_post_accumulate_grad_hooks", None) or {}).values()
-    return next((hook.owner for hook in hooks if isinstance(hook, Hook) and hook.owner), None)
+    """The engine that holds a parameter, trained or frozen, or None."""
+    return getattr(getattr(p, "holder", None), "owner", None)
 
 
 class Handle(NamedTuple):
-    """What autograd keeps instead of a tensor that lies in a unit's weights.
-    `generation` is the step whose weights it means."""
+    """What autograd keeps instead of a tensor that lies in a unit's weights: those of a step, that were published so
+    often, in a parameter of that version (if it is one, or a view of it)."""
 
     block: Submodule
     unit: Unit
@@ -42,7 +41,16 @@ class Handle(NamedTuple):
     offset: int
     size: torch.Size
     stride: tuple[int, ...]
-    generation: int
+    step: int
+    published: int
+    parameter: torch.nn.Parameter | None
+    version: int
+
+    @property
+    def changed(self) -> bool:
+        """Did somebody write into these weights since?"""
+        version = None if self.parameter is None else self.parameter._version
+        return self.unit.published != self.published or version not in (None, self.version)
 
 
 class Kept(NamedTuple):

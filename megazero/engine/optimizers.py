@@ -84,6 +84,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     @property
     def loss_scale(self) -> float:
+        """Waits for the last step's verdict."""
+        self.core.settle()
         return self.core.scale.value
 
     cur_scale = loss_scale

@@ -38,6 +38,7 @@ class Passes:
         self.graph = self.in_backward = self.sure = self.taken = False      # graph: will backward follow this forward?
         self.weigh: Callable[[Tensor], Tensor] = lambda grad: grad          # a gradient of this micro-batch
         self.saving: saved_tensors_hooks | None = None
+        self.within = 0                                         # calls of the model within its own pass
         self.order: list[Submodule] = []
         self.calls: list[Submodule] = []
         self.left: list[Submodule] = []
@@ -94,7 +95,9 @@ class Passes:
         home = self.addresses.get(x.untyped_storage().data_ptr()) if x.layout == torch.strided else None
         if home is None:
             return Kept(x.detach(), x._version)                 # x itself could own the graph that owns it
-        return Handle(*home, x.dtype, int(x.storage_offset()), x.shape, x.stride(), self.steps)
+        base = x if x._base is None else x._base
+        return Handle(*home, x.dtype, int(x.storage_offset()), x.shape, x.stride(), self.steps, home[1].published,
+                      base if isinstance(base, nn.Parameter) else None, base._version)
 
     def _unpack(self, kept: Handle | Kept) -> Tensor:
         """The tensor again, in backward."""
@@ -103,9 +106,12 @@ class Passes:
                 raise RuntimeError(f"a tensor of shape {tuple(kept.tensor.shape)} that backward needs "
                                    "was changed in place since")
             return kept.tensor
-        if kept.generation != self.steps:
-            raise UserError(f"backward: reads weights of {kept.block.name} as of step {kept.generation}, but step "
+        if kept.step != self.steps:
+            raise UserError(f"backward: reads weights of {kept.block.name} as of step {kept.step}, but step "
                             f"{self.steps} has changed them; run the forward pass again after step().")
+        if kept.changed:
+            raise UserError(f"backward: reads weights of {kept.block.name} that were written since its forward pass; "
+                            "write them before the forward pass, or after backward.")
         self._enter_backward(kept.block)
         assert kept.unit.weights is not None
         storage = kept.unit.weights.untyped_storage()
@@ -125,7 +131,7 @@ class Passes:
                 self._hang(module.register_forward_pre_hook, partial(self._before, block), with_kwargs=True)
                 self._hang(module.register_forward_hook, partial(self._after, block))
             for p, weight, _ in block.views:
-                p.grad = None
+                p.grad, p.holder = None, Hook(self)  # type: ignore[attr-defined]
                 if p.requires_grad:
                     self._hang(p.register_post_accumulate_grad_hook, partial(self._take, weight))
         homes = {p: block for block in self.all for p, _, _ in block.views}
@@ -142,7 +148,8 @@ class Passes:
     def _begin(self, module: nn.Module, inputs: Any, named: Any) -> Any:
         """The model's forward pass begins. In backward, here and below, it is recomputed:
         its backward pass is prepared already."""
-        if running():
+        if running() or self.saving is not None:                # it may call itself
+            self.within += 1
             return None
         self.recover()
         self.notice()
@@ -164,7 +171,10 @@ class Passes:
         return any(x is not y for x, y in zip(before, leaves, strict=True))
 
     def _end(self, module: nn.Module, inputs: Any, outputs: Any) -> None:
-        if self.saving is None or running():
+        if self.within:
+            self.within -= 1
+            return
+        if self.saving is None:
             return
         self.saving.__exit__()
         self.saving = None
@@ -337,13 +347,13 @@ class Passes:
 
     def _leave(self, block: Submodule) -> None:
         """The backward pass of one call of a block is over."""
-        if not self.sure:
+        if not self.sure and self.saving is not None:           # a gradient within forward: another one will come
             return
         i = self._last_call(block)
         # else of a forward pass before another's backward: the end will close it
         if i >= 0:
             self.left.pop(i)
-            if block not in self.left and not self._awaited(block):
+            if self.sure and block not in self.left and not self._awaited(block):
                 self._close(block)
         self._release(block, backward=True)
 

@@ -1,6 +1,6 @@
 """Parameters of a module that no engine has yet, of which each rank keeps an even slice (see zero.py)."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import nn
@@ -8,6 +8,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from megazero.comm import Group
 from megazero.engine.hidden import forget, hide, show
+from megazero.units import viewed
 
 Tensor = torch.Tensor
 INSTEAD = "read or write it within zero.GatheredParameters, on all ranks"
@@ -22,7 +23,7 @@ class Sliced:
     """
 
     def __init__(self, p: nn.Parameter, module: nn.Module, name: str, group: Group, device: torch.device,
-                 fetch: Callable[["Sliced"], bool]) -> None:
+                 fetch: Callable[["Sliced", Sequence[nn.Parameter]], bool]) -> None:
         self.p, self.module, self.name, self.group, self.device, self.fetch = p, module, name, group, device, fetch
         self.kind, self.shape = type(p), p.shape
         self.slice: Tensor | None = None
@@ -39,6 +40,11 @@ class Sliced:
             self.p.data.zero_()
         self.p.data.copy_(self.group.all_reduce(self.p.data.contiguous(), about=self.name).wait())
 
+    @property
+    def viewed(self) -> bool:
+        """Has somebody a view of it, which he may write into?"""
+        return viewed(self.p)
+
     def close(self, writer: int | None) -> None:
         """Of the whole weights, those of rank `writer`, this rank keeps its slice; of its own if it is None, when all
         ranks have the same."""
@@ -54,7 +60,8 @@ class Sliced:
     def keep(self, part: Tensor) -> None:
         """This rank's slice is known."""
         self.slice = part
-        hide(self.p, self.name, part.new_zeros(()).expand(self.shape), lambda: self.fetch(self), self.store, INSTEAD)
+        hide(self.p, self.name, part.new_zeros(()).expand(self.shape), lambda wanted: self.fetch(self, wanted),
+             self.store, INSTEAD)
 
     def store(self, whole: Tensor) -> bool:
         """While it is hidden all ranks write the same whole weights: each keeps its slice."""

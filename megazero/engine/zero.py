@@ -8,7 +8,7 @@ What is drawn or written within `Init` is what a plain module would have on rank
 whole while they are made and whenever they are touched again, and rank 0's numbers count.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -69,6 +69,8 @@ class Init:
             say(f"zero.Init: at level {self.level} every rank holds the whole weights; nothing is sliced")
 
     def __enter__(self) -> "Init":
+        if self.within:
+            raise UserError("zero.Init: this one is entered already; make another for what is within.")
         if self.on:
             self.before = [(kind, name, vars(kind)[name]) for kind, name in PATCHED]
             register, copy, new = (getattr(kind, name) for kind, name in PATCHED)
@@ -87,7 +89,7 @@ class Init:
 
             def parameter(cls: type, data: Any = None, *given: Any, **named: Any) -> Any:       # of another's data
                 if isinstance(data, Hidden):
-                    data.fetch()
+                    data.fetch([data])
                 return new(cls, data, *given, **named)
 
             ours = register_parameter, deepcopy, staticmethod(parameter)
@@ -112,26 +114,29 @@ class Init:
             p.data = p.data.to(self.dtype)
         self._turn(Sliced(p, module, name, self.wires["world"], self.device, self._fetch))
 
-    def _fetch(self, home: Sliced) -> bool:
-        """Somebody touches a parameter again: within, all ranks do."""
+    def _fetch(self, home: Sliced, wanted: Sequence[nn.Parameter]) -> bool:
+        """Somebody touches a parameter again, together with others: within, all ranks do."""
         if self.within:
-            self._turn(home)
+            self._turn(home, wanted)
             home.open()
         return self.within
 
-    def _turn(self, home: Sliced) -> None:
-        """Parameters of one module are whole at a time."""
+    def _turn(self, home: Sliced, wanted: Sequence[nn.Parameter] = ()) -> None:
+        """Parameters of one module are whole at a time, and those that somebody wants or has views of."""
         if home.module is not self.module:
-            self._close()
+            self._close(lambda other: other.viewed or any(other.p is p for p in wanted))
             self.module = home.module
         self.opened.append(home)
 
-    def _close(self) -> None:
-        for home in self.opened:
-            if home.slice is None:
+    def _close(self, spared: Callable[[Sliced], bool] = lambda _: False) -> None:
+        stay = []
+        for home in dict.fromkeys(self.opened):
+            if home.slice is None and spared(home):
+                stay.append(home)
+            elif home.slice is None:
                 home.close(0)
                 self.freed += home.shape.numel()
-        self.opened, self.module = [], None
+        self.opened, self.module = stay, None
         if self.freed > FREED or not self.within:
             give_back()
             self.freed = 0
@@ -155,7 +160,12 @@ def GatheredParameters(params: Any, modifier_rank: int | None = None, fwd_module
                        enabled: bool = True) -> Iterator[None]:
     """Within, these parameters are whole on all ranks, before and after `initialize`. What rank `modifier_rank` wrote
     counts; without it, what all ranks wrote, the same. Others than an engine's or Init's are whole anyway. `fwd_module`
-    needs no word: the engine finds weights that are read beside their module."""
+    needs no word: the engine finds weights that are read beside their module. Raises UserError for a rank that is none.
+    """
+    world = (ranks() or environment())[1]
+    if modifier_rank is not None and modifier_rank not in range(world):
+        raise UserError(f"GatheredParameters: modifier_rank {modifier_rank} is no rank; they are counted from 0 to "
+                        f"{world - 1}.")
     found: list[Tensor] = [params] if isinstance(params, Tensor) else _listed(params)
     homes = list(dict.fromkeys(sliced(found))) if enabled else []
     with ExitStack() as stack:

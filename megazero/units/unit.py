@@ -103,6 +103,7 @@ class Unit:
         self.master = self.weight_slice if dtype == wide or not trained else self._slice(None, wide, device)
         self._operands = {o.name: o for o in flat.operands}
         self._fresh: set[str] = set(self._operands)             # operands without a gradient yet in this sum
+        self.published = 0                                      # how often the weights became others
         self._stale = True                                      # the whole weights are older than the slices
         self._gathering: Work | None = None
         self.changing: Work | None = None                       # an update, up to its publish, beside what follows
@@ -146,7 +147,7 @@ class Unit:
         Other ranks see them with the next gather."""
         if self.weight_slice is not self.master:
             self.weight_slice.copy_(self.master)
-        self._stale = True
+        self._stale, self.published = True, self.published + 1
         if self.sharing.buffers.poison and self.weights is not None:
             self.weights[:self.low].fill_(torch.nan)
             self.weights[self.high:].fill_(torch.nan)
