@@ -32,7 +32,7 @@ def test_a_stale_handle_is_caught() -> None:
         late = loss(e, data(0))
         e.backward(loss(e, data(0)))
         e.step()
-        with pytest.raises(UserError, match="weights of .* as of step 0, but step 1 has changed them; run the forward pass again"):
+        with pytest.raises(UserError, match="weights of .* as of step 0, but they are those of step 1 now; run the forward pass again"):
             e.backward(late)
         verdict = e.step()                                      # what it had of gradients is dropped, and training goes on
         assert verdict is not None and verdict.found_inf and e.skipped_steps == 1 and not e.was_step_applied()
@@ -252,7 +252,7 @@ def test_wrong_calls_are_told() -> None:
         e.module.blocks[1](torch.rand(2, 12), more={"x": None})                                  # type: ignore[index, operator]
     e = engine(Row("odd"))
     e.backward(loss(e, data(0)))
-    with pytest.raises(UserError, match=r"a loss of shape \(2,\); give one number, such as loss.mean\(\)"):
+    with pytest.raises(UserError, match=r"a loss of shape \(2,\); give a tensor of one number, such as loss.mean\(\)"):
         e.backward(torch.zeros(2, requires_grad=True))
     with pytest.raises(UserError, match="has had its 1 micro-batches; call step"):
         e.backward(loss(e, data(0)))

@@ -577,3 +577,46 @@ def mistaken(folder: Path) -> str:
 def test_a_mistake_that_one_rank_meets_while_it_saves_ends_all(tmp_path: Path, pool: Pool) -> None:
     one, two = pool.run(2, mistaken, tmp_path)
     assert one == "--save there: another run has taken it over." and two == f"--save {tmp_path / 'step-00000001'}: was not written; another rank says why."
+
+
+def test_what_lies_beside_an_export_of_another_name_stays(tmp_path: Path) -> None:
+    e = made(0)
+    for name in ("model.safetensors", "model-00001-of-00002.safetensors", "model.safetensors.index.json"):
+        (tmp_path / name).write_text("base")
+    e.save_16bit_model(tmp_path, "epoch1.safetensors")
+    assert (tmp_path / "epoch1.safetensors").is_file()
+    assert all((tmp_path / n).read_text() == "base" for n in ("model.safetensors", "model-00001-of-00002.safetensors", "model.safetensors.index.json"))
+    e.save_16bit_model(tmp_path)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["epoch1.safetensors", "model.safetensors"]
+
+
+@pytest.mark.parametrize("level", [0, 3])
+def test_a_load_that_fails_keeps_the_gradients_so_far(tmp_path: Path, level: int) -> None:
+    e, plain = made(level), made(level)
+    train(plain, range(1))
+    for ids in data(0).chunk(GAS)[:1]:
+        e.backward(loss(e, ids))
+        e.step()
+    with pytest.raises(UserError, match="there is no such folder"):
+        e.load_checkpoint(tmp_path / "nowhere")
+    for ids in data(0).chunk(GAS)[1:]:
+        e.backward(loss(e, ids))
+        e.step()
+    equal(state(e), state(plain), 0)
+
+
+class Nothing(Oddities):
+    """Has a parameter of no elements."""
+
+    def __init__(self) -> None:
+        super().__init__("none")
+        self.blocks[0].empty = nn.Parameter(torch.empty(0))                                      # type: ignore[index]
+
+
+@pytest.mark.parametrize("level", [0, 3])
+def test_a_parameter_of_no_elements_is_no_fault(tmp_path: Path, level: int) -> None:
+    e, other = (megazero.initialize(model=Nothing().double(), config={**CONFIG, "zero_optimization": {"stage": level}})[0] for _ in range(2))
+    train(e, range(1))
+    e.save_checkpoint(tmp_path)
+    other.load_checkpoint(tmp_path)
+    equal(state(other), state(e), 0)

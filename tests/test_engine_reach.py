@@ -2,7 +2,9 @@
 
 import copy
 import re
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,7 +18,7 @@ from torch import nn
 import megazero
 from megazero.base.errors import UserError
 from megazero.comm.group import Stuck
-from megazero.engine import names, zero
+from megazero.engine import checkpoints, full, names, zero
 from megazero.engine.engine import Engine
 
 Tensor = torch.Tensor
@@ -65,6 +67,11 @@ class Reaching(nn.Module):
         turned, rows = one.t(), one.view(36)[:6]
         return self.run(x) @ turned + rows
 
+    def read_ahead(self, x: Tensor, one: Tensor, layers: list[Tensor]) -> Tensor:
+        for layer in self.layers:                               # while they are on their way for its call
+            x = x * layer.a.weight.detach().mean() + layer(x)
+        return x
+
     def used_first(self, x: Tensor, one: Tensor, layers: list[Tensor]) -> Tensor:
         return self.run(x @ one) @ layers[1]
 
@@ -108,7 +115,7 @@ class Reaching(nn.Module):
 
 
 def reach(level: int, how: str, late: bool) -> Weights:
-    e = made(partial(Reaching, how), Row(dp=2, level=level, late=late, accumulation=2))
+    e = made(partial(Reaching, how), Row(dp=2, level=level, late=late, accumulation=2), overlap=late and level in (1, 2))
     for step in range(3):
         for i in range(2):
             e.backward(e(micro(step, i, e.wires.rank)))
@@ -181,6 +188,42 @@ class Written(nn.Module):
             self.first.bias.fill_(float(names.get_rank()))
 
 
+class Copied(nn.Module):
+    """A network and another that follows it, as in MoCo: written parameter by parameter, and compared."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k = (nn.Sequential(nn.Linear(3, 4), nn.Linear(4, 2)) for _ in range(2))
+        self.norm = nn.LayerNorm(2)
+        for a, b in zip(self.q.parameters(), self.k.parameters(), strict=True):
+            b.data.copy_(a.data)
+        with torch.no_grad():
+            self.k[1].weight.copy_(self.q[1].weight * 2)
+            self.k[0].bias.copy_(self.q[0].bias)
+            for mine, theirs in ((list(self.q.parameters()), list(self.k.parameters())),):
+                theirs[0].lerp_(mine[0], 0.25)
+                given = [p.data for p in theirs]                # views of all, written when others were touched
+                for view in given:
+                    view.add_(1)
+        self.same = bool(torch.equal(self.k[0].bias, self.q[0].bias + 1))
+
+
+def copies() -> tuple[Weights, bool]:
+    torch.manual_seed(names.get_rank())
+    with zero.Init():
+        module = Copied()
+    assert all(home.slice is not None for home in zero.sliced(module.parameters()))
+    return gathered(module), module.same
+
+
+def test_one_module_is_written_into_another_within_init(pool: Pool) -> None:
+    wanted = plain_weights(Copied)
+    for found, same in pool.run(2, copies):
+        assert same
+        for name, t in wanted.items():
+            assert torch.equal(found[name], t), name
+
+
 def written() -> tuple[Weights, bool, int]:
     torch.manual_seed(names.get_rank())
     with zero.Init():
@@ -244,6 +287,125 @@ def fails_within() -> Weights:
 def test_who_fails_while_weights_are_whole_leaves_them_sliced(pool: Pool) -> None:
     for found in pool.run(2, fails_within):
         assert (found["weight"] == 2).all()
+
+
+def frozen(level: int) -> tuple[Tensor, Tensor, list[str]]:
+    """GatheredParameters of frozen weights reads, and writes on all ranks; a writer must be a rank."""
+    torch.manual_seed(names.get_rank())
+    module, said = nn.Sequential(*(nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(3))).double(), []
+    module[1].requires_grad_(False)
+    still = module[1][0].weight                                                                  # type: ignore[index]
+    e = megazero.initialize(model=module, config={"train_batch_size": 2, "optimizer": {"type": "AdamW"}, "zero_optimization": {"stage": level}})[0]
+    with zero.GatheredParameters([still], modifier_rank=0):
+        if names.get_rank() == 0:
+            still.data.fill_(3.0)
+    with zero.GatheredParameters(module.parameters()):
+        seen = still.detach().clone()
+    for wrong in (2, -1):
+        with pytest.raises(UserError) as told, zero.GatheredParameters(module.parameters(), modifier_rank=wrong):
+            pass
+        said.append(str(told.value))
+    with pytest.raises(UserError, match="whole: writer 2 is no rank; write one from 0 to 1"), e.whole(writer=2):
+        pass
+    return seen, e(torch.ones(1, 4, dtype=torch.float64)).detach(), said
+
+
+def test_frozen_weights_are_gathered_and_a_writer_is_a_rank(pool: Pool) -> None:
+    for level in (0, 1, 3):
+        (seen, one, said), (also, two, _) = pool.run(2, frozen, level)
+        assert (seen == 3).all() and (also == 3).all() and torch.equal(one, two)
+        assert said == [f"GatheredParameters: modifier_rank {wrong} is no rank; they are counted from 0 to 1." for wrong in (2, -1)]
+
+
+# ---- what is written between forward and backward
+
+WRITE = {"whole": lambda e, p: writes(e, p), "safe": lambda e, p: full.safe_set_full_fp32_param(p, torch.ones(6, 6, dtype=torch.float64)),
+         "load": lambda e, p: checkpoints.load_state(e, None, e.folder, None)}
+
+
+def writes(e: Engine, p: nn.Parameter) -> None:
+    with e.whole(p), torch.no_grad():
+        p.mul_(2)
+
+
+@pytest.mark.parametrize("level", [0, 3])
+@pytest.mark.parametrize("how", WRITE)
+def test_weights_that_are_written_between_forward_and_backward_are_told(how: str, level: int, tmp_path: Path) -> None:
+    """torch tells it too; and reading there is no fault."""
+    e = Engine(Reaching("used_first"), wires(Row()), SETTINGS, replace(Row().zero, level=level), "fp64")
+    checkpoints.save_state(e, None, tmp_path, None, {"scheduler": None, "samples": 0, "micro": 0}, {})
+    e.folder = tmp_path
+    p = e.module.layers[0].a.weight                                                              # type: ignore[union-attr, index]
+    loss = e(micro(0, 0, 0))
+    with e.whole(p):
+        assert p.sum().isfinite()
+    e.backward(loss)
+    assert e.step() is not None
+    loss = e(micro(0, 0, 0))
+    WRITE[how](e, p)
+    with pytest.raises(UserError, match="backward: reads weights of root as of step 1, but they are those of step 0 now; run" if how == "load" else
+                       "backward: reads weights of layers.0 that were written since its forward pass; write them before"):
+        e.backward(loss)
+
+
+# ---- engines through which gradients pass, and models that call themselves
+
+class Twice(nn.Module):
+    """Calls itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(3, 3) for _ in range(2))
+
+    def forward(self, x: Tensor, again: bool = True) -> Tensor:
+        x = self(x, False) if again else x
+        for layer in self.layers:
+            x = layer(x).tanh()
+        return x
+
+
+def passed() -> tuple[Weights, list[int], int]:
+    """A frozen engine behind one that is trained, both at level 3: what it holds after each step."""
+    def make(seed: int, trained: bool) -> Any:
+        torch.manual_seed(seed)
+        optimizer = {"optimizer": {"type": "SGD", "params": {"lr": 0.1}}} if trained else {}
+        return megazero.initialize(model=Twice().double(), config={"train_batch_size": 2, "gradient_clipping": 0.0, "zero_optimization": {"stage": 3}, **optimizer})[0]
+
+    trained, teacher, held = make(0, True), make(1, False), []
+    for step in range(3):
+        trained.backward(teacher(trained(given_to(step, names.get_rank()))).square().mean())
+        trained.step()
+        held.append(sum(u.weights is not None for b in teacher.core.all for u in b.units) + len(teacher.core.left))
+    return {n: t.clone() for n, t in trained.module_state_dict().items()}, held, len(saved_hooks())
+
+
+def given_to(step: int, rank: int) -> Tensor:
+    return torch.rand(4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(2 * step + rank))
+
+
+def saved_hooks() -> list[Any]:
+    """Of a graph that is made now."""
+    seen: list[Any] = []
+    x = torch.ones(2, requires_grad=True)
+    y = x * x
+    if type(y.grad_fn._raw_saved_self).__name__ == "SavedTensor" and y.grad_fn._saved_self is not x:       # type: ignore[union-attr]
+        seen.append(y)
+    return seen
+
+
+def test_gradients_pass_through_a_frozen_engine_and_a_model_calls_itself(pool: Pool) -> None:
+    torch.manual_seed(0)
+    student = Twice().double()
+    torch.manual_seed(1)
+    teacher = Twice().double()
+    optimizer = torch.optim.SGD(student.parameters(), 0.1)
+    for step in range(3):
+        optimizer.zero_grad()
+        torch.stack([teacher(student(given_to(step, rank))).square().mean() for rank in (0, 1)]).mean().backward()   # type: ignore[no-untyped-call]
+        optimizer.step()
+    for weights, held, hooks in pool.run(2, passed):
+        near(weights, {n: t.detach() for n, t in student.state_dict().items()})
+        assert held == [0, 0, 0] and hooks == 0
 
 
 # ---- engines that follow each other, and memory that is shared

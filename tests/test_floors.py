@@ -20,7 +20,7 @@ FLOORS: dict[str, tuple[int, str]] = {
     "state": (1400, "tensor_files checkpoint saving merge compare record logs"),
     "hf": (520, "files tokenizer convert"),
     "run": (1400, "executor metrics run feed step loop failures train launch generate"),
-    "engine": (4300, "hidden sliced aliases keys words rates values blocks groups hooks passes engine optimizers checkpoints monitor full deepspeed_engine initialize zero names"),
+    "engine": (4400, "hidden sliced aliases keys words rates values blocks groups hooks passes engine optimizers checkpoints monitor full deepspeed_engine initialize zero names"),
 }
 DOORS = {"deepspeed": 140, "door.sitecustomize": 70, "trainer": 45}       # above all floors, each with its budget; `door` is what PYTHONPATH gets
 PURE = ("base", "pipeline", "settings", "plan")             # no device, no process

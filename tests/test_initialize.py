@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
@@ -20,6 +21,7 @@ from torch import nn
 
 import megazero
 from megazero.base.errors import UserError
+from megazero.engine import full
 from megazero.engine.full import (
     safe_get_full_fp32_param,
     safe_get_full_grad,
@@ -492,8 +494,8 @@ BARE = {"train_batch_size": 4}
     (lambda m: {"optimizer": torch.optim.SGD(m.parameters())}, "optimizer: is given, and config has one too; keep one"),
     (lambda m: {"config": BARE, "optimizer": torch.optim.Adagrad(m.parameters())}, "Adagrad: is not known to run over slices; give one of torch.optim.Adam"),
     (lambda m: {"config": BARE, "optimizer": Own(m.parameters())}, "Own: is not known to run over slices"),
-    (lambda m: {"config": BARE, "optimizer": torch.optim.Adam(m.parameters(), amsgrad=True)}, "optimizer Adam: its amsgrad is True, which is not here"),
-    (lambda m: {"config": BARE, "optimizer": torch.optim.SGD(m.parameters(), momentum=0.9, dampening=0.5)}, "optimizer SGD: its dampening is 0.5"),
+    (lambda m: {"config": BARE, "optimizer": torch.optim.Adam(m.parameters(), amsgrad=True)}, "model_parameters: group 0: its amsgrad is True, which is not here"),
+    (lambda m: {"config": BARE, "optimizer": torch.optim.SGD(m.parameters(), momentum=0.9, dampening=0.5)}, "model_parameters: group 0: its dampening is 0.5"),
     (lambda m: {"config": BARE, "optimizer": begun(m)}, "optimizer AdamW: has made steps, whose moments would be lost"),
     (lambda m: {"config": {**SMALL, "scheduler": WARM}, "lr_scheduler": lambda o: o}, "lr_scheduler: is given, and config has a scheduler too"),
     (lambda m: {"config": {**SMALL, "scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": [1e-3, 1e-4]}}}}, "warmup_max_lr: has 2 values for 1 groups"),
@@ -594,3 +596,109 @@ def must_agree() -> None:
 def test_ranks_have_one_configuration(pool: Pool) -> None:
     with pytest.raises(RankError, match="ranks were started with different flags, files or data"):
         pool.run(2, must_agree)
+
+
+# ---- what cannot be meant
+
+def step_twice(e: Any) -> None:
+    for _ in range(2):
+        move(e)
+
+
+MISUSED: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "a loss that is a number": (lambda e: e.backward(1.0), "backward: a loss of kind float; give a tensor of one number"),
+    "a loss that is none": (lambda e: e.backward(None), "backward: a loss of kind NoneType; give a tensor"),
+    "a mapping": (lambda e: e.backward({"loss": 1}), "backward: a loss of kind dict"),
+    "tokens of two": (lambda e: e.backward(e(torch.ones(4, 3)).mean(), tokens=torch.ones(2)), "backward: tokens is .*; give the number of those"),
+    "negative tokens": (lambda e: e.backward(e(torch.ones(4, 3)).mean(), tokens=-1), "backward: tokens is -1; give the number"),
+    "tokens in words": (lambda e: e.backward(e(torch.ones(4, 3)).mean(), tokens="a"), "backward: tokens is a; give the number"),
+    "a value that is none": (lambda e: full.safe_set_full_fp32_param(e.module[0].weight, None), "safe_set_full: a value of kind NoneType; give a tensor"),
+    "a value turned round": (lambda e: full.safe_set_full_fp32_param(e.module[0].weight, torch.ones(3, 5)), r"a value of shape \[3, 5\]; .* shape \[5, 3\]"),
+    "a moment too long": (lambda e: full.safe_set_full_optimizer_state(e.module[0].weight, torch.ones(99), "exp_avg"), r"a value of shape \[99\]; .* shape \[5, 3\]"),
+    "no state": (lambda e: e.optimizer.load_state_dict({}), "optimizer.load_state_dict: has no state and param_groups"),
+    "a state without a moment": (lambda e: without_a_moment(e), r"optimizer state: has no exp_avg of 0.weight of shape \[5, 3\]; give what state_dict\(\) gave"),
+    "another group": (lambda e: e.optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))]}), "optimizer.add_param_group: the engine holds its parameters already"),
+    "a batch in words": (lambda e: e.set_train_batch_size("8"), "set_train_batch_size: 8 is no multiple of 4"),
+    "a batch that is no whole number": (lambda e: e.set_train_batch_size(8.0), "set_train_batch_size: 8.0 is no multiple of 4"),
+    "no folder to save to": (lambda e: e.save_checkpoint(None), "save_checkpoint: the folder is a NoneType; give its path"),
+    "no folder to load": (lambda e: e.load_checkpoint(None), "load_checkpoint: the folder is a NoneType; give its path"),
+    "a list that a client keeps": (lambda e: e.save_checkpoint("nowhere", client_state=[1]), "save_checkpoint: client_state is a list; give a mapping"),
+}
+
+
+def without_a_moment(e: Any) -> None:
+    state = e.optimizer.state_dict()
+    del state["state"][0]["exp_avg"]
+    e.optimizer.load_state_dict(state)
+
+
+@pytest.mark.parametrize("level", [0, 3])
+@pytest.mark.parametrize("case", MISUSED)
+def test_what_cannot_be_meant_is_one_sentence_and_training_goes_on(case: str, level: int) -> None:
+    act, said = MISUSED[case]
+    e, plain = (small({**SMALL, "zero_optimization": {"stage": level}})[0] for _ in range(2))
+    step_twice(plain)
+    move(e)
+    with pytest.raises(UserError, match=said):
+        act(e)
+    e.zero_grad()
+    move(e)
+    for a, b in zip(e.module_state_dict().values(), plain.module_state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize(("group", "said"), [
+    ({"lr": -1}, "group 1: its lr is -1; write numbers from 0"), ({"lr": "x"}, "group 1: its lr is x; write numbers"), ({"betas": (2, 3)}, r"group 1: its betas is \(2, 3\); write numbers from 0, below 1"),
+    ({"weight_decay": None}, "group 1: its weight_decay is None"), ({"amsgrad": True}, "group 1: its amsgrad is True, which is not here; leave it out"),
+    ({"params": None}, "group 1 has no params; give it a list of parameters")])
+def test_options_of_groups_that_cannot_be_are_told(group: dict[str, Any], said: str) -> None:
+    model = nn.Sequential(nn.Linear(3, 5), nn.Linear(5, 1))
+    second = {"params": list(model[1].parameters()), **group}
+    given = [{"params": list(model[0].parameters())}, {k: v for k, v in second.items() if k != "params" or v is not None}]
+    with pytest.raises(UserError, match=f"model_parameters: {said}"):
+        megazero.initialize(model=model, model_parameters=given, config=SMALL)
+
+
+def test_parameters_of_no_group_and_of_another_module_are_told_before_anything_changes() -> None:
+    model, other = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 1)), nn.Parameter(torch.ones(7))
+    before = {n: t.clone() for n, t in model.state_dict().items()}
+    for given, said in ((list(model[0].parameters()), "2.weight requires a gradient and is in no group"),
+                        ([*model.parameters(), other], r"a parameter of shape \[7\] is in a group and not in the model; make it a part")):
+        with pytest.raises(UserError, match=said):
+            megazero.initialize(model=model, model_parameters=given, config={**SMALL, "zero_optimization": {"stage": 3}})
+        assert all(torch.equal(t, before[n]) and type(t) is Tensor for n, t in model.state_dict().items())
+    move(megazero.initialize(model=model, config=SMALL)[0])
+    with pytest.raises(UserError, match="lr_scheduler: is given, and there is no optimizer"):
+        megazero.initialize(model=model, lr_scheduler=lambda o: o, config={"train_batch_size": 4})
+
+
+HALF = {"train_batch_size": 8, "gradient_accumulation_steps": 2, "optimizer": {"type": "AdamW"}, "gradient_clipping": 0.0,
+        "fp16": {"enabled": True, "initial_scale_power": 9, "hysteresis": 1, "loss_scale_window": 3}}
+
+
+def test_the_loss_scale_is_that_after_the_last_step(tmp_path: Path) -> None:
+    """When it is saved, and when it is asked: not that of the verdict that was read last."""
+    e = small(HALF)[0]
+    for spoil in (1.0, torch.inf):
+        for _ in range(2):
+            move(e, spoil)
+    e.save_checkpoint(tmp_path)
+    other = small(HALF)[0]
+    other.load_checkpoint(tmp_path)
+    assert other.core.scale == e.core.scale and other.optimizer.loss_scale == e.optimizer.loss_scale == 256
+
+
+def test_the_loss_scale_stays_within_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plain backward passes of a step after one that overflowed, with somebody who asks in between."""
+    norms = []
+    for asks in (False, True):
+        e = small(HALF)[0]
+        for step in range(2):
+            for i in range(2):
+                (e(torch.ones(4, 3).half()).float().square().mean() * (torch.inf if step == 0 else 1)).backward()
+                if i == 0 and asks:
+                    assert e.skipped_steps == step
+                e.step()
+        norms.append(e.get_global_grad_norm())
+        assert e.skipped_steps == 1
+    assert norms[0] == norms[1]

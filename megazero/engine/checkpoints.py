@@ -9,6 +9,7 @@ Ranks and levels appear nowhere: any number of ranks reads what it needs, at any
 it is complete, and is noted in `latest` after that. All ranks call all of this together.
 """
 
+import math
 import os
 import re
 import zlib
@@ -332,7 +333,7 @@ def _fits(core: Engine, optimizer: ZeroOptimizer | None, reader: Reader, words: 
           moments: bool) -> None:
     """Raises UserError."""
     own = [u for u in all_units(core) if u.trained or not words["excluded"]]
-    wanted = [piece.shard.parameter for u in own for piece in u.flat.pieces]
+    wanted = [piece.shard.parameter for u in own for piece in u.flat.pieces if math.prod(piece.shard.parameter.shape)]
     errors = mismatches(reader, wanted, ("weight",)) if strict else []
     errors += [f"{reader.folder}: has no buffer/{name} of shape {list(b.shape)}." for name, b in
                (buffers(core.module).items() if strict else ()) if not _like(reader, name, b) and b.numel()]

@@ -9,7 +9,16 @@ from torch import nn
 from torch.utils.data import DataLoader, DistributedSampler, IterableDataset, SequentialSampler
 
 from megazero.base import UserError, printable, say
-from megazero.engine.checkpoints import LOAD, buffers, load_state, parameters, save_state, save_weights, whole_weights
+from megazero.engine.checkpoints import (
+    LOAD,
+    SAVE,
+    buffers,
+    load_state,
+    parameters,
+    save_state,
+    save_weights,
+    whole_weights,
+)
 from megazero.engine.engine import Engine
 from megazero.engine.monitor import Monitor
 from megazero.engine.optimizers import ZeroOptimizer
@@ -119,11 +128,13 @@ class DeepSpeedEngine(nn.Module):
     def save_checkpoint(self, save_dir: str | Path, tag: str | None = None, client_state: Mapping[str, Any] = EMPTY,
                         save_latest: bool = True, exclude_frozen_parameters: bool = False) -> bool:
         """Saves to save_dir/tag (default: global_step<N>), see checkpoints.py; True. Raises UserError."""
+        if not isinstance(client_state or {}, Mapping):
+            raise UserError(f"{SAVE}: client_state is a {type(client_state).__name__}; give a mapping.")
         kind = self._kind_of_scheduler()
         kept = {"type": kind, "state": self.lr_scheduler.state_dict()} if kind else None
         training = {"scheduler": kept, "samples": self.global_samples, "micro": self.micro_steps,
                     "settings": self._settings()}
-        save_state(self.core, self.optimizer, Path(save_dir), tag, training, client_state or {},
+        save_state(self.core, self.optimizer, _folder(SAVE, save_dir), tag, training, client_state or {},
              not exclude_frozen_parameters, save_latest)
         return True
 
@@ -135,7 +146,7 @@ class DeepSpeedEngine(nn.Module):
         or (None, {}) if there is none. Raises UserError; then nothing has changed."""
         if custom_load_fn is not None:
             raise UserError(f"{LOAD}: custom_load_fn is given; load such files yourself, with load_module_state_dict.")
-        found = load_state(self.core, self.optimizer, Path(load_dir), None if tag is None else str(tag),
+        found = load_state(self.core, self.optimizer, _folder(LOAD, load_dir), None if tag is None else str(tag),
                            load_module_strict, load_optimizer_states, load_module_only)
         if found is None:
             self._say(f"{LOAD} {load_dir}: holds no checkpoint; going on as it is")
@@ -246,7 +257,7 @@ class DeepSpeedEngine(nn.Module):
     def set_train_batch_size(self, train_batch_size: int) -> None:
         """By other accumulation, between two steps. Raises UserError."""
         one, sums = self.train_micro_batch_size_per_gpu() * self.dp_world_size, self.core.sums
-        if train_batch_size < one or train_batch_size % one:
+        if not isinstance(train_batch_size, int) or train_batch_size < one or train_batch_size % one:
             raise UserError(f"set_train_batch_size: {train_batch_size} is no multiple of {one}, micro-batch x ranks.")
         if sums.micro:
             raise UserError("set_train_batch_size: a step is under way; call it after step().")
@@ -314,3 +325,9 @@ class DeepSpeedEngine(nn.Module):
             raise UserError(f"training_data: {type(dataset).__name__} has no length, and each of {self.dp_world_size} "
                             "ranks would read all of it; give a loader of your own that reads a rank's part.")
         return None
+
+
+def _folder(what: str, given: Any) -> Path:
+    if not isinstance(given, str | Path):
+        raise UserError(f"{what}: the folder is a {type(given).__name__}; give its path.")
+    return Path(given)

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from megazero.base import UserError, give_back, say
+from megazero.base import UserError, give_back, printable, say
 from megazero.comm import Stuck, Wires
 from megazero.engine.aliases import kept
 from megazero.engine.blocks import (
@@ -126,11 +126,16 @@ class Engine(Passes):
         sums over micro-batches, and means over ranks. If it fails, the step changes nothing, on all ranks.
         """
         self._check()
-        if loss.numel() != 1:
-            raise UserError(f"backward: a loss of shape {tuple(loss.shape)}; give one number, such as loss.mean().")
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            kind = f"shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"kind {type(loss).__name__}"
+            raise UserError(f"backward: a loss of {kind}; give a tensor of one number, such as loss.mean().")
+        if not (tokens is None or isinstance(tokens, int | float) and tokens >= 0
+                or isinstance(tokens, Tensor) and tokens.numel() == 1):
+            raise UserError(f"backward: tokens is {printable(str(tokens), 60)}; give the number of those that the loss "
+                            "is a mean over.")
         loss = loss.reshape(())
         one = torch.ones_like(loss.detach(), dtype=self.gate.wide)
-        weight = one if tokens is None else one * tokens
+        weight = one if tokens is None else (one * tokens).reshape(())
         self._start(sure=True)
         self.means = self.means and tokens is None and scale_wrt_gas
         self.weigh = weighed(None if tokens is None else weight)
@@ -308,7 +313,12 @@ class Engine(Passes):
                         yield p, {m: t[w.operand.start:w.operand.stop].view(shape).clone() for m, t in whole.items()}
 
     def set_moments(self, given: Mapping[nn.Parameter, Mapping[str, Tensor]]) -> None:
-        """Turned round; every rank gives all of them. Those that are not given stay."""
+        """Turned round; every rank gives all of them. Parameters that are not given keep theirs. Raises UserError."""
+        for p, w, shape in (view for block in self.all for view in block.views):
+            for m in self.updater.state.get(w.unit.flat.name, {}) if p in given else ():
+                if not isinstance(given[p].get(m), Tensor) or given[p][m].shape != shape:
+                    raise UserError(f"optimizer state: has no {m} of {w.operand.name} of shape {list(shape)}; give "
+                                    "what state_dict() gave.")
         for block in self.all:
             for p, w, _ in block.views if block.trained else ():
                 a, b = (min(max(at, w.unit.low), w.unit.high) for at in (w.operand.start, w.operand.stop))

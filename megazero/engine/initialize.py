@@ -129,6 +129,8 @@ def _optimizer(model: nn.Module, means: Meaning, given: Any, parameters: Any) ->
 
 def _scheduler(means: Meaning, given: Any, optimizer: ZeroOptimizer | None) -> Any:
     if optimizer is None:
+        if given is not None:
+            raise UserError("lr_scheduler: is given, and there is no optimizer whose rates it moves; leave it out.")
         return None
     if given is not None and means.schedule is not None:
         raise UserError(f"lr_scheduler: is given, and {means.where} has a scheduler too; keep one.")

@@ -1,13 +1,14 @@
 """What people hold as an engine's optimizer: torch's groups of parameters, whose rates and options are read when a step
 begins."""
 
-from collections.abc import Callable, Iterable, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
-from megazero.base import UserError
+from megazero.base import UserError, printable
 from megazero.engine.engine import Engine
 
 
@@ -35,6 +36,9 @@ class DeepSpeedCPUAdam(FusedAdam):
 RULES_OF: Mapping[type, str] = {torch.optim.Adam: "adam", torch.optim.AdamW: "adam", torch.optim.SGD: "sgd",
                                 FusedAdam: "adam", DeepSpeedCPUAdam: "adam"}
 NOT_DONE = ("amsgrad", "maximize", "dampening", "differentiable")   # options of theirs that the kernels do not have
+RANGES: Mapping[str, tuple[float, float]] = {                   # of numbers, the upper one left out
+    "lr": (0, math.inf), "eps": (0, math.inf), "weight_decay": (0, math.inf), "momentum": (0, math.inf),
+    "betas": (0, 1)}
 Given = torch.optim.Optimizer | Callable[[Any], torch.optim.Optimizer]
 
 
@@ -50,11 +54,20 @@ class ZeroOptimizer(torch.optim.Optimizer):
     client: torch.optim.Optimizer | None = None
 
     def __init__(self, groups: Any, rule: str, defaults: dict[str, Any]) -> None:
+        groups = list(groups)
+        for text in (text for i, group in enumerate(groups) if isinstance(group, dict) for text in _wrong(i, group)):
+            raise UserError(text)
         try:
             super().__init__(groups, defaults)
         except (TypeError, ValueError) as error:
             raise UserError(f"model_parameters: {error}; give parameters, or mappings with params.") from None
         self.rule = rule
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        if "core" in self.__dict__:
+            raise UserError("optimizer.add_param_group: the engine holds its parameters already; give the group to "
+                            "initialize, in model_parameters.")
+        super().add_param_group(param_group)
 
     def step(self, closure: Any = None) -> None:                # type: ignore[override]
         raise UserError("optimizer.step(): the engine changes the weights; write engine.step().")
@@ -72,6 +85,8 @@ class ZeroOptimizer(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: Any) -> None:
         """What `state_dict` gave, on every rank. Raises UserError."""
+        if not isinstance(state_dict, Mapping) or not {"state", "param_groups"} <= state_dict.keys():
+            raise UserError("optimizer.load_state_dict: has no state and param_groups; give what state_dict() gave.")
         given, own = state_dict["param_groups"], self.param_groups
         if [len(g["params"]) for g in given] != [len(g["params"]) for g in own]:
             raise UserError(f"optimizer.load_state_dict: has groups of {[len(g['params']) for g in given]} parameters, "
@@ -95,6 +110,20 @@ class ZeroOptimizer(torch.optim.Optimizer):
         return self.core.global_steps > 0 and not self.core.was_step_applied()
 
 
+def _wrong(number: int, group: Mapping[str, Any]) -> Iterator[str]:
+    """What a group says that cannot be."""
+    where = f"model_parameters: group {number}"
+    if "params" not in group:
+        yield f"{where} has no params; give it a list of parameters."
+    for key, (low, high) in RANGES.items():
+        values = group.get(key, low)
+        for value in values if key == "betas" and isinstance(values, tuple | list) else [values]:
+            if not isinstance(value, int | float | torch.Tensor) or not low <= float(value) < high:
+                yield f"{where}: its {key} is {printable(str(values), 60)}; write numbers from {low}, below {high}."
+    if wrong := next((option for option in NOT_DONE if group.get(option)), None):
+        yield f"{where}: its {wrong} is {printable(str(group[wrong]), 60)}, which is not here; leave it out."
+
+
 def of_config(rule: str, options: Mapping[str, Any], parameters: Iterable[Any]) -> ZeroOptimizer:
     """A group that does not say an option has that of the configuration."""
     return ZeroOptimizer(parameters, rule, dict(options))
@@ -111,10 +140,6 @@ def of_client(given: Given, parameters: Iterable[nn.Parameter]) -> ZeroOptimizer
                         f"{known}, or an optimizer of the config.")
     if client.state:
         raise UserError(f"optimizer {kind.__name__}: has made steps, whose moments would be lost; give a new one.")
-    for group in client.param_groups:
-        if wrong := next((option for option in NOT_DONE if group.get(option)), None):
-            raise UserError(f"optimizer {kind.__name__}: its {wrong} is {group[wrong]}, which is not here; leave it "
-                            "out.")
     made = ZeroOptimizer(client.param_groups, RULES_OF[kind], dict(client.defaults))
     made.client = client
     return made

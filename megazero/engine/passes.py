@@ -107,8 +107,8 @@ class Passes:
                                    "was changed in place since")
             return kept.tensor
         if kept.step != self.steps:
-            raise UserError(f"backward: reads weights of {kept.block.name} as of step {kept.step}, but step "
-                            f"{self.steps} has changed them; run the forward pass again after step().")
+            raise UserError(f"backward: reads weights of {kept.block.name} as of step {kept.step}, but they "
+                            f"are those of step {self.steps} now; run the forward pass again.")
         if kept.changed:
             raise UserError(f"backward: reads weights of {kept.block.name} that were written since its forward pass; "
                             "write them before the forward pass, or after backward.")
