@@ -233,7 +233,8 @@ launch(lambda: config.from_command_line(sys.argv[4:]))
 """
 
 
-@pytest.mark.parametrize("what, who", [("kill", 1), ("stop", 2), ("raise", 1), ("raise", 0), ("kill", 0)])
+@pytest.mark.parametrize("what, who", [
+    ("kill", 1), ("stop", 2), ("raise", 0), *(pytest.param(*row, marks=pytest.mark.full) for row in (("raise", 1), ("kill", 0)))])
 def test_a_lost_rank_is_named_and_nobody_hangs(what: str, who: int, tmp_path: Path) -> None:
     script = tmp_path / "faulty.py"
     script.write_text(FAULTY)

@@ -84,7 +84,8 @@ def test_a_lost_rank_is_started_again_and_the_run_goes_on_bitwise(tmp_path: Path
         os.kill(max(ranks_of(run.pid)), signal.SIGKILL)
         told, _ = run.communicate(timeout=90)
     assert run.returncode == 0, told
-    assert told.count("error: ") == 1 and re.search(r"rank 0 gave up .* rank 1 is gone", told), told
+    assert told.count("error: ") <= 1, told                     # none if torchrun was quicker, which tells it too
+    assert re.search(r"rank 0 gave up .* rank 1 is gone|exitcode: -9. local_rank: 1", told), told
     assert re.search(r"loaded +\S+/step-\d+\n", told) and "done at step 160" in told, told
     pool = Pool()
     pool.run(2, train, f"{WORDS} --save {tmp_path / 'whole'}")
