@@ -27,12 +27,26 @@ def _open() -> None:
 _open()
 import transformers  # noqa: E402
 
+from megazero.engine import DeepSpeedEngine  # noqa: E402
+
 
 class Trainer(transformers.Trainer):
-    """Its words and its arguments, with `TrainingArguments(deepspeed=...)`: a ds_config.json or a mapping."""
+    """Its words and its arguments, with `TrainingArguments(deepspeed=...)`: a ds_config.json or a mapping. Raises
+    UserError for what transformers would leave aside without a word."""
 
     def __init__(self, *given: Any, **named: Any) -> None:
         super().__init__(*given, **named)
         if not self.is_deepspeed_enabled:
             raise UserError("megazero.Trainer: args.deepspeed is missing; write TrainingArguments(deepspeed="
                             '"ds_config.json", ...), or use transformers.Trainer.')
+        if self.optimizer is not None or self.lr_scheduler is not None:
+            raise UserError("megazero.Trainer: optimizers is given, which transformers leaves aside under DeepSpeed; "
+                            "write it into the ds_config.json, or make it in create_optimizer.")
+
+    def train(self, *given: Any, **named: Any) -> Any:
+        """As theirs, and after `evaluate` or another `train` too: the engine of before gives its module back."""
+        if isinstance(engine := self.model_wrapped, DeepSpeedEngine):
+            engine.destroy()
+            self.model = self.model_wrapped = engine.module
+            self.deepspeed = None
+        return super().train(*given, **named)

@@ -12,7 +12,7 @@ FLOORS: dict[str, tuple[int, str]] = {
     "pipeline": (750, "schedule timeline weighing split"),
     "settings": (750, "command_line config"),
     "plan": (2850, "rules devices layout mesh sizes progress action sums program verify architecture operations checks plan cost families show"),
-    "comm": (1300, "marks group shared gloo nccl fake late ports rendezvous told wires"),
+    "comm": (1320, "marks group shared gloo nccl fake late ports rendezvous told wires"),
     "units": (810, "random unit gate rules actions"),
     "model": (750, "products ops attention decoder"),
     "data": (2800, "files indexed order tokenizer_base tokenizer_words tokenizer_tiktoken tokenizers sidecar megatron_order dataset fim splits"),

@@ -136,7 +136,7 @@ import torch, transformers
 transformers.logging.set_verbosity_error()
 model = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=1, n_embd=8, n_head=2, n_positions=8, vocab_size=16, bos_token_id=0, eos_token_id=0))
 data = [{"input_ids": torch.arange(8), "labels": torch.arange(8)}] * 8
-words = {"output_dir": sys.argv[1], "report_to": "none", "max_steps": 2, "per_device_train_batch_size": 2, "save_strategy": "no", "disable_tqdm": True}
+words = {"output_dir": sys.argv[1], "report_to": "none", "max_steps": 2, "per_device_train_batch_size": 2, "save_strategy": "no", "disable_tqdm": True, "learning_rate": 0.05}
 config = {"train_micro_batch_size_per_gpu": "auto", "zero_optimization": {"stage": 3}, "optimizer": {"type": "AdamW", "params": {"lr": "auto"}}}
 try:
     Trainer(model=model, args=transformers.TrainingArguments(**words), train_dataset=data)
@@ -145,6 +145,13 @@ except Exception as error:
 trainer = Trainer(model=model, args=transformers.TrainingArguments(**words, deepspeed=config), train_dataset=data)
 trainer.train()
 print("engine:", type(trainer.model_wrapped).__name__, trainer.model_wrapped.global_steps, trainer.model_wrapped.zero_optimization_stage())
+again = Trainer(model=model, args=transformers.TrainingArguments(**words, deepspeed=config), train_dataset=data, eval_dataset=data)
+seen = [again.evaluate()["eval_loss"], again.train().training_loss, again.train().training_loss]
+print("goes down:", seen == sorted(seen, reverse=True), again.model_wrapped.global_steps)
+try:
+    Trainer(model=model, args=transformers.TrainingArguments(**words, deepspeed=config), optimizers=(torch.optim.SGD(model.parameters()), None))
+except Exception as error:
+    print(type(error).__name__, error)
 """
 
 
@@ -153,7 +160,8 @@ def test_a_trainer_may_be_imported(tmp_path: Path) -> None:
     import megazero
     (tmp_path / "own.py").write_text(OWN)
     told = finished([sys.executable, str(tmp_path / "own.py"), str(tmp_path / "out")])
-    assert "engine: DeepSpeedEngine 2 3\n" in told
+    assert "engine: DeepSpeedEngine 2 3\n" in told and "goes down: True 2\n" in told
+    assert "UserError megazero.Trainer: optimizers is given, which transformers leaves aside under DeepSpeed; write it into the ds_config.json" in told
     assert 'UserError megazero.Trainer: args.deepspeed is missing; write TrainingArguments(deepspeed="ds_config.json", ...), or use' in told
     with pytest.raises(UserError, match="megazero.Trainer: transformers was imported before, and looked for DeepSpeed then; import megazero.Trainer first"):
         megazero.Trainer  # noqa: B018

@@ -527,7 +527,7 @@ def test_a_rank_has_a_device_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(UserError, match="LOCAL_RANK 2: this machine has 2 CUDA devices; start as many ranks, or set DS_ACCELERATOR=cpu"):
+    with pytest.raises(UserError, match="--nproc_per_node: NCCL needs a CUDA device for each rank and this machine has 2; start 2 here, or set DS_ACCELERATOR=cpu"):
         small()
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     assert small()[0].device.type == "cpu"

@@ -2,6 +2,7 @@
 
 import os
 import re
+import resource
 import signal
 import socket
 import subprocess
@@ -245,3 +246,15 @@ def test_a_port_in_use_is_told_without_torchs_own_frames() -> None:
                              timeout=90)
     assert ran.returncode == 2
     assert ran.stderr == f"error: MASTER_PORT {place}: is in use here; choose another with --master_port, and start one process as rank 0.\n"
+
+
+def test_too_few_open_files_are_told_as_that() -> None:
+    """Of a rank that may open fewer than its peers take."""
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    command = [sys.executable, str(ROOT / "pretrain_gpt.py"), *WORDS.replace("--save-interval 20 ", "").split(), "--distributed-timeout-minutes", "0.2"]
+    ranks = [subprocess.Popen(command, env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                              preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_NOFILE, (40, 40))) for rank in (0, 1)]
+    told = "".join(rank.communicate(timeout=90)[1] for rank in ranks)
+    assert [rank.returncode for rank in ranks] == [1, 1]
+    assert re.search(r"^error: rank [01] has too many open files to reach its peers over gloo; raise ulimit -n$", told, re.M), told
+    assert "Traceback" not in told

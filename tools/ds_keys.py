@@ -36,8 +36,10 @@ megazero; megazero.Trainer` is transformers' Trainer for a script that is not st
   its weights are those of a plain module on rank 0. transformers' from_pretrained does so by itself at stage 3, with
   all files in the memory of rank 0; `megazero.from_pretrained(AutoModelForCausalLM, FOLDER, config)` reads slices.
 - **Readers and writers** of weights: `zero.GatheredParameters(parameters, modifier_rank=0)`, or `engine.whole(...)`.
-- **Epochs**: `engine.step(partial=True)` ends a step with the micro-batches that it has had. Where ranks have unlike
-  numbers of them, `for batch in engine.together(loader)` ends the epoch on all when the first has no more.
+- **Epochs**: `engine.step(partial=True)` ends a step with the micro-batches that it has had, and takes their mean; one
+  that `set_gradient_accumulation_boundary` ends (accelerate's `accumulate` does) divides by the micro-batches that a
+  step should have, as DeepSpeed and plain accelerate do. Where ranks have unlike numbers of them, `for batch in
+  engine.together(loader)` ends the epoch on all when the first has no more.
 - **Checkpoints**: [checkpoints.md](checkpoints.md).
 
 # The keys

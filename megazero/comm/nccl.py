@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from megazero.base import UserError
 from megazero.comm.group import Line, Several, Stuck, Work
 from megazero.plan import all_reduce_bytes
 
@@ -20,6 +21,17 @@ def before_cuda(pipeline: bool) -> None:
     pipeline all are loaded at the start, unless CUDA_MODULE_LOADING says otherwise."""
     if pipeline:
         os.environ.setdefault("CUDA_MODULE_LOADING", "EAGER")
+
+
+def own_device(instead: str) -> torch.device:
+    """The CUDA device of this rank, which becomes the current one. Raises UserError where there is none for it;
+    `instead`: what people may write then."""
+    local, there = int(os.environ.get("LOCAL_RANK") or 0), torch.cuda.device_count()
+    if local >= there:
+        raise UserError(f"--nproc_per_node: NCCL needs a CUDA device for each rank and this machine has {there}; start "
+                        f"{there} here, or {instead}.")
+    torch.cuda.set_device(local)
+    return torch.device("cuda", local)
 
 
 def urgent() -> Any:

@@ -1,11 +1,14 @@
 """The port where ranks meet, before torch is asked: it would tell what is wrong late, and with frames of its own."""
 
 import errno
+import os
+import resource
 import socket
 import time
 
 from megazero.base import UserError, say
 
+SPARE = 32                  # open files that a few peers take
 QUIET = 5.0                 # seconds that a rank waits for others before it says so
 
 
@@ -38,3 +41,11 @@ def reach(host: str, port: int, rank: int, end: float, tells: bool) -> None:
             say(f"rank {rank}: waiting for somebody at {host}:{port} ({why})")
             told = end + 1
         time.sleep(0.2)
+
+
+def few_files() -> bool:
+    """Is this process about to run out of them? What libraries say then may be about anything."""
+    try:
+        return resource.getrlimit(resource.RLIMIT_NOFILE)[0] - len(os.listdir("/proc/self/fd")) < SPARE
+    except OSError:
+        return False

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from megazero.base import UserError, say
 from megazero.comm.group import Stuck
-from megazero.comm.ports import QUIET, free, reach
+from megazero.comm.ports import QUIET, few_files, free, reach
 
 
 def environment() -> tuple[int, int]:
@@ -65,7 +65,7 @@ def join(kind: str, seconds: float, words: str) -> None:
 
 
 def unreachable(rank: int, kind: str, error: Exception) -> Stuck:
-    if "Too many open files" in str(error) or getattr(error, "errno", 0) == errno.EMFILE:
+    if "Too many open files" in str(error) or getattr(error, "errno", 0) == errno.EMFILE or few_files():
         return Stuck(f"rank {rank} has too many open files to reach its peers over {kind}; raise ulimit -n")
     return Stuck(f"rank {rank} and its peers cannot reach each other over {kind} ({first_line(error)}); all must be on "
                  f"one network: {kind.upper()}_SOCKET_IFNAME names it where a host has several")

@@ -368,7 +368,8 @@ class Engine(Passes):
         for p in self.frozen:
             p.requires_grad_(True)
         self.addresses.clear()
-        self.over = "was destroyed, or another one was made of its module"
+        self.over = ("was destroyed, or another one was made of its module (as transformers' Trainer does when train() "
+                     "follows evaluate() or train(): megazero.Trainer may)")
 
     # ---- weights outside of passes
 

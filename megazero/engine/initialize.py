@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from megazero.base import UserError, say
-from megazero.comm import Wires, connect, environment, join, ranks
+from megazero.comm import Wires, connect, environment, join, own_device, ranks
 from megazero.engine.deepspeed_engine import DeepSpeedEngine
 from megazero.engine.engine import Engine, part
 from megazero.engine.optimizers import ZeroOptimizer, of_client, of_config
@@ -86,12 +86,7 @@ def device_of_rank() -> torch.device:
     """The CUDA device of this rank, or the CPU (DeepSpeed's DS_ACCELERATOR=cpu too). Raises UserError."""
     if not torch.cuda.is_available() or os.environ.get("DS_ACCELERATOR") == "cpu":
         return torch.device("cpu")
-    local, there = int(os.environ.get("LOCAL_RANK") or 0), torch.cuda.device_count()
-    if local >= there:
-        raise UserError(f"LOCAL_RANK {local}: this machine has {there} CUDA devices; start as many ranks, or set "
-                        "DS_ACCELERATOR=cpu.")
-    torch.cuda.set_device(local)
-    return torch.device("cuda", local)
+    return own_device("set DS_ACCELERATOR=cpu")
 
 
 def _config(args: Any, config: Any, config_params: Any) -> Any:

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from megazero.base import Lease, UserError, gib, printable, read_bytes, say, unwritable
-from megazero.comm import Wires, before_cuda, connect, environment
+from megazero.comm import Wires, before_cuda, connect, environment, own_device
 from megazero.data import Tokenizer, configured_tokenizer
 from megazero.hf import outlook
 from megazero.plan import Plan, Progress, checks, describe, flops_per_token, loss_scale, memory, ranks_asked, written
@@ -280,12 +280,7 @@ def choose_device(config: Config) -> torch.device:
                         "write --device cpu, or auto.")
     if not there or wanted == "cpu":
         return torch.device("cpu")
-    local, count = int(os.environ.get("LOCAL_RANK") or 0), torch.cuda.device_count()
-    if local >= count:
-        raise UserError(f"--nproc_per_node: NCCL needs a CUDA device for each rank and this machine has {count}; "
-                        f"start {count} here, or write --device cpu.")
-    torch.cuda.set_device(local)
-    return torch.device("cuda", local)
+    return own_device("write --device cpu")
 
 
 def in_place(config: Config) -> bool:
