@@ -22,7 +22,7 @@ FLOORS: dict[str, tuple[int, str]] = {
     "run": (1400, "executor metrics run feed step loop failures train launch generate"),
     "engine": (4400, "hidden sliced aliases keys words rates values blocks groups hooks passes engine optimizers checkpoints monitor full deepspeed_engine initialize zero names"),
 }
-DOORS = {"deepspeed": 140, "door.sitecustomize": 70, "trainer": 45}       # above all floors, each with its budget; `door` is what PYTHONPATH gets
+DOORS = {"deepspeed": 140, "door.sitecustomize": 70, "trainer": 60}       # above all floors, each with its budget; `door` is what PYTHONPATH gets
 PURE = ("base", "pipeline", "settings", "plan")             # no device, no process
 SPINE = 3900                            # lines that a newcomer reads in an afternoon
 SPINE_FILES = ("run/train run/loop run/step run/run run/executor model/decoder model/ops units/unit plan/layout plan/program pipeline/schedule plan/plan "
