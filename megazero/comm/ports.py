@@ -1,4 +1,5 @@
-"""The port where ranks meet, before torch is asked: it would tell what is wrong late, and with frames of its own."""
+"""What keeps ranks from meeting. The port is tried before torch is asked: it would tell what is wrong late, and with
+frames of its own."""
 
 import errno
 import os
@@ -7,6 +8,7 @@ import socket
 import time
 
 from megazero.base import UserError, say
+from megazero.comm.group import Stuck
 
 SPARE = 32                  # open files that a few peers take
 QUIET = 5.0                 # seconds that a rank waits for others before it says so
@@ -33,7 +35,7 @@ def reach(host: str, port: int, rank: int, end: float, tells: bool) -> None:
             socket.create_connection((host, port), timeout=2).close()
             return
         except OSError as error:
-            why = error.strerror or str(error)
+            why = error.strerror or first_line(error)
         if time.monotonic() > end:
             raise UserError(f"MASTER_ADDR {host}, MASTER_PORT {port}: rank {rank} finds nobody there ({why}); start "
                             "rank 0 on that host, and let no firewall lie between.")
@@ -41,6 +43,17 @@ def reach(host: str, port: int, rank: int, end: float, tells: bool) -> None:
             say(f"rank {rank}: waiting for somebody at {host}:{port} ({why})")
             told = end + 1
         time.sleep(0.2)
+
+
+def unreachable(rank: int, kind: str, error: Exception) -> Stuck:
+    if "Too many open files" in str(error) or getattr(error, "errno", 0) == errno.EMFILE or few_files():
+        return Stuck(f"rank {rank} has too many open files to reach its peers over {kind}; raise ulimit -n")
+    return Stuck(f"rank {rank} and its peers cannot reach each other over {kind} ({first_line(error)}); all must be on "
+                 f"one network: {kind.upper()}_SOCKET_IFNAME names it where a host has several")
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:160]
 
 
 def few_files() -> bool:

@@ -1,7 +1,6 @@
 """How the ranks of a run find each other: through a store that torchrun keeps, or rank 0 of ranks that were started by
 hand."""
 
-import errno
 import os
 import secrets
 import time
@@ -13,8 +12,7 @@ from threading import Thread
 import torch.distributed as dist
 
 from megazero.base import UserError, say
-from megazero.comm.group import Stuck
-from megazero.comm.ports import QUIET, few_files, free, reach
+from megazero.comm.ports import QUIET, first_line, free, reach, unreachable
 
 
 def environment() -> tuple[int, int]:
@@ -62,17 +60,6 @@ def join(kind: str, seconds: float, words: str) -> None:
         dist.init_process_group(kind, store=store, rank=rank, world_size=world, timeout=timedelta(seconds=seconds))
     except (RuntimeError, OSError) as error:
         raise unreachable(rank, kind, error) from error
-
-
-def unreachable(rank: int, kind: str, error: Exception) -> Stuck:
-    if "Too many open files" in str(error) or getattr(error, "errno", 0) == errno.EMFILE or few_files():
-        return Stuck(f"rank {rank} has too many open files to reach its peers over {kind}; raise ulimit -n")
-    return Stuck(f"rank {rank} and its peers cannot reach each other over {kind} ({first_line(error)}); all must be on "
-                 f"one network: {kind.upper()}_SOCKET_IFNAME names it where a host has several")
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:160]
 
 
 def _opened(rank: int, end: float) -> dist.Store:

@@ -13,7 +13,8 @@ from megazero.comm.gloo import Gloo, GlooChannel
 from megazero.comm.group import Alone, Channel, Group, Line
 from megazero.comm.late import Late, LateChannel
 from megazero.comm.nccl import Nccl, NcclChannel, urgent
-from megazero.comm.rendezvous import join, unreachable
+from megazero.comm.ports import unreachable
+from megazero.comm.rendezvous import join
 from megazero.comm.told import swap
 from megazero.plan import Coordinates, Mesh
 
