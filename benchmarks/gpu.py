@@ -127,6 +127,75 @@ def _parts(t: Trainer, asked: Asked) -> Figures:
             "weight gradient": asked.milliseconds(lambda: made.o.add_product(dy, dy[:, :made.o.value.shape[1]]))}
 
 
+def attention(asked: Asked) -> Figures:
+    """Which kernels attention takes, forward and backward, and their milliseconds: one that is not called flash, fmha
+    or cudnn is a fallback."""
+    made: Figures = {}
+    for name, size in asked.sizes.items():
+        t = Trainer(_layers(size, 1), asked, 1)
+        part: Any = t.run.decoder.parts[1]
+        for unit in t.run.units.values():
+            unit.open()
+        x = torch.randn(t.batches[0].tokens.numel(), t.plan.architecture.hidden, device=asked.device).bfloat16()
+
+        def run(part: Any = part, x: Tensor = x, t: Trainer = t) -> None:
+            part.attention(x.detach().requires_grad_(), t.batches[0]).sum().backward()
+
+        run()
+        rows = _profiled(run, asked)
+        words = ("flash", "fmha", "sdpa", "cudnn", "attention", "softmax")
+        made[name] = [f"{us / 1000:.2f} ms, {n} x {key[:90]}" for us, n, key in rows
+                      if any(word in key.lower() for word in words)]
+    return made
+
+
+def norms(asked: Asked) -> Figures:
+    """RMSNorm as a block takes it beside the formula, operation by operation: milliseconds there and back, and how far
+    each is from float64."""
+    t = Trainer(_layers(next(iter(asked.sizes.values())), 1), asked, 1)
+    block: Any = t.run.decoder.parts[1]
+    for unit in t.run.units.values():
+        unit.open()
+    x = torch.randn(t.batches[0].tokens.numel(), t.plan.architecture.hidden, device=asked.device).bfloat16()
+    dy, epsilon = torch.randn_like(x), t.plan.architecture.epsilon
+
+    def formula(x: Tensor) -> Tensor:
+        wide = x.float()
+        return (wide * (wide.square().mean(-1, keepdim=True) + epsilon).rsqrt()).to(x.dtype)
+
+    def there_and_back(norm: Callable[[Tensor], Tensor]) -> float:
+        return asked.milliseconds(lambda: torch.autograd.backward(norm(x.detach().requires_grad_()), dy))
+
+    exact = x.double() * (x.double().square().mean(-1, keepdim=True) + epsilon).rsqrt()
+    return {f"{name} {what}": figure for name, norm in (("ours", block.norm), ("formula", formula))
+            for what, figure in (("ms", there_and_back(norm)),
+                                 ("error", float((norm(x).double() - exact).norm() / exact.norm())))}
+
+
+def products(asked: Asked) -> Figures:
+    """TFLOP/s of a weight's gradient: summed in fp32 over what was there and added to it, and as a bf16 result."""
+    shapes = ((4096, 28672, 4096), (8192, 11008, 2048), (2048, 128256, 4096)) if asked.cuda else ((32, 64, 48),)
+    made: Figures = {}
+    for tokens, rows, columns in shapes:
+        dy, x = (torch.randn(tokens, n, device=asked.device).bfloat16() for n in (rows, columns))
+        wide = torch.zeros(rows, columns, device=asked.device)
+        half = torch.empty(rows, columns, device=asked.device, dtype=torch.bfloat16)
+
+        def summed(keep: int, wide: Tensor = wide, dy: Tensor = dy, x: Tensor = x) -> None:
+            if wide.is_cuda:
+                torch.ops.megazero.add_wide(wide, dy, x, keep)
+            else:
+                wide.mul_(keep).add_(dy.T @ x)
+
+        def rounded(half: Tensor = half, dy: Tensor = dy, x: Tensor = x) -> Tensor:
+            return torch.mm(dy.T, x, out=half)
+
+        for name, do in (("fp32", lambda: summed(0)), ("fp32 added", lambda: summed(1)), ("bf16", rounded)):
+            rate = 2e-9 * tokens * rows * columns / asked.milliseconds(do)
+            made[f"{tokens} x {rows} x {columns} {name}"] = rate
+    return made
+
+
 def _layers(size: str, count: int) -> str:
     words = size.split()
     words[words.index("--num-layers") + 1] = str(count)
@@ -153,17 +222,22 @@ def profile(asked: Asked) -> Figures:
     t = Trainer(next(iter(asked.sizes.values())), asked, 2)
     t.step()
     asked.wait()
-    kinds = torch.profiler.ProfilerActivity
-    with torch.profiler.profile(activities=[kinds.CPU, kinds.CUDA] if asked.cuda else [kinds.CPU]) as p:
-        start = time.perf_counter()
-        t.step()
-        asked.wait()
-        wall = time.perf_counter() - start
-    rows = [(e.self_device_time_total if asked.cuda else e.self_cpu_time_total, e.count, e.key)
-            for e in p.key_averages() if not asked.cuda or str(e.device_type).endswith("CUDA")]
-    rows.sort(reverse=True)
+    start = time.perf_counter()
+    rows = _profiled(t.step, asked)
+    wall = time.perf_counter() - start
     return {"wall ms": 1000 * wall, "busy ms": sum(r[0] for r in rows) / 1000, "launches": sum(r[1] for r in rows),
             "kernels": [f"{us / 1000:.2f} ms, {n} x {name[:80]}" for us, n, name in rows[:25]]}
+
+
+def _profiled(do: Callable[[], object], asked: Asked) -> list[tuple[float, int, str]]:
+    """(microseconds, calls, name) of the kernels of a call, or of what the CPU did, the longest first."""
+    kinds = torch.profiler.ProfilerActivity
+    with torch.profiler.profile(activities=[kinds.CPU, kinds.CUDA] if asked.cuda else [kinds.CPU]) as p:
+        do()
+        asked.wait()
+    rows = [(e.self_device_time_total if asked.cuda else e.self_cpu_time_total, e.count, e.key)
+            for e in p.key_averages() if not asked.cuda or str(e.device_type).endswith("CUDA")]
+    return sorted(rows, reverse=True)
 
 
 def steps(asked: Asked) -> Figures:
@@ -192,7 +266,8 @@ def _tidy(asked: Asked) -> None:
 
 
 STAGES: dict[str, Callable[[Asked], Figures]] = {
-    "ceilings": ceilings, "parts": parts, "waits": waits, "profile": profile, "steps": steps}
+    "ceilings": ceilings, "products": products, "norms": norms, "attention": attention, "parts": parts, "waits": waits,
+    "profile": profile, "steps": steps}
 
 
 def main() -> None:

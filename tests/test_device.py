@@ -78,5 +78,6 @@ def test_the_first_minutes_on_a_device_run_at_toy_size(monkeypatch: pytest.Monke
     monkeypatch.setattr(sys, "argv", ["gpu.py", "--toy", "--device", "cpu", "--out", str(tmp_path / "figures.json")])
     runpy.run_path(str(ROOT / "benchmarks/gpu.py"), run_name="__main__")
     figures = json.loads((tmp_path / "figures.json").read_text())
-    assert list(figures) == ["ceilings", "parts", "waits", "profile", "steps"] and not any("failed" in f for f in figures.values()), figures
+    assert list(figures) == ["ceilings", "products", "norms", "attention", "parts", "waits", "profile", "steps"] and not any("failed" in f for f in figures.values()), figures
+    assert all(0 < figures["norms"][f"{name} error"] < 2**-8 for name in ("ours", "formula")) and figures["attention"]["toy"] and len(figures["products"]) == 3
     assert figures["parts"]["toy"].keys() >= {"norm", "attention", "mlp", "head"} and 4 < figures["steps"]["toy"]["loss"] < 5
