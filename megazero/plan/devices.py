@@ -23,8 +23,8 @@ def _stated(half: float, single: float) -> dict[str, float]:
     return {"bf16": half * 1e12, "fp16": half * 1e12, "fp32": single * 1e12}
 
 
-# NVIDIA's data sheets, which state tensor cores with sparsity: half of it (H20 and the NVL ones, whose sheets were not at
-# hand, as vendors repeat them). The first row that fits counts.
+# NVIDIA's data sheets, which state tensor cores with sparsity: half of it (of H20 and the NVL ones as vendors repeat
+# them). The first row that fits counts.
 DEVICES = (
     Device("GB200", 186 * GB, _stated(2500, 80)),
     Device("B200", 180 * GB, _stated(2250, 75)),
