@@ -225,8 +225,8 @@ class IndexedWriter:
         self._index[name] = zlib.crc32(raw, self._index[name])
 
     def _check_index(self, at: Written) -> None:
-        """Reads what an earlier process left of lengths and documents. Raises UserError where it is not what it
-        wrote."""
+        """Reads what an earlier process left of lengths and documents, and the end of the tokens. Raises UserError
+        where it is not what it wrote."""
         last = 0
         for name in self._index:
             self._files[name].seek(0)
@@ -236,10 +236,21 @@ class IndexedWriter:
         if last != at.sequences:                               # the documents so far end with it
             raise UserError(f"{self._partial('documents')}: ends at sequence {last}, the unfinished run wrote "
                             f"{at.sequences}; {AFRESH}")
-        for (name, found), wrote in zip(self._index.items(), at.index_sums, strict=False):
+        for (name, found), wrote in zip([*self._index.items(), ("bin", self._last_block())],
+                                        [*at.index_sums, *at.sums[-1:]] if at.index_sums else (), strict=False):
             if found != wrote:
                 raise UserError(f"{self._partial(name)}: is damaged, its checksum is not that of what the unfinished "
                                 f"run wrote; {AFRESH}")
+
+    def _last_block(self) -> int:
+        """CRC-32 of the last block of the .bin so far, where a disk that failed would have lost something; `verify`
+        reads the others, of the finished dataset."""
+        file, sum_ = self._files["bin"], 0
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(size - 1, 0) // SUMMED * SUMMED)
+        while raw := file.read(BLOCK):
+            sum_ = zlib.crc32(raw, sum_)
+        return sum_
 
     def _checked(self, tokens: np.ndarray) -> np.ndarray:
         """The tokens in the dataset's dtype, none of them changed by the cast."""
