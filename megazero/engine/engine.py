@@ -351,7 +351,7 @@ class Engine(Passes):
             self.in_backward = False
             return
         self.ruling.tell("loss", torch.full((), torch.nan, dtype=torch.float64, device=self.gate.device))
-        for block in list(reversed(self.left)) if self.zero.level == 3 else ():
+        for block in list(reversed(self.left[self.owed:])) if self.zero.level == 3 else ():
             self._enter(block)
             self._leave(block)
         self._finish()

@@ -24,7 +24,8 @@ class Passes:
     """What runs: a forward pass (`saving`), a backward pass (`in_backward`).
 
     order, calls    blocks as the last forward pass called them, and this one: which weights to gather ahead
-    left            calls whose backward pass is not over
+    left            calls whose backward pass is not over; those from `last` on are of the last forward pass
+    owed            how many of them are of other passes than the backward pass that runs, as far as one can tell
     sure            the backward pass is known to be for gradients of parameters; else it shows when one comes (`taken`)
     """
 
@@ -42,6 +43,7 @@ class Passes:
         self.order: list[Submodule] = []
         self.calls: list[Submodule] = []
         self.left: list[Submodule] = []
+        self.last = self.owed = 0
         self.handles: list[Any] = []
         self.away: dict[nn.Parameter, Tensor] = {}
         self.took: dict[nn.Parameter, str] = {}                 # parameters whose gradients came, and their names
@@ -156,7 +158,7 @@ class Passes:
         self._forget()
         self.graph, self.order, self.calls = torch.is_grad_enabled(), self.calls, []
         self._enter(self.root)
-        self.before = len(self.left)
+        self.last = len(self.left)
         self.saving = saved_tensors_hooks(self._pack, self._unpack)
         self.saving.__enter__()
         leaves, spec = tree_flatten((inputs, named))
@@ -179,7 +181,7 @@ class Passes:
         self.saving.__exit__()
         self.saving = None
         if outputs is None:                                     # it failed
-            del self.left[self.before:]
+            del self.left[self.last:]
             self.graph = False
         self._watch(outputs, lambda _: self._note())
         for block in self.blocks if self.graph else self.all:   # what was gathered ahead and not called
@@ -311,6 +313,7 @@ class Passes:
             self.start_sums()
         self._forget()
         self.in_backward, self.sure, self.taken = True, sure, False
+        self.owed = self.last if len(self.left) > self.last else 0
 
     def _over(self) -> None:
         """A pass that began by itself is over."""
