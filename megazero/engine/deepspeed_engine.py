@@ -212,7 +212,7 @@ class DeepSpeedEngine(nn.Module):
         found = {name: t.cpu().clone() for name, t in whole_weights(self.core, not exclude_frozen_parameters) if first}
         again = {name: found[names[p]] for name, p in self.module.named_parameters(remove_duplicate=False)
                  if names[p] in found}                          # tied ones have several
-        return {**again, **buffers(self.module)} if first else None
+        return {**again, **{n: b.cpu() for n, b in buffers(self.module).items()}} if first else None
 
     def module_state_dict(self, destination: Any = None, prefix: str = "", keep_vars: bool = False,
                           exclude_frozen_parameters: bool = False) -> dict[str, Tensor]:

@@ -152,7 +152,7 @@ class Engine(Passes):
     def step(self, partial: bool = False) -> Verdict | None:
         """After the last micro-batch: updates the weights, or changes nothing if a loss or a gradient was not finite
         anywhere. Before that: None, unless the step is to end with the micro-batches that it has had, `partial` on all
-        ranks."""
+        ranks (from level 2 after the same number on each)."""
         self._check()
         if not (self.sums.over or partial and self.sums.micro):
             return None
