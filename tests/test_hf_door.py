@@ -216,10 +216,10 @@ LINES = {                                                       # a script and i
 }
 EXTRA = {"unet 2": "--save {place}/state --export {place}/exported", "unet 3 resumed": "--resume {place}/state"}     # and those of one run
 STEPS = {"steps": 30, "windows": 6, "t5": 3, "lora": 4, "workers": 2, "only": 0, "saves": 12, "unet": 6, "dit": 6}
-QUICK = {"steps 1": config(1), "steps 2": config(2, optimizer=ADAMW), "steps 3": config(3), "windows 2": config(2), "t5 3": config(3, optimizer=ADAMW), "lora 3": config(3),
+QUICK = {"steps 1": config(1), "steps 3": config(3), "windows 2": config(2), "t5 3": config(3, optimizer=ADAMW), "lora 3": config(3),
          "only 3": config(3), "saves 2": config(2, optimizer=ADAMW), "unet 2": {}, "unet 3 resumed": {}, "dit 3": {}}
 FP16 = {f"fp16 {stage}": config(stage, fp16={"enabled": "auto", "initial_scale_power": 18, "hysteresis": 1}, optimizer=ADAMW) for stage in (1, 3)}
-MORE = {"steps 0": config(0), "windows 1": config(1, optimizer=ADAMW), "windows 3": config(3), "t5 1": config(1), "t5 2": config(2), "lora 1": config(1), "lora 2": config(2),
+MORE = {"steps 0": config(0), "steps 2": config(2, optimizer=ADAMW), "windows 1": config(1, optimizer=ADAMW), "windows 3": config(3), "t5 1": config(1), "t5 2": config(2), "lora 1": config(1), "lora 2": config(2),
         "workers 1": config(1), "workers 3": config(3), "saves 1": config(1), "saves 3": config(3), "unet 1": {}, "unet 3": {}, "dit 1": {}, "dit 2": {}}
 
 

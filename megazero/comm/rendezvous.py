@@ -121,18 +121,19 @@ def _gathered(store: dist.Store, rank: int, world: int, end: float, words: str) 
         if absent and not told:
             say(f"waiting for {len(absent)} of {world} ranks at {place}: {names}")
         wait, told = 60.0, True
-    if not (store.check(["differ"]) or store.check(["twice"])):
+    differ, twice = (store.get(key).decode() if store.check([key]) else None for key in ("differ", "twice"))
+    if differ is None and twice is None:
         return
     store.add("heard", 1)
     end = time.monotonic() + QUIET
     while rank == 0 and store.add("heard", 0) < store.add("came", 0) and time.monotonic() < end:
         time.sleep(0.05)
-    if store.check(["differ"]):
+    time.sleep(float(rank == 0))                                # others say it through the store
+    if differ is not None:
         raise UserError("--config: ranks were started with different flags, files or data, or for different numbers of "
                         "ranks; start all of them with the same command.")
-    if store.check(["twice"]):
-        raise UserError(f"RANK {store.get('twice').decode()}: two processes were started as this rank; give each a "
-                        f"number of its own from 0 to {world - 1}, as torchrun does.")
+    raise UserError(f"RANK {twice}: two processes were started as this rank; give each a number of its own from 0 to "
+                    f"{world - 1}, as torchrun does.")
 
 
 def _comes(store: dist.Store, keys: Sequence[str], seconds: float) -> bool:
