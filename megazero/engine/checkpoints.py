@@ -13,7 +13,7 @@ import math
 import os
 import re
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -233,9 +233,11 @@ def _extras(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 # ---- loading
 
 def load_state(core: Engine, optimizer: ZeroOptimizer | None, folder: Path, tag: str | None, strict: bool = True,
-               moments: bool = True, only: bool = False) -> tuple[Path, dict[str, Any], dict[str, Any]] | None:
+               moments: bool = True, only: bool = False, own: Callable[..., Any] | None = None
+               ) -> tuple[Path, dict[str, Any], dict[str, Any]] | None:
     """Loads weights and buffers, with `moments` the optimizer's state too; steps go on from there, unless it is the
-    module `only`. Without `strict`, what has the same name and shape is taken.
+    module `only`. Without `strict`, what has the same name and shape is taken. `own(src=, dst=)` puts all weights, by
+    name, into the module by itself.
 
     Returns its folder, what `save_state` was told of training, and the script's own words; None if there is no
     checkpoint and no tag was given. Raises UserError; then nothing has changed.
@@ -246,7 +248,7 @@ def load_state(core: Engine, optimizer: ZeroOptimizer | None, folder: Path, tag:
         if (path := _found(folder, tag)) is not None:
             reader = Reader(path, flag=LOAD)
             words = _words(reader)
-            _fits(core, optimizer, reader, words, strict, moments and not only)
+            _fits(core, optimizer, reader, words, strict and own is None, moments and not only)
     except UserError as wrong:
         others = sorted(tagged(folder).keys() - {path and path.name}) if path and not words else []
         error = UserError(*wrong.sentences, *([f"{LOAD} {folder}: has {', '.join(others)} too."] if others else []))
@@ -265,7 +267,7 @@ def load_state(core: Engine, optimizer: ZeroOptimizer | None, folder: Path, tag:
     core.zero_grad()
     try:
         with _alike(core, f"{LOAD} {folder}"):
-            _restore(core, reader, moments and training is not None)
+            _restore(core, reader, moments and training is not None, own)
     except UserError as error:
         raise UserError(*error.sentences, f"{LOAD}: the engine holds a part of it; load another before it trains "
                                           "on.") from None
@@ -389,11 +391,17 @@ def _like(reader: Reader, name: str, b: Tensor) -> bool:
     return reader.shapes.get(("buffer", name)) == (tuple(b.shape) or (1,))
 
 
-def _restore(core: Engine, reader: Reader, moments: bool) -> None:
+def _restore(core: Engine, reader: Reader, moments: bool, own: Callable[..., Any] | None) -> None:
     """What the checkpoint has of the module's names and shapes; it was seen to be enough."""
     for unit in all_units(core):
-        fill(reader, unit.flat, unit.low, buffers_of(unit, core.updater.state if moments else {}), lenient=True)
+        kinds = buffers_of(unit, core.updater.state if moments else {})
+        kinds = kinds if own is None else {kind: b for kind, b in kinds.items() if kind != "weight"}
+        fill(reader, unit.flat, unit.low, kinds, lenient=True)
         unit.publish()
+    if own is not None:
+        with core.whole():
+            weights = {name: reader.read(kind, name) for kind, name in reader.shapes if kind == "weight"}
+            own(src=weights, dst=core.module)
     with torch.no_grad():
         for name, b in buffers(core.module).items():
             if _like(reader, name, b):

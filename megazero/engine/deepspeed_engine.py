@@ -144,10 +144,8 @@ class DeepSpeedEngine(nn.Module):
                         ) -> tuple[str | None, dict[str, Any]]:
         """Loads what any number of ranks saved at any level, by default the tag saved last: (its folder, client_state),
         or (None, {}) if there is none. Raises UserError; then nothing has changed."""
-        if custom_load_fn is not None:
-            raise UserError(f"{LOAD}: custom_load_fn is given; load such files yourself, with load_module_state_dict.")
         found = load_state(self.core, self.optimizer, _folder(LOAD, load_dir), None if tag is None else str(tag),
-                           load_module_strict, load_optimizer_states, load_module_only)
+                           load_module_strict, load_optimizer_states, load_module_only, custom_load_fn)
         if found is None:
             self._say(f"{LOAD} {load_dir}: holds no checkpoint; going on as it is")
             return None, {}
