@@ -503,7 +503,7 @@ def test_a_run_does_not_begin_in_an_engines_folder(tmp_path: Path) -> None:
 
 
 def test_what_goes_on_otherwise_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Options, batch, clipping and dtype that differ; the group's own options are those that were saved."""
+    """Options and clipping that differ; the group's own options are those that were saved."""
     e = made(0)
     train(e, range(1))
     e.save_checkpoint(tmp_path)

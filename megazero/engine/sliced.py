@@ -8,7 +8,6 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from megazero.comm import Group
 from megazero.engine.hidden import forget, hide, show
-from megazero.units import viewed
 
 Tensor = torch.Tensor
 INSTEAD = "read or write it within zero.GatheredParameters, on all ranks"
@@ -39,11 +38,6 @@ class Sliced:
         if self.group.rank != writer:
             self.p.data.zero_()
         self.p.data.copy_(self.group.all_reduce(self.p.data.contiguous(), about=self.name).wait())
-
-    @property
-    def viewed(self) -> bool:
-        """Has somebody a view of it, which he may write into?"""
-        return viewed(self.p)
 
     def close(self, writer: int | None) -> None:
         """Of the whole weights, those of rank `writer`, this rank keeps its slice; of its own if it is None, when all

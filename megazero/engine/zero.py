@@ -25,6 +25,7 @@ from megazero.engine.sliced import Sliced, sliced
 from megazero.engine.words import read_config
 from megazero.hf import HfFolder
 from megazero.plan import Mesh
+from megazero.units import viewed
 
 Tensor = torch.Tensor
 PATCHED: tuple[tuple[Any, str], ...] = (
@@ -124,7 +125,7 @@ class Init:
     def _turn(self, home: Sliced, wanted: Sequence[nn.Parameter] = ()) -> None:
         """Parameters of one module are whole at a time, and those that somebody wants or has views of."""
         if home.module is not self.module:
-            self._close(lambda other: other.viewed or any(other.p is p for p in wanted))
+            self._close(lambda other: viewed(other.p) or any(other.p is p for p in wanted))
             self.module = home.module
         self.opened.append(home)
 
