@@ -45,7 +45,7 @@ class Submodule:
         self.kinds = [homes.get(p, type(p)) for p, _, _ in self.views]
         empty = {u: u.weight_slice.new_zeros(()) for u in self.units}
         self.empties = [empty[w.unit].expand(shape) for _, w, shape in self.views]
-        self.shown: list[tuple[int, int]] = []                  # version and address of parameters, as they were shown
+        self.shown = [(0, 0)] * len(self.views)                 # version and address of parameters, as they were shown
         self.hidden = self.kept = False                         # kept: somebody reads outside of passes
 
     def fill(self, first: bool) -> None:
@@ -68,6 +68,11 @@ class Submodule:
             self._show()
         else:
             self.hide()
+
+    @property
+    def here(self) -> bool:
+        """Are the weights whole, new and shown? Then nobody has to do anything for whoever reads them."""
+        return not self.hidden and all(unit.here for unit in self.units)
 
     def gather(self) -> None:
         """The whole weights begin to arrive, if they are not here or are old."""
@@ -103,11 +108,11 @@ class Submodule:
     def changes(self) -> Iterator[str]:
         """What somebody did to the parameters since they were made: other data of the same kind are taken for weights;
         of the rest, why it cannot have the effect that was meant."""
-        for p, w, shape in self.views:
+        for (p, w, shape), (_, address) in zip(self.views, self.shown, strict=True):
             if p.requires_grad and not w.unit.trained:
                 yield (f"{w.operand.name} was frozen when the engine was made and is not now; unfreeze it before, or "
                        "make a new engine.")
-            if self.hidden or (p.data_ptr(), p.dtype, p.shape) == (w.value.data_ptr(), w.value.dtype, shape):
+            if self.hidden or (p.data_ptr(), p.dtype, p.shape) == (address, w.unit.weight_slice.dtype, shape):
                 continue
             if (p.dtype, p.device, p.shape) != (w.value.dtype, w.value.device, shape):
                 yield (f"{w.operand.name} was made {p.dtype} of shape {tuple(p.shape)} on {p.device} after the engine "

@@ -55,10 +55,11 @@ class Passes:
         """The block is about to run, forward or backward: its weights are needed, the next block's soon."""
         ahead = self._ahead(block) if self.zero.prefetch else None
         self.doing(f"{'backward' if self.in_backward else 'forward'} of {block.name}")
-        block.gather()
-        if ahead:
-            ahead.gather()
-        block.arrive()
+        for wanted in (block, ahead):
+            if wanted and not wanted.here:
+                wanted.gather()
+        if not block.here:
+            block.arrive()
 
     def doing(self, what: str) -> None:
         """For reports: ranks that make unlike numbers of micro-batches wait for each other in vain."""

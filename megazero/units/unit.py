@@ -138,8 +138,7 @@ class Unit:
                     here = out.view(box.size)
                     drawn = torch.empty_like(here, device="cpu") if out.is_cuda else here
                     fill_normal(drawn, key(seed, p.name), p.shape, box, p.mean, p.std)
-                    if drawn is not here:
-                        here.copy_(drawn)
+                    here.copy_(drawn)
         self.publish()
 
     def publish(self) -> None:
@@ -157,6 +156,11 @@ class Unit:
         work, self.changing = self.changing, None
         if work is not None:
             work.wait()
+
+    @property
+    def here(self) -> bool:
+        """Are the whole weights here, and those of the last update?"""
+        return not (self.weights is None or self._stale or self._gathering or self.changing)
 
     def gather(self) -> None:
         """The whole weights begin to arrive; `arrive` waits for them. Nothing travels when they are here."""
