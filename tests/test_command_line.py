@@ -90,8 +90,6 @@ WRONG = {
     "--zero-stage 4": "--zero-stage 4: must be 0, 1, 2 or 3.",
     "--max-position-embeddings 8": "--max-position-embeddings 8: is less than --seq-length 24; write at least 24.",
     "--swiglu --squared-relu": "--squared-relu: cannot be combined with --swiglu; choose one.",
-    "--add-qkv-bias": "--add-qkv-bias: all linear layers have biases already; leave it out, or add --disable-bias-linear.",
-    "--use-rope-scaling": "--use-rope-scaling: has no effect with --position-embedding-type learned_absolute; write rope, or leave it out.",
     "--hidden-dropout 1.5": "--hidden-dropout 1.5: must be at least 0 and less than 1.",
     "--train-samples 100": "--train-samples 100: cannot be combined with --train-iters 5; keep one.",
     "--min-lr 1": "--min-lr 1: is above --lr 0.01; write at most 0.01.",
@@ -99,14 +97,11 @@ WRONG = {
     "--lr-warmup-iters 1 --lr-warmup-fraction 0.1": "--lr-warmup-fraction 0.1: cannot be combined with --lr-warmup-iters 1; keep one.",
     "--lr-decay-style WSD": "--lr-wsd-decay-iters is missing: --lr-decay-style WSD needs the length of its final part.",
     "--lr-decay-style cosin": "--lr-decay-style cosin: must be one of constant, linear, cosine, inverse-square-root, WSD (did you mean cosine?).",
-    "--loss-scale 8": "--loss-scale 8.0: has no effect with fp32; leave it out, or write --fp16.",
     "--no-mock-data --data-path x --data-args-path y": "--data-path and --data-args-path: choose one.",
     "--no-mock-data": "--data-path is missing: give the prefix of a preprocessed dataset, or --mock-data.",
     "--split 9,x": "--split '9,x': must be one to three numbers, the first above 0, such as 969,30,1.",
     "--tokenizer-type GPT2BPETokenizer": "--merge-file is missing: --tokenizer-type GPT2BPETokenizer needs it.",
     "--no-mock-data --data-path x --tokenizer-type CharTokenizer --tokenizer-model no.json": "--tokenizer-model no.json: no such file",
-    "--save-interval 5": "--save-interval 5: has no effect without --save; add the folder.",
-    "--finetune": "--finetune: has no effect without --load; add the folder of the weights.",
     "--load nowhere": "--load nowhere: there is no such folder.",
     "--hidden-size 16 --num-attention-heads 2 --swiglu": "--ffn-hidden-size is missing: --swiglu makes it 8/3 of --hidden-size 16 in whole 64s, "
                                                          "which is none; give it.",
@@ -116,20 +111,18 @@ WRONG = {
         "--multiple-validation-sets: each set has a loss of its own, so the weight 0.3 has no effect; name the prefixes alone.",
     "--config no.toml": "--config no.toml: cannot be read (No such file or directory); name a .toml, .yaml or .json file.",
     "--config setup.py": "--config setup.py: is not valid PY (its name must end in .toml, .yaml or .json).",
-    "--sequence-parallel": "--sequence-parallel is always on; leave it out (it is what --tp means here).",
-    "--use-distributed-optimizer": "--use-distributed-optimizer is --zero-stage 1 here.",
     "--eod-mask-loss": "--eod-mask-loss: needs --tokenizer-type, to know the end-of-document token.",
     "--no-mock-data --data-path missing/data": "missing/data",
-    "--sgd-momentum 0.5": "--sgd-momentum 0.5: has no effect without --optimizer sgd.",
-    "--rotary-base 5e5": "--rotary-base 500000.0: has no effect without --position-embedding-type rope.",
-    "--merge-file zz": "--merge-file zz: has no effect without --tokenizer-type.",
-    "--hysteresis 3 --bf16": "--hysteresis 3: has no effect without --fp16 and a dynamic loss scale.",
     "--train-iters 1e400": "--train-iters 1e400: must be a whole number.",
     "--hidden-size 10000000 --num-attention-heads 10": "for 1 rank, this cpu has",
     "--save /proc/x": "--save /proc/x: cannot be written to (No such file or directory); name another folder.",
     "--log-dir setup.py": "--log-dir setup.py: is not a folder that can be written to; name another.",
+    "--pp 2 --num-virtual-stages-per-pipeline-rank 2 --pipeline-schedule gpipe":
+        "--num-virtual-stages-per-pipeline-rank 2: needs --pipeline-schedule interleaved or breadth-first, not gpipe.",
+    "--device h100": "--device h100: must be auto, cpu or cuda; others are planned for with --check.",
+    "--device h101": "--device h101: must be auto, cpu or cuda, or with --check one of gb200, b200,",
+    "--world-size 2": "--world-size 2: must be at least 1, and needs --check; torchrun says how many ranks run.",
     "--pp 3": "--num-layers 2: 2 layers are left for 3 stages of --pp 3; each needs at least one and none may be left over.",
-    "--pp 2 --num-virtual-stages-per-pipeline-rank 2": "--num-virtual-stages-per-pipeline-rank 2: needs --pipeline-schedule interleaved or breadth-first, not 1f1b.",
     "--pipeline-schedule interleave": "--pipeline-schedule interleave: must be one of gpipe, breadth-first, 1f1b, interleaved, zb-h1 (did you mean interleaved?).",
     "--pp 2 --pipeline-layout Et|tX": "--pipeline-layout Et|tX: holds something else than E, t, L, |, * and brackets; write something like Et*3|t*4|t*3L.",
     "--pp 2 --pipeline-layout Et|t": "--pipeline-layout Et|t: must begin with the one E and end with the one L; write something like Et*3|t*4|t*3L.",
@@ -168,7 +161,8 @@ def test_each_mistake_gets_its_sentence(
     'save = "a\\u0000b"': "save = 'a\\x00b': must not hold characters that control a terminal or end a name",
     'load = "\\u001b[31mX"': "must not hold characters that control a terminal",
     'config = "other.toml"': "a file cannot name another",
-    "use_flash_attn = true": "use_flash_attn is always on; leave it out",
+    "use_flash_attn = true": "use_flash_attn has no effect here (always so here); leave it out",
+    "tensorboard-dir = 'x'": "tensorboard-dir logs go to --log-dir",
 }.items())
 def test_mistakes_in_a_file(key: str, sentence: str, tmp_path: Path) -> None:
     (tmp_path / "c.toml").write_text(key)
@@ -180,16 +174,41 @@ def test_mistakes_in_a_file(key: str, sentence: str, tmp_path: Path) -> None:
 def test_mistakes_of_the_file_and_of_the_flags_are_told_together(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text("num_layer: 3\nsave: null\n")
     with pytest.raises(UserError) as error:
-        from_command_line(["--config", str(tmp_path / "c.yaml"), "--nosuch", "--lr", "x", "--use-flash-attn"])
+        from_command_line(["--config", str(tmp_path / "c.yaml"), "--nosuch", "--lr", "x", "--num-experts", "8"])
     assert len(error.value.sentences) == 4
     (tmp_path / "c.yaml").write_text("save: null\n")
     assert from_command_line(["--config", str(tmp_path / "c.yaml")]).checkpoint.save is None
 
 
-def test_check_looks_at_data_and_checkpoints(tmp_path: Path) -> None:
-    for words, told in (("--no-mock-data --data-path nowhere/data", "nowhere/data"), ("--load nowhere", "there is no such folder")):
-        with pytest.raises(UserError, match=told):
-            train(f"{TINY} --check {words}")
+def test_check_looks_at_data_and_checkpoints_that_are_here_and_lists_those_that_are_not(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UserError, match="empty: holds no"):
+        train(f"{TINY} --check --load {tmp_path / 'empty'}")
+    train(f"{TINY} --check --no-mock-data --data-path 0.3 nowhere/a 0.7 nowhere/b --load nowhere")
+    told = capsys.readouterr().out.splitlines()
+    assert told[-2:] == ["not here    --data-path nowhere/a nowhere/b", "not here    --load nowhere"]
+    gpt2 = TINY.replace("--vocab-size 101 ", "")
+    train(f"{gpt2} --check --vocab-file no.json --merge-file no.txt")
+    told = capsys.readouterr().out.splitlines()
+    assert "vocabulary 50,257" in told[0] and told[-2:] == ["not here    --vocab-file no.json", "not here    --merge-file no.txt"]
+    with pytest.raises(UserError, match="--vocab-size is missing: the file of --tokenizer-type SentencePieceTokenizer is not on this machine"):
+        train(f"{gpt2} --check --tokenizer-type SentencePieceTokenizer --tokenizer-model no.model")
+
+
+def test_check_plans_for_ranks_and_devices_that_are_elsewhere(capsys: pytest.CaptureFixture[str]) -> None:
+    train(f"{TINY} --check --tp 2 --zero-stage 1")
+    assert "2 ranks are the fewest it runs on; --world-size N plans for more" in capsys.readouterr().out
+    train(f"{TINY} --check --tp 2 --zero-stage 1 --world-size 8 --global-batch-size 8")
+    told = capsys.readouterr().out
+    assert "ranks       8 = tp 2 x pp 1 x dp 4, ZeRO 1 over 4 ranks" in told and "fewest" not in told
+    huge = "--model gpt3-6.7b --lr 1e-4 --mock-data --vocab-size 50257 --train-iters 5 --check --bf16"
+    train(huge)                                                 # far beyond this machine: told, and no mistake
+    told = capsys.readouterr().out
+    assert "device      too small: --hidden-size 4096, --num-layers 32: weights" in told
+    train(f"{huge} --device h200")
+    assert "device      H200, 131.32 GiB of memory: 119.90 GiB are taken" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"take 119.90 GiB for 1 rank, a100 has 37.25 GiB; choose a smaller model or"):
+        train(f"{huge} --device a100")
 
 
 def run(*words: str) -> subprocess.CompletedProcess[str]:

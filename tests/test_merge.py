@@ -16,8 +16,8 @@ from test_layouts import plan_of, rank_of, save, save_runs, slices, state
 from megazero.base.errors import UserError
 from megazero.hf.convert import export_folder
 from megazero.plan.progress import Progress, loss_scale
+from megazero.run.ahead import place
 from megazero.run.generate import build_from_checkpoint, logits
-from megazero.run.train import place
 from megazero.state import compare
 from megazero.state.checkpoint import Reader, find
 from megazero.state.compare import runs

@@ -3,7 +3,7 @@ python tools/flags.py > docs/flags.md"""
 
 from dataclasses import MISSING
 
-from megazero.settings import MEGATRON_WORDS, PRESETS, Config, Option, leaves
+from megazero.settings import PRESETS, REFUSED, RENAMED, WITHOUT, Config, Option, leaves
 
 INTRO = """# Flags
 
@@ -62,9 +62,18 @@ def said(key: str, v: object) -> str:
 
 
 def elsewhere() -> str:
-    """Megatron-LM's words that are no flags here."""
-    rows = [f"| `--{word}` | {cell(hint)} |" for word, hint in MEGATRON_WORDS.items()]
-    return "\n".join(["## Megatron-LM's flags that are said otherwise\n", "| there | here |", "|---|---|", *rows, ""])
+    """The words of Megatron-LM and its kin that are no flags here."""
+    def words(row: str) -> str:
+        return " ".join(f"`--{word}`" for word in row.split())
+
+    renamed = [f"| `--{word}` | {cell(f'`{new.strip()}`' if new else what)} |" for word, (new, what) in RENAMED.items()]
+    without = [f"| {cell(reason)} | {words(row)} |" for reason, row in WITHOUT.items()]
+    missing = [f"| {cell(what)} | {words(row)} |" for what, row in REFUSED.items()]
+    return "\n".join([
+        "## Words of Megatron-LM and its kin\n", "Those that are the same stand above. `*` is any ending.\n",
+        "### Said otherwise\n", "| there | here |", "|---|---|", *renamed, "",
+        "### Accepted, without effect\n", "| why | words |", "|---|---|", *without, "",
+        "### Refused\n", "| what it would change, and what to write | words |", "|---|---|", *missing, ""])
 
 
 def cell(text: str) -> str:

@@ -4,7 +4,7 @@ from megazero.plan.action import Action, around, written
 from megazero.plan.architecture import FREE, Architecture, Rotary, head_chunk, parameter_count, units, wide_tokens
 from megazero.plan.checks import checks
 from megazero.plan.cost import memory
-from megazero.plan.devices import device_of
+from megazero.plan.devices import device_of, named
 from megazero.plan.families import (
     Family, Row, architecture_of, family_of, flags, from_config, obstacles, rows, shapes, to_config, zeros)
 from megazero.plan.layout import (

@@ -3,12 +3,13 @@ what to write. Pure.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from megazero.pipeline import SCHEDULES, ends_as_layers, from_layout
 from megazero.plan.architecture import architecture, block, ffn_size
-from megazero.plan.sizes import ranks_asked, sizes
+from megazero.plan.devices import DEVICES, named
+from megazero.plan.sizes import sizes
 from megazero.settings import Config
 
 
@@ -17,6 +18,11 @@ def checks(config: Config, world: int) -> list[str]:
     parts = (_sizes, _model, _layout, _batches, _schedule, _precision, _data, _order, _files, _unused)
     found = [sentence for part in parts for wrong, sentence in part(config, world) if wrong]
     return list(dict.fromkeys(found))
+
+
+def remarks(config: Config) -> list[str]:
+    """What of a configuration has no effect, and is no mistake: Megatron-LM takes it without a word."""
+    return [sentence for given, sentence in _idle(config) if given]
 
 
 Check = tuple[object, str]          # (is it wrong?, what to say then)
@@ -90,17 +96,9 @@ def _model(c: Config, world: int) -> Iterator[Check]:
     yield (longest and m.seq_length and longest < m.seq_length and m.position_embedding_type == "learned_absolute",
            f"--max-position-embeddings {longest}: is less than --seq-length {m.seq_length}; "
            f"write at least {m.seq_length}.")
-    yield (longest and m.position_embedding_type != "learned_absolute",
-           f"--max-position-embeddings {longest}: has no effect with --position-embedding-type "
-           f"{m.position_embedding_type}; leave it out.")
     yield m.swiglu and m.squared_relu, "--squared-relu: cannot be combined with --swiglu; choose one."
     yield (m.openai_gelu and (m.swiglu or m.squared_relu),
            "--openai-gelu: cannot be combined with --swiglu or --squared-relu; choose one.")
-    yield (m.add_qkv_bias and not m.disable_bias_linear,
-           "--add-qkv-bias: all linear layers have biases already; leave it out, or add --disable-bias-linear.")
-    yield (m.use_rope_scaling and m.position_embedding_type != "rope",
-           f"--use-rope-scaling: has no effect with --position-embedding-type {m.position_embedding_type}; write rope, "
-           "or leave it out.")
     yield (m.rope_high_freq_factor <= m.rope_low_freq_factor,
            f"--rope-high-freq-factor {m.rope_high_freq_factor:g}: must be greater than "
            f"--rope-low-freq-factor {m.rope_low_freq_factor:g}.")
@@ -114,7 +112,13 @@ def _layout(c: Config, world: int) -> Iterator[Check]:
     yield not 0 <= p.zero_stage <= 3, f"--zero-stage {p.zero_stage}: must be 0, 1, 2 or 3."
     if tp < 1 or pp < 1:
         return
-    need = ranks_asked(c)
+    need = max(tp * pp * (dp or 1), 1)
+    devices = [d.words.lower().replace(" ", "-") for d in DEVICES]
+    yield (p.device not in ("auto", "cpu", "cuda") and not (c.check and named(p.device)),
+           f"--device {p.device}: must be auto, cpu or cuda" + (", or with --check one of "
+           f"{', '.join(devices)}." if not named(p.device) else "; others are planned for with --check."))
+    yield (c.world_size is not None and (not c.check or c.world_size < 1),
+           f"--world-size {c.world_size}: must be at least 1, and needs --check; torchrun says how many ranks run.")
     yield (world % (tp * pp) if dp is None else world != need,
            f"--tp {tp} x --pp {pp}" + (f" x --dp {dp}" if dp else "")
            + f": {need} ranks are needed{'' if dp else ', or a multiple'}, but {world} run{'s' if world == 1 else ''}; "
@@ -226,7 +230,7 @@ def _schedule(c: Config, world: int) -> Iterator[Check]:
            "keep one.")
     said = {"--lr-warmup-iters": o.lr_warmup_iters, "--lr-warmup-samples": o.lr_warmup_samples,
             "--lr-warmup-fraction": o.lr_warmup_fraction}
-    given = [f"{flag} {value}" for flag, value in said.items() if value is not None]
+    given = [f"{flag} {value}" for flag, value in said.items() if value]        # Megatron's defaults are 0
     yield len(given) > 1, f"{', '.join(given[1:])}: cannot be combined with {given[0] if given else ''}; keep one."
     length = s.decay_iters
     for flag, count, size in (("--lr-warmup-iters", o.lr_warmup_iters, 1),
@@ -236,43 +240,64 @@ def _schedule(c: Config, world: int) -> Iterator[Check]:
     wsd = o.lr_decay_style == "WSD"
     yield (wsd and o.lr_wsd_decay_iters is None,
            "--lr-wsd-decay-iters is missing: --lr-decay-style WSD needs the length of its final part.")
-    yield (not wsd and o.lr_wsd_decay_iters is not None,
-           f"--lr-wsd-decay-iters {o.lr_wsd_decay_iters}: has no effect with --lr-decay-style {o.lr_decay_style}; "
-           "write WSD, or leave it out.")
     yield (wsd and length and o.lr_wsd_decay_iters and o.lr_wsd_decay_iters > length,
            f"--lr-wsd-decay-iters {o.lr_wsd_decay_iters}: is longer than the whole curve of {length} steps; "
            f"write at most {length}.")
 
 
+Row = tuple[object, str, object, tuple[str, ...]]           # (do they apply?, with what, the group, its fields)
+
+
 def _unused(c: Config, world: int) -> Iterator[Check]:
-    """Values that nothing would read. A value equal to the default is not told from one that was not given."""
-    m, o, p, d, plain = c.model, c.optimizer, c.precision, c.data, Config()
-    rows = [
-        (m.position_embedding_type == "rope", "--position-embedding-type rope", m, plain.model,
-         ("rotary_base", "rotary_percent")),
-        (m.use_rope_scaling, "--use-rope-scaling", m, plain.model,
-         ("rope_scaling_factor", "rope_low_freq_factor", "rope_high_freq_factor", "rope_original_length")),
-        (o.optimizer == "adam", "--optimizer adam", o, plain.optimizer, ("adam_beta1", "adam_beta2", "adam_eps")),
-        (o.optimizer == "sgd", "--optimizer sgd", o, plain.optimizer, ("sgd_momentum",)),
-        (c.dtype == "fp16" and p.loss_scale is None, "--fp16 and a dynamic loss scale", p, plain.precision,
-         ("initial_loss_scale", "min_loss_scale", "loss_scale_window", "hysteresis")),
-        (d.data_path or d.data_args_path or not (d.train_data_path or d.data_schedule or d.mock_data),
-         "--data-path", d, plain.data, ("split",)),
-        (d.fim_rate > 0, "--fim-rate", d, plain.data,
-         ("fim_spm_rate", "fim_prefix_token", "fim_middle_token", "fim_suffix_token")),
-        (c.parallel.zero_stage >= 1, "--zero-stage 1, 2 or 3", c.parallel, plain.parallel,
-         ("zero_shard_size", "overlap_param_gather")),
-        (c.parallel.zero_stage >= 2, "--zero-stage 2 or 3", c.parallel, plain.parallel, ("reduce_every",)),
-        (c.parallel.zero_stage == 3, "--zero-stage 3", c.parallel, plain.parallel, ("keep_weights",)),
-        (d.tokenizer_type is not None, "--tokenizer-type", d, plain.data,
-         ("tokenizer_model", "vocab_file", "merge_file", "eod_token", "special_tokens")),
+    """Values of this program's own words that nothing would read."""
+    p, d = c.parallel, c.data
+    rows: list[Row] = [
+        (d.fim_rate > 0, "--fim-rate", d, ("fim_spm_rate", "fim_prefix_token", "fim_middle_token", "fim_suffix_token")),
+        (p.zero_stage >= 1, "--zero-stage 1, 2 or 3", p, ("zero_shard_size",)),
+        (p.zero_stage >= 2, "--zero-stage 2 or 3", p, ("reduce_every",)),
+        (p.zero_stage == 3, "--zero-stage 3", p, ("keep_weights",)),
+        (d.tokenizer_type is not None, "--tokenizer-type", d, ("eod_token", "special_tokens")),
     ]
-    for applies, with_, given, default, names in rows:
+    return _without(rows)
+
+
+def _idle(c: Config) -> Iterator[Check]:
+    """The same of Megatron's."""
+    m, o, p, d, k = c.model, c.optimizer, c.precision, c.data, c.checkpoint
+    rows: list[Row] = [
+        (m.position_embedding_type == "learned_absolute", "--position-embedding-type learned_absolute", m,
+         ("max_position_embeddings",)),
+        (m.position_embedding_type == "rope", "--position-embedding-type rope", m,
+         ("rotary_base", "rotary_percent", "use_rope_scaling")),
+        (m.use_rope_scaling, "--use-rope-scaling", m,
+         ("rope_scaling_factor", "rope_low_freq_factor", "rope_high_freq_factor", "rope_original_length")),
+        (m.disable_bias_linear, "--disable-bias-linear", m, ("add_qkv_bias",)),
+        (o.optimizer == "adam", "--optimizer adam", o, ("adam_beta1", "adam_beta2", "adam_eps")),
+        (o.optimizer == "sgd", "--optimizer sgd", o, ("sgd_momentum",)),
+        (o.lr_decay_style == "WSD", "--lr-decay-style WSD", o, ("lr_wsd_decay_iters", "lr_wsd_decay_style")),
+        (c.dtype == "fp16", "--fp16", p, ("loss_scale",)),
+        (c.dtype == "fp16" and p.loss_scale is None, "--fp16 and a dynamic loss scale", p,
+         ("initial_loss_scale", "min_loss_scale", "loss_scale_window", "hysteresis")),
+        (c.parallel.zero_stage >= 1, "--zero-stage 1, 2 or 3", c.parallel, ("overlap_param_gather",)),
+        (not d.mock_data, "data of its own, for --mock-data is given", d,
+         ("data_path", "data_args_path", "train_data_path", "valid_data_path", "test_data_path", "data_schedule")),
+        ((d.data_path or d.data_args_path) and not d.mock_data, "--data-path", d, ("split",)),
+        (d.tokenizer_type is not None, "--tokenizer-type", d, ("tokenizer_model", "vocab_file", "merge_file")),
+        (k.save is not None, "--save", k, ("save_interval", "keep_last", "async_save")),
+        (k.load is not None, "--load", k, ("ckpt_step", "finetune")),
+    ]
+    return _without(rows)
+
+
+def _without(rows: Sequence[Row]) -> Iterator[Check]:
+    """What nothing would read: a value equal to the default is not told from one that was not given."""
+    for applies, with_, group, names in rows:
+        plain = type(group)()
         for name in names:
-            value = getattr(given, name)
-            yield (not applies and value != getattr(default, name),
-                   f"--{name.replace('_', '-')} {' '.join(value) if isinstance(value, tuple) else value}: "
-                   f"has no effect without {with_}.")
+            value = getattr(group, name)
+            said = "" if isinstance(value, bool) else f" {' '.join(value) if isinstance(value, tuple) else value}"
+            yield (not applies and value != getattr(plain, name),
+                   f"--{'no-' * (value is False)}{name.replace('_', '-')}{said}: has no effect without {with_}.")
 
 
 def _precision(c: Config, world: int) -> Iterator[Check]:
@@ -281,8 +306,6 @@ def _precision(c: Config, world: int) -> Iterator[Check]:
     for short in ("bf16", "fp16"):
         yield (getattr(p, short) and p.dtype not in ("fp32", short),
                f"--{short}: cannot be combined with --dtype {p.dtype}; keep one.")
-    yield (p.loss_scale is not None and c.dtype != "fp16",
-           f"--loss-scale {p.loss_scale}: has no effect with {c.dtype}; leave it out, or write --fp16.")
     yield (p.min_loss_scale > p.initial_loss_scale,
            f"--min-loss-scale {p.min_loss_scale:g}: is above --initial-loss-scale {p.initial_loss_scale:g}; "
            "write at most that.")
@@ -344,13 +367,6 @@ def _order(c: Config, world: int) -> Iterator[Check]:
 
 def _files(c: Config, world: int) -> Iterator[Check]:
     k, t = c.checkpoint, c.training
-    for flag, given in (("--save-interval", k.save_interval), ("--keep-last", k.keep_last),
-                        ("--async-save", k.async_save)):
-        yield (given and k.save is None,
-               f"{flag}{'' if given is True else f' {given}'}: has no effect without --save; add the folder.")
-    yield (k.ckpt_step is not None and k.load is None,
-           f"--ckpt-step {k.ckpt_step}: has no effect without --load; add the folder.")
-    yield k.finetune and k.load is None, "--finetune: has no effect without --load; add the folder of the weights."
     yield (t.skip_train and (k.load is None or t.eval_iters == 0),
            "--skip-train: there is nothing to evaluate; give the weights with --load, and leave out --eval-iters 0.")
     yield (t.full_validation and t.eval_iters == 0,

@@ -49,3 +49,8 @@ def device_of(name: str) -> Device | None:
     """The row of a device by its name; None for one that is not listed, which must be measured."""
     words = set(re.split(r"[ -]", name))
     return None if words & LESS else next((d for d in DEVICES if words.issuperset(d.words.split())), None)
+
+
+def named(word: str) -> Device | None:
+    """The row that a flag names: as CUDA calls it, in small letters, with - between words."""
+    return next((d for d in DEVICES if d.words.lower().replace(" ", "-") == word.lower()), None)

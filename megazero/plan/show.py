@@ -3,6 +3,7 @@
 from megazero.base import gib
 from megazero.pipeline import SCHEDULES, Costs
 from megazero.plan.architecture import Architecture, parameter_count
+from megazero.plan.checks import remarks
 from megazero.plan.cost import memory, traffic
 from megazero.plan.families import FAMILIES, nearest_family
 from megazero.plan.operations import flops_per_token
@@ -23,6 +24,7 @@ def describe(p: Plan) -> str:
         "memory": _memory(p),
         "groups": "; ".join(p.mesh.describe()) if p.world > 1 else "",
         "wire": _wire(p) if p.world > 1 else "",
+        "no effect": " ".join(remarks(c)),
     }
     return "\n".join(f"{what:<12}{text}" for what, text in lines.items() if text)
 

@@ -77,4 +77,6 @@ def sizes(config: Config, world: int) -> Sizes:
 def ranks_asked(config: Config) -> int:
     """Ranks that the sizes in a configuration ask for: what looks at the plan of a cluster need not run on it."""
     p = config.parallel
+    if config.world_size is not None:
+        return max(config.world_size, 1)
     return max(p.tensor_model_parallel_size * p.pipeline_model_parallel_size * (p.data_parallel_size or 1), 1)

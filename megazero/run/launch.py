@@ -6,7 +6,7 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from typing import NoReturn
 
@@ -18,9 +18,9 @@ from megazero.run.train import main
 from megazero.settings import Config
 
 
-def launch(config: Callable[[], Config]) -> NoReturn:
-    """Runs the program on this rank. A mistake or a failure is told once, by the rank that met it first;
-    exit codes 2 and 1."""
+def launch(config: Callable[[], Config], told: Callable[[], Sequence[str]] = tuple) -> NoReturn:
+    """Runs the program on this rank. A mistake or a failure is told once, by the rank that met it first; exit codes 2
+    and 1. `told`: what became of the words of its command line."""
     if wrong := no_place():
         print(f"error: {wrong}", file=sys.stderr, flush=True)
         sys.exit(2)
@@ -28,7 +28,7 @@ def launch(config: Callable[[], Config]) -> NoReturn:
     try:
         asked = config()
         with told_when_terminated(asked):
-            main(asked)
+            main(asked, told())
     except UserError as error:
         say_each("failure", [f"error: {sentence}" for sentence in error.sentences])
         leave(2)

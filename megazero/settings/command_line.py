@@ -26,6 +26,7 @@ from typing import Any, NoReturn, TypeVar
 from megazero.base import UserError, load, said
 
 T = TypeVar("T")
+Elsewhere = Callable[[str], str | None]
 LONGEST = 2**16             # bytes of a configuration file; its parsers are slow beyond
 
 
@@ -68,18 +69,19 @@ def leaves(cls: type) -> dict[str, list[Option]]:
 
 def parse(
     cls: type[T], argv: Sequence[str] | None = None, *, prog: str | None = None,
-    presets: Mapping[str, Mapping[str, Any]] | None = None, elsewhere: Mapping[str, str] | None = None,
+    presets: Mapping[str, Mapping[str, Any]] | None = None, elsewhere: Elsewhere = lambda _: None,
+    errors: Sequence[str] = (),
 ) -> T:
     """The settings that `argv` (default: the process's) asks for.
 
     Later wins: defaults, then the row of `presets` named by `--model`, then the file named by `--config`, then flags.
-    `elsewhere` says of words that are no flags here what to write instead.
+    `elsewhere` says of words that are no flags here what to write instead; `errors` is what is known to be wrong.
     Raises UserError with one sentence per mistake.
     """
-    elsewhere = elsewhere or {}
     options = {o.name: o for group in leaves(cls).values() for o in group}
-    given, errors = _read_flags(cls, options, _flagged(options, sys.argv[1:] if argv is None else argv),
-                                prog, elsewhere)
+    given, wrong = _read_flags(cls, options, _flagged(options, sys.argv[1:] if argv is None else argv),
+                               prog, elsewhere)
+    errors = [*errors, *wrong]
     from_file: dict[str, Any] = {}
     if "config" in given:
         try:
@@ -128,7 +130,7 @@ def flatten(settings: Any) -> dict[str, Any]:
     return out
 
 
-def read_file(path: Path, options: Mapping[str, Option], elsewhere: Mapping[str, str] | None = None) -> dict[str, Any]:
+def read_file(path: Path, options: Mapping[str, Option], elsewhere: Elsewhere = lambda _: None) -> dict[str, Any]:
     """The values a TOML, YAML or JSON file gives, flat, checked against the options. Raises UserError."""
     try:
         data = load(path, most=LONGEST)
@@ -145,7 +147,7 @@ def read_file(path: Path, options: Mapping[str, Option], elsewhere: Mapping[str,
     for key, value in _flat_items(data):
         name = names.get(key.replace("-", "_"))
         if name is None:
-            hint = (elsewhere or {}).get(key.replace("_", "-"))
+            hint = elsewhere(key.replace("_", "-"))
             errors.append(f"--config {path}: {key} {hint}." if hint else
                           f"--config {path}: no such key {said(key)}{nearest(key.replace('-', '_'), names)}.")
         elif name in values:
@@ -165,12 +167,23 @@ def read_file(path: Path, options: Mapping[str, Option], elsewhere: Mapping[str,
 
 
 def nearest(word: str, words: typing.Iterable[str]) -> str:
-    """' (did you mean X?)' for the word nearest to a mistyped one, or nothing."""
-    words = list(words)
-    within = sorted((w for w in words if len(word.strip("-")) > 3 and w.endswith(word.strip("-"))), key=len)
-    close = (difflib.get_close_matches(word, words, n=1, cutoff=0.8) or within
-             or difflib.get_close_matches(word, words, n=1, cutoff=0.6))
-    return f" (did you mean {close[0]}?)" if close else ""
+    """' (did you mean X?)' for the word that a mistyped one must mean, or nothing: a flag that differs in a number or
+    in a whole part means something else."""
+    words, bare = list(words), word.strip("-")
+    flags = word.startswith("--")
+    close = [w for w in difflib.get_close_matches(word, words, n=3, cutoff=0.8 if flags else 0.7)
+             if not flags or _alike(word, w)]
+    within = [w for w in words if len(bare) > 3 and re.search(rf"(^|[-_ ]){re.escape(bare)}$", w)]
+    found = close[:1] or (within if len(within) == 1 else [])
+    return f" (did you mean {found[0]}?)" if found else ""
+
+
+def _alike(word: str, other: str) -> bool:
+    """Are they the same numbers, and as many parts, each of which could be a slip of the other's?"""
+    parts, others = (re.split(r"[-_ ]", w.strip("-").lower()) for w in (word, other))
+    slips = [difflib.SequenceMatcher(None, a, b).ratio() > 0.7 for a, b in zip(parts, others, strict=False)]
+    return (re.findall(r"\d+", word) == re.findall(r"\d+", other)
+            and ("".join(parts) == "".join(others) or len(parts) == len(others) and all(slips)))
 
 
 def commands(prog: str, doc: str, table: Mapping[str, tuple[type[Any], Callable[[Any], None]]]) -> None:
@@ -237,7 +250,7 @@ class _Help(argparse.HelpFormatter):
 
 
 def _read_flags(
-    cls: type, options: Mapping[str, Option], argv: list[str], prog: str | None, elsewhere: Mapping[str, str]
+    cls: type, options: Mapping[str, Option], argv: list[str], prog: str | None, elsewhere: Elsewhere
 ) -> tuple[dict[str, Any], list[str]]:
     parser = _Parser(prog=prog, usage="%(prog)s [flags]", description=(cls.__doc__ or "").strip(),
                      formatter_class=_Help, allow_abbrev=False, argument_default=argparse.SUPPRESS, add_help=False)
@@ -261,10 +274,10 @@ def _read_flags(
     return values, errors
 
 
-def _unknown(word: str, flags: list[str], elsewhere: Mapping[str, str]) -> str:
+def _unknown(word: str, flags: list[str], elsewhere: Elsewhere) -> str:
     """What to say of a word that no flag takes."""
-    if word[2:] in elsewhere and word.startswith("--"):
-        return f"{word} {elsewhere[word[2:]]}."
+    if word.startswith("--") and (hint := elsewhere(word[2:])):
+        return f"{word} {hint}."
     return (f"{word}: no such flag{nearest(word, flags)}." if word.startswith("-")
             else f"{word}: belongs to no flag; see --help.")
 

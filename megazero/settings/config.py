@@ -5,12 +5,15 @@ The words are Megatron-LM's. What follows from them (sizes, counts, memory) is i
 or read.
 """
 
+import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from megazero.base import DTYPES
 from megazero.pipeline import SCHEDULES
-from megazero.settings.command_line import option, parse
+from megazero.settings.command_line import leaves, option, parse
+from megazero.settings.megatron import Told, hint, ours
 
 DECAY_STYLES = ("constant", "linear", "cosine", "inverse-square-root", "WSD")
 WSD_STYLES = ("linear", "cosine", "exponential", "minus_sqrt")
@@ -58,8 +61,8 @@ class Parallel:
                                          "as in Ett|(ttt|)*2ttL", unit="layout")
     distributed_timeout_minutes: float = option(10.0, "how long a rank waits for another before it gives up",
                                                 unit="minutes")
-    device: str = option("auto", "where to compute; auto takes CUDA where there is one",
-                         choices=("auto", "cpu", "cuda"))
+    device: str = option("auto", "where to compute: auto takes CUDA where there is one, else cpu; with --check also "
+                         "the name of a device to plan for, such as h100", unit="auto, cpu, cuda")
 
 
 @dataclass(frozen=True)
@@ -234,8 +237,10 @@ class Config:
     """Trains a GPT-style language model. The same command runs on a CPU, on one GPU, and under torchrun on many."""
 
     config: str | None = option(None, "file with these keys (.toml, .yaml, .json); flags override it", unit="file")
-    check: bool = option(False, "check everything, print the plan, train nothing; without torchrun for as many ranks "
-                         "as --tp x --pp x --dp ask for")
+    check: bool = option(False, "check everything, print the plan, train nothing; what is not on this machine is "
+                         "listed")
+    world_size: int | None = option(None, "with --check: plan for so many ranks; default: as many as run, or as --tp x "
+                                    "--pp x --dp ask for", unit="ranks")
     parallel: Parallel = Parallel()
     model: Model = Model()
     training: Training = Training()
@@ -279,34 +284,15 @@ PRESETS: dict[str, dict[str, Any]] = {
     "llama-70b": _row(_LLAMA, 80, 8192, 64, num_query_groups=8, ffn_hidden_size=28672, seq_length=4096),
 }
 
-# Megatron's words for what has no switch here, each with what to do instead of an unhelpful "no such flag".
-ALWAYS_ON = "is always on; leave it out"
-MEGATRON_WORDS = {
-    "sequence-parallel": f"{ALWAYS_ON} (it is what --tp means here)",
-    "use-flash-attn": ALWAYS_ON,
-    "use-mcore-models": ALWAYS_ON,
-    "transformer-impl": "is not needed; leave it out",
-    "use-distributed-optimizer": "is --zero-stage 1 here",
-    "data-parallel-sharding-strategy": "is --zero-stage here",
-    "ddp-bucket-size": "is --bucket-size here",
-    "num-layers-per-virtual-pipeline-stage": "is said by --num-virtual-stages-per-pipeline-rank",
-    "pipeline-model-parallel-layout": "is --pipeline-layout here",
-    "group-query-attention": "is said by --num-query-groups alone",
-    "use-rotary-position-embeddings": "is --position-embedding-type rope here",
-    "recompute-activations": "is --recompute-granularity selective here",
-    "accumulate-allreduce-grads-in-fp32": ALWAYS_ON,
-    "data-cache-path": "is not needed: there are no index files; leave it out",
-    "num-workers": "is not needed: a thread reads a step ahead; leave it out",
-    "num-dataset-builder-threads": "is not needed: nothing is built; leave it out",
-    "no-mmap-bin-files": "is not needed: files are read piece by piece, never mapped; leave it out",
-    "no-create-attention-mask-in-dataloader": ALWAYS_ON,
-    "fim-data": "is said by --fim-rate alone",
-    "ckpt-format": "is not needed: there is one format; leave it out",
-    "tensorboard-dir": "is --log-dir here",
-    "save-retain-interval": "is --keep-last here",
-}
+def in_our_words(argv: Sequence[str] | None = None) -> Told:
+    """A command line of this program, or of Megatron-LM, in this program's words (default: the process's)."""
+    known = {"help"}
+    for o in (o for group in leaves(Config).values() for o in group):
+        known |= {o.flag[2:], *o.field.metadata["alias"], *(["no-" + o.flag[2:]] if o.kind is bool else [])}
+    return ours(sys.argv[1:] if argv is None else argv, known)
 
 
-def from_command_line(argv: list[str] | None = None) -> Config:
+def from_command_line(argv: Sequence[str] | None = None) -> Config:
     """The configuration that a command line (default: the process's) asks for. Raises UserError."""
-    return parse(Config, argv, prog="pretrain_gpt.py", presets=PRESETS, elsewhere=MEGATRON_WORDS)
+    told = in_our_words(argv)
+    return parse(Config, told.argv, prog="pretrain_gpt.py", presets=PRESETS, elsewhere=hint, errors=told.errors())

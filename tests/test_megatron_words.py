@@ -1,0 +1,130 @@
+"""Command lines of Megatron-LM and its kin, in this program's words."""
+
+from pathlib import Path
+
+import pytest
+from support import TINY
+
+from megazero.base import UserError
+from megazero.plan.checks import remarks
+from megazero.settings import from_command_line, in_our_words
+from megazero.settings.command_line import leaves, nearest
+from megazero.settings.config import Config
+from megazero.settings.megatron import PLAIN, REFUSED, RENAMED, SPECIAL, VALUES, WITHOUT
+
+OURS = {o.flag[2:] for group in leaves(Config).values() for o in group}
+
+# what is said there -> (here, what is told of it)
+SAID = {
+    "--tensorboard-dir logs": ("--log-dir logs", "--tensorboard-dir logs: logs go to --log-dir"),
+    "--use-distributed-optimizer": ("--zero-stage 1", "--use-distributed-optimizer: is --zero-stage 1"),
+    "--use-distributed-optimizer --zero-stage 2": ("--zero-stage 2", "--use-distributed-optimizer: is --zero-stage 1"),
+    "--data-parallel-sharding-strategy optim_grads_params": ("--zero-stage 3", "optim_grads_params: is --zero-stage 3"),
+    "--group-query-attention --num-query-groups 2": ("--num-query-groups 2", ""),
+    "--group-query-attention": ("--num-query-groups 1", "--group-query-attention: is --num-query-groups 1, for no number is given"),
+    "--attention-head-type multiquery": ("--num-query-groups 1", "multiquery: is --num-query-groups 1"),
+    "--num-key-value-heads=4": ("--num-query-groups 4", "--num-key-value-heads 4: is --num-query-groups"),
+    "--num-layers 24 --pp 4 --num-layers-per-virtual-pipeline-stage 2":
+        ("--num-layers 24 --pp 4 --num-virtual-stages-per-pipeline-rank 3 --pipeline-schedule interleaved", "stage 2: is --num-virtual-stages"),
+    "--num-layers 8 --pp 4 --num-layers-per-virtual-pipeline-stage 2": ("--num-layers 8 --pp 4 --num-virtual-stages-per-pipeline-rank 1", ""),
+    "--num-virtual-stages-per-pipeline-rank 2 --pipeline-schedule breadth-first":
+        ("--num-virtual-stages-per-pipeline-rank 2 --pipeline-schedule breadth-first", ""),
+    "--checkpoint-activations": ("--recompute-granularity full", "is --recompute-granularity full"),
+    "--recompute-activations": ("--recompute-granularity selective", "is --recompute-granularity selective"),
+    "--no-position-embedding --position-embedding-type rope": ("--position-embedding-type rope", ""),
+    "--no-position-embedding": ("--position-embedding-type none", "is --position-embedding-type none"),
+    "--use-rotary-position-embeddings": ("--position-embedding-type rope", ""),
+    "--train-tokens 1_000_000 --seq-length 1000": ("--train-samples 1000 --seq-length 1000", "--train-tokens 1000000: is --train-samples 1000"),
+    "--lr-warmup-tokens 5000 --lr-decay-tokens 9,999 --seq-length 10":
+        ("--lr-warmup-samples 500 --lr-decay-samples 999 --seq-length 10", "--lr-decay-tokens 9999: is --lr-decay-samples 999"),
+    "--train-tokens 1000 --train-samples 3": ("--train-samples 3", ""),
+    "--normalization rmsnorm": ("--normalization RMSNorm", "--normalization rmsnorm: is RMSNorm"),
+    "--lr-wsd-decay-style 1-sqrt": ("--lr-wsd-decay-style minus_sqrt", "is minus_sqrt"),
+    "--vocab-file v --merge-file m": ("--vocab-file v --merge-file m --tokenizer-type GPT2BPETokenizer", "are files of --tokenizer-type GPT2BPETokenizer"),
+    "--tokenizer-type PretrainedFromHF --tokenizer-name-or-path x/y":
+        ("--tokenizer-type HuggingFaceTokenizer --tokenizer-model x/y", "PretrainedFromHF: is HuggingFaceTokenizer"),
+    "--pad-vocab-size-to 250880": ("--vocab-size 250880", ""),
+    "--context-parallel-size 1 --expert-model-parallel-size 1 --main-grads-dtype fp32": ("", ""),
+    "--num-workers 4 --use-flash-attn --override-opt_param-scheduler --no-load-rng --apply-layernorm-1p": ("", ""),
+    "--tp-comm-overlap-rs-dgrad --wandb-project a --profile-ranks 0 8": ("", ""),
+    "--lr 1e-3 --seed -3": ("--lr 1e-3 --seed -3", ""),
+}
+
+
+@pytest.mark.parametrize("there", SAID)
+def test_a_word_becomes_ours(there: str) -> None:
+    here, told = SAID[there]
+    found = in_our_words(there.split())
+    assert found.argv == here.split() and not found.missing
+    assert not told or any(told in sentence for sentence in found.renamed), found.renamed
+
+
+def test_what_has_no_effect_is_told_in_one_line_with_its_reason() -> None:
+    found = in_our_words("--use-flash-attn --num-workers 2 --sequence-parallel --attention-backend auto --lr 1".split())
+    assert found.notes() == ["no effect   always so here: --use-flash-attn --sequence-parallel; nothing to configure here: --num-workers 2; "
+                             "a choice of kernels, which are torch's here: --attention-backend auto"]
+
+
+def test_a_capability_that_is_not_here_is_refused_once_by_name() -> None:
+    words = "--num-experts 8 --moe-router-topk 2 --context-parallel-size 2 --optimizer ademamix --ademamix-alpha 8 --position-embedding-type alibi"
+    with pytest.raises(UserError) as error:
+        from_command_line(words.split())
+    assert [s.split(":")[0] for s in error.value.sentences] == [
+        "--num-experts 8 --moe-router-topk 2", "--context-parallel-size 2", "--optimizer ademamix --ademamix-alpha 8", "--position-embedding-type alibi"]
+    assert "mixture of experts is not here yet" in error.value.sentences[0]
+
+
+def test_layers_of_a_virtual_stage_must_divide_those_of_a_stage() -> None:
+    with pytest.raises(UserError, match=r"--num-layers-per-virtual-pipeline-stage 3: must divide the layers of a stage \(--num-layers 8 over --pp 2\)"):
+        from_command_line("--num-layers 8 --pp 2 --num-layers-per-virtual-pipeline-stage 3".split())
+
+
+@pytest.mark.parametrize("words, told", {
+    "--add-qkv-bias": "--add-qkv-bias: has no effect without --disable-bias-linear.",
+    "--use-rope-scaling": "--use-rope-scaling: has no effect without --position-embedding-type rope.",
+    "--max-position-embeddings 99 --position-embedding-type rope":
+        "--max-position-embeddings 99: has no effect without --position-embedding-type learned_absolute.",
+    "--loss-scale 8": "--loss-scale 8.0: has no effect without --fp16.",
+    "--save-interval 5": "--save-interval 5: has no effect without --save.",
+    "--finetune": "--finetune: has no effect without --load.",
+    "--sgd-momentum 0.5": "--sgd-momentum 0.5: has no effect without --optimizer sgd.",
+    "--rotary-base 5e5": "--rotary-base 500000.0: has no effect without --position-embedding-type rope.",
+    "--merge-file zz": "--merge-file zz: has no effect without --tokenizer-type.",
+    "--hysteresis 3 --bf16": "--hysteresis 3: has no effect without --fp16 and a dynamic loss scale.",
+    "--split 9,1": "--split 9,1: has no effect without --data-path.",
+    "--data-path a b": "--data-path a b: has no effect without data of its own, for --mock-data is given.",
+    "--no-overlap-param-gather": "--no-overlap-param-gather: has no effect without --zero-stage 1, 2 or 3.",
+}.items())
+def test_what_megatron_takes_without_a_word_is_remarked(words: str, told: str) -> None:
+    assert told in remarks(from_command_line(f"{TINY} {words}".split()))
+
+
+def test_a_configuration_of_deepspeed_says_what_no_flag_says(tmp_path: Path) -> None:
+    path = tmp_path / "ds.json"
+    path.write_text('{"train_micro_batch_size_per_gpu": 2, "gradient_clipping": 0.5, "zero_optimization": {"stage": 2}, "bf16": {"enabled": true}}')
+    c = from_command_line(f"{TINY} --deepspeed --deepspeed_config {path} --clip-grad 0.25".split())
+    assert (c.training.micro_batch_size, c.optimizer.clip_grad, c.parallel.zero_stage, c.dtype) == (2, 0.25, 2, "bf16")
+    path.write_text("{")
+    with pytest.raises(UserError, match="is not JSON"):
+        from_command_line(f"{TINY} --deepspeed --deepspeed_config {path}".split())
+    with pytest.raises(UserError, match=r"--deepspeed_config no.json: cannot be read; name a file, or leave it out."):
+        from_command_line(f"{TINY} --deepspeed --deepspeed_config no.json".split())
+    assert "is not on this machine" in in_our_words("--check --deepspeed_config no.json".split()).renamed[0]
+
+
+@pytest.mark.parametrize("word", ["--compile", "--num-expert", "--deep-speed", "--adam-beta3", "--lr-wsd-decay-sample", "--load-optim"])
+def test_no_suggestion_means_something_else(word: str) -> None:
+    assert nearest(word, [f"--{flag}" for flag in OURS]) == ""
+
+
+def test_each_word_stands_in_one_table_and_can_be_reached() -> None:
+    """A flag of ours is looked at before the tables."""
+    places = [words.split() for table in (WITHOUT, REFUSED) for words in table.values()]
+    words = [word for place in places for word in place]
+    assert len(words) == len(set(words)) > 400, sorted(w for w in words if words.count(w) > 1)
+    exact = {w for w in words if not w.endswith("*")}
+    assert not exact & OURS and not exact & set(RENAMED) and not exact & set(SPECIAL) and not set(RENAMED) & OURS
+    reached = [w for w in exact for start in words if start.endswith("*") and w.startswith(start[:-1])]
+    assert not [w for w in PLAIN if w in OURS]
+    assert not set(reached) & set(RENAMED)
+    assert set(VALUES) - OURS == {"data-parallel-sharding-strategy"}
