@@ -6,7 +6,8 @@ import pytest
 from support import TINY
 
 from megazero.base import UserError
-from megazero.plan.checks import remarks
+from megazero.plan import sizes
+from megazero.plan.checks import checks, remarks
 from megazero.settings import from_command_line, in_our_words
 from megazero.settings.command_line import leaves, nearest
 from megazero.settings.config import Config
@@ -112,7 +113,7 @@ def test_a_configuration_of_deepspeed_says_what_no_flag_says(tmp_path: Path) -> 
     assert "is not on this machine" in in_our_words("--check --deepspeed_config no.json".split()).renamed[0]
 
 
-@pytest.mark.parametrize("word", ["--compile", "--num-expert", "--deep-speed", "--adam-beta3", "--lr-wsd-decay-sample", "--load-optim"])
+@pytest.mark.parametrize("word", ["--compile", "--num-expert", "--deep-speed", "--adam-beta3", "--lr-wsd-warmup-samples", "--no-save-rng"])
 def test_no_suggestion_means_something_else(word: str) -> None:
     assert nearest(word, [f"--{flag}" for flag in OURS]) == ""
 
@@ -128,3 +129,35 @@ def test_each_word_stands_in_one_table_and_can_be_reached() -> None:
     assert not [w for w in PLAIN if w in OURS]
     assert not set(reached) & set(RENAMED)
     assert set(VALUES) - OURS == {"data-parallel-sharding-strategy"}
+
+
+def test_every_word_of_megatron_and_its_kin_is_known() -> None:
+    """Those of Megatron-LM at the end of 2025, and what Megatron-DeepSpeed, BigScience, BigCode, Pai, MindSpeed and Apertus added."""
+    both = OURS | {f"no-{word}" for word in OURS}
+    words = (Path(__file__).parent / "golden" / "megatron_words.txt").read_text().split()
+    assert len(words) > 500
+    assert not [w for w in words if f"--{w}" in in_our_words([f"--{w}"]).argv and w not in both]
+
+
+def test_files_that_say_the_data_in_others_words(tmp_path: Path) -> None:
+    def said(train: str, valid: str = "") -> list[str]:
+        (tmp_path / "t").write_text(train)
+        (tmp_path / "v").write_text(valid)
+        flags = f"--train-weighted-split-paths-path {tmp_path / 't'}" + (f" --valid-weighted-split-paths-path {tmp_path / 'v'}" if valid else "")
+        told = in_our_words(flags.split())
+        return told.argv or [*told.missing]
+
+    assert said('"train: 0.3 0:0.95 a, 0.7 0:0.95 b"', '"valid: 0.3 0.95:1 a, 0.7 0.95:1 b"') == "--data-path 0.3 a 0.7 b --split 950,50,0".split()
+    assert said("TRAIN: 1 0:1 a", "V1: 1 0:1 b\nV2: 2 0:1 c") == "--train-data-path 1 a --valid-data-path 1 b 2 c".split()
+    assert said("TRAIN: 1 0:0.9 a, 1 0:0.8 b") == ["each dataset is cut elsewhere, where --split cuts all alike; cut them before"]
+    assert said("TRAIN: a b") == ["is not lines such as `TRAIN: 0.3 0:0.95 PREFIX, ...`"]
+    assert in_our_words("--check --train-weighted-split-paths-path no".split()).argv == "--check --data-path no".split()
+    (tmp_path / "t").write_text('{"train": ["0.5", "a", "0.5", "b"], "valid": ["c"], "test": null}')
+    assert in_our_words(["--per-split-data-args-path", str(tmp_path / "t")]).argv == "--train-data-path 0.5 a 0.5 b --valid-data-path c".split()
+
+
+def test_the_final_part_of_wsd_may_be_said_in_samples() -> None:
+    c = from_command_line(f"{TINY} --global-batch-size 4 --lr-decay-style WSD --lr-wsd-decay-samples 9 --train-iters 10".split())
+    assert sizes(c, 1).final_iters == 2 and not checks(c, 1)
+    long = from_command_line(f"{TINY} --global-batch-size 4 --lr-decay-style WSD --lr-wsd-decay-samples 41 --train-iters 10".split())
+    assert checks(long, 1) == ["--lr-wsd-decay-samples 41: is longer than the whole curve of 10 steps; write at most 40."]

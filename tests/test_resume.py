@@ -211,3 +211,50 @@ def test_what_is_being_saved_when_data_fail_is_saved_to_its_end(tmp_path: Path, 
     with pytest.raises(UserError, match="t.bin: was cut"):
         train(words)
     assert [step for step, _ in complete(tmp_path / "ck")] == [7]
+
+
+def test_weights_alone_are_saved_and_gone_on_from_with_a_fresh_optimizer(tmp_path: Path) -> None:
+    """Adam's first step moves each element by the rate, whatever its gradient: moments and their count of steps began afresh at step 6."""
+    words = (f"{WORDS} --data-path {byte_dataset(tmp_path)} --lr-decay-style constant --lr-warmup-iters 0 --weight-decay 0 --adam-eps 1e-30 "
+             f"--clip-grad 0 --hidden-dropout 0 --save {tmp_path / 'ck'}")
+    train(f"{words} --train-iters 6 --no-save-optim")
+    before = Reader(tmp_path / "ck")
+    assert before.kinds == {"weight"} and before.index["optimizer"] is None
+    with pytest.raises(UserError, match=r"has no exp_avg and no exp_avg_sq \(it was saved without an optimizer\); add --no-load-optim to go on"):
+        train(f"{words} --load {tmp_path / 'ck'}")
+    steps = train(f"{words} --load {tmp_path / 'ck'} --no-load-optim --exit-interval 7", tmp_path / "log")
+    after = Reader(tmp_path / "ck")
+    assert steps[0]["step"] == 7 and steps[0]["samples"] == 28 and after.index["progress"]["unseen"] == 6
+    name = "layers.0.mlp.up.weight"
+    moved = (after.read("weight", name) - before.read("weight", name)).abs()
+    assert torch.allclose(moved, torch.full_like(moved, 5e-3), rtol=1e-3)
+    train(f"{words} --load {tmp_path / 'ck'} --exit-interval 9")                # and goes on with what it saved then
+    train(f"{words} --load {tmp_path / 'ck'} --ckpt-step 7 --save {tmp_path / 'once'} --exit-interval 9")
+    same(tmp_path / "ck", tmp_path / "once")
+
+
+def test_a_run_begins_with_pretrained_weights_until_it_has_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = f"{WORDS} --data-path {byte_dataset(tmp_path)}"
+    train(f"{words} --train-iters 3 --save {tmp_path / 'base'}")
+    own = f"{words} --pretrained-checkpoint {tmp_path / 'base'} --save {tmp_path / 'ck'} --load {tmp_path / 'ck'}"
+    with pytest.raises(UserError, match="--exit-on-missing-checkpoint: --load .*ck holds no checkpoint; name the folder of one."):
+        train(f"{own} --exit-on-missing-checkpoint")
+    first = train(f"{own} --exit-interval 2", tmp_path / "log")
+    capsys.readouterr()
+    tuned = train(f"{words} --load {tmp_path / 'base'} --finetune --save {tmp_path / 'tuned'} --exit-interval 2", tmp_path / "log2")
+    assert [line["loss"] for line in first] == [line["loss"] for line in tuned] and first[0]["step"] == 1
+    second = train(f"{own} --exit-on-missing-checkpoint --exit-interval 3", tmp_path / "log3")
+    assert [line["step"] for line in second] == [3]
+
+
+def test_the_model_may_be_as_the_checkpoint_says(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = f"{WORDS} --data-path {byte_dataset(tmp_path)} --lr-warmup-iters 0"
+    train(f"{words} --swiglu --num-query-groups 2 --train-iters 1 --save {tmp_path / 'ck'}")
+    other = words.replace("--hidden-size 64", "--hidden-size 128").replace("--num-layers 2", "--num-layers 3")
+    with pytest.raises(UserError, match="its hidden is 64, this model's 128"):
+        train(f"{other} --load {tmp_path / 'ck'} --train-iters 2")
+    capsys.readouterr()
+    train(f"{other} --load {tmp_path / 'ck'} --use-checkpoint-args --train-iters 2")
+    assert "2 layers x 64, 4 heads x 16 over 2 kv heads, ffn 128 swiglu" in capsys.readouterr().out
+    with pytest.raises(UserError, match="--use-checkpoint-args: needs --load, the folder of the checkpoint."):
+        train(f"{other} --use-checkpoint-args")

@@ -45,7 +45,8 @@ def _sizes(c: Config, world: int) -> Iterator[Check]:
         "--train-samples": t.train_samples, "--eval-interval": t.eval_interval, "--exit-interval": t.exit_interval,
         "--exit-duration-in-mins": t.exit_duration_in_mins, "--max-skipped-steps": t.max_skipped_steps,
         "--lr-decay-iters": o.lr_decay_iters, "--lr-decay-samples": o.lr_decay_samples,
-        "--lr-wsd-decay-iters": o.lr_wsd_decay_iters, "--save-interval": k.save_interval,
+        "--lr-wsd-decay-iters": o.lr_wsd_decay_iters, "--lr-wsd-decay-samples": o.lr_wsd_decay_samples,
+        "--save-interval": k.save_interval,
         "--keep-last": k.keep_last, "--log-interval": c.logging.log_interval,
         "--distributed-timeout-minutes": c.parallel.distributed_timeout_minutes,
         "--loss-scale-window": c.precision.loss_scale_window, "--hysteresis": c.precision.hysteresis,
@@ -238,11 +239,16 @@ def _schedule(c: Config, world: int) -> Iterator[Check]:
         yield (length and count and count > length * size and o.lr_decay_style != "constant",
                f"{flag} {count}: is longer than the whole curve of {length} steps; write less than {length * size}.")
     wsd = o.lr_decay_style == "WSD"
-    yield (wsd and o.lr_wsd_decay_iters is None,
+    both = (("--lr-wsd-decay-iters", o.lr_wsd_decay_iters), ("--lr-wsd-decay-samples", o.lr_wsd_decay_samples))
+    finals = [(flag, count) for flag, count in both if count is not None]
+    yield (wsd and not finals,
            "--lr-wsd-decay-iters is missing: --lr-decay-style WSD needs the length of its final part.")
-    yield (wsd and length and o.lr_wsd_decay_iters and o.lr_wsd_decay_iters > length,
-           f"--lr-wsd-decay-iters {o.lr_wsd_decay_iters}: is longer than the whole curve of {length} steps; "
-           f"write at most {length}.")
+    yield (len(finals) > 1, f"--lr-wsd-decay-samples {o.lr_wsd_decay_samples}: cannot be combined with "
+           f"--lr-wsd-decay-iters {o.lr_wsd_decay_iters}; keep one.")
+    for flag, count in finals[:wsd]:
+        size = s.global_batch if "samples" in flag else 1
+        yield (length and count > length * size,
+               f"{flag} {count}: is longer than the whole curve of {length} steps; write at most {length * size}.")
 
 
 Row = tuple[object, str, object, tuple[str, ...]]           # (do they apply?, with what, the group, its fields)
@@ -274,7 +280,8 @@ def _idle(c: Config) -> Iterator[Check]:
         (m.disable_bias_linear, "--disable-bias-linear", m, ("add_qkv_bias",)),
         (o.optimizer == "adam", "--optimizer adam", o, ("adam_beta1", "adam_beta2", "adam_eps")),
         (o.optimizer == "sgd", "--optimizer sgd", o, ("sgd_momentum",)),
-        (o.lr_decay_style == "WSD", "--lr-decay-style WSD", o, ("lr_wsd_decay_iters", "lr_wsd_decay_style")),
+        (o.lr_decay_style == "WSD", "--lr-decay-style WSD", o,
+         ("lr_wsd_decay_iters", "lr_wsd_decay_samples", "lr_wsd_decay_style")),
         (c.dtype == "fp16", "--fp16", p, ("loss_scale",)),
         (c.dtype == "fp16" and p.loss_scale is None, "--fp16 and a dynamic loss scale", p,
          ("initial_loss_scale", "min_loss_scale", "loss_scale_window", "hysteresis")),
@@ -283,8 +290,8 @@ def _idle(c: Config) -> Iterator[Check]:
          ("data_path", "data_args_path", "train_data_path", "valid_data_path", "test_data_path", "data_schedule")),
         ((d.data_path or d.data_args_path) and not d.mock_data, "--data-path", d, ("split",)),
         (d.tokenizer_type is not None, "--tokenizer-type", d, ("tokenizer_model", "vocab_file", "merge_file")),
-        (k.save is not None, "--save", k, ("save_interval", "keep_last", "async_save")),
-        (k.load is not None, "--load", k, ("ckpt_step", "finetune")),
+        (k.save is not None, "--save", k, ("save_interval", "keep_last", "async_save", "save_optim")),
+        (k.load is not None, "--load", k, ("ckpt_step", "finetune", "load_optim", "exit_on_missing_checkpoint")),
     ]
     return _without(rows)
 
@@ -367,6 +374,8 @@ def _order(c: Config, world: int) -> Iterator[Check]:
 
 def _files(c: Config, world: int) -> Iterator[Check]:
     k, t = c.checkpoint, c.training
+    yield (k.use_checkpoint_args and k.load is None and k.pretrained_checkpoint is None,
+           "--use-checkpoint-args: needs --load, the folder of the checkpoint.")
     yield (t.skip_train and (k.load is None or t.eval_iters == 0),
            "--skip-train: there is nothing to evaluate; give the weights with --load, and leave out --eval-iters 0.")
     yield (t.full_validation and t.eval_iters == 0,

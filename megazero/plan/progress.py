@@ -70,7 +70,7 @@ def curve_of(config: Config, s: Sizes) -> Curve:
     o = config.optimizer
     assert o.lr is not None, "checks() come first"
     return Curve(o.lr, o.min_lr, style=o.lr_decay_style, start=o.lr_warmup_init, warmup=s.warmup_iters,
-                 length=s.decay_iters, final=o.lr_wsd_decay_iters or 0, final_style=o.lr_wsd_decay_style,
+                 length=s.decay_iters, final=s.final_iters, final_style=o.lr_wsd_decay_style,
                  samples=None if s.train_samples is None else s.global_batch)
 
 
@@ -114,7 +114,8 @@ def loss_scale(config: Config) -> LossScale:
 # what an index must say of it
 SCALE: Form = {"value": float, "minimum": float, "window": range(1, 2**53), "hysteresis": range(1, 2**53),
                "constant": bool, "good?": COUNT, "bad?": COUNT}
-PROGRESS: Form = {"step": COUNT, "applied": COUNT, "samples": COUNT, "skipped_in_a_row?": COUNT, "loss_scale": SCALE}
+PROGRESS: Form = {"step": COUNT, "applied": COUNT, "samples": COUNT, "skipped_in_a_row?": COUNT, "unseen?": COUNT,
+                  "loss_scale": SCALE}
 
 
 @dataclass(frozen=True)
@@ -127,10 +128,12 @@ class Progress:
     applied: int = 0
     samples: int = 0
     skipped_in_a_row: int = 0
+    unseen: int = 0                     # applied steps before the optimizer's state began
 
     def after(self, finite: bool, samples: int) -> "Progress":
-        return Progress(self.loss_scale.after(finite), self.step + 1, self.applied + finite, self.samples + samples,
-                        0 if finite else self.skipped_in_a_row + 1)
+        return replace(self, loss_scale=self.loss_scale.after(finite), step=self.step + 1,
+                       applied=self.applied + finite, samples=self.samples + samples,
+                       skipped_in_a_row=0 if finite else self.skipped_in_a_row + 1)
 
 
 def progress_of(values: Any) -> Progress:
@@ -140,6 +143,8 @@ def progress_of(values: Any) -> Progress:
     found = made(Progress, {**values, "loss_scale": scale}, {}, "progress")
     if found.applied + found.skipped_in_a_row > found.step:
         raise ValueError(f"progress.step is {found.step}, less than the steps that were applied and skipped")
+    if found.unseen > found.applied:
+        raise ValueError(f"progress.unseen is {found.unseen}, more than the steps that were applied")
     if found.samples > found.step * LARGEST:
         raise ValueError(f"progress.samples is {found.samples:,} after {found.step:,} steps")
     if scale.value <= 0 or scale.minimum <= 0:

@@ -20,6 +20,7 @@ class Sizes:
     train_samples   samples of the run, where it was told by them
     warmup_iters    steps in which the learning rate rises
     decay_iters     steps of its whole curve, warm-up included
+    final_iters     the last of them, in which WSD falls
     """
 
     tp: int
@@ -32,6 +33,7 @@ class Sizes:
     train_samples: int | None
     warmup_iters: int
     decay_iters: int
+    final_iters: int
 
     @property
     def world(self) -> int:
@@ -71,7 +73,8 @@ def sizes(config: Config, world: int) -> Sizes:
               else o.lr_warmup_iters or int((o.lr_warmup_fraction or 0) * curve))
     return Sizes(tp=tp, pp=pp, dp=dp, shard=(p.zero_shard_size or dp) if p.zero_stage else 1,
                  micro_batch=t.micro_batch_size, global_batch=batch, train_iters=run, train_samples=t.train_samples,
-                 warmup_iters=warmup, decay_iters=curve)
+                 warmup_iters=warmup, decay_iters=curve,
+                 final_iters=o.lr_wsd_decay_iters or (o.lr_wsd_decay_samples or 0) // batch)
 
 
 def ranks_asked(config: Config) -> int:

@@ -4,6 +4,7 @@ another machine."""
 import os
 import re
 from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -12,15 +13,30 @@ from megazero.base import UserError, gib, printable, read_bytes
 from megazero.comm import own_device
 from megazero.data import Tokenizer, configured_tokenizer
 from megazero.hf import outlook
-from megazero.plan import Plan, Progress, describe, loss_scale, memory, named
+from megazero.plan import Plan, Progress, describe, flags, loss_scale, memory, named
 from megazero.run.feed import Splits, open_splits
-from megazero.settings import Config
-from megazero.state import Reader, complete, resumed, unfit
+from megazero.settings import Config, build, flatten
+from megazero.state import INDEX, Reader, complete, resumed, unfit
 
 NCCL = 128 << 20        # bytes of a communicator's buffers, about: nobody has measured them here
 TOKENIZER = ("tokenizer_model", "vocab_file", "merge_file")
 DATA = ("data_path", "train_data_path", "valid_data_path", "test_data_path", "data_args_path", "data_schedule")
 KNOWN = {"GPT2BPETokenizer": 50257, "Llama2Tokenizer": 32000}           # ids of the files that a type usually has
+
+
+def begun(config: Config) -> Config:
+    """The same where it depends on what is in the folders: with what --pretrained-checkpoint and --use-checkpoint-args
+    mean there. Raises UserError."""
+    k = config.checkpoint
+    there = k.load is not None and (Reader.finds(Path(k.load)) or (Path(k.load) / INDEX).exists())
+    if k.exit_on_missing_checkpoint and k.load is not None and not there:
+        raise UserError(f"--exit-on-missing-checkpoint: --load {k.load} holds no checkpoint; name the folder of one.")
+    if k.pretrained_checkpoint is not None and not there:
+        k = replace(k, load=k.pretrained_checkpoint, finetune=True, ckpt_step=None)
+        config = replace(config, checkpoint=k)
+    if not k.use_checkpoint_args or k.load is None or config.check and not os.path.exists(k.load):
+        return config
+    return build(Config, {**flatten(config), **flags(Reader(k.load, k.ckpt_step).architecture)})
 
 
 def preview(config: Config, world: int, rank: int, here: bool) -> list[str]:
@@ -97,7 +113,7 @@ def checkpoint_ahead(plan: Plan, tokenizer: Tokenizer | None) -> Reader | None:
     k, reader = plan.config.checkpoint, find_checkpoint(plan.config)
     if reader is not None:
         parameters = [p for u in plan.units for p in u.parameters]
-        optimizer = None if k.finetune else plan.config.optimizer.optimizer
+        optimizer = None if k.finetune or not k.load_optim else plan.config.optimizer.optimizer
         errors = unfit(reader, plan.architecture, parameters, optimizer, tokenizer)
         if errors:
             raise UserError(*errors)
@@ -132,8 +148,11 @@ def find_checkpoint(config: Config) -> Reader | None:
 
 def place(config: Config, reader: Reader | None) -> Progress:
     """Where a run begins: where a checkpoint ends, or at its own beginning."""
-    fresh = loss_scale(config)
-    return Progress(fresh) if reader is None or config.checkpoint.finetune else resumed(reader.progress, fresh)
+    fresh, k = loss_scale(config), config.checkpoint
+    if reader is None or k.finetune:
+        return Progress(fresh)
+    found = resumed(reader.progress, fresh)
+    return found if k.load_optim else replace(found, unseen=found.applied)
 
 
 def in_place(config: Config) -> bool:

@@ -168,7 +168,8 @@ class Loop:
         """Saves the run as it is after the last step."""
         self.tell(self.step.settle(last=True))
         self.step.lap()
-        path = record.save(self.step.progress, slices(self.run.units.values(), self.run.updater.state))
+        path = record.save(self.step.progress, slices(
+            self.run.units.values(), self.run.updater.state if self.run.config.checkpoint.save_optim else {}))
         self.run.actions.hold = record.writer.hold
         seconds = self.step.lap()
         beside = ", the rest in the background" if record.writer.background else ""

@@ -50,7 +50,7 @@ class Step:
         self.run, self.batches, self.progress = run, batches, progress
         self.pending: Pending | None = None
         self.clock = time.perf_counter()
-        run.updater.set_steps(progress.applied)
+        run.updater.set_steps(progress.applied - progress.unseen)
 
     def start(self, wish: Callable[[], str] = str) -> Settled | None:
         """Starts one step, then reads the verdict of the one before. `wish`, asked when the gradients are there: why

@@ -16,6 +16,7 @@ from megazero.comm import Wires, before_cuda, connect, environment
 from megazero.data import Tokenizer, configured_tokenizer
 from megazero.plan import Plan, Progress, checks, describe, flops_per_token, ranks_asked, written
 from megazero.run.ahead import (
+    begun,
     choose_device,
     in_place,
     look_ahead,
@@ -46,6 +47,7 @@ def main(config: Config, words: Sequence[str] = ()) -> None:
     """The whole program: everything that can be wrong is found before anything is written. `words`: what became of
     those of the command line."""
     rank, here = environment()
+    config = begun(config)
     world = ranks_asked(config) if config.check and here == 1 else here
     errors = checks(config, world)
     if errors:
@@ -126,7 +128,8 @@ def recorded(run: Run, tokenizer: Tokenizer | None, reader: Reader | None, progr
         return None
     layout = {"tp": p.tp, "pp": p.pp, "dp": p.dp, "zero_stage": run.config.parallel.zero_stage,
               "global_batch_size": p.global_batch}
-    facts = about(p.architecture, config=flatten(run.config), optimizer=run.config.optimizer.optimizer, layout=layout,
+    facts = about(p.architecture, config=flatten(run.config), layout=layout,
+                  optimizer=run.config.optimizer.optimizer if k.save_optim else None,
                   tokenizer=tokenizer, family=reader.index.get("family") if reader is not None else None, data=data)
     writer = Writer(Path(k.save), k.keep_last, k.async_save, run.wires.rank, run.wires["saved"], lease)
     there = reader is not None and in_place(run.config) and not k.finetune
@@ -143,8 +146,9 @@ def start(run: Run, splits: Splits, reader: Reader | None, record: Record | None
             run.say(f"starting    afresh: --load {k.load} holds no complete checkpoint yet")
         run.initialise()
     else:
-        restore(reader, run.units.values(), {} if k.finetune else run.updater.state)
-        run.say(f"loaded      {reader.folder}{': weights alone' if k.finetune else ''}")
+        fresh = k.finetune or not k.load_optim
+        restore(reader, run.units.values(), {} if fresh else run.updater.state)
+        run.say(f"loaded      {reader.folder}{': weights alone' if fresh else ''}")
         # also where it follows
         before = reader.index["config"] | {"global_batch_size": reader.index["layout"].get("global_batch_size")}
         now = flatten(config) | {"global_batch_size": run.plan.global_batch}

@@ -147,6 +147,7 @@ class Optimization:
     lr_warmup_init: float = option(0.0, "learning rate before the first step")
     lr_wsd_decay_style: str = option("exponential", "curve of the final part of WSD", choices=WSD_STYLES)
     lr_wsd_decay_iters: int | None = option(None, "length of the final part of WSD", unit="steps")
+    lr_wsd_decay_samples: int | None = option(None, "the same in samples", unit="samples")
     weight_decay: float = option(0.01, "on matrices; norms and biases have none")
     adam_beta1: float = option(0.9, "decay of the mean of gradients")
     adam_beta2: float = option(0.999, "decay of the mean of squared gradients")
@@ -221,6 +222,14 @@ class Checkpoint:
     keep_last: int | None = option(None, "checkpoints to keep; default: all", unit="checkpoints")
     ckpt_step: int | None = option(None, "step to load; default: the newest", unit="step")
     finetune: bool = option(False, "load the weights alone: step, data and optimizer start afresh")
+    load_optim: bool = option(True, "--no-load-optim goes on from the step of --load with an optimizer that starts "
+                              "afresh")
+    save_optim: bool = option(True, "--no-save-optim saves the weights alone: a third of the bytes, to go on from with "
+                              "--no-load-optim")
+    pretrained_checkpoint: str | None = option(None, "folder of weights to begin with, as with --finetune, as long as "
+                                               "--load holds no checkpoint", unit="dir")
+    use_checkpoint_args: bool = option(False, "the model is as the checkpoint of --load says, whatever the flags say")
+    exit_on_missing_checkpoint: bool = option(False, "no run starts afresh where --load holds no checkpoint")
     async_save: bool = option(False, "copy, then write in the background while training goes on")
 
 

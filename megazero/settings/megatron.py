@@ -8,16 +8,17 @@ Each of their words is one of
     without effect      WITHOUT: nothing of it changes what is trained, told in one line with the reason
     missing             REFUSED: it would change what is trained, or what fits; refused by the name of the capability
 
-`ours` takes a command line through them. Pure but for the configuration of DeepSpeed that it may name.
+`ours` takes a command line through them. Pure but for the files of others' words that it may name.
 """
 
+import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from megazero.base import load, printable
+from megazero.base import printable, read_bytes
 
 Words = list[str]
 
@@ -142,6 +143,7 @@ REFUSED: dict[str, str] = {
         perform-init-*""",
     "weight decay is constant here: it would change with the steps; leave it out":
         "start-weight-decay end-weight-decay weight-decay-incr-style",
+    "a test set that is cut by weights is not here; write --test-data-path": "test-weighted-split-paths-path",
     "steps are not left out here: the run would train on other data; cut them from the data":
         "iterations-to-skip skip-train-iteration-range decrease-batch-size-if-needed sample-rate",
     "batches are a number of samples here, each of --seq-length tokens; write --micro-batch-size":
@@ -195,6 +197,7 @@ RENAMED: dict[str, tuple[str, str]] = {
     "tokenizer-name-or-path": ("--tokenizer-model {}", "is --tokenizer-model"),
     "tokenizer-file": ("--tokenizer-model {}", "is --tokenizer-model"),
     "save-retain-interval": ("", "all checkpoints are kept; --keep-last N keeps the newest N"),
+    "finetune-from": ("--pretrained-checkpoint {}", "is --pretrained-checkpoint"),
     "persistent-save-interval": ("--save-interval {}", "is --save-interval"),
     "layernorm-epsilon": ("--norm-epsilon {}", "is --norm-epsilon"),
     "load-tag": ("--ckpt-step {}", "is --ckpt-step"),
@@ -464,27 +467,99 @@ def _deepspeed(args: Words, given: Given, told: Told) -> Words:
 
 def _deepspeed_config(args: Words, given: Given, told: Told) -> Words:
     """What a configuration of DeepSpeed says that a flag can say too, and no flag says."""
-    path = " ".join(args)
-    try:
-        said: Any = load(Path(path))
-    except OSError:
-        if "check" not in given:
-            _tell(told.missing, "cannot be read; name a file, or leave it out", "deepspeed_config", args)
-        else:
-            told.renamed.append(f"--deepspeed_config {path}: is not on this machine; what it says does not count here")
+    path, text = " ".join(args), _read("deepspeed_config", args, given, told)
+    if text is None:
         return []
-    except ValueError as error:
-        _tell(told.missing, f"is not JSON ({' '.join(str(error).split())})", "deepspeed_config", args)
+    try:
+        said: Any = json.loads(text)
+        blocks = {block: said.get(block) or {} for block in ("zero_optimization", "fp16", "bf16")} | {"": said}
+    except (ValueError, AttributeError):
+        _tell(told.missing, "is not JSON of names and values", "deepspeed_config", args)
         return []
     flags: Words = []
     for (block, key), (word, form) in FROM_DEEPSPEED.items():
-        value = (said.get(block) or {}).get(key) if block else said.get(key)
+        value = blocks[block].get(key)
         if isinstance(value, bool) and value is True:
             flags += [] if word in given or "bf16" in given or "fp16" in given else [f"--{word}"]
         elif isinstance(value, int | float) and not isinstance(value, bool) and word not in given and form(value):
             flags += [f"--{word}", f"{value:g}" if isinstance(value, float) else str(value)]
     told.renamed.append(f"--deepspeed_config {path}: says {' '.join(flags) or 'what the flags say'}")
     return flags
+
+
+def _split_file(args: Words, given: Given, told: Told) -> Words:
+    """A JSON of Megatron's with the words of each split's flag."""
+    text = _read("per-split-data-args-path", args, given, told)
+    if text is None:
+        return ["--data-path", *args]
+    try:
+        said = {name: [str(word) for word in words] for name, words in json.loads(text).items() if words}
+    except (ValueError, AttributeError, TypeError):
+        _tell(told.missing, "is not JSON of lists named train, valid, test", "per-split-data-args-path", args)
+        return []
+    told.renamed.append(f"--per-split-data-args-path {' '.join(args)}: says --train-, --valid- and --test-data-path")
+    return [word for name in ("train", "valid", "test") for word in (f"--{name}-data-path", *said.get(name, []))
+            if name in said]
+
+
+Range = tuple[str, float, float, str]                      # weight, from, to, prefix
+
+
+def _ranges(text: str) -> list[Range]:
+    """BigScience's `NAME: WEIGHT FROM:TO PREFIX, ...`, a line for each name. Raises ValueError."""
+    parts = [part.split() for line in text.replace('"', " ").splitlines() if line.strip()
+             for part in re.sub(r"^\s*[\w-]+:\s", "", line).split(",") if part.strip()]
+    cut = [(weight, *bounds.split(":"), prefix) for weight, bounds, prefix in parts]
+    return [(weight, float(low), float(high), prefix) for weight, low, high, prefix in cut]
+
+
+def _weighted(args: Words, given: Given, told: Told) -> Words:
+    """Parts of datasets with their weights: datasets of their own, or all of them cut alike, which --split does."""
+    flags = [f"{name}-weighted-split-paths-path" for name in ("train", "valid")]
+    text, other = (_read(flag, given.get(flag, []), given, told) if flag in given else "" for flag in flags)
+    if text is None or other is None:
+        return ["--data-path", *args]
+    try:
+        train, valid = _ranges(text), _ranges(other)
+    except ValueError:
+        _tell(told.missing, "is not lines such as `TRAIN: 0.3 0:0.95 PREFIX, ...`", flags[0], args)
+        return []
+    whole = {(low, high) for _, low, high, _ in (*train, *valid)} <= {(0.0, 1.0)}
+    cuts = [{(low, high) for _, low, high, _ in rows} for rows in (train, valid)]
+    first, second = (rows.copy().pop() if len(rows) == 1 else (0.0, 1.0) for rows in cuts)
+    words = [[word for weight, _, _, prefix in rows for word in (weight, prefix)] for rows in (train, valid)]
+    if whole:
+        made = ["--train-data-path", *words[0], *(["--valid-data-path", *words[1]] if valid else [])]
+    elif (max(map(len, cuts)) == 1 and first[0] == 0 and (not valid or second[0] == first[1])
+          and (not valid or words[0] == words[1])):
+        parts = (first[1], (second[1] - first[1]) if valid else 0.0, 1 - (second[1] if valid else first[1]))
+        made = ["--data-path", *words[0], "--split", ",".join(f"{1000 * part:g}" for part in parts)]
+    else:
+        what = "each dataset is cut elsewhere, where --split cuts all alike; cut them before"
+        _tell(told.missing, what, flags[0], args)
+        return []
+    told.renamed.append(f"--{flags[0]} {' '.join(args)}: says {printable(' '.join(made), 200)}")
+    return made
+
+
+def _told_by_train(args: Words, given: Given, told: Told) -> Words:
+    if "train-weighted-split-paths-path" not in given:
+        what = "needs --train-weighted-split-paths-path"
+        _tell(told.missing, what, "valid-weighted-split-paths-path", args)
+    return []
+
+
+def _read(word: str, args: Words, given: Given, told: Told) -> str | None:
+    """The text of a file that a word names; None, and told, where there is none: no mistake under --check."""
+    path = " ".join(args)
+    try:
+        return read_bytes(Path(path)).decode()
+    except (OSError, ValueError):
+        if "check" in given:
+            told.renamed.append(f"--{word} {path}: is not on this machine; what it says does not count here")
+        else:
+            _tell(told.missing, "cannot be read; name a file, or leave it out", word, args)
+        return None
 
 
 FROM_DEEPSPEED: dict[tuple[str, str], tuple[str, Callable[[float], bool]]] = {
@@ -508,7 +583,8 @@ SPECIAL: dict[str, Callable[[Words, Given, Told], Words]] = {
     "lr-decay-tokens": _of_tokens("lr-decay-samples"), "lr-warmup-tokens": _of_tokens("lr-warmup-samples"),
     "pad-vocab-size-to": _padded, "padded-vocab-size": _padded,
     "deepspeed": _deepspeed, "deepspeed_config": _deepspeed_config,
-    "deepspeed-config": _deepspeed_config,
+    "deepspeed-config": _deepspeed_config, "per-split-data-args-path": _split_file,
+    "train-weighted-split-paths-path": _weighted, "valid-weighted-split-paths-path": _told_by_train,
 }
 
 

@@ -1,7 +1,7 @@
 """What of a run outlives it: checkpoints."""
 
 from megazero.state.checkpoint import (
-    LATEST, SPECIAL, TAG, Reader, Slice, complete, fill, is_special, mismatches, newest, tagged)
+    INDEX, LATEST, SPECIAL, TAG, Reader, Slice, complete, fill, is_special, mismatches, newest, tagged)
 from megazero.state.compare import check, checkpoints, log_lines, report, runs
 from megazero.state.logs import Log, board_log, metrics_log
 from megazero.state.merge import merge

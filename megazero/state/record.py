@@ -19,7 +19,9 @@ from megazero.units import Unit
 
 Moments = Mapping[str, Mapping[str, torch.Tensor]]      # unit -> moment -> flat buffer beside the unit's master
 # keys of a configuration that a run may change without a word
-SILENT = {"load", "save", "config", "check", "exit_interval", "log_interval", "log_dir", "save_interval", "ckpt_step"}
+SILENT = {"load", "save", "config", "check", "exit_interval", "log_interval", "log_dir", "save_interval", "ckpt_step",
+          "load_optim", "save_optim", "pretrained_checkpoint", "use_checkpoint_args", "exit_on_missing_checkpoint",
+          "world_size"}
 
 
 # ---- tensors
@@ -121,8 +123,8 @@ def _wrong_optimizer(reader: Reader, optimizer: str) -> list[str]:
     missing = [k for k in RULES[optimizer].moments if k not in reader.kinds]
     theirs = reader.index.get("optimizer")
     saved = f"with {theirs}" if theirs else "without an optimizer"
-    return [f"--optimizer {optimizer}: {reader.folder} has no {' and no '.join(missing)} "
-            f"(it was saved {saved}); add --finetune to start the optimizer afresh."] if missing else []
+    return [f"--optimizer {optimizer}: {reader.folder} has no {' and no '.join(missing)} (it was saved {saved}); add "
+            "--no-load-optim to go on with a fresh one, or --finetune to begin afresh."] if missing else []
 
 
 def _wrong_tokenizer(reader: Reader, tokenizer: Tokenizer | None) -> list[str]:
