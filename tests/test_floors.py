@@ -11,7 +11,7 @@ FLOORS: dict[str, tuple[int, str]] = {
     "base": (650, "errors text dtypes disk memory strict lease"),
     "pipeline": (750, "schedule timeline weighing split"),
     "settings": (1300, "command_line megatron config"),
-    "plan": (2850, "rules devices layout mesh sizes progress action sums program verify architecture operations checks plan cost families show"),
+    "plan": (3150, "rules devices layout mesh sizes progress action sums program verify architecture operations checks plan cost families show"),
     "comm": (1320, "marks group shared gloo nccl fake late ports rendezvous told wires"),
     "units": (810, "random unit gate rules actions"),
     "model": (750, "products ops attention decoder"),
@@ -19,7 +19,7 @@ FLOORS: dict[str, tuple[int, str]] = {
     "corpus": (1260, "tables sources verify edit preprocess"),
     "state": (1400, "tensor_files checkpoint saving merge compare record logs"),
     "hf": (520, "files tokenizer convert"),
-    "run": (1500, "executor metrics run feed step loop failures ahead train launch generate"),
+    "run": (1530, "executor metrics run feed step loop failures ahead train launch generate"),
     "engine": (4400, "hidden sliced aliases keys words rates values blocks groups hooks passes engine optimizers checkpoints monitor full deepspeed_engine initialize zero names"),
 }
 DOORS = {"deepspeed": 140, "door.sitecustomize": 70, "trainer": 60}       # above all floors, each with its budget; `door` is what PYTHONPATH gets

@@ -54,6 +54,19 @@ def test_a_run_moves_between_layouts(pool: Pool, tmp_path: Path) -> None:
             assert (a - b).abs().max() <= 1e-10 * a.abs().max(), (kind, name)
 
 
+@pytest.mark.parametrize("ramp", ["--rampup-batch-size 2 2 9", "--step-batch-size-schedule 0:2 100:4 300:6"])
+def test_a_batch_that_grows_is_the_same_in_any_layout_and_after_a_stop(ramp: str, pool: Pool, tmp_path: Path) -> None:
+    words = f"{WORDS} --data-path {byte_dataset(tmp_path)} {ramp}".replace("--train-iters 12", "--train-samples 50")
+    want = train(f"{words} --save {tmp_path / 'whole'}", tmp_path / "log")
+    assert [line["tokens"] // 32 for line in want if "tokens" in line][:6] == ([2, 2, 2, 4, 6, 6] if "rampup" in ramp else [2, 2, 4, 4, 6, 6])
+    moved = f"{words} --save {tmp_path / 'moved'} --load {tmp_path / 'moved'}"
+    for world, layout, stop in ((2, "--dp 2 --zero-stage 2", 2), (2, "--pp 2 --pipeline-schedule interleaved", 4), (2, "--tp 2", 100)):
+        pool.run(world, train, f"{moved} {layout} --exit-interval {stop}", tmp_path / "log2")
+    for got, expected in zip(figures(tmp_path / "log2"), figures(tmp_path / "log"), strict=True):
+        assert got[:2] == expected[:2] and got[2:] == pytest.approx(expected[2:], rel=1e-11)
+    assert Reader(tmp_path / "moved").index["progress"] == Reader(tmp_path / "whole").index["progress"]
+
+
 def initial(words: str, folder: str) -> None:
     train(f"{words} --train-iters 0 --save {folder}".replace("--train-iters 12 ", ""))
 

@@ -9,7 +9,7 @@ from dataclasses import replace
 from megazero.pipeline import SCHEDULES, ends_as_layers, from_layout
 from megazero.plan.architecture import architecture, block, ffn_size
 from megazero.plan.devices import DEVICES, named
-from megazero.plan.sizes import sizes
+from megazero.plan.sizes import ramp_of, sizes
 from megazero.settings import Config
 
 
@@ -209,7 +209,19 @@ def _batches(c: Config, world: int) -> Iterator[Check]:
         "--train-iters is missing: give the length of the run in steps, or --train-samples." if t.train_iters is None
         else f"--train-samples {t.train_samples}: cannot be combined with --train-iters {t.train_iters}; keep one.")
     batch, slice_ = t.global_batch_size, t.micro_batch_size * s.dp
-    if batch and slice_ > 0:
+    growing = next((flag for flag, given in (("--rampup-batch-size", t.rampup_batch_size),
+                                             ("--step-batch-size-schedule", t.step_batch_size_schedule)) if given), "")
+    yield t.rampup_batch_size and t.step_batch_size_schedule, f"{growing}: cannot be combined with the other; keep one."
+    yield growing and c.parallel.pipeline_program, f"{growing}: cannot be combined with --pipeline-program; keep one."
+    yield t.rampup_batch_size and not batch, f"{growing}: needs --global-batch-size, what it grows to."
+    try:
+        ramp_of(c, s.global_batch)
+    except ValueError as error:
+        yield True, f"{growing} {' '.join(map(str, t.rampup_batch_size or t.step_batch_size_schedule))}: {error}."
+    wrong = [size for _, size in (*s.ramp, (0, s.global_batch)) if slice_ > 0 and size % slice_]
+    yield (growing and wrong, f"{growing}: has a batch of {wrong[0] if wrong else ''}, which is no multiple of "
+           f"--micro-batch-size {t.micro_batch_size} x data-parallel {s.dp}; write multiples of {slice_}.")
+    if batch and slice_ > 0 and not growing:
         low = batch // slice_ * slice_
         yield (batch % slice_,
                f"--global-batch-size {batch}: must be a multiple of --micro-batch-size {t.micro_batch_size} x "

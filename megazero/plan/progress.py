@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from megazero.base import Form, checked, made
-from megazero.plan.sizes import Sizes
+from megazero.plan.sizes import Sizes, batch_at
 from megazero.settings import Config
 
 COUNT = range(2**53)
@@ -28,7 +28,8 @@ class Curve:
     warmup          steps of linear rise from `start` to `lr`
     length          steps in all, after which it stays at `min_lr`
     final           the last of them, in which WSD falls, as `final_style` says
-    samples         of one step, in a run that is told by samples
+    samples         of one step, in a run that is told by samples or whose batch grows
+    ramp            how it grows
     """
 
     lr: float
@@ -40,11 +41,12 @@ class Curve:
     final: int = 0
     final_style: str = "exponential"
     samples: int | None = None
+    ramp: tuple[tuple[int, int], ...] = ()
 
-    def rate(self, applied: float) -> float:
-        """The rate of the step after `applied` ones."""
+    def rate(self, applied: float, own: float = 1.0) -> float:
+        """The rate of the step after `applied` ones, which is `own` of a step."""
         if applied < self.warmup:
-            return self.start + (self.lr - self.start) * (applied + 1) / self.warmup
+            return self.start + (self.lr - self.start) * min((applied + own) / self.warmup, 1)
         if self.style == "constant":
             return self.lr
         if self.style == "inverse-square-root":
@@ -59,10 +61,11 @@ class Curve:
 
     def rate_after(self, progress: "Progress") -> float:
         """The rate of a run's next step. Its place on the curve is counted in steps that changed the weights; in a run
-        told by samples, in steps of this batch size that would have consumed what it consumed."""
+        told by samples, in steps of this batch size that would have consumed what those consumed."""
         if self.samples is None:
             return self.rate(progress.applied)
-        return self.rate(progress.samples / self.samples - (progress.step - progress.applied))
+        return self.rate((progress.samples - progress.lost) / self.samples,
+                         batch_at(self.ramp, progress.samples, self.samples) / self.samples)
 
 
 def curve_of(config: Config, s: Sizes) -> Curve:
@@ -71,7 +74,7 @@ def curve_of(config: Config, s: Sizes) -> Curve:
     assert o.lr is not None, "checks() come first"
     return Curve(o.lr, o.min_lr, style=o.lr_decay_style, start=o.lr_warmup_init, warmup=s.warmup_iters,
                  length=s.decay_iters, final=s.final_iters, final_style=o.lr_wsd_decay_style,
-                 samples=None if s.train_samples is None else s.global_batch)
+                 samples=s.global_batch if s.ramp or s.train_samples is not None else None, ramp=s.ramp)
 
 
 @dataclass(frozen=True)
@@ -115,7 +118,7 @@ def loss_scale(config: Config) -> LossScale:
 SCALE: Form = {"value": float, "minimum": float, "window": range(1, 2**53), "hysteresis": range(1, 2**53),
                "constant": bool, "good?": COUNT, "bad?": COUNT}
 PROGRESS: Form = {"step": COUNT, "applied": COUNT, "samples": COUNT, "skipped_in_a_row?": COUNT, "unseen?": COUNT,
-                  "loss_scale": SCALE}
+                  "lost?": COUNT, "loss_scale": SCALE}
 
 
 @dataclass(frozen=True)
@@ -129,22 +132,28 @@ class Progress:
     samples: int = 0
     skipped_in_a_row: int = 0
     unseen: int = 0                     # applied steps before the optimizer's state began
+    lost: int = 0                       # samples of the steps that were skipped
 
     def after(self, finite: bool, samples: int) -> "Progress":
         return replace(self, loss_scale=self.loss_scale.after(finite), step=self.step + 1,
                        applied=self.applied + finite, samples=self.samples + samples,
-                       skipped_in_a_row=0 if finite else self.skipped_in_a_row + 1)
+                       skipped_in_a_row=0 if finite else self.skipped_in_a_row + 1,
+                       lost=self.lost + (0 if finite else samples))
 
 
 def progress_of(values: Any) -> Progress:
     """The progress that a checkpoint's index holds, as `asdict` made it. Raises ValueError."""
     checked(values, PROGRESS, "progress")
     scale = made(LossScale, values["loss_scale"], SCALE, "progress.loss_scale")
-    found = made(Progress, {**values, "loss_scale": scale}, {}, "progress")
+    skipped = values["step"] - values["applied"]                # all alike, before they were counted
+    plain = {"lost": max(skipped, 0) * (values["samples"] // max(values["step"], 1))}
+    found = made(Progress, {**plain, **values, "loss_scale": scale}, {}, "progress")
     if found.applied + found.skipped_in_a_row > found.step:
         raise ValueError(f"progress.step is {found.step}, less than the steps that were applied and skipped")
     if found.unseen > found.applied:
         raise ValueError(f"progress.unseen is {found.unseen}, more than the steps that were applied")
+    if found.lost > found.samples:
+        raise ValueError(f"progress.lost is {found.lost:,}, more than the {found.samples:,} samples that it read")
     if found.samples > found.step * LARGEST:
         raise ValueError(f"progress.samples is {found.samples:,} after {found.step:,} steps")
     if scale.value <= 0 or scale.minimum <= 0:

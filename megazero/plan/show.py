@@ -66,15 +66,16 @@ def _stages(p: Plan) -> str:
 
 
 def _step(p: Plan) -> str:
+    grows = f"; smaller at first, from {p.ramp[0][1]} over {p.ramp[-1][0]:,} samples" if p.ramp else ""
     return (f"{p.global_batch} samples x {p.architecture.seq_length} = {p.tokens_per_step:,} tokens: "
-            f"dp {p.dp} x {p.micro_batches} micro-batches of {p.micro_batch}; "
-            f"{p.train_iters:,} steps, {p.train_iters * p.tokens_per_step:,} tokens")
+            f"dp {p.dp} x {p.micro_batches} micro-batches of {p.micro_batch}{grows}; "
+            f"{p.train_iters:,} steps, {p.samples_after(p.train_iters) * p.architecture.seq_length:,} tokens")
 
 
 def _compute(p: Plan) -> str:
     each = flops_per_token(p.architecture)
     return (f"{each:.4g} FLOPs per token (6 N + 6 L h S: causal attention, no recompute counted), "
-            f"{each * p.tokens_per_step * p.train_iters:.3g} in all")
+            f"{each * p.samples_after(p.train_iters) * p.architecture.seq_length:.3g} in all")
 
 
 def _memory(p: Plan) -> str:

@@ -62,8 +62,8 @@ class Feed:
         """This rank's micro-batches of a step, whose samples start at number `first`;
         those of the next step are read meanwhile."""
         p = self.plan
-        now, then = (numbers(start, p.micro_batch, p.micro_batches, p.dp, self.place.dp)
-                     for start in (first, first + p.global_batch))
+        now, then = (numbers(start, p.micro_batch, p.micro_batches_of(p.batch_at(start)), p.dp, self.place.dp)
+                     for start in (first, first + p.batch_at(first)))
         return [self.batch(own, mine, step) for own, mine in zip(self.loader.take(now, then), now, strict=True)]
 
     def evaluation(self, split: SampleSource) -> Iterator[Batch]:

@@ -1,11 +1,13 @@
 """One rank of a run: its parts, as the plan says."""
 
+from dataclasses import replace
+
 import torch
 
 from megazero.base import say
 from megazero.comm import Wires
 from megazero.model import Decoder
-from megazero.plan import Plan, flat
+from megazero.plan import Action, Plan, flat
 from megazero.run.executor import Executor
 from megazero.units import TORCH_DTYPE, Buffers, Gate, Sharing, Unit, UnitActions, Updater
 
@@ -29,6 +31,7 @@ class Run:
                                recompute=c.training.recompute_granularity, device=device, chunk=plan.head_chunk,
                                own=[i for own in stages.own.values() for i in own])
         self.training, self.evaluation = plan.training(wires.rank), plan.evaluation(wires.rank)
+        self.smaller: dict[int, list[Action]] = {}              # by the samples of a step, while those grow
         units = list(self.units.values())
         self.gate = Gate(units, c.optimizer.clip_grad, wires["world"], tells=wires.place.tp == 0)
         self.updater = Updater(units, c.optimizer, {a.units for a in self.training if a.kind == "update"})
@@ -38,6 +41,15 @@ class Run:
     def initialise(self) -> None:
         for unit in self.units.values():
             unit.initialise(self.config.training.seed)
+
+    def training_at(self, samples: int) -> list[Action]:
+        """The program of the step that begins after so many samples."""
+        batch = self.plan.batch_at(samples)
+        if batch == self.plan.global_batch:
+            return self.training
+        if batch not in self.smaller:
+            self.smaller = {batch: replace(self.plan, global_batch=batch).training(self.wires.rank)}
+        return self.smaller[batch]
 
     def say(self, text: str) -> None:
         if self.wires.rank == 0:

@@ -60,12 +60,12 @@ class Step:
         lr = self.choose(*(run.plan.curve.rate_after(p) for p in (good, bad)))
         # a loss scale means the same for any batch: gradients of a sample's mean
         turn = Turn(scale, run.plan.architecture.seq_length, lr, wish, batches=self.batches(good.step, good.samples))
-        verdict = run.executor.train(run.training, turn).verdict
+        verdict = run.executor.train(run.training_at(good.samples), turn).verdict
         assert verdict is not None, "a program judges"
         figures = later(torch.stack([
             x.double() for x in (verdict.loss, verdict.norm, verdict.found_inf, verdict.stop, lr, scale)]))
         settled = self.settle()
-        samples = len(run.plan.samples_of(good.step))
+        samples = run.plan.batch_at(good.samples)
         self.pending = Pending(verdict, figures, samples, self.lap(), turn.witness)
         return settled
 

@@ -114,6 +114,10 @@ class Training:
     micro_batch_size: int = option(1, "samples in one forward pass", unit="samples")
     global_batch_size: int | None = option(None, "samples in one step; default micro-batch size x data-parallel size",
                                            unit="samples")
+    rampup_batch_size: tuple[int, ...] = option((), "START INCREMENT SAMPLES: the global batch grows from START in "
+                                                "equal steps, over so many samples", unit="samples")
+    step_batch_size_schedule: tuple[str, ...] = option((), "TOKENS:SAMPLES ...: the global batch from so many tokens "
+                                                       "on, as in 0:16 2.4B:320", unit="tokens:samples")
     train_iters: int | None = option(None, "length of the run (this or --train-samples)", unit="steps")
     train_samples: int | None = option(None, "length of the run", unit="samples")
     eval_interval: int = option(1000, "steps between evaluations", unit="steps")

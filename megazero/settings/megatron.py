@@ -148,8 +148,6 @@ REFUSED: dict[str, str] = {
         "iterations-to-skip skip-train-iteration-range decrease-batch-size-if-needed sample-rate",
     "batches are a number of samples here, each of --seq-length tokens; write --micro-batch-size":
         "use-dynamic-batch-size max-tokens-per-gpu use-packed-sequence packing-* sft sft-* reset-* pack-*",
-    "the batch stays as it is here yet: it would grow with the samples; leave it out for --global-batch-size from the "
-    "first step": "rampup-batch-size step-batch-size-schedule",
     "all weights follow one --lr here yet: embedding and output would follow another; leave it out":
         "decoupled-lr decoupled-min-lr head-lr-mult",
     "this program trains decoders on text": """
