@@ -17,8 +17,13 @@ MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)        
 export MASTER_ADDR MASTER_PORT=${MASTER_PORT:-29500}
 
 again=
-# one rank that hears it is enough; torchrun itself, whose command line has no -u, must not
-trap 'again=1; pkill -USR1 -f -- " -u .*pretrain_gpt\.py" || true' USR1
+# one rank of this job that hears it is enough; torchrun itself, whose command line has no -u, must not
+tell() {
+    for rank in $(pgrep -f -- " -u .*pretrain_gpt\.py"); do
+        if grep -qzx "SLURM_JOB_ID=$SLURM_JOB_ID" "/proc/$rank/environ" 2>/dev/null; then kill -USR1 "$rank" || true; fi
+    done
+}
+trap 'again=1; tell' USR1
 srun --kill-on-bad-exit=1 bash -c 'NODE_RANK=$SLURM_NODEID exec bash examples/multi_node.sh "$@"' srun "$@" --exit-signal-handler &
 run=$!
 code=0

@@ -91,6 +91,8 @@ def test_slurm_script_saves_and_is_queued_again_when_time_is_nearly_over(tmp_pat
              f"--global-batch-size 1 --device cpu --log-interval 1 --save {tmp_path / 'run'}")
     env = {**os.environ, "PATH": f"{stubs}:{Path(sys.executable).parent}:{os.environ['PATH']}", "SLURM_JOB_NUM_NODES": "1", "RANKS_PER_NODE": "1",
            "SLURM_JOB_NODELIST": "a", "SLURM_JOB_ID": "17", "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1"}
+    other = subprocess.Popen([sys.executable, "-u", "-c", "import time; print('here'); time.sleep(300)", "pretrain_gpt.py"], stdout=subprocess.PIPE)
+    assert other.stdout and other.stdout.readline() == b"here\n"              # a rank of another job
     job = subprocess.Popen(["bash", "examples/slurm.sh", *words.split()], cwd=ROOT, env=env, stdout=subprocess.PIPE, text=True)
     assert job.stdout
     for line in job.stdout:
@@ -100,6 +102,9 @@ def test_slurm_script_saves_and_is_queued_again_when_time_is_nearly_over(tmp_pat
     told = job.stdout.read()
     assert job.wait(60) == 0 and "signal SIGUSR1, after" in told, told
     assert queued.read_text() == "requeue 17\n" and len(complete(tmp_path / "run")) == 1
+    assert other.poll() is None
+    other.kill()
+    other.wait()
 
 
 def test_scripts_say_what_they_need() -> None:

@@ -67,6 +67,28 @@ def test_a_batch_that_grows_is_the_same_in_any_layout_and_after_a_stop(ramp: str
     assert Reader(tmp_path / "moved").index["progress"] == Reader(tmp_path / "whole").index["progress"]
 
 
+def test_embedding_and_output_may_have_a_rate_of_their_own(pool: Pool, tmp_path: Path) -> None:
+    """One step of plain SGD moves a weight by rate x gradient; on its own curve for two tables, and in any layout. Positions are no table."""
+    words = (f"{WORDS} --data-path {byte_dataset(tmp_path)} --untie-embeddings-and-output-weights --eval-iters 0 --hidden-dropout 0 "
+             "--position-embedding-type learned_absolute")
+    plain = f"{words} --optimizer sgd --sgd-momentum 0 --weight-decay 0 --clip-grad 0 --lr-warmup-iters 0 --lr-decay-style constant --adam-eps 1e-8"
+    initial(plain, str(tmp_path / "before"))
+    once = plain.replace("--train-iters 12", "--train-iters 1")
+    train(f"{once} --save {tmp_path / 'one'}")
+    train(f"{once} --save {tmp_path / 'other'} --decoupled-lr 1e-2")
+    before, one, other = (Reader(tmp_path / name) for name in ("before", "one", "other"))
+    tables = {"embedding.weight", "head.output.weight"}
+    for _, name in one.tensors:
+        moved, otherwise = (r.read("weight", name) - before.read("weight", name) for r in (one, other))
+        assert torch.allclose(otherwise, moved * (5 if name in tables else 1), rtol=1e-9, atol=1e-15), name
+    words += " --decoupled-lr 1e-2 --decoupled-min-lr 1e-3 --min-lr 1e-5"
+    train(words, tmp_path / "log")
+    for layout in ("--tp 2", "--pp 2", "--dp 2 --zero-stage 3"):
+        pool.run(2, train, f"{words} {layout}", tmp_path / layout.replace(" ", ""))
+        for got, want in zip(figures(tmp_path / layout.replace(" ", "")), figures(tmp_path / "log"), strict=True):
+            assert got[:2] == want[:2] and got[2:] == pytest.approx(want[2:], rel=1e-11)
+
+
 def initial(words: str, folder: str) -> None:
     train(f"{words} --train-iters 0 --save {folder}".replace("--train-iters 12 ", ""))
 

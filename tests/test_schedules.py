@@ -73,6 +73,16 @@ def test_progress_counts_steps_samples_and_what_was_applied() -> None:
     assert progress_of(old) == p
 
 
+def test_a_decoupled_rate_has_the_same_curve_between_its_own_ends() -> None:
+    words = f"{TINY} --lr-decay-style cosine --min-lr 1e-3 --decoupled-lr 0.1"
+    p, q = resolved(f"{words} --decoupled-min-lr 5e-2"), resolved(words)
+    at = replace(Progress(loss_scale(p.config)), step=2, applied=2, samples=2)
+    part = (math.cos(math.pi * 2 / 5) + 1) / 2
+    assert p.rates(at) == pytest.approx((1e-3 + 9e-3 * part,) * 2 + (0.05 + 0.05 * part,))
+    assert q.rates(at)[2] == pytest.approx(1e-3 + 0.099 * part) and len(resolved(TINY).rates(at)) == 1
+    assert any("--decoupled-lr 0.0001: is below its lowest, 0.001" in s for s in checks(from_command_line(f"{words}".replace("0.1", "1e-4").split()), 1))
+
+
 def test_the_batch_grows_as_megatron_lets_it() -> None:
     """Its rule: START plus INCREMENT for every SAMPLES / increments that the run has read; whole steps, the last one of a stage beyond its end."""
     for ramp, full in (((16, 16, 5859), 1536), ((192, 16, 9765), 2048), ((7, 1, 100), 31), ((4, 2, 1), 8)):

@@ -137,7 +137,8 @@ def units(a: Architecture) -> tuple[UnitSpec, ...]:
     cut, table = Cut(0, a.vocab_size, ragged=True, name="vocabulary"), (a.vocab_size, a.hidden)
     embedding, output = (one(Parameter(name, table, a.init_std, cuts=(cut,), group="table"), a.pad_rows)
                          for name in ("embedding.weight", "head.output.weight"))
-    places = Parameter("positions.weight", (a.learned_positions, a.hidden), a.init_std, partial=True, group="table")
+    places = Parameter("positions.weight", (a.learned_positions, a.hidden), a.init_std, partial=True,
+                       group="positions")
     return (
         UnitSpec("embedding", (embedding,)),
         *([UnitSpec("positions", (one(places),))] if a.learned_positions else []),

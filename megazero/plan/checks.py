@@ -57,7 +57,8 @@ def _sizes(c: Config, world: int) -> Iterator[Check]:
     }.items():
         yield count is not None and not count > 0, f"{flag} {count}: must be greater than 0."
     for flag, amount in {"--train-iters": t.train_iters, "--eval-iters": t.eval_iters, "--seed": t.seed, "--lr": o.lr,
-                         "--min-lr": o.min_lr, "--lr-warmup-iters": o.lr_warmup_iters,
+                         "--min-lr": o.min_lr, "--decoupled-lr": o.decoupled_lr,
+                         "--decoupled-min-lr": o.decoupled_min_lr, "--lr-warmup-iters": o.lr_warmup_iters,
                          "--lr-warmup-samples": o.lr_warmup_samples, "--lr-warmup-init": o.lr_warmup_init,
                          "--weight-decay": o.weight_decay, "--clip-grad": o.clip_grad,
                          "--init-method-std": m.init_method_std}.items():
@@ -236,6 +237,9 @@ def _schedule(c: Config, world: int) -> Iterator[Check]:
     o, s = c.optimizer, sizes(c, world)
     yield o.lr is None, "--lr is missing: give the highest learning rate, such as 3e-4."
     yield o.lr is not None and o.min_lr > o.lr, f"--min-lr {o.min_lr:g}: is above --lr {o.lr}; write at most {o.lr}."
+    top, least = o.decoupled_lr, o.min_lr if o.decoupled_min_lr is None else o.decoupled_min_lr
+    yield (top is not None and not least <= top,
+           f"--decoupled-lr {top}: is below its lowest, {least:g}; write --decoupled-min-lr, at most that.")
     yield (o.lr is not None and o.lr_warmup_init > o.lr,
            f"--lr-warmup-init {o.lr_warmup_init:g}: is above --lr {o.lr}; write at most {o.lr}.")
     yield (o.lr_decay_iters is not None and o.lr_decay_samples is not None,
@@ -292,6 +296,7 @@ def _idle(c: Config) -> Iterator[Check]:
         (m.disable_bias_linear, "--disable-bias-linear", m, ("add_qkv_bias",)),
         (o.optimizer == "adam", "--optimizer adam", o, ("adam_beta1", "adam_beta2", "adam_eps")),
         (o.optimizer == "sgd", "--optimizer sgd", o, ("sgd_momentum",)),
+        (o.decoupled_lr is not None, "--decoupled-lr", o, ("decoupled_min_lr",)),
         (o.lr_decay_style == "WSD", "--lr-decay-style WSD", o,
          ("lr_wsd_decay_iters", "lr_wsd_decay_samples", "lr_wsd_decay_style")),
         (c.dtype == "fp16", "--fp16", p, ("loss_scale",)),

@@ -14,7 +14,7 @@ from megazero.plan.layout import UnitSpec, joined
 from megazero.plan.mesh import Mesh
 from megazero.plan.operations import Micro, distinct, operations
 from megazero.plan.program import Part, Stages, evaluation, training
-from megazero.plan.progress import Curve, curve_of
+from megazero.plan.progress import Curve, Progress, curve_of, decoupled_of
 from megazero.plan.sizes import Sizes, sizes
 from megazero.plan.sums import Zero
 from megazero.plan.verify import verify
@@ -61,6 +61,12 @@ class Plan(Sizes):
     def curve(self) -> Curve:
         """Its learning rate."""
         return curve_of(self.config, self)
+
+    def rates(self, progress: Progress) -> tuple[float, ...]:
+        """Learning rates of the next step: one, or of each group of parameters (units/rules.py)."""
+        curve = self.curve
+        own, decoupled = curve.rate_after(progress), decoupled_of(self.config, curve)
+        return (own,) if decoupled is None else (own, own, decoupled.rate_after(progress))
 
     @property
     def zero(self) -> Zero:

@@ -68,6 +68,13 @@ class Curve:
                          batch_at(self.ramp, progress.samples, self.samples) / self.samples)
 
 
+def decoupled_of(config: Config, curve: Curve) -> Curve | None:
+    """That of embedding and output, where it is another."""
+    o = config.optimizer
+    least = o.min_lr if o.decoupled_min_lr is None else o.decoupled_min_lr
+    return None if o.decoupled_lr is None else replace(curve, lr=o.decoupled_lr, min_lr=least)
+
+
 def curve_of(config: Config, s: Sizes) -> Curve:
     """The learning rate of a run that `checks` finds nothing wrong with."""
     o = config.optimizer

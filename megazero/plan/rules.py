@@ -2,7 +2,8 @@
 
 from dataclasses import dataclass
 
-GROUPS = {"matrix": True, "table": True, "vector": False}      # of parameters, as they lie in a flat buffer: decayed?
+# of parameters, as they lie in a flat buffer: decayed?
+GROUPS = {"matrix": True, "table": True, "positions": True, "vector": False}
 
 
 @dataclass(frozen=True)

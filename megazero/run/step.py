@@ -57,13 +57,13 @@ class Step:
         this rank should stop, or nothing."""
         run, (good, bad) = self.run, self.futures()
         scale = self.choose(good.loss_scale.value, bad.loss_scale.value)
-        lr = self.choose(*(run.plan.curve.rate_after(p) for p in (good, bad)))
+        lr = torch.stack([self.choose(*both) for both in zip(*map(run.plan.rates, (good, bad)), strict=True)])
         # a loss scale means the same for any batch: gradients of a sample's mean
         turn = Turn(scale, run.plan.architecture.seq_length, lr, wish, batches=self.batches(good.step, good.samples))
         verdict = run.executor.train(run.training_at(good.samples), turn).verdict
         assert verdict is not None, "a program judges"
         figures = later(torch.stack([
-            x.double() for x in (verdict.loss, verdict.norm, verdict.found_inf, verdict.stop, lr, scale)]))
+            x.double() for x in (verdict.loss, verdict.norm, verdict.found_inf, verdict.stop, lr[0], scale)]))
         settled = self.settle()
         samples = run.plan.batch_at(good.samples)
         self.pending = Pending(verdict, figures, samples, self.lap(), turn.witness)

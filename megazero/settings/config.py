@@ -142,6 +142,8 @@ class Optimization:
     optimizer: str = option("adam", "adam has decoupled decay (AdamW); sgd has momentum", choices=("adam", "sgd"))
     lr: float | None = option(None, "highest learning rate")
     min_lr: float = option(0.0, "lowest learning rate after decay")
+    decoupled_lr: float | None = option(None, "highest learning rate of embedding and output, on a curve of their own")
+    decoupled_min_lr: float | None = option(None, "its lowest; default --min-lr")
     lr_decay_style: str = option("linear", "curve from --lr to --min-lr", choices=DECAY_STYLES)
     lr_decay_iters: int | None = option(None, "length of the curve, warm-up included; default: the run", unit="steps")
     lr_decay_samples: int | None = option(None, "the same in samples", unit="samples")

@@ -148,8 +148,7 @@ REFUSED: dict[str, str] = {
         "iterations-to-skip skip-train-iteration-range decrease-batch-size-if-needed sample-rate",
     "batches are a number of samples here, each of --seq-length tokens; write --micro-batch-size":
         "use-dynamic-batch-size max-tokens-per-gpu use-packed-sequence packing-* sft sft-* reset-* pack-*",
-    "all weights follow one --lr here yet: embedding and output would follow another; leave it out":
-        "decoupled-lr decoupled-min-lr head-lr-mult",
+    "all weights but those of --decoupled-lr follow one --lr here": "head-lr-mult",
     "this program trains decoders on text": """
         bert-* ict-* biencoder-* vision-* dino-* swin-* img-h img-w patch-dim num-channels num-classes mask-type
         mask-factor iter-per-epoch classes-fraction data-per-class-fraction titles-data-path evidence-data-path

@@ -44,9 +44,14 @@ class Groups:
 
 
 def decayed_or_not(o: Optimization) -> Groups:
-    """Two groups with one rate: what is decayed, as GROUPS says, and what is not."""
-    return Groups(lambda: [{"weight_decay": o.weight_decay}, {"weight_decay": 0.0}],
-                  lambda unit: [(int(not GROUPS[kind]), a, b) for kind, a, b in unit.ranges()])
+    """Two groups with one rate: what is decayed, as GROUPS says, and what is not; the tables apart, where their rate
+    is decoupled."""
+    def number(kind: str) -> int:
+        return 2 if kind == "table" and o.decoupled_lr is not None else int(not GROUPS[kind])
+
+    decays = [o.weight_decay, 0.0, *([o.weight_decay] if o.decoupled_lr is not None else [])]
+    return Groups(lambda: [{"weight_decay": decay} for decay in decays],
+                  lambda unit: [(number(kind), a, b) for kind, a, b in unit.ranges()])
 
 
 def precise(master: Tensor) -> bool:
