@@ -3,10 +3,11 @@
 from pathlib import Path
 
 import pytest
-from support import TINY
+from support import TINY, resolved
 
 from megazero.base import UserError
-from megazero.plan import sizes
+from megazero.plan import describe, sizes
+from megazero.plan.architecture import architecture
 from megazero.plan.checks import checks, remarks
 from megazero.settings import from_command_line, in_our_words
 from megazero.settings.command_line import leaves, nearest
@@ -154,6 +155,34 @@ def test_files_that_say_the_data_in_others_words(tmp_path: Path) -> None:
     assert in_our_words("--check --train-weighted-split-paths-path no".split()).argv == "--check --data-path no".split()
     (tmp_path / "t").write_text('{"train": ["0.5", "a", "0.5", "b"], "valid": ["c"], "test": null}')
     assert in_our_words(["--per-split-data-args-path", str(tmp_path / "t")]).argv == "--train-data-path 0.5 a 0.5 b --valid-data-path c".split()
+
+
+@pytest.mark.parametrize("words, dropout, activation, lag, order, scale", [
+    ("--tokenizer-type ByteTokenizer --data-path x --lr-warmup-iters 2", 0.1, "gelu_tanh", True, "megatron", 2.0**16),
+    ("--mock-data --fp16 --hidden-dropout 0", 0.1, "gelu_tanh", False, "keyed", 2.0**32),
+    ("--mock-data --swiglu --disable-bias-linear", 0.1, "swiglu", False, "keyed", 2.0**16),
+    ("--mock-data --disable-bias-linear --attention-dropout 0", 0.0, "gelu", False, "keyed", 2.0**16),
+    ("--mock-data --no-bias-gelu-fusion", 0.1, "gelu", False, "keyed", 2.0**16),
+])
+def test_megatrons_defaults(words: str, dropout: float, activation: str, lag: bool, order: str, scale: float) -> None:
+    c = from_command_line(f"{TINY} --megatron-defaults {words}".replace(" --mock-data", "", 1).split())
+    assert (c.model.attention_dropout, c.optimizer.lr_warmup_from_init, c.data.sample_order) == (dropout, lag, order)
+    assert architecture(c, 101).activation == activation and c.precision.initial_loss_scale == scale
+    assert c.model.hidden_dropout == (0.0 if "hidden" in words else 0.1)
+
+
+def test_the_plan_says_where_megatron_would_differ() -> None:
+    told = describe(resolved(f"{TINY} --lr-warmup-iters 2 --attention-dropout 0.2"))
+    assert "dropout     0 on embeddings and blocks, 0.2 on attention" in told and "ffn 256 exact GELU" in told
+    assert told.splitlines()[-1] == ("Megatron-LM would have --hidden-dropout 0.1 --openai-gelu --lr-warmup-from-init (--megatron-defaults means all of "
+                                     "them); would count 27 ids of padding in the softmax")
+    same = describe(resolved(f"{TINY} --megatron-defaults --lr-warmup-iters 2".replace("--vocab-size 101", "--vocab-size 128")))
+    assert "Megatron-LM" not in same
+
+
+def test_warm_up_of_megatron_counts_the_steps_before() -> None:
+    plan = resolved(f"{TINY} --lr-warmup-iters 2 --lr-warmup-init 1e-3 --lr-warmup-from-init --lr-decay-style constant")
+    assert [plan.curve.rate(k) for k in range(3)] == pytest.approx([1e-3, 5.5e-3, 1e-2])
 
 
 def test_the_final_part_of_wsd_may_be_said_in_samples() -> None:

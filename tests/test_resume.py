@@ -255,6 +255,6 @@ def test_the_model_may_be_as_the_checkpoint_says(tmp_path: Path, capsys: pytest.
         train(f"{other} --load {tmp_path / 'ck'} --train-iters 2")
     capsys.readouterr()
     train(f"{other} --load {tmp_path / 'ck'} --use-checkpoint-args --train-iters 2")
-    assert "2 layers x 64, 4 heads x 16 over 2 kv heads, ffn 128 swiglu" in capsys.readouterr().out
+    assert "2 layers x 64, 4 heads x 16 over 2 kv heads, ffn 128 SwiGLU" in capsys.readouterr().out
     with pytest.raises(UserError, match="--use-checkpoint-args: needs --load, the folder of the checkpoint."):
         train(f"{other} --use-checkpoint-args")

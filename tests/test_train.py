@@ -15,7 +15,7 @@ from megazero.data.indexed import IndexedWriter
 from megazero.model.decoder import Batch
 from megazero.plan.cost import memory
 from megazero.plan.progress import LossScale
-from megazero.run import train as program
+from megazero.run import ahead as program
 from megazero.state.checkpoint import Reader
 
 BYTES = "--num-layers 1 --hidden-size 32 --num-attention-heads 2 --seq-length 24 --lr 1e-2 --tokenizer-type ByteTokenizer --dtype fp64"

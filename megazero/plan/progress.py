@@ -30,6 +30,7 @@ class Curve:
     final           the last of them, in which WSD falls, as `final_style` says
     samples         of one step, in a run that is told by samples or whose batch grows
     ramp            how it grows
+    from_start      warm-up counts the steps before, as Megatron's does
     """
 
     lr: float
@@ -42,11 +43,13 @@ class Curve:
     final_style: str = "exponential"
     samples: int | None = None
     ramp: tuple[tuple[int, int], ...] = ()
+    from_start: bool = False
 
     def rate(self, applied: float, own: float = 1.0) -> float:
         """The rate of the step after `applied` ones, which is `own` of a step."""
         if applied < self.warmup:
-            return self.start + (self.lr - self.start) * min((applied + own) / self.warmup, 1)
+            risen = applied if self.from_start else min(applied + own, self.warmup)
+            return self.start + (self.lr - self.start) * risen / self.warmup
         if self.style == "constant":
             return self.lr
         if self.style == "inverse-square-root":
@@ -81,7 +84,8 @@ def curve_of(config: Config, s: Sizes) -> Curve:
     assert o.lr is not None, "checks() come first"
     return Curve(o.lr, o.min_lr, style=o.lr_decay_style, start=o.lr_warmup_init, warmup=s.warmup_iters,
                  length=s.decay_iters, final=s.final_iters, final_style=o.lr_wsd_decay_style,
-                 samples=s.global_batch if s.ramp or s.train_samples is not None else None, ramp=s.ramp)
+                 samples=s.global_batch if s.ramp or s.train_samples is not None else None,
+                 ramp=s.ramp, from_start=o.lr_warmup_from_init)
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,12 @@ from megazero.plan.architecture import Architecture, parameter_count
 from megazero.plan.checks import remarks
 from megazero.plan.cost import memory, traffic
 from megazero.plan.families import FAMILIES, nearest_family
+from megazero.plan.layout import ragged_rows
 from megazero.plan.operations import flops_per_token
 from megazero.plan.plan import Plan
+from megazero.settings import Config, flatten, megatron_defaults
+
+MLPS = {"gelu": "exact GELU", "gelu_tanh": "GELU by tanh", "relu2": "squared ReLU", "swiglu": "SwiGLU"}
 
 
 def describe(p: Plan) -> str:
@@ -24,7 +28,9 @@ def describe(p: Plan) -> str:
         "memory": _memory(p),
         "groups": "; ".join(p.mesh.describe()) if p.world > 1 else "",
         "wire": _wire(p) if p.world > 1 else "",
+        "dropout": f"{c.model.hidden_dropout:g} on embeddings and blocks, {c.model.attention_dropout:g} on attention",
         "no effect": " ".join(remarks(c)),
+        "Megatron-LM": _unlike(p),
     }
     return "\n".join(f"{what:<12}{text}" for what, text in lines.items() if text)
 
@@ -33,8 +39,8 @@ def _model(a: Architecture) -> str:
     positions = next((word for word, said in (("learned", a.learned_positions), ("rotary", a.rotary)) if said), "no")
     groups = f" over {a.kv_heads} kv heads" if a.kv_heads != a.heads else ""
     return (f"{parameter_count(a):,} parameters: {a.layers} layers x {a.hidden}, {a.heads} heads x {a.head_dim}"
-            f"{groups}, ffn {a.ffn} {a.activation}, {a.norm}, {positions} positions, vocabulary {a.vocab_size:,}, "
-            f"{'tied' if a.tied else 'untied'}")
+            f"{groups}, ffn {a.ffn} {MLPS[a.activation]}, {a.norm}, {positions} positions, "
+            f"vocabulary {a.vocab_size:,}, {'tied' if a.tied else 'untied'}")
 
 
 def _export(a: Architecture) -> str:
@@ -89,6 +95,20 @@ def _memory(p: Plan) -> str:
 def _wire(p: Plan) -> str:
     sent = traffic(p)
     return f"{gib(sum(sent.values()))} sent per rank and step: {_listed(sent)}"
+
+
+def _unlike(p: Plan) -> str:
+    """Which of its defaults nobody said and are others here; and what else makes another curve."""
+    now, plain = flatten(p.config), flatten(Config())
+    others = {k: v for k, v in megatron_defaults(now).items() if now[k] == plain[k]}
+    flags = [f"--{k.replace('_', '-')}" + ("" if v is True else f" {v:g}" if isinstance(v, float) else f" {v}")
+             for k, v in others.items()]
+    padding = ragged_rows(p.architecture.vocab_size, p.tp, p.architecture.pad_rows) * p.tp - p.architecture.vocab_size
+    told = [f"would have {' '.join(flags)} (--megatron-defaults means all of them)"] if flags else []
+    told += [f"would count {padding} ids of padding in the softmax"] if padding else []
+    if p.config.data.eod_mask_loss:
+        told.append("would average micro-batches, not tokens, without --calculate-per-token-loss")
+    return "; ".join(told)
 
 
 def _listed(sizes: dict[str, int]) -> str:

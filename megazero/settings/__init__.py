@@ -3,4 +3,4 @@
 from megazero.settings.command_line import Option, build, commands, flatten, leaves, nearest, option, parse, run
 from megazero.settings.config import (
     PRESETS, TOKENIZERS, Config, Data, Model, Optimization, Training, from_command_line, in_our_words)
-from megazero.settings.megatron import REFUSED, RENAMED, WITHOUT, hint
+from megazero.settings.megatron import REFUSED, RENAMED, WITHOUT, hint, megatron_defaults

@@ -70,11 +70,12 @@ def leaves(cls: type) -> dict[str, list[Option]]:
 def parse(
     cls: type[T], argv: Sequence[str] | None = None, *, prog: str | None = None,
     presets: Mapping[str, Mapping[str, Any]] | None = None, elsewhere: Elsewhere = lambda _: None,
-    errors: Sequence[str] = (),
+    errors: Sequence[str] = (), implied: Callable[[Mapping[str, Any]], Mapping[str, Any]] = lambda said: {},
 ) -> T:
     """The settings that `argv` (default: the process's) asks for.
 
-    Later wins: defaults, then the row of `presets` named by `--model`, then the file named by `--config`, then flags.
+    Later wins: defaults, then what is `implied` by what was said, the row of `presets` named by `--model`, the file
+    named by `--config`, flags.
     `elsewhere` says of words that are no flags here what to write instead; `errors` is what is known to be wrong.
     Raises UserError with one sentence per mistake.
     """
@@ -96,6 +97,7 @@ def parse(
         else:
             errors.append(f"--model {model}: no such preset{nearest(model, presets)}; there are {', '.join(presets)}.")
     values = {**preset, **from_file, **given}
+    values = {**implied(values), **values}
     missing = [o.flag for o in options.values() if o.name not in values and o.field.default is MISSING]
     errors += [f"{flag} is missing: {_help_of(options, flag)}" for flag in missing]
     if errors:

@@ -13,7 +13,7 @@ from typing import Any
 from megazero.base import DTYPES
 from megazero.pipeline import SCHEDULES
 from megazero.settings.command_line import leaves, option, parse
-from megazero.settings.megatron import Told, hint, ours
+from megazero.settings.megatron import Told, hint, megatron_defaults, ours
 
 DECAY_STYLES = ("constant", "linear", "cosine", "inverse-square-root", "WSD")
 WSD_STYLES = ("linear", "cosine", "exponential", "minus_sqrt")
@@ -151,6 +151,8 @@ class Optimization:
     lr_warmup_samples: int | None = option(None, "the same in samples", unit="samples")
     lr_warmup_fraction: float | None = option(None, "the same as a part of the curve", unit="fraction")
     lr_warmup_init: float = option(0.0, "learning rate before the first step")
+    lr_warmup_from_init: bool = option(False, "the first step has --lr-warmup-init, as in Megatron-LM; otherwise "
+                                       "warm-up counts the step itself, and none is lost")
     lr_wsd_decay_style: str = option("exponential", "curve of the final part of WSD", choices=WSD_STYLES)
     lr_wsd_decay_iters: int | None = option(None, "length of the final part of WSD", unit="steps")
     lr_wsd_decay_samples: int | None = option(None, "the same in samples", unit="samples")
@@ -256,6 +258,8 @@ class Config:
                          "listed")
     world_size: int | None = option(None, "with --check: plan for so many ranks; default: as many as run, or as --tp x "
                                     "--pp x --dp ask for", unit="ranks")
+    megatron_defaults: bool = option(False, "what nobody says is as in Megatron-LM: dropout 0.1, GELU by the tanh "
+                                     "formula, the first step at --lr-warmup-init, its order of samples")
     parallel: Parallel = Parallel()
     model: Model = Model()
     training: Training = Training()
@@ -310,4 +314,5 @@ def in_our_words(argv: Sequence[str] | None = None) -> Told:
 def from_command_line(argv: Sequence[str] | None = None) -> Config:
     """The configuration that a command line (default: the process's) asks for. Raises UserError."""
     told = in_our_words(argv)
-    return parse(Config, told.argv, prog="pretrain_gpt.py", presets=PRESETS, elsewhere=hint, errors=told.errors())
+    return parse(Config, told.argv, prog="pretrain_gpt.py", presets=PRESETS, elsewhere=hint, errors=told.errors(),
+                 implied=lambda said: megatron_defaults(said) if said.get("megatron_defaults") else {})

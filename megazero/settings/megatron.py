@@ -66,7 +66,7 @@ WITHOUT: dict[str, str] = {
         dynamic-checkpointing no-log-learnig-rate-to-tensorboard dump-param-to-param-group-map no-pipeline-parallel
         enable-full-sharding-in-hsdp use-mp-args-from-checkpoint-args""",
     "a choice of kernels, which are torch's here": """
-        attention-backend transformer-impl no-masked-softmax-fusion no-bias-gelu-fusion no-bias-swiglu-fusion
+        attention-backend transformer-impl no-masked-softmax-fusion  no-bias-swiglu-fusion
         no-bias-dropout-fusion no-rope-fusion cross-entropy-loss-fusion cross-entropy-fusion-impl bias-gelu-fusion
         masked-softmax-fusion bias-dropout-fusion use-fused-weighted-squared-relu no-gradient-accumulation-fusion
         no-persist-layer-norm no-async-tensor-model-parallel-allreduce tp-comm-* disable-tp-comm-*
@@ -218,6 +218,19 @@ ASKS: dict[str, tuple[str, str]] = {
     "position-embedding-type": ("mrope-section", "alibi relative mrope t5"),
     "optimizer": ("muon-", "ademamix muon dist_muon lion adafactor lamb sophia shampoo soap ranger adan adagrad"),
 }
+
+
+def megatron_defaults(said: Mapping[str, Any]) -> dict[str, Any]:
+    """Megatron's defaults that differ from this program's and change what is trained, in our words, for a run of which
+    so much is said. (Its softmax counts padding of the vocabulary too, and its loss is the mean of micro-batches' means
+    unless --calculate-per-token-loss: those are no flags here.)"""
+    half = said.get("fp16") or said.get("dtype") == "fp16"
+    gelu = not any(said.get(word) for word in ("swiglu", "squared_relu", "disable_bias_linear"))
+    warm = any(said.get(f"lr_warmup_{unit}") for unit in ("iters", "samples", "fraction"))
+    ordered = not (said.get("mock_data") or said.get("data_schedule") or said.get("shuffle") is False)
+    return {"attention_dropout": 0.1, "hidden_dropout": 0.1, **({"openai_gelu": True} if gelu else {}),
+            **({"lr_warmup_from_init": True} if warm else {}), **({"sample_order": "megatron"} if ordered else {}),
+            **({"initial_loss_scale": 2.0**32} if half and not said.get("loss_scale") else {})}
 
 
 @dataclass
@@ -423,6 +436,15 @@ def _no_positions(args: Words, given: Given, told: Told) -> Words:
     return ["--position-embedding-type", "none"]
 
 
+def _exact_gelu(args: Words, given: Given, told: Told) -> Words:
+    """Megatron's fused kernel has the tanh formula, the plain one the exact."""
+    if "megatron-defaults" in given:
+        told.renamed.append("--no-bias-gelu-fusion: is the exact GELU")
+        return ["--no-openai-gelu"]
+    _tell(told.without, "the exact GELU is the default here", "no-bias-gelu-fusion", args)
+    return []
+
+
 def _method(args: Words, given: Given, told: Told) -> Words:
     """How much is computed again, in one stretch or of a number of layers: memory and time, the same numbers."""
     _tell(told.without, "every layer is computed again by itself", "recompute-method", args)
@@ -580,7 +602,7 @@ SPECIAL: dict[str, Callable[[Words, Given, Told], Words]] = {
     "lr-decay-tokens": _of_tokens("lr-decay-samples"), "lr-warmup-tokens": _of_tokens("lr-warmup-samples"),
     "pad-vocab-size-to": _padded, "padded-vocab-size": _padded,
     "deepspeed": _deepspeed, "deepspeed_config": _deepspeed_config,
-    "deepspeed-config": _deepspeed_config, "per-split-data-args-path": _split_file,
+    "no-bias-gelu-fusion": _exact_gelu, "deepspeed-config": _deepspeed_config, "per-split-data-args-path": _split_file,
     "train-weighted-split-paths-path": _weighted, "valid-weighted-split-paths-path": _told_by_train,
 }
 
