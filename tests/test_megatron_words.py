@@ -3,12 +3,13 @@
 from pathlib import Path
 
 import pytest
-from support import TINY, resolved
+from support import SHARED, TINY, resolved
 
 from megazero.base import UserError
 from megazero.plan import describe, sizes
 from megazero.plan.architecture import architecture
 from megazero.plan.checks import checks, remarks
+from megazero.run.train import main
 from megazero.settings import from_command_line, in_our_words
 from megazero.settings.command_line import leaves, nearest
 from megazero.settings.config import Config
@@ -190,3 +191,47 @@ def test_the_final_part_of_wsd_may_be_said_in_samples() -> None:
     assert sizes(c, 1).final_iters == 2 and not checks(c, 1)
     long = from_command_line(f"{TINY} --global-batch-size 4 --lr-decay-style WSD --lr-wsd-decay-samples 41 --train-iters 10".split())
     assert checks(long, 1) == ["--lr-wsd-decay-samples 41: is longer than the whole curve of 10 steps; write at most 40."]
+
+
+# public launch scripts: flags (kept, renamed, without effect, missing), what is missing by the first flag that asks for it, and what must be added to plan it here
+SCRIPTS = {
+    "bigcode_starcoder-7b": ((29, 7, 6, 0), [], "--vocab-size 49152"),
+    "bigscience_bloom-176b": ((34, 8, 14, 2), ["--embed-layernorm", "--position-embedding-type alibi"], ""),
+    "bigscience_tr1-13b": ((37, 4, 9, 0), [], ""),
+    "mds_gpt3-175b": ((31, 3, 0, 0), [], ""),
+    "mds_llama2": ((37, 5, 9, 0), [], "--vocab-size 32000"),
+    "megatron_gpt3-175b": ((31, 2, 1, 0), [], ""),
+    "megatron_llama3-8b_fp8": ((50, 2, 21, 4), ["--fp8-format"], ""),
+    "megatron_mixtral-8x7b": ((42, 2, 8, 7), ["--num-experts"], ""),
+    "pai_llama2-70b": ((51, 6, 19, 7), ["--cpu-offloading", "--fp8-format"], ""),
+    "slime_qwen3-4b_sft": ((17, 0, 10, 2), ["--use-dynamic-batch-size"], ""),
+    "swiss-ai_apertus-8b": ((53, 3, 23, 9), ["--xielu", "--ademamix-alpha", "--goldfish-loss"], ""),
+}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_public_launch_scripts_are_planned_or_name_what_is_not_here(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    path = SHARED / "data" / "launch" / f"{name}.argv"
+    if not path.exists():
+        pytest.skip("needs the flags of public launch scripts beside the checkout")
+    counts, capabilities, more = SCRIPTS[name]
+    said = [line.split(" ", 1) for line in path.read_text().splitlines() if line]
+    # a placeholder with blanks is one word of a shell; behind some flags stands a comment of the script
+    words = [word for flag, *values in said
+             for word in (flag, *(values if any("<" in v for v in values) else [w for v in values for w in v.split("#")[0].split()]))]
+    words = [word for word in words if word not in "when cpu offloading is on...".split()]
+    found = in_our_words([*words, "--check"])
+    amounts = len(found.renamed), sum(map(len, found.without.values())), sum(map(len, found.missing.values()))
+    assert (len(said) - sum(amounts), *amounts) == counts
+    if capabilities:
+        with pytest.raises(UserError) as error:
+            from_command_line([*words, "--check"])
+        assert len(error.value.sentences) == len(capabilities)
+        assert all(any(c in s.split(":")[0] for c in capabilities) for s in error.value.sentences)
+        return
+    if more:
+        with pytest.raises(UserError, match="^--vocab-size is missing: the file of --tokenizer-type [A-Za-z]* is not on this machine"):
+            main(from_command_line([*words, "--check"]))
+    main(from_command_line([*words, "--check", *more.split()]))
+    told = capsys.readouterr().out
+    assert "\nranks " in told and "\nnot here " in told

@@ -374,15 +374,18 @@ class Engine(Passes):
     # ---- weights outside of passes
 
     def renew(self) -> None:
-        """Below level 3 every rank gathers all, in one order: parameters are whole between steps, for whoever reads
-        them. With `overlap` they travel beside what follows, and are hidden until their block's turn."""
-        for block in self.all if self.zero.level < 3 else ():
+        """Below level 3 every rank gathers all, in one order, two blocks at a time: parameters are whole between steps,
+        for whoever reads them. With `overlap` they travel beside what follows, and are hidden until their block's turn.
+        """
+        blocks = self.all if self.zero.level < 3 else []
+        for block, ahead in zip(blocks, [*blocks[1:], None], strict=True):
             block.gather()
-        for block in self.all if self.zero.level < 3 else ():
             if self.overlap:
                 block.hide()
-            else:
-                block.arrive()
+                continue
+            if ahead:
+                ahead.gather()
+            block.arrive()
 
     @contextmanager
     def whole(self, *parameters: nn.Parameter, writer: int | None = None) -> Iterator[None]:
