@@ -378,14 +378,13 @@ class Engine(Passes):
         for whoever reads them. With `overlap` they travel beside what follows, and are hidden until their block's turn.
         """
         blocks = self.all if self.zero.level < 3 else []
-        for block, ahead in zip(blocks, [*blocks[1:], None], strict=True):
-            block.gather()
+        for i, block in enumerate(blocks):
+            for wanted in blocks[i:i + 2]:
+                wanted.gather()
             if self.overlap:
                 block.hide()
-                continue
-            if ahead:
-                ahead.gather()
-            block.arrive()
+            else:
+                block.arrive()
 
     @contextmanager
     def whole(self, *parameters: nn.Parameter, writer: int | None = None) -> Iterator[None]:
