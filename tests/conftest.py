@@ -2,12 +2,17 @@
 
 import sys
 from pathlib import Path
+from threading import RLock
 
 import pytest
 import torch
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent))
 torch.set_num_threads(1)
+# its lock is shared by all processes that are forked from here: one that a test kills while it writes would keep it from all others
+tqdm.monitor_interval = 0
+tqdm.set_lock(RLock())
 
 
 @pytest.fixture(autouse=True)

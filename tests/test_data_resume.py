@@ -11,10 +11,8 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from threading import RLock
 
 import pytest
-from tqdm import tqdm
 
 from megazero.base.errors import UserError
 from megazero.corpus import sources
@@ -51,7 +49,6 @@ def forked(do: Callable[[], object]) -> int:
     child = os.fork()
     if child == 0:
         try:
-            tqdm.set_lock(RLock())                              # its own is shared by processes: who is killed would keep it
             do()
             os._exit(0)
         except BaseException:

@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS: dict[str, tuple[int, str]] = {
     "base": (650, "errors text dtypes disk memory strict lease"),
     "pipeline": (750, "schedule timeline weighing split"),
-    "settings": (1350, "command_line megatron config"),
+    "settings": (1550, "command_line megatron config moving"),
     "plan": (3150, "rules devices layout mesh sizes progress action sums program verify architecture operations checks plan cost families show"),
     "comm": (1320, "marks group shared gloo nccl fake late ports rendezvous told wires"),
     "units": (820, "random unit gate rules actions"),

@@ -490,19 +490,24 @@ def _deepspeed_config(args: Words, given: Given, told: Told) -> Words:
     if text is None:
         return []
     try:
-        said: Any = json.loads(text)
-        blocks = {block: said.get(block) or {} for block in ("zero_optimization", "fp16", "bf16")} | {"": said}
+        flags = flags_of_deepspeed(json.loads(text), given)
     except (ValueError, AttributeError):
         _tell(told.missing, "is not JSON of names and values", "deepspeed_config", args)
         return []
-    flags: Words = []
+    told.renamed.append(f"--deepspeed_config {path}: says {' '.join(flags) or 'what the flags say'}")
+    return flags
+
+
+def flags_of_deepspeed(said: Mapping[str, Any], given: Given) -> Words:
+    """The flags that a ds_config.json stands for, beside those that were given. Raises AttributeError."""
+    blocks = {block: said.get(block) or {} for block in ("zero_optimization", "fp16", "bf16")} | {"": said}
+    flags = Words()
     for (block, key), (word, form) in FROM_DEEPSPEED.items():
         value = blocks[block].get(key)
-        if isinstance(value, bool) and value is True:
+        if value is True:
             flags += [] if word in given or "bf16" in given or "fp16" in given else [f"--{word}"]
         elif isinstance(value, int | float) and not isinstance(value, bool) and word not in given and form(value):
             flags += [f"--{word}", f"{value:g}" if isinstance(value, float) else str(value)]
-    told.renamed.append(f"--deepspeed_config {path}: says {' '.join(flags) or 'what the flags say'}")
     return flags
 
 

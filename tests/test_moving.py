@@ -1,0 +1,106 @@
+"""Launches of other programs as files of this one's words: tools/from_megatron.py, from_deepspeed.py, from_torchtitan.py."""
+
+import json
+from pathlib import Path
+
+import pytest
+from support import tool
+
+from megazero.plan import checks
+from megazero.settings import from_command_line, words_of_script
+
+SCRIPT = r'''#!/bin/bash
+# Runs a model of 175B
+GPUS_PER_NODE=8
+NUM_NODES=16
+CHECKPOINT_PATH=$1 #<a folder>
+VOCAB_FILE=${2:-vocab.json}
+export DATA="web_text_document"
+MODEL_ARGS=(
+    --num-layers 96
+    --hidden-size 12288   # wide
+    # --num-layers 1
+    --num-attention-heads 96
+    --seq-length 2048
+    --use-flash-attn
+)
+if [ "$MOE" = 1 ]; then
+    MODEL_ARGS+=(--num-experts 8)
+fi
+TRAINING="
+    --micro-batch-size 1 --global-batch-size 1536
+    --train-iters 500 --lr 6.0e-5 --bf16 "
+torchrun --nproc_per_node $GPUS_PER_NODE --nnodes=$NUM_NODES pretrain_gpt.py \
+    ${MODEL_ARGS[@]} $TRAINING \
+    --tensor-model-parallel-size 8 --pipeline-model-parallel-size $PP --tensorboard-dir "${CHECKPOINT_PATH}/logs" \
+    --vocab-file $VOCAB_FILE --merge-file merges.txt --data-path 0.5 $DATA 0.5 other --split 9,1,0 2>&1 | tee log.txt
+'''
+
+
+def test_a_script_is_read_and_not_run(tmp_path: Path) -> None:
+    words, launcher = words_of_script(SCRIPT + f"\ntouch {tmp_path}/made\n")
+    assert words[:10] == "--num-layers 96 --hidden-size 12288 --num-attention-heads 96 --seq-length 2048 --use-flash-attn --num-experts".split()
+    assert words[-7:] == "--data-path 0.5 web_text_document 0.5 other --split 9,1,0".split()[-7:]
+    assert "vocab.json" in words and "$1/logs" in words and "$PP" in words and launcher[:3] == ["torchrun", "--nproc_per_node", "8"]
+    assert not list(tmp_path.iterdir())
+    assert words_of_script('CMD="torchrun pretrain_gpt.py --lr 1 --bf16"\neval $CMD\n')[0] == ["--lr", "1", "--bf16"]
+    assert words_of_script("srun bash -c 'python -u pretrain_gpt.py --lr 1'\n")[0] == ["--lr", "1"]
+    with pytest.raises(ValueError, match="starts no program"):
+        words_of_script("echo hello")
+
+
+def test_from_megatron_reports_and_writes_a_file_that_plans(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "launch.sh").write_text(SCRIPT)
+    code, told, _ = tool(monkeypatch, capsys, "from_megatron.py", "launch.sh")
+    assert code == 0
+    lines = dict.fromkeys(told.splitlines())
+    assert "kept        15 of 18 flags" in lines and "no effect   always so here: --use-flash-attn" in lines
+    assert any(line.startswith("missing     --num-experts 8: mixture of experts is not here yet") for line in lines)
+    assert "fill in     --pipeline-model-parallel-size $PP" in lines and "fill in     --log-dir $1/logs" in lines
+    assert "needs       128 ranks, for 1536 samples a step" in lines and "needs       files: vocab.json merges.txt" in lines
+    assert "needs       data: web_text_document other (Megatron's .bin and .idx are read as they are)" in lines
+    text = (tmp_path / "run.toml").read_text()
+    assert text.startswith("# missing: --num-experts 8: ") and "# fill in: --pipeline-model-parallel-size $PP\n" in text
+    c = from_command_line(["--config", "run.toml", "--pp", "16"])
+    assert (c.model.num_layers, c.training.global_batch_size, c.optimizer.lr, c.dtype, c.model.hidden_dropout) == (96, 1536, 6e-5, "bf16", 0.1)
+    assert c.data.data_path == ("0.5", "web_text_document", "0.5", "other") and c.data.sample_order == "megatron" and not checks(c, 128)
+    code, told, _ = tool(monkeypatch, capsys, "from_megatron.py", "--output", "b.toml", "--", "--num-layers", "2", "--lr", "1e-3", "--mock-data")
+    assert code == 0 and "num_layers = 2" in (tmp_path / "b.toml").read_text()
+    assert tool(monkeypatch, capsys, "from_megatron.py")[0] == 2 and tool(monkeypatch, capsys, "from_megatron.py", "no.sh")[0] == 2
+    (tmp_path / "wrong.sh").write_text("python pretrain_gpt.py --lr fast")
+    code, _, error = tool(monkeypatch, capsys, "from_megatron.py", "wrong.sh", "--output", "c.toml")
+    assert code == 2 and "--lr fast: must be a number." in error and not (tmp_path / "c.toml").exists()
+
+
+def test_from_deepspeed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ds.json").write_text(json.dumps({
+        "train_batch_size": 32, "gradient_clipping": "auto", "zero_optimization": {"stage": 2, "overlap_comm": True}, "bf16": {"enabled": True},
+        "optimizer": {"type": "AdamW", "params": {"lr": 3e-4, "betas": [0.8, 0.95], "weight_decay": 0.1}},
+        "scheduler": {"type": "WarmupCosineLR", "params": {"total_num_steps": 1000, "warmup_num_steps": 100}}, "fp16": {"loss_scale": 0}}))
+    code, told, error = tool(monkeypatch, capsys, "from_deepspeed.py", "ds.json")
+    assert code == 0, error
+    assert "not in it   gradient_clipping, zero_optimization.overlap_comm, fp16.loss_scale: for megazero.initialize" in told
+    c = from_command_line(["--config", "run.toml"])
+    assert (c.training.global_batch_size, c.parallel.zero_stage, c.dtype, c.optimizer.lr, c.optimizer.adam_beta1, c.optimizer.adam_beta2,
+            c.optimizer.lr_decay_style, c.optimizer.lr_warmup_iters, c.training.train_iters) == (32, 2, "bf16", 3e-4, 0.8, 0.95, "cosine", 100, 1000)
+    (tmp_path / "ds.json").write_text("[1]")
+    assert tool(monkeypatch, capsys, "from_deepspeed.py", "ds.json")[0] == 2
+
+
+def test_from_torchtitan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "t.toml").write_text(
+        '[model]\nname = "llama3"\nflavor = "8B"\n[optimizer]\nlr = 3e-4\n[lr_scheduler]\nwarmup_steps = 20\ndecay_ratio = 0.8\nmin_lr_factor = 0.1\n'
+        '[training]\nlocal_batch_size = 2\nseq_len = 8192\nsteps = 1000\n[parallelism]\ntensor_parallel_degree = 2\npipeline_parallel_degree = 2\n'
+        'pipeline_parallel_schedule = "Interleaved1F1B"\ncontext_parallel_degree = 2\n[checkpoint]\nenable = true\ninterval = 500\n[odd]\nthing = 1\n')
+    code, told, error = tool(monkeypatch, capsys, "from_torchtitan.py", "t.toml")
+    assert code == 0, error
+    assert "not known   odd.thing" in told and "missing     --context-parallel-size 2: context parallelism is not here yet" in told
+    c = from_command_line(["--config", "run.toml"])
+    assert (c.model.ffn_hidden_size, c.model.num_query_groups, c.data.vocab_size, c.parallel.zero_stage, c.dtype) == (14336, 8, 128256, 3, "bf16")
+    assert (c.optimizer.lr_decay_style, c.optimizer.lr_wsd_decay_iters, c.optimizer.min_lr, c.optimizer.weight_decay) == ("WSD", 800, 3e-5, 0.1)
+    assert c.parallel.pipeline_schedule == "interleaved" and c.checkpoint.save == "outputs/checkpoint"
