@@ -28,6 +28,7 @@ LLAMA3 = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_fre
 GPT2 = {"vocab_size": 101, "n_positions": 32, "n_embd": 48, "n_layer": 2, "n_head": 4}
 LLAMA = {"vocab_size": 101, "max_position_embeddings": 32, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2,
          "num_attention_heads": 4, "num_key_value_heads": 2}
+PHI3 = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": ("GPT2", GPT2),
     "gpt2-untied-gelu": ("GPT2", GPT2 | {"tie_word_embeddings": False, "activation_function": "gelu", "n_inner": 100}),
@@ -36,6 +37,12 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama-tied": ("Llama", LLAMA | {"tie_word_embeddings": True, "num_key_value_heads": 4}),
     "llama-scaled": ("Llama", LLAMA | {"rope_parameters": LLAMA3, "head_dim": 20, "num_key_value_heads": 1}),
     "llama-biases": ("Llama", LLAMA | {"attention_bias": True, "mlp_bias": True}),
+    "mistral": ("Mistral", LLAMA | {"sliding_window": None, "head_dim": 20}),
+    "qwen2": ("Qwen2", LLAMA), "qwen2-tied": ("Qwen2", LLAMA | {"tie_word_embeddings": True}),
+    "qwen3": ("Qwen3", LLAMA | {"head_dim": 20}),
+    "phi3": ("Phi3", LLAMA | PHI3), "phi3-partial": ("Phi3", LLAMA | PHI3 | {"rope_parameters": {
+        "rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}}),
+    "starcoder2": ("Starcoder2", LLAMA), "starcoder2-untied": ("Starcoder2", LLAMA | {"hidden_act": "gelu", "tie_word_embeddings": False}),
 }
 
 
@@ -64,16 +71,17 @@ def in_float64(model: Any) -> Any:
     """The model in float64 throughout. Llama's rotary angles and norms are fp32 in transformers whatever the model is: not here."""
     model = model.double().eval()
     for module in model.modules():
-        if type(module).__name__ == "LlamaRotaryEmbedding":
+        if type(module).__name__.endswith("RotaryEmbedding"):
             module.forward = rotary64(model.config)
-        elif type(module).__name__ == "LlamaRMSNorm":
+        elif type(module).__name__.endswith("RMSNorm"):
             module.forward = lambda x, m=module: torch.nn.functional.rms_norm(x, m.weight.shape, m.weight, m.variance_epsilon)
     return model
 
 
 def rotary64(config: Any) -> Any:
     """transformers' rotary table in float64, from its documented formulas."""
-    p, d = config.rope_parameters, config.head_dim
+    p = config.rope_parameters
+    d = int((getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads) * p.get("partial_rotary_factor", 1.0))
     frequency = 1.0 / p["rope_theta"] ** (torch.arange(0, d, 2, dtype=torch.float64) / d)
     if p["rope_type"] == "llama3":
         wave, old = 2 * torch.pi / frequency, p["original_max_position_embeddings"]
@@ -184,8 +192,7 @@ def test_training_goes_on_from_an_import_with_the_flags_it_names(
 
 
 @pytest.mark.parametrize("words, reason", [
-    ("--qk-layernorm --swiglu --normalization RMSNorm --position-embedding-type rope --disable-bias-linear",
-     "qk norm is True, llama has False"),
+    ("--qk-layernorm --swiglu --normalization RMSNorm --position-embedding-type rope", "qk norm is True, llama has False"),
     ("--position-embedding-type rope --swiglu", "norm is LayerNorm, llama has RMSNorm"),
     ("--num-query-groups 2", "kv heads is 2, gpt2 has 4"),
     ("--swiglu", "activation is swiglu, gpt2 has gelu_tanh"),
@@ -195,6 +202,28 @@ def test_what_no_family_can_express_is_said(words: str, reason: str) -> None:
               f"--eval-iters 0 {words}").plan.architecture
     with pytest.raises(UserError, match=reason):
         families.family_of(a)
+
+
+def test_a_family_is_remembered_and_told_apart(tmp_path: Path) -> None:
+    """A plain Llama never leaves as another family, nor another as Llama, though most could be each other."""
+    base = "--swiglu --normalization RMSNorm --position-embedding-type rope --disable-bias-linear"
+    ours = {"": "llama", "--add-qkv-bias": "qwen2", "--qk-layernorm": "qwen3", "--rotary-percent 0.5": "phi3"}
+    for words, model_type in ours.items():
+        a = built(f"--num-layers 1 --hidden-size 32 --num-attention-heads 4 --seq-length 8 --vocab-size 9 --lr 1 --mock-data --train-iters 1 "
+                  f"--eval-iters 0 {base} {words}").plan.architecture
+        assert families.family_of(a).model_type == model_type
+        assert families.family_of(a, "gpt2").model_type == model_type               # what can no longer be is not insisted on
+    plain = families.from_config(transformers.LlamaConfig(**LLAMA).to_dict())[0]
+    assert families.family_of(plain, "mistral").model_type == "mistral" and families.family_of(plain, None).model_type == "llama"
+
+
+@pytest.mark.parametrize("name", ["Mistral", "Qwen2", "Phi3", "Starcoder2"])
+def test_a_window_that_is_active_is_never_dropped(name: str) -> None:
+    more = {"use_sliding_window": True, "max_window_layers": 0} if name == "Qwen2" else {}
+    c = getattr(transformers, f"{name}Config")(**LLAMA | PHI3, sliding_window=16, **more).to_dict()
+    with pytest.raises(UserError, match="sliding_window is 16, less than its 32 positions"):
+        families.from_config(c)
+    assert families.from_config(c | {"sliding_window": 32})[0].seq_length == 32
 
 
 def edit(path: Path, drop: tuple[str, ...] = (), **values: Any) -> None:

@@ -53,7 +53,7 @@ def export_folder(reader: Reader, output: Path, dtype: str | None = None, shard:
     """Writes a Hugging Face folder of the checkpoint's weights, in `dtype` (None: as they are stored).
     Returns its family, and where its tokenizer could not be written the sentence that says why."""
     a = reader.architecture
-    family, ours = family_of(a), shapes(a)
+    family, ours = family_of(a, reader.index.get("family")), shapes(a)
     more = next((name for kind, name in reader.shapes if kind == "weight" and name not in ours), None)
     if more is not None:
         raise UserError(f"{reader.folder}: holds weight/{more}, which its architecture does not have.")

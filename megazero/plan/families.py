@@ -8,6 +8,7 @@ A new family is one more entry of FAMILIES. Whether a family can express an arch
 Architecture -> config.json -> Architecture must give the same, and the rows must cover the weights. Pure.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
@@ -42,8 +43,12 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Family:
-    """`fixed`: fields of ours that it has no key for.
-    `only`: keys of theirs that must have this value where they are given."""
+    """
+    fixed       fields of ours that it has no key for
+    only        keys of theirs that must have this value where they are given
+    always      keys that an export writes as they are here
+    partial     may a part of each head stay unrotated?
+    """
 
     model_type: str
     class_name: str
@@ -53,6 +58,8 @@ class Family:
     only: Mapping[str, Any]
     rows: tuple[Row, ...]
     buffers: str                        # pattern of tensors that are no weights: older files hold some
+    always: Mapping[str, Any]
+    partial: bool = False
 
 
 def attention_rows(ours: str, theirs: str, kind: str, when: str) -> tuple[Row, ...]:
@@ -101,7 +108,7 @@ GPT2 = Family(
         *conv_rows(f"{H}.mlp.c_fc", f"{MLP}.up"), *conv_rows(f"{H}.mlp.c_proj", f"{MLP}.down"),
         *norm_rows("transformer.ln_f", "head.norm"), Row("lm_head.weight", ("head.output.weight",), when="untied"),
     ),
-    buffers=r".*\.attn\.(masked_)?bias")
+    buffers=r".*\.attn\.(masked_)?bias", always={})
 
 LLAMA = Family(
     "llama", "LlamaForCausalLM", "model.",
@@ -126,9 +133,83 @@ LLAMA = Family(
         *mlp_rows(MLP, f"{LAYER}.mlp", "weight", ""), *mlp_rows(MLP, f"{LAYER}.mlp", "bias", "bias"),
         Row("model.norm.weight", ("head.norm.weight",)), Row("lm_head.weight", ("head.output.weight",), when="untied"),
     ),
-    buffers=r".*rotary_emb\.inv_freq")
+    buffers=r".*rotary_emb\.inv_freq", always={})
 
-FAMILIES = {f.model_type: f for f in (GPT2, LLAMA)}
+NO_WINDOW = {"sliding_window": None}
+
+
+def _llama_but(without: str, *more: Field) -> tuple[Field, ...]:
+    """Llama's fields without some, which is said of a whole head at last."""
+    *first, rope = (f for f in LLAMA.fields if f.theirs not in without.split())
+    return *first, *more, rope
+
+
+BIASES = tuple(r for r in LLAMA.rows if r.theirs.endswith(".bias"))
+WEIGHTS = tuple(r for r in LLAMA.rows if r not in BIASES)
+
+# Mistral 7B from its second version on; the first has a window
+MISTRAL = replace(
+    LLAMA, model_type="mistral", class_name="MistralForCausalLM", always=NO_WINDOW, rows=WEIGHTS,
+    fields=_llama_but("attention_bias mlp_bias max_position_embeddings",
+                      Field("max_position_embeddings", "seq_length", 4096 * 32)),
+    fixed={**LLAMA.fixed, "bias": False, "qkv_bias": False})
+
+# biases on q, k and v alone
+QWEN2 = replace(
+    LLAMA, model_type="qwen2", class_name="Qwen2ForCausalLM", always={"use_sliding_window": False, **NO_WINDOW},
+    fields=_llama_but("attention_bias mlp_bias head_dim max_position_embeddings",
+                      Field("max_position_embeddings", "seq_length", 32768)),
+    fixed={**LLAMA.fixed, "bias": False, "qkv_bias": True, "head_dim": lambda v: v["hidden"] // v["heads"]},
+    rows=(*WEIGHTS, *(r for r in BIASES if ".self_attn." in r.theirs and ".o_proj." not in r.theirs)))
+
+# norms over each head of q and k
+QWEN3 = replace(
+    LLAMA, model_type="qwen3", class_name="Qwen3ForCausalLM", always={"use_sliding_window": False, **NO_WINDOW},
+    fields=_llama_but("mlp_bias head_dim max_position_embeddings", Field("head_dim", "head_dim", 128),
+                      Field("max_position_embeddings", "seq_length", 32768)),
+    fixed={**LLAMA.fixed, "bias": False, "qk_norm": True},
+    rows=(*WEIGHTS, *(r for r in BIASES if ".self_attn." in r.theirs),
+          Row(f"{LAYER}.self_attn.q_norm.weight", (f"{AT}.q_norm.weight",)),
+          Row(f"{LAYER}.self_attn.k_norm.weight", (f"{AT}.k_norm.weight",))))
+
+# q, k, v in one matrix, gate and up in another
+PHI3 = replace(
+    LLAMA, model_type="phi3", class_name="Phi3ForCausalLM", always=NO_WINDOW, partial=True,
+    fields=_llama_but("attention_bias mlp_bias head_dim rms_norm_eps max_position_embeddings",
+                      Field("rms_norm_eps", "epsilon", 1e-5), Field("resid_pdrop", "hidden_dropout", 0.0),
+                      Field("embd_pdrop", "hidden_dropout", 0.0), Field("max_position_embeddings", "seq_length", 4096)),
+    fixed={**{k: v for k, v in LLAMA.fixed.items() if k != "hidden_dropout"}, "bias": False, "qkv_bias": False,
+           "head_dim": lambda v: v["hidden"] // v["heads"]},
+    only={"quantization_config": None},
+    rows=(*(r for r in WEIGHTS if not re.search(r"[qkv]_proj|gate_proj|up_proj", r.theirs)),
+          Row(f"{LAYER}.self_attn.qkv_proj.weight", tuple(f"{AT}.{n}.weight" for n in "qkv")),
+          Row(f"{LAYER}.mlp.gate_up_proj.weight", (f"{MLP}.gate.weight", f"{MLP}.up.weight"))))
+
+# LayerNorm, biases everywhere, an MLP of two matrices
+STARCODER2 = replace(
+    LLAMA, model_type="starcoder2", class_name="Starcoder2ForCausalLM", always=NO_WINDOW,
+    fields=_llama_but(
+        "attention_bias mlp_bias head_dim rms_norm_eps hidden_act tie_word_embeddings initializer_range "
+        "max_position_embeddings",
+        Field("norm_epsilon", "epsilon", 1e-5), Field("use_bias", "bias", True), Field("use_bias", "qkv_bias", True),
+        Field("hidden_act", "activation", "gelu_pytorch_tanh", {"gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}),
+        Field("tie_word_embeddings", "tied", True), Field("initializer_range", "init_std", 0.018042),
+        Field("residual_dropout", "hidden_dropout", 0.0), Field("embedding_dropout", "hidden_dropout", 0.0),
+        Field("max_position_embeddings", "seq_length", 4096)),
+    fixed={**{k: v for k, v in LLAMA.fixed.items() if k != "hidden_dropout"}, "norm": "LayerNorm",
+           "head_dim": lambda v: v["hidden"] // v["heads"]},
+    rows=(Row("model.embed_tokens.weight", ("embedding.weight",)),
+          *norm_rows(f"{LAYER}.input_layernorm", f"{AT}.norm"),
+          *attention_rows(AT, f"{LAYER}.self_attn", "weight", ""),
+          *attention_rows(AT, f"{LAYER}.self_attn", "bias", "bias"),
+          *norm_rows(f"{LAYER}.post_attention_layernorm", f"{MLP}.norm"),
+          Row(f"{LAYER}.mlp.c_fc.weight", (f"{MLP}.up.weight",)),
+          Row(f"{LAYER}.mlp.c_proj.weight", (f"{MLP}.down.weight",)),
+          Row(f"{LAYER}.mlp.c_fc.bias", (f"{MLP}.up.bias",), when="bias"),
+          Row(f"{LAYER}.mlp.c_proj.bias", (f"{MLP}.down.bias",), when="bias"),
+          *norm_rows("model.norm", "head.norm"), Row("lm_head.weight", ("head.output.weight",), when="untied")))
+
+FAMILIES = {f.model_type: f for f in (GPT2, LLAMA, MISTRAL, QWEN2, QWEN3, PHI3, STARCODER2)}
 
 
 # ---- config.json
@@ -139,13 +220,13 @@ def to_config(a: Architecture, family: Family) -> dict[str, Any]:
     for field in family.fields:
         value = getattr(a, field.ours)
         if field.ours == "rotary":
-            config |= _rope_to_config(value or Rotary(10000.0, a.head_dim))
+            config |= _rope_to_config(value or Rotary(10000.0, a.head_dim), a.head_dim if family.partial else None)
         elif field.words is None:
             config[field.theirs] = value
         else:
             words = [theirs for theirs, word in field.words.items() if word == value]
             config |= {field.theirs: words[0]} if words else {}
-    return config
+    return {**config, **family.always}
 
 
 def from_config(config: Mapping[str, Any]) -> tuple[Architecture, Family]:
@@ -165,26 +246,39 @@ def _from_config(config: Mapping[str, Any]) -> tuple[Architecture, Family]:
                         f"there are {', '.join(FAMILIES)}.")
     errors = [f"config.json: {k} is {said(config[k])}, this decoder has {'none' if v is None else v}; "
               "such a model cannot be imported." for k, v in family.only.items() if config.get(k, v) != v]
-    values: dict[str, Any] = {"pad_rows": 128}
+    values: dict[str, Any] = {"pad_rows": 128, **{k: v for k, v in family.fixed.items() if not callable(v)}}
     for field in family.fields:
-        value = _value(config, field, values, errors)
+        value = _value(config, field, values, errors, family)
         if values.setdefault(field.ours, value) != value:
             errors.append(f"config.json: {field.theirs} is {value} where another key that means the same here says "
                           f"{values[field.ours]}; make them equal.")
     if errors:
         raise UserError(*errors)
     values |= {k: v(values) if callable(v) else v for k, v in family.fixed.items()}
+    if (window := _window(config, values["seq_length"])) is not None:
+        raise UserError(f"config.json: sliding_window is {window}, less than its {values['seq_length']:,} positions, "
+                        "and this decoder's tokens see all before them; such a model cannot be imported.")
     return Architecture(**values), family
+
+
+def _window(config: Mapping[str, Any], length: int) -> int | None:
+    """Tokens that each sees before it, where that is fewer than there are."""
+    window = config.get("sliding_window")
+    if not config.get("use_sliding_window", True) or not isinstance(window, int) or isinstance(window, bool):
+        return None
+    return window if window < length else None
 
 
 def _word(value: Any) -> str:
     return value if isinstance(value, str) and value.isidentifier() and len(value) < 40 else said(value)
 
 
-def _value(config: Mapping[str, Any], field: Field, values: Mapping[str, Any], errors: list[str]) -> Any:
+def _value(config: Mapping[str, Any], field: Field, values: Mapping[str, Any], errors: list[str],
+           family: Family) -> Any:
     """One field of ours, checked; appends what is wrong with it."""
     if field.ours == "rotary":
-        return _rope_from_config(config, values["head_dim"], errors)
+        width = values["head_dim"] if "head_dim" in values else family.fixed["head_dim"](values)
+        return _rope_from_config(config, width, errors, family.partial)
     value = config.get(field.theirs)
     if value is None:
         value = field.default(values) if callable(field.default) else field.default
@@ -204,12 +298,15 @@ def _value(config: Mapping[str, Any], field: Field, values: Mapping[str, Any], e
     return float(value) if FIELDS[field.ours] is float else value
 
 
-def _rope_to_config(rotary: Rotary) -> dict[str, Any]:
-    """Both forms: transformers reads rope_parameters from version 5 on, rope_theta and rope_scaling before."""
+def _rope_to_config(rotary: Rotary, width: int | None) -> dict[str, Any]:
+    """Both forms: transformers reads rope_parameters from version 5 on, rope_theta and rope_scaling before. `width` of
+    a head, where the family may rotate a part of it."""
     names = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    scaling = {"rope_type": "llama3", **dict(zip(names, rotary.scaling, strict=True))} if rotary.scaling else None
-    return {"rope_theta": rotary.base, "rope_scaling": scaling,
-            "rope_parameters": {"rope_theta": rotary.base, **(scaling or {"rope_type": "default"})}}
+    stretched = rotary.scaling and not width                    # such families know others
+    scaling = {"rope_type": "llama3", **dict(zip(names, rotary.scaling or (), strict=True))} if stretched else None
+    part = {"partial_rotary_factor": rotary.channels / width} if width else {}
+    return {"rope_theta": rotary.base, "rope_scaling": scaling, **part,
+            "rope_parameters": {"rope_theta": rotary.base, **(scaling or {"rope_type": "default"}), **part}}
 
 
 ROPE: Form = {"rope_theta?": float, "rope_type?": str, "type?": str}
@@ -226,19 +323,24 @@ def _contradictions(config: Mapping[str, Any]) -> list[str]:
             for key in new.keys() & old.keys() - {"type"} if old[key] is not None and old[key] != new[key]]
 
 
-def _rope_from_config(config: Mapping[str, Any], channels: int, errors: list[str]) -> Rotary:
-    """Both forms; appends what is wrong with it."""
+def _rope_from_config(config: Mapping[str, Any], width: int, errors: list[str], partial: bool) -> Rotary:
+    """Both forms, of heads so wide; appends what is wrong with it."""
     wrong = list(faults(config, ROPES)) or _contradictions(config)
     told = {} if wrong else {**(config.get("rope_scaling") or {}), **(config.get("rope_parameters") or {})}
     base, kind = (told.get("rope_theta", config.get("rope_theta") or 10000.0),
                   told.get("rope_type", told.get("type", "default")))
-    if kind == "llama3":
+    if kind == "llama3" and not partial:
         wrong += faults(told, SCALING, "rope_parameters")
     elif kind != "default":
-        wrong.append(f"rope_parameters: rope_type {_word(kind)} is not known here; there are default, llama3")
+        known = "default" if partial else "default, llama3"
+        wrong.append(f"rope_parameters: rope_type {_word(kind)} is not known here; there are {known}")
+    part = told.get("partial_rotary_factor", config.get("partial_rotary_factor") or 1.0)
+    if not isinstance(part, int | float) or not 0 < part <= 1 or (part != 1 and not partial):
+        wrong.append(f"partial_rotary_factor: is {said(part)}, this decoder has 1.0; such a model cannot be imported")
     errors += [f"config.json: {fault}." for fault in wrong]
     if wrong:
-        return Rotary(1.0, channels)
+        return Rotary(1.0, width)
+    channels = int(width * part)
     scaling = (float(told["factor"]), float(told["low_freq_factor"]), float(told["high_freq_factor"]),
                told["original_max_position_embeddings"]) if kind == "llama3" else None
     return Rotary(float(base), channels, scaling)
@@ -280,15 +382,24 @@ def obstacles(a: Architecture, family: Family) -> list[str]:
     return [*homeless[:1], *missing[:1]]
 
 
-def nearest_family(a: Architecture) -> tuple[Family, list[str]]:
-    """The first family that expresses this architecture, or the one with the fewest obstacles, and those."""
+def nearest_family(a: Architecture, before: str | None = None) -> tuple[Family, list[str]]:
+    """The family that the weights were imported from, if it still expresses this architecture; else the first that does
+    with the fewest biases beyond the model's; else the one with the fewest obstacles. And those."""
     found = [(family, obstacles(a, family)) for family in FAMILIES.values()]
-    return min(found, key=lambda each: len(each[1]))
+    ours = shapes(replace(a, layers=1))
+
+    def rank(each: tuple[Family, list[str]]) -> tuple[int, bool, int]:
+        family, reasons = each
+        beyond = [n for row in rows(replace(a, layers=1), family) for n in row.ours if n not in ours]
+        return len(reasons), not reasons and family.model_type != before, 0 if reasons else len(beyond)
+
+    return min(found, key=rank)
 
 
-def family_of(a: Architecture) -> Family:
-    """The family that expresses this architecture. Raises UserError saying what is in the way of the nearest."""
-    family, reasons = nearest_family(a)
+def family_of(a: Architecture, before: str | None = None) -> Family:
+    """The family that expresses this architecture; `before` is the model_type that its weights had. Raises UserError
+    saying what is in the way of the nearest."""
+    family, reasons = nearest_family(a, before)
     if reasons:
         raise UserError(f"--load: no Hugging Face family known here ({', '.join(FAMILIES)}) can express this model: "
                         f"{'; '.join(reasons)}.")
