@@ -64,17 +64,20 @@ WITHOUT: dict[str, str] = {
         non-persistent-local-ckpt-dir non-persistent-local-ckpt-algo replication replication-jump replication-factor
         enable-ft-package calc-ft-timeouts adlr-autoresume adlr-autoresume-interval inprocess-* seed-data
         dynamic-checkpointing no-log-learnig-rate-to-tensorboard dump-param-to-param-group-map no-pipeline-parallel
-        enable-full-sharding-in-hsdp use-mp-args-from-checkpoint-args""",
+        enable-full-sharding-in-hsdp use-mp-args-from-checkpoint-args tokenizer-not-use-fast jit-compile
+        optimize-send-recv-comm repeated-dataloader layernorm-tp-auto-sync dataset max-padding-length npu-deterministic
+        prompt-type ai-framework launcher no-fast-tokenizer use-distributed-data-loader tokenizer-kwargs
+        num-zeros-in-grad-interval disable-mem-efficient-path enable-torch-compile trust-repo""",
     "a choice of kernels, which are torch's here": """
-        attention-backend transformer-impl no-masked-softmax-fusion  no-bias-swiglu-fusion
-        no-bias-dropout-fusion no-rope-fusion cross-entropy-loss-fusion cross-entropy-fusion-impl bias-gelu-fusion
-        masked-softmax-fusion bias-dropout-fusion use-fused-weighted-squared-relu no-gradient-accumulation-fusion
-        no-persist-layer-norm no-async-tensor-model-parallel-allreduce tp-comm-* disable-tp-comm-*
-        use-te-activation-func te-rng-tracker inference-rng-tracker enable-cuda-graph external-cuda-graph cuda-graph-*
-        use-nccl-ub use-sharp sharp-enabled-group disable-symmetric-registration qknorm-impl mem-efficient-ln onnx-safe
-        use-fused-rmsnorm use-fused-swiglu use-fused-rotary-pos-emb use-rotary-pos-emb-fusion use-ascend-mc2
-        symmetric-ar-type fused-linear use-fused-mlp fused-lm-head use-triton-* no-swiglu-fusion
-        overlap-grad-reduce-impl""",
+        attention-backend transformer-impl no-masked-softmax-fusion no-bias-swiglu-fusion no-bias-dropout-fusion
+        no-rope-fusion cross-entropy-loss-fusion cross-entropy-fusion-impl bias-gelu-fusion masked-softmax-fusion
+        bias-dropout-fusion no-gradient-accumulation-fusion no-persist-layer-norm
+        no-async-tensor-model-parallel-allreduce tp-comm-* disable-tp-comm-* use-te-activation-func te-rng-tracker
+        inference-rng-tracker enable-cuda-graph external-cuda-graph cuda-graph-* use-nccl-ub use-sharp
+        sharp-enabled-group disable-symmetric-registration qknorm-impl mem-efficient-ln onnx-safe
+        use-rotary-pos-emb-fusion use-ascend-mc2 symmetric-ar-type
+        fused-linear fused-lm-head use-triton-* no-swiglu-fusion overlap-grad-reduce-impl use-mc2
+        use-fused-* use-apex-* fused-attention no-fused-* use-liger-* use-cpp-*""",
     "the log has its own figures, in --log-dir": """
         log-throughput log-progress log-params-norm log-num-zeros-in-grad log-memory-to-tensorboard log-energy
         log-timers-to-tensorboard log-batch-size-to-tensorboard log-validation-ppl-to-tensorboard log-straggler
@@ -83,7 +86,8 @@ WITHOUT: dict[str, str] = {
         timing-log-level timing-log-option tensorboard-log-interval tensorboard-queue-size
         no-barrier-with-level-1-timing wandb-* wandb_* logging-level config-logger-dir structured-logs
         structured-logs-dir transformer-timers codecarbon-dir no-one-logger one-logger-* app-tag-* straggler-*
-        disable-straggler-on-startup log-path result-rejected-tracker-filename profile-backward""",
+        disable-straggler-on-startup log-path result-rejected-tracker-filename profile-backward aim-* mlflow-* swanlab-*
+        comet-* report-to""",
     "measuring tools that are not here; use those of the machine": """
         profile profile-step-start profile-step-end profile-ranks use-pytorch-profiler record-memory-history
         memory-snapshot-path run-workload-inspector-server rerun-mode error-injection-rate error-injection-type
@@ -163,6 +167,8 @@ REFUSED: dict[str, str] = {
         use-checkpoint-opt_param-scheduler use-checkpoint-opt-param-scheduler no-load-lr-state""",
     "there is one format of checkpoints here, which tools/checkpoint.py converts; leave it out": "ckpt-convert-*",
     "is --config here, whose keys are the flags": "yaml-cfg",
+    "a tokenizer is named by --tokenizer-type and --tokenizer-model here; write those": "patch-tokenizer-type",
+    "the vocabulary's size is --vocab-size here; write the sum": "extra-vocab-size",
 }
 
 # words that mean, with these values, what is so anyway ("" is every value); otherwise they are in REFUSED
@@ -174,7 +180,7 @@ PLAIN: dict[str, tuple[str, ...]] = {
     "rotary-scaling-factor": ("1", "1.0"), "softmax-type": ("vanilla",), "cpu-offloading-num-layers": ("0",),
     "expert-interval": ("",), "mlp-type": ("standard",), "moe-layer-freq": ("1",), "sample-rate": ("1", "1.0"),
     "mtp-loss-scaling-factor": ("",), "num-distributed-optimizer-instances": ("1",),
-    "weight-decay-incr-style": ("constant",), "attention-head-type": ("multihead",),
+    "weight-decay-incr-style": ("constant",), "attention-head-type": ("multihead",), "train-mode": ("pretrain",),
 }
 
 # word -> (this program's words, what is told); {} is what was given with it
@@ -196,6 +202,7 @@ RENAMED: dict[str, tuple[str, str]] = {
     "save-retain-interval": ("", "all checkpoints are kept; --keep-last N keeps the newest N"),
     "finetune-from": ("--pretrained-checkpoint {}", "is --pretrained-checkpoint"),
     "persistent-save-interval": ("--save-interval {}", "is --save-interval"),
+    "rope-theta": ("--rotary-base {}", "is --rotary-base"),
     "layernorm-epsilon": ("--norm-epsilon {}", "is --norm-epsilon"),
     "load-tag": ("--ckpt-step {}", "is --ckpt-step"),
     "tiktoken-special-tokens": ("--special-tokens {}", "is --special-tokens"),
@@ -216,6 +223,8 @@ VALUES: dict[str, dict[str, str]] = {
 # word of ours -> values that ask for what is in REFUSED, as this word of it does
 ASKS: dict[str, tuple[str, str]] = {
     "position-embedding-type": ("mrope-section", "alibi relative mrope t5"),
+    "tokenizer-type": ("bert-", "BertWordPieceLowerCase BertWordPieceCase MultimodalTokenizer NullMultimodalTokenizer "
+                                "SFTTokenizer"),
     "optimizer": ("muon-", "ademamix muon dist_muon lion adafactor lamb sophia shampoo soap ranger adan adagrad"),
 }
 
