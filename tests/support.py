@@ -42,6 +42,8 @@ SHAPES = {
                          "--use-rope-scaling --rope-original-length 16 --rotary-percent 0.5",
     "qwen": "--swiglu --normalization RMSNorm --position-embedding-type rope --num-query-groups 4 --disable-bias-linear --add-qkv-bias "
             "--qk-layernorm --kv-channels 24",
+    "mistral": "--swiglu --normalization RMSNorm --position-embedding-type rope --num-query-groups 2 --disable-bias-linear "
+               "--untie-embeddings-and-output-weights --attention-window 9",
     "relu2": "--squared-relu --position-embedding-type none --qk-layernorm --ffn-hidden-size 96",
 }
 TINY = "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 24 --vocab-size 101 --lr 1e-2 --mock-data --train-iters 5 --eval-iters 0"

@@ -46,6 +46,8 @@ SAID = {
     "--vocab-file v --merge-file m": ("--vocab-file v --merge-file m --tokenizer-type GPT2BPETokenizer", "are files of --tokenizer-type GPT2BPETokenizer"),
     "--tokenizer-type PretrainedFromHF --tokenizer-name-or-path x/y":
         ("--tokenizer-type HuggingFaceTokenizer --tokenizer-model x/y", "PretrainedFromHF: is HuggingFaceTokenizer"),
+    "--window-size 127,0": ("--attention-window 128", "--window-size 127,0: is --attention-window 128, the token itself counted"),
+    "--window-size (4095, 0)": ("--attention-window 4096", ""),
     "--pad-vocab-size-to 250880": ("--vocab-size 250880", ""),
     "--context-parallel-size 1 --expert-model-parallel-size 1 --main-grads-dtype fp32": ("", ""),
     "--num-workers 4 --use-flash-attn --override-opt_param-scheduler --no-load-rng --apply-layernorm-1p": ("", ""),

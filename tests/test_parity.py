@@ -128,6 +128,7 @@ CI = [
     Row(tp=4, tokens=25, shape="llama", micro=3, late=True), Row(tp=8, shape="llama-tied-scaled", tokens=25), Row(tp=2, recompute="selective"),
     Row(tp=2, recompute="full", shape="llama"), Row(tp=2, dp=2, recompute="selective", late=True, shape="qwen", optimizer="sgd"), Row(tp=2, micro=3, dropout=0.1),
     Row(tp=4, dp=2, dropout=0.1, shape="llama", recompute="full"), Row(tp=2, schedule="gpipe", micro=2), Row(tp=3, shape="relu2"),
+    Row(tp=2, shape="mistral", tokens=25, late=True), Row(pp=2, dp=2, level=3, shape="mistral", schedule="zb-h1", dropout=0.1, optimizer="sgd"),
     Row(dp=2, level=1), Row(dp=3, level=1, optimizer="sgd", late=True), Row(dp=4, level=1, shard=2, shape="llama", late=True),
     Row(dp=2, level=2, late=True), Row(tp=2, dp=3, level=2, every=2, shape="llama", micro=2, optimizer="sgd"), Row(dp=4, level=2, shard=2, late=True, recompute="full"),
     Row(dp=2, level=3, micro=6, shape="gpt2-plain", optimizer="sgd"), Row(dp=3, level=3, late=True, recompute="selective", shape="qwen"),

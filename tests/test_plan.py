@@ -139,7 +139,7 @@ def test_the_plan_says_what_a_run_can_be_exported_as_or_what_is_in_the_way() -> 
         return next(line for line in describe(resolved(f"{TINY} {words}")).splitlines() if line.startswith("export"))[12:]
     none = "to no Hugging Face family known here (gpt2, llama, mistral, qwen2, qwen3, phi3, starcoder2): "
     expected = {"gpt2": "to Hugging Face as gpt2", "gpt2-plain": "to Hugging Face as gpt2", "llama": "to Hugging Face as llama",
-                "llama-tied-scaled": f"{none}rotary is", "qwen": "to Hugging Face as qwen3", "relu2": f"{none}"}
+                "llama-tied-scaled": f"{none}rotary is", "qwen": "to Hugging Face as qwen3", "mistral": "to Hugging Face as mistral", "relu2": f"{none}"}
     for shape, words in SHAPES.items():
         assert told(words).startswith(expected[shape]), told(words)
     assert told("--num-query-groups 2") == f"{none}kv heads is 2, gpt2 has 4"

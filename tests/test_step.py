@@ -56,7 +56,8 @@ def reference(run: Run, w: dict[str, Tensor], batch: Batch) -> Tensor:
             q, k = turned(q), turned(k)
         k, v = (t.repeat_interleave(a.heads // a.kv_heads, 2) for t in (k, v))
         scores = torch.einsum("bqnd,bknd->bnqk", q, k) / a.head_dim**0.5
-        seen = torch.softmax(scores.masked_fill(torch.ones(s, s).triu(1).bool(), -torch.inf), -1)
+        hidden = torch.ones(s, s).triu(1).bool() | torch.ones(s, s).tril(-(a.window or s)).bool()
+        seen = torch.softmax(scores.masked_fill(hidden, -torch.inf), -1)
         x = x + linear(torch.einsum("bnqk,bknd->bqnd", seen, v).reshape(b, s, -1), f"{at}.o")
         y, up = norm(x, f"{mlp}.norm"), linear(norm(x, f"{mlp}.norm"), f"{mlp}.up")
         inner = {"swiglu": lambda up=up, y=y, mlp=mlp: F.silu(linear(y, f"{mlp}.gate")) * up, "gelu": lambda up=up: F.gelu(up),

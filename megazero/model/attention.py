@@ -14,7 +14,7 @@ Tensor = torch.Tensor
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, group: Group, keep: Tensor | None = None,
-              bounds: Tensor | None = None) -> Tensor:
+              bounds: Tensor | None = None, window: int = 0) -> Tensor:
     """Causal softmax(q kT / sqrt(d)) v: q [b, s, n, d], k and v [b, s, n_kv, d] -> [b, s, n, d].
 
     mask        [b or 1, 1, s, s] of `hiding`, which is added to scores; None: tokens see all before them
@@ -22,11 +22,12 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, group: Group
     keep        [b, n, s, s] scale of each attention weight for dropout, which needs a mask; None: no dropout
     bounds      [documents + 1] where documents begin among the b s tokens, and their end, instead of a mask, where the
                 device `knows_documents`: what is hidden is not computed
+    window      tokens that each sees, for `bounds`; 0 for all
     """
     assert group.size == 1, "a sequence cut over ranks needs context parallelism"
     if bounds is not None:
         flat, k, v = (_repeat(x, q.shape[2], 2).flatten(0, 1) for x in (q, k, v))
-        out = varlen_attn(flat, k, v, bounds, bounds, q.shape[1], q.shape[1], window_size=(-1, 0))
+        out = varlen_attn(flat, k, v, bounds, bounds, q.shape[1], q.shape[1], window_size=(window - 1, 0))
         assert isinstance(out, Tensor)
         return out.view(q.shape)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
@@ -51,13 +52,15 @@ def knows_documents(device: torch.device, dtype: torch.dtype, channels: int) -> 
     return not torch.cuda.is_available() or torch.cuda.get_device_capability(device)[0] >= 8
 
 
-def hiding(at: Tensor, documents: Tensor | None, dtype: torch.dtype) -> Tensor:
+def hiding(at: Tensor, documents: Tensor | None, dtype: torch.dtype, window: int = 0) -> Tensor:
     """[b or 1, 1, s, s]: 0 where the query of the row may see the key of the column, else -inf.
 
-    at          [b or 1, s] place of each token in its sequence: none sees what comes later
+    at          [b or 1, s] place of each token in its sequence: none sees what comes later, or `window` before
     documents   [b, s] number of each token's document: none sees another; None: all are one
     """
     see = at[:, None, :, None] >= at[:, None, None, :]
+    if window:
+        see = see & (at[:, None, :, None] - at[:, None, None, :] < window)
     if documents is not None:
         see = see & (documents[:, None, :, None] == documents[:, None, None, :])
     return torch.zeros(see.shape, dtype=dtype, device=at.device).masked_fill_(~see, -torch.inf)

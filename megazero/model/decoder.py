@@ -94,10 +94,10 @@ class Decoder:
         return self.last[1]
 
     def mask(self, batch: Batch) -> Tensor | None:
-        if batch.documents is None and not self.drops(batch):
+        s = batch.tokens.shape[1]
+        if batch.documents is None and not self.drops(batch) and not 0 < self.a.window < s:
             return None
-        at = torch.arange(batch.tokens.shape[1], device=batch.tokens.device)[None]
-        return hiding(at, batch.documents, self.dtype)
+        return hiding(torch.arange(s, device=batch.tokens.device)[None], batch.documents, self.dtype, self.a.window)
 
     def angles(self, batch: Batch) -> tuple[Tensor, ...]:
         s = batch.tokens.shape[1]
@@ -161,7 +161,7 @@ class Block:
             q, k = self.qk_norm[0](q), self.qk_norm[1](k)
         if shared.angles:
             q, k = rotate(q, *shared.angles), rotate(k, *shared.angles)
-        y = attention(q, k, v, shared.mask, Alone(), self.attention_dropout(q, batch), shared.bounds)
+        y = attention(q, k, v, shared.mask, Alone(), self.attention_dropout(q, batch), shared.bounds, a.window)
         return row(self.d.padded(y.reshape(b * s, -1)), self.o, self.o_bias, self.d.group)
 
     def attention_dropout(self, q: Tensor, batch: Batch) -> Tensor | None:

@@ -59,11 +59,18 @@ class Architecture:
     init_std: float = 0.02
     attention_dropout: float = 0.0
     hidden_dropout: float = 0.0
+    window: int = 0                     # tokens that each sees, itself and those before it; 0 for all
     pad_rows: int = 128                 # the stored vocabulary is a multiple of this on each tensor-parallel rank
 
     @property
     def norm_bias(self) -> bool:
         return self.bias and self.norm == "LayerNorm"
+
+    @property
+    def seen(self) -> float:
+        """Tokens that one sees on average, twice: as many as the sequence has where none are hidden but later ones."""
+        w = min(self.window or self.seq_length, self.seq_length)
+        return 2 * w - w * w / max(self.seq_length, 1)
 
     @property
     def gated(self) -> bool:
@@ -79,7 +86,7 @@ FIELDS: dict[str, Form] = {             # each field's form
     "seq_length": SIZE, "vocab_size": SIZE, "learned_positions": range(2**31), "rotary": (None, ROTARY),
     "norm": re.compile("LayerNorm|RMSNorm"), "epsilon": float, "activation": re.compile("gelu|gelu_tanh|relu2|swiglu"),
     "bias": bool, "qkv_bias": bool, "qk_norm": bool, "tied": bool, "init_std": float, "attention_dropout": float,
-    "hidden_dropout": float, "pad_rows": SIZE}
+    "hidden_dropout": float, "window": range(2**31), "pad_rows": SIZE}
 ARCHITECTURE: Form = {f.name + ("" if f.default is MISSING else "?"): FIELDS[f.name] for f in fields(Architecture)}
 
 
@@ -123,7 +130,8 @@ def architecture(config: Config, vocab_size: int) -> Architecture:
                                                  ("gelu_tanh", m.openai_gelu)) if said), "gelu"),
         bias=not m.disable_bias_linear, qkv_bias=m.add_qkv_bias or not m.disable_bias_linear, qk_norm=m.qk_layernorm,
         tied=not m.untie_embeddings_and_output_weights, init_std=m.init_method_std,
-        attention_dropout=m.attention_dropout, hidden_dropout=m.hidden_dropout, pad_rows=m.make_vocab_size_divisible_by)
+        attention_dropout=m.attention_dropout, hidden_dropout=m.hidden_dropout, window=m.attention_window or 0,
+        pad_rows=m.make_vocab_size_divisible_by)
 
 
 def ffn_size(m: Model) -> int:

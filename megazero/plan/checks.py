@@ -38,7 +38,8 @@ def _sizes(c: Config, world: int) -> Iterator[Check]:
     for flag, count in {
         "--num-layers": m.num_layers, "--hidden-size": m.hidden_size,
         "--ffn-hidden-size": m.ffn_hidden_size, "--num-attention-heads": m.num_attention_heads,
-        "--num-query-groups": m.num_query_groups, "--kv-channels": m.kv_channels,
+        "--num-query-groups": m.num_query_groups,
+        "--attention-window": m.attention_window, "--kv-channels": m.kv_channels,
         "--seq-length": m.seq_length, "--max-position-embeddings": m.max_position_embeddings,
         "--make-vocab-size-divisible-by": m.make_vocab_size_divisible_by, "--vocab-size": c.data.vocab_size,
         "--micro-batch-size": t.micro_batch_size, "--global-batch-size": t.global_batch_size,

@@ -135,7 +135,7 @@ LLAMA = Family(
     ),
     buffers=r".*rotary_emb\.inv_freq", always={})
 
-NO_WINDOW = {"sliding_window": None}
+NO_WINDOW = {"use_sliding_window": False, "sliding_window": None}
 
 
 def _llama_but(without: str, *more: Field) -> tuple[Field, ...]:
@@ -147,16 +147,17 @@ def _llama_but(without: str, *more: Field) -> tuple[Field, ...]:
 BIASES = tuple(r for r in LLAMA.rows if r.theirs.endswith(".bias"))
 WEIGHTS = tuple(r for r in LLAMA.rows if r not in BIASES)
 
-# Mistral 7B from its second version on; the first has a window
+WINDOW = Field("sliding_window", "window", 0)
+
 MISTRAL = replace(
-    LLAMA, model_type="mistral", class_name="MistralForCausalLM", always=NO_WINDOW, rows=WEIGHTS,
+    LLAMA, model_type="mistral", class_name="MistralForCausalLM", rows=WEIGHTS,
     fields=_llama_but("attention_bias mlp_bias max_position_embeddings",
-                      Field("max_position_embeddings", "seq_length", 4096 * 32)),
+                      Field("max_position_embeddings", "seq_length", 4096 * 32), WINDOW),
     fixed={**LLAMA.fixed, "bias": False, "qkv_bias": False})
 
 # biases on q, k and v alone
 QWEN2 = replace(
-    LLAMA, model_type="qwen2", class_name="Qwen2ForCausalLM", always={"use_sliding_window": False, **NO_WINDOW},
+    LLAMA, model_type="qwen2", class_name="Qwen2ForCausalLM", always=NO_WINDOW,
     fields=_llama_but("attention_bias mlp_bias head_dim max_position_embeddings",
                       Field("max_position_embeddings", "seq_length", 32768)),
     fixed={**LLAMA.fixed, "bias": False, "qkv_bias": True, "head_dim": lambda v: v["hidden"] // v["heads"]},
@@ -164,7 +165,7 @@ QWEN2 = replace(
 
 # norms over each head of q and k
 QWEN3 = replace(
-    LLAMA, model_type="qwen3", class_name="Qwen3ForCausalLM", always={"use_sliding_window": False, **NO_WINDOW},
+    LLAMA, model_type="qwen3", class_name="Qwen3ForCausalLM", always=NO_WINDOW,
     fields=_llama_but("mlp_bias head_dim max_position_embeddings", Field("head_dim", "head_dim", 128),
                       Field("max_position_embeddings", "seq_length", 32768)),
     fixed={**LLAMA.fixed, "bias": False, "qk_norm": True},
@@ -174,10 +175,11 @@ QWEN3 = replace(
 
 # q, k, v in one matrix, gate and up in another
 PHI3 = replace(
-    LLAMA, model_type="phi3", class_name="Phi3ForCausalLM", always=NO_WINDOW, partial=True,
+    LLAMA, model_type="phi3", class_name="Phi3ForCausalLM", partial=True,
     fields=_llama_but("attention_bias mlp_bias head_dim rms_norm_eps max_position_embeddings",
                       Field("rms_norm_eps", "epsilon", 1e-5), Field("resid_pdrop", "hidden_dropout", 0.0),
-                      Field("embd_pdrop", "hidden_dropout", 0.0), Field("max_position_embeddings", "seq_length", 4096)),
+                      Field("embd_pdrop", "hidden_dropout", 0.0), Field("max_position_embeddings", "seq_length", 4096),
+                      WINDOW),
     fixed={**{k: v for k, v in LLAMA.fixed.items() if k != "hidden_dropout"}, "bias": False, "qkv_bias": False,
            "head_dim": lambda v: v["hidden"] // v["heads"]},
     only={"quantization_config": None},
@@ -187,7 +189,7 @@ PHI3 = replace(
 
 # LayerNorm, biases everywhere, an MLP of two matrices
 STARCODER2 = replace(
-    LLAMA, model_type="starcoder2", class_name="Starcoder2ForCausalLM", always=NO_WINDOW,
+    LLAMA, model_type="starcoder2", class_name="Starcoder2ForCausalLM",
     fields=_llama_but(
         "attention_bias mlp_bias head_dim rms_norm_eps hidden_act tie_word_embeddings initializer_range "
         "max_position_embeddings",
@@ -195,7 +197,7 @@ STARCODER2 = replace(
         Field("hidden_act", "activation", "gelu_pytorch_tanh", {"gelu_pytorch_tanh": "gelu_tanh", "gelu": "gelu"}),
         Field("tie_word_embeddings", "tied", True), Field("initializer_range", "init_std", 0.018042),
         Field("residual_dropout", "hidden_dropout", 0.0), Field("embedding_dropout", "hidden_dropout", 0.0),
-        Field("max_position_embeddings", "seq_length", 4096)),
+        Field("max_position_embeddings", "seq_length", 4096), WINDOW),
     fixed={**{k: v for k, v in LLAMA.fixed.items() if k != "hidden_dropout"}, "norm": "LayerNorm",
            "head_dim": lambda v: v["hidden"] // v["heads"]},
     rows=(Row("model.embed_tokens.weight", ("embedding.weight",)),
@@ -222,7 +224,7 @@ def to_config(a: Architecture, family: Family) -> dict[str, Any]:
         if field.ours == "rotary":
             config |= _rope_to_config(value or Rotary(10000.0, a.head_dim), a.head_dim if family.partial else None)
         elif field.words is None:
-            config[field.theirs] = value
+            config[field.theirs] = None if field.ours == "window" and not value else value
         else:
             words = [theirs for theirs, word in field.words.items() if word == value]
             config |= {field.theirs: words[0]} if words else {}
@@ -255,7 +257,7 @@ def _from_config(config: Mapping[str, Any]) -> tuple[Architecture, Family]:
     if errors:
         raise UserError(*errors)
     values |= {k: v(values) if callable(v) else v for k, v in family.fixed.items()}
-    if (window := _window(config, values["seq_length"])) is not None:
+    if "window" not in values and (window := _window(config, values["seq_length"])) is not None:
         raise UserError(f"config.json: sliding_window is {window}, less than its {values['seq_length']:,} positions, "
                         "and this decoder's tokens see all before them; such a model cannot be imported.")
     return Architecture(**values), family
@@ -444,4 +446,5 @@ def flags(a: Architecture) -> dict[str, Any]:
         "add_qkv_bias": a.qkv_bias and not a.bias, "qk_layernorm": a.qk_norm,
         "untie_embeddings_and_output_weights": not a.tied, "init_method_std": a.init_std,
         "attention_dropout": a.attention_dropout, "hidden_dropout": a.hidden_dropout,
+        **({"attention_window": a.window} if a.window else {}),
     }

@@ -162,7 +162,7 @@ def _column(a: Architecture, m: Micro, w: Mapping[str, Operand], norm: str, name
 
 def _attention(a: Architecture, m: Micro, w: Mapping[str, Operand], at: str) -> list[Operation]:
     """Norms of heads, rotation, attention, and the row operation behind it."""
-    real, pairs, d = m.real * m.width, m.samples * m.length**2, a.head_dim
+    real, pairs, d, hides = m.real * m.width, m.samples * m.length**2, a.head_dim, 0 < a.window < m.length
     together = {"qkv": m.tokens * w[f"{at}.qkv.weight"].shape[0] * m.width}         # q, k and v are views of it
     q, k, _ = (p.shard.box.size[0] for p in w[f"{at}.qkv.weight"].pieces)
     norms = [Operation(f"{at}.{n}_norm", *_reads(w, f"{at}.{n}_norm"),
@@ -181,12 +181,12 @@ def _attention(a: Architecture, m: Micro, w: Mapping[str, Operand], at: str) -> 
     else:
         # Kernels of the CPU; CUDA's flash keeps the same. Its memory-efficient one (fp32, masks) repeats k and v of
         # grouped heads, as masks do here, and rounds logsumexp up to 32 tokens.
-        fewer = {"repeated k": real * q, "repeated v": real * q} if repeated and m.documents else (
+        fewer = {"repeated k": real * q, "repeated v": real * q} if repeated and (m.documents or hides) else (
             views["k"] | views["v"])
         kept = views["q"] | fewer | out | {"logsumexp": m.real * q // d * m.wide}
     x = {"padded attention": m.tokens * q * m.width} if m.tokens > m.real else out
     return [*norms, *([Operation(f"{at}.rotary")] if a.rotary else []),
-            Operation(f"{at}.attention", flops=2 * a.heads * d * a.seq_length, kept=kept),
+            Operation(f"{at}.attention", flops=round(2 * a.heads * d * a.seen), kept=kept),
             _row(a, m, w, f"{at}.o", x, x)]
 
 

@@ -38,6 +38,7 @@ def describe(p: Plan) -> str:
 def _model(a: Architecture) -> str:
     positions = next((word for word, said in (("learned", a.learned_positions), ("rotary", a.rotary)) if said), "no")
     groups = f" over {a.kv_heads} kv heads" if a.kv_heads != a.heads else ""
+    positions += f" within {a.window}" if a.window else ""
     return (f"{parameter_count(a):,} parameters: {a.layers} layers x {a.hidden}, {a.heads} heads x {a.head_dim}"
             f"{groups}, ffn {a.ffn} {MLPS[a.activation]}, {a.norm}, {positions} positions, "
             f"vocabulary {a.vocab_size:,}, {'tied' if a.tied else 'untied'}")

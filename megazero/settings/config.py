@@ -90,6 +90,8 @@ class Model:
     rope_low_freq_factor: float = option(1.0, "wavelengths above original length / this are stretched fully")
     rope_high_freq_factor: float = option(4.0, "wavelengths below original length / this stay as they are")
     rope_original_length: int = option(8192, "sequence length before the stretch", unit="tokens")
+    attention_window: int | None = option(None, "tokens that each token sees, itself and those before it; default: all",
+                                          unit="tokens")
     normalization: str = option("LayerNorm", "the norm before attention, MLP and head",
                                 choices=("LayerNorm", "RMSNorm"))
     norm_epsilon: float = option(1e-5, "added to the variance in norms")

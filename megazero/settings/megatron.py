@@ -130,7 +130,7 @@ REFUSED: dict[str, str] = {
         xielu quick-geglu geglu glu-activation activation-func-clamp-value glu-linear-offset use-relu gelu-tanh-*
         activation-func-*""",
     "that attention is not here: its scores would be others": """
-        window-size window-attn-skip-freq softmax-type multi-latent-attention q-lora-rank kv-lora-rank qk-head-dim
+        window-attn-skip-freq softmax-type multi-latent-attention q-lora-rank kv-lora-rank qk-head-dim
         qk-pos-emb-head-dim v-head-dim mscale mscale-all-dim cache-mla-latents qk-l2-norm qk-clip* attention-output-gate
         experimental-attention-variant dsa-* linear-attention-* relative-attention-* use-alibi alibi-*
         attn-logit-softcapping use-attn-* no-weight-absorption""",
@@ -445,6 +445,17 @@ def _no_positions(args: Words, given: Given, told: Told) -> Words:
     return ["--position-embedding-type", "none"]
 
 
+def _window(args: Words, given: Given, told: Told) -> Words:
+    """Megatron's counts the tokens before one and those after it, which a decoder never sees."""
+    found = re.fullmatch(r"\(?(\d+),?\s*(-?\d+)\)?", " ".join(args))
+    if not found or found[2] != "0":
+        _tell(told.missing, "must be BEFORE,0 in a decoder; write --attention-window", "window-size", args)
+        return []
+    size = str(int(found[1]) + 1)
+    told.renamed.append(f"--window-size {' '.join(args)}: is --attention-window {size}, the token itself counted")
+    return ["--attention-window", size]
+
+
 def _exact_gelu(args: Words, given: Given, told: Told) -> Words:
     """Megatron's fused kernel has the tanh formula, the plain one the exact."""
     if "megatron-defaults" in given:
@@ -616,7 +627,8 @@ SPECIAL: dict[str, Callable[[Words, Given, Told], Words]] = {
     "lr-decay-tokens": _of_tokens("lr-decay-samples"), "lr-warmup-tokens": _of_tokens("lr-warmup-samples"),
     "pad-vocab-size-to": _padded, "padded-vocab-size": _padded,
     "deepspeed": _deepspeed, "deepspeed_config": _deepspeed_config,
-    "no-bias-gelu-fusion": _exact_gelu, "deepspeed-config": _deepspeed_config, "per-split-data-args-path": _split_file,
+    "window-size": _window, "no-bias-gelu-fusion": _exact_gelu,
+    "deepspeed-config": _deepspeed_config, "per-split-data-args-path": _split_file,
     "train-weighted-split-paths-path": _weighted, "valid-weighted-split-paths-path": _told_by_train,
 }
 
