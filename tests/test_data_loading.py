@@ -116,7 +116,6 @@ def test_configuration_to_samples(tmp_path: Path) -> None:
     ("--data-path x --sample-order megatron --no-shuffle", "--no-shuffle: cannot be combined with --sample-order megatron"),
     ("--data-schedule x --sample-order megatron", "--data-schedule x: cannot be combined with --sample-order megatron"),
     ("--mock-data --sample-order megatron", "--sample-order megatron: has no effect with --mock-data"),
-    ("--train-data-path x --split 9,1", "--split 9,1: has no effect without --data-path."),
 ])
 def test_mistakes(words: str, said: str) -> None:
     with pytest.raises(UserError) as caught:

@@ -28,7 +28,7 @@ def begun(config: Config) -> Config:
     """The same where it depends on what is in the folders: with what --pretrained-checkpoint and --use-checkpoint-args
     mean there. Raises UserError."""
     k = config.checkpoint
-    there = k.load is not None and (Reader.finds(Path(k.load)) or (Path(k.load) / INDEX).exists())
+    there = k.load is not None and (Reader.finds(Path(k.load)) or os.path.exists(Path(k.load) / INDEX))
     if k.exit_on_missing_checkpoint and k.load is not None and not there:
         raise UserError(f"--exit-on-missing-checkpoint: --load {k.load} holds no checkpoint; name the folder of one.")
     if k.pretrained_checkpoint is not None and not there:

@@ -175,8 +175,8 @@ def nearest(word: str, words: typing.Iterable[str]) -> str:
     flags = word.startswith("--")
     close = [w for w in difflib.get_close_matches(word, words, n=3, cutoff=0.8 if flags else 0.7)
              if not flags or _alike(word, w)]
-    within = [w for w in words if len(bare) > 3 and re.search(rf"(^|[-_ ]){re.escape(bare)}$", w)]
-    found = close[:1] or (within if len(within) == 1 else [])
+    within = [w for w in sorted(words, key=len) if len(bare) > 3 and re.search(rf"(^|[-_ .]){re.escape(bare)}$", w)]
+    found = close[:1] or within[:1 if len(within) == 1 or not flags else 0]
     return f" (did you mean {found[0]}?)" if found else ""
 
 
