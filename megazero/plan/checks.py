@@ -5,6 +5,7 @@ what to write. Pure.
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from math import inf
 
 from megazero.pipeline import SCHEDULES, ends_as_layers, from_layout
 from megazero.plan.architecture import architecture, block, ffn_size
@@ -56,14 +57,15 @@ def _sizes(c: Config, world: int) -> Iterator[Check]:
         "--rope-scaling-factor": m.rope_scaling_factor, "--norm-epsilon": m.norm_epsilon, "--adam-eps": o.adam_eps,
         "--rope-low-freq-factor": m.rope_low_freq_factor, "--rope-original-length": m.rope_original_length,
     }.items():
-        yield count is not None and not count > 0, f"{flag} {count}: must be greater than 0."
+        yield count is not None and not 0 < count < inf, f"{flag} {count}: must be greater than 0, and finite."
     for flag, amount in {"--train-iters": t.train_iters, "--eval-iters": t.eval_iters, "--seed": t.seed, "--lr": o.lr,
                          "--min-lr": o.min_lr, "--decoupled-lr": o.decoupled_lr,
                          "--decoupled-min-lr": o.decoupled_min_lr, "--lr-warmup-iters": o.lr_warmup_iters,
                          "--lr-warmup-samples": o.lr_warmup_samples, "--lr-warmup-init": o.lr_warmup_init,
                          "--weight-decay": o.weight_decay, "--clip-grad": o.clip_grad,
                          "--init-method-std": m.init_method_std}.items():
-        yield amount is not None and not amount >= 0, f"{flag} {amount}: must be 0 or greater."
+        finite = flag == "--clip-grad" or amount != inf
+        yield amount is not None and not (amount >= 0 and finite), f"{flag} {amount}: must be 0 or greater, and finite."
     for flag, part in {"--attention-dropout": m.attention_dropout, "--hidden-dropout": m.hidden_dropout,
                        "--adam-beta1": o.adam_beta1, "--adam-beta2": o.adam_beta2,
                        "--sgd-momentum": o.sgd_momentum}.items():

@@ -15,6 +15,7 @@ from megazero.settings.megatron import FROM_DEEPSPEED, Told, flags_of_deepspeed,
 NAME = r"[A-Za-z_][A-Za-z0-9_]*"
 ASSIGNMENT = re.compile(rf"(?:(?:export|local|declare(?: -\w+)?|readonly)\s+)?({NAME})(\+?)=(.*)", re.DOTALL)
 REFERENCE = re.compile(rf"\$(?:\{{({NAME}|\d)(?:\[[@*]\])?(?::?[-=]([^}}]*))?\}}|({NAME}|[\d@*]))")
+LONGEST = 2**20             # letters of a variable: who doubles one often enough would fill the memory
 PROGRAM = re.compile(r"(?:.*/)?(?:pretrain|train|run_pretrain)\w*\.py")
 
 
@@ -33,6 +34,8 @@ def words_of_script(text: str) -> tuple[list[str], list[str]]:
             if not value.startswith("("):
                 given = [" ".join(given)] if given else [""]
             variables[name] = [*variables.get(name, []), *given] if more else given
+            if sum(map(len, variables[name])) > LONGEST:
+                raise ValueError(f"gives the variable {name} more than {LONGEST:,} letters")
             continue
         words = [part for word in _words(statement) for part in _expanded(word, variables)]
         words = [part for word in words for part in (_words(word) if re.search(r"\.py\s", word) else [word])]
