@@ -93,6 +93,8 @@ WITHOUT: dict[str, str] = {
         memory-snapshot-path run-workload-inspector-server rerun-mode error-injection-rate error-injection-type
         check-for-spiky-loss check-for-large-grads test-mode enable-msprobe profile-*
         check-weight-hash-across-dp-replicas-interval""",
+    "said by --deepspeed_config": "deepspeed",
+    "every layer is computed again by itself": "recompute-method recompute-num-layers",
     "a signal stops a run: SIGTERM with --exit-signal-handler": "kill-switch-path",
     "memory alone: --recompute-granularity says what is computed again": """
         recompute-modules distribute-saved-activations checkpoint-num-layers activations-checkpoint-num-layers
@@ -465,17 +467,6 @@ def _exact_gelu(args: Words, given: Given, told: Told) -> Words:
     return []
 
 
-def _method(args: Words, given: Given, told: Told) -> Words:
-    """How much is computed again, in one stretch or of a number of layers: memory and time, the same numbers."""
-    _tell(told.without, "every layer is computed again by itself", "recompute-method", args)
-    return []
-
-
-def _how_many(args: Words, given: Given, told: Told) -> Words:
-    _tell(told.without, "every layer is computed again by itself", "recompute-num-layers", args)
-    return []
-
-
 def _of_tokens(now: str) -> Callable[[Words, Given, Told], Words]:
     """A length in tokens, where ours is in samples."""
     def samples(args: Words, given: Given, told: Told) -> Words:
@@ -497,11 +488,6 @@ def _padded(args: Words, given: Given, told: Told) -> Words:
     """The size of the stored vocabulary, padding included, which Megatron's softmax sees too."""
     told.renamed.append(f"--pad-vocab-size-to {' '.join(args)}: is --vocab-size {' '.join(args)}")
     return [] if "vocab-size" in given else ["--vocab-size", *args]
-
-
-def _deepspeed(args: Words, given: Given, told: Told) -> Words:
-    _tell(told.without, "said by --deepspeed_config", "deepspeed", args)
-    return []
 
 
 def _deepspeed_config(args: Words, given: Given, told: Told) -> Words:
@@ -622,11 +608,10 @@ SPECIAL: dict[str, Callable[[Words, Given, Told], Words]] = {
     "use-distributed-optimizer": _zero, "use-torch-fsdp2": _torch_fsdp, "data-parallel-sharding-strategy": _sharding,
     "num-distributed-optimizer-instances": _instances, "group-query-attention": _groups, "attention-head-type": _heads,
     "num-layers-per-virtual-pipeline-stage": _virtual, "num-virtual-stages-per-pipeline-rank": _virtual_stages,
-    "no-position-embedding": _no_positions, "recompute-method": _method,
-    "recompute-num-layers": _how_many, "train-tokens": _of_tokens("train-samples"),
+    "no-position-embedding": _no_positions, "train-tokens": _of_tokens("train-samples"),
     "lr-decay-tokens": _of_tokens("lr-decay-samples"), "lr-warmup-tokens": _of_tokens("lr-warmup-samples"),
     "pad-vocab-size-to": _padded, "padded-vocab-size": _padded,
-    "deepspeed": _deepspeed, "deepspeed_config": _deepspeed_config,
+    "deepspeed_config": _deepspeed_config,
     "window-size": _window, "no-bias-gelu-fusion": _exact_gelu,
     "deepspeed-config": _deepspeed_config, "per-split-data-args-path": _split_file,
     "train-weighted-split-paths-path": _weighted, "valid-weighted-split-paths-path": _told_by_train,
