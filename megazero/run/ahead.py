@@ -2,7 +2,6 @@
 another machine."""
 
 import os
-import re
 from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +14,7 @@ from megazero.data import Tokenizer, configured_tokenizer
 from megazero.hf import outlook
 from megazero.plan import Plan, Progress, describe, flags, loss_scale, memory, named
 from megazero.run.feed import Splits, open_splits
-from megazero.settings import Config, build, flatten
+from megazero.settings import Config, build, flatten, without_weights
 from megazero.state import INDEX, Reader, complete, resumed, unfit
 
 NCCL = 128 << 20        # bytes of a communicator's buffers, about: nobody has measured them here
@@ -79,8 +78,7 @@ def not_here(config: Config) -> dict[str, str]:
     found = {name: getattr(d, name) for name in (*TOKENIZER, "data_args_path", "data_schedule")}
     gone = {name: path for name, path in found.items() if path is not None and not os.path.exists(path)}
     for name in DATA[:4]:
-        prefixes = [w for w in getattr(d, name) if not re.fullmatch(r"[\d.]+(e-?\d+)?", w)]
-        if missing := [prefix for prefix in prefixes if not os.path.exists(f"{prefix}.idx")]:
+        if missing := [prefix for prefix in without_weights(getattr(d, name)) if not os.path.exists(f"{prefix}.idx")]:
             gone[name] = " ".join(missing)
     if d.mock_data:
         gone = {name: what for name, what in gone.items() if name not in DATA}

@@ -4,4 +4,4 @@ from megazero.settings.command_line import Option, build, commands, flatten, lea
 from megazero.settings.config import (
     PRESETS, TOKENIZERS, Config, Data, Model, Optimization, Training, from_command_line, in_our_words)
 from megazero.settings.megatron import REFUSED, RENAMED, WITHOUT, hint, megatron_defaults
-from megazero.settings.moving import as_file, from_configuration, words_of_script
+from megazero.settings.moving import as_file, from_configuration, without_weights, words_of_script

@@ -185,12 +185,17 @@ def _needs(config: Config, ranks: int | None) -> list[str]:
                                          f"--pp {p.pipeline_model_parallel_size}")
             + (f", for {batch} samples a step" if batch else "")]
     data = (*d.data_path, *d.train_data_path, *d.valid_data_path, *d.test_data_path)
-    prefixes = [word for word in data if not re.fullmatch(r"[\d.]+(e-?\d+)?", word)]
+    prefixes = without_weights(data)
     told += [f"data: {' '.join(prefixes)} (Megatron's .bin and .idx are read as they are)"] if prefixes else []
     files = [path for path in (d.tokenizer_model, d.vocab_file, d.merge_file, d.data_args_path) if path]
     told += [f"files: {' '.join(files)}"] if files else []
     told += [f"weights: {k.load}"] if k.load and k.load != k.save else []
     return [f"needs       {sentence}" for sentence in told]
+
+
+def without_weights(data: Sequence[str]) -> list[str]:
+    """The prefixes among the words of --data-path."""
+    return [word for word in data if not re.fullmatch(r"[\d.]+(e-?\d+)?", word)]
 
 
 def toml(config: Config, missing: Mapping[str, Sequence[str]], unknown: Sequence[str] = ()) -> str:
