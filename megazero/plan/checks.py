@@ -45,7 +45,7 @@ def _sizes(c: Config, world: int) -> Iterator[Check]:
         "--make-vocab-size-divisible-by": m.make_vocab_size_divisible_by, "--vocab-size": c.data.vocab_size,
         "--micro-batch-size": t.micro_batch_size, "--global-batch-size": t.global_batch_size,
         "--train-samples": t.train_samples, "--eval-interval": t.eval_interval, "--exit-interval": t.exit_interval,
-        "--exit-duration-in-mins": t.exit_duration_in_mins, "--max-skipped-steps": t.max_skipped_steps,
+        "--max-skipped-steps": t.max_skipped_steps,
         "--lr-decay-iters": o.lr_decay_iters, "--lr-decay-samples": o.lr_decay_samples,
         "--lr-wsd-decay-iters": o.lr_wsd_decay_iters, "--lr-wsd-decay-samples": o.lr_wsd_decay_samples,
         "--save-interval": k.save_interval,
@@ -58,13 +58,15 @@ def _sizes(c: Config, world: int) -> Iterator[Check]:
         "--rope-low-freq-factor": m.rope_low_freq_factor, "--rope-original-length": m.rope_original_length,
     }.items():
         yield count is not None and not 0 < count < inf, f"{flag} {count}: must be greater than 0, and finite."
+    minutes = t.exit_duration_in_mins
+    yield minutes is not None and not minutes > 0, f"--exit-duration-in-mins {minutes}: must be greater than 0."
     for flag, amount in {"--train-iters": t.train_iters, "--eval-iters": t.eval_iters, "--seed": t.seed, "--lr": o.lr,
                          "--min-lr": o.min_lr, "--decoupled-lr": o.decoupled_lr,
                          "--decoupled-min-lr": o.decoupled_min_lr, "--lr-warmup-iters": o.lr_warmup_iters,
                          "--lr-warmup-samples": o.lr_warmup_samples, "--lr-warmup-init": o.lr_warmup_init,
                          "--weight-decay": o.weight_decay, "--clip-grad": o.clip_grad,
                          "--init-method-std": m.init_method_std}.items():
-        finite = flag == "--clip-grad" or amount != inf
+        finite = flag == "--clip-grad" or amount != inf      # without a bound: never clipped
         yield amount is not None and not (amount >= 0 and finite), f"{flag} {amount}: must be 0 or greater, and finite."
     for flag, part in {"--attention-dropout": m.attention_dropout, "--hidden-dropout": m.hidden_dropout,
                        "--adam-beta1": o.adam_beta1, "--adam-beta2": o.adam_beta2,

@@ -15,7 +15,7 @@ from megazero.settings.megatron import FROM_DEEPSPEED, Told, flags_of_deepspeed,
 NAME = r"[A-Za-z_][A-Za-z0-9_]*"
 ASSIGNMENT = re.compile(rf"(?:(?:export|local|declare(?: -\w+)?|readonly)\s+)?({NAME})(\+?)=(.*)", re.DOTALL)
 REFERENCE = re.compile(rf"\$(?:\{{({NAME}|\d)(?:\[[@*]\])?(?::?[-=]([^}}]*))?\}}|({NAME}|[\d@*]))")
-LONGEST = 2**20             # letters of a variable: who doubles one often enough would fill the memory
+LONGEST = 2**16             # letters of a variable or word: who doubles one often enough would fill the memory
 PROGRAM = re.compile(r"(?:.*/)?(?:pretrain|train|run_pretrain)\w*\.py")
 
 
@@ -34,8 +34,7 @@ def words_of_script(text: str) -> tuple[list[str], list[str]]:
             if not value.startswith("("):
                 given = [" ".join(given)] if given else [""]
             variables[name] = [*variables.get(name, []), *given] if more else given
-            if sum(map(len, variables[name])) > LONGEST:
-                raise ValueError(f"gives the variable {name} more than {LONGEST:,} letters")
+            _bounded(variables[name], f"the variable {name}")
             continue
         words = [part for word in _words(statement) for part in _expanded(word, variables)]
         words = [part for word in words for part in (_words(word) if re.search(r"\.py\s", word) else [word])]
@@ -94,7 +93,13 @@ def _expanded(word: str, variables: Mapping[str, Sequence[str]]) -> list[str]:
         if now == word:
             break
         word = now
+        _bounded([word], "a word")
     return _words(word) if whole or re.search(r"\s--\w", word) else [word]
+
+
+def _bounded(words: Sequence[str], what: str) -> None:
+    if sum(map(len, words)) > LONGEST:
+        raise ValueError(f"gives {what} more than {LONGEST:,} letters")
 
 
 def _until_pipe(words: Sequence[str]) -> Iterator[str]:
