@@ -1,7 +1,7 @@
 """ZeRO for any nn.Module: its blocks become units, and hooks do what the program does for our own decoder.
 
     forward of a block   its weights are gathered, those of the next one begin to travel; afterwards they are released
-    what autograd saves  a tensor that lies in a unit's weights becomes a `Handle`, which is looked up again in backward
+    what autograd saves  at level 3, where it lies in a unit's weights, is a `Handle`, which is looked up in backward
     backward of a block  begins with the gradient of an output: its weights are gathered, those of the block before
                          begin to travel. Gradients of parameters go into the unit's sum. Ends when the gradients of its
                          inputs are complete: the weights are released, the sum begins to travel
@@ -376,8 +376,9 @@ class Engine(Passes):
     def renew(self) -> None:
         """Below level 3 every rank gathers all, in one order, two blocks at a time: parameters are whole between steps,
         for whoever reads them. With `overlap` they travel beside what follows, and are hidden until their block's turn.
-        """
+        They have changed: torch refuses a backward pass of before."""
         blocks = self.all if self.zero.level < 3 else []
+        torch.autograd.graph.increment_version([p for block in blocks for p, _, _ in block.views])
         for i, block in enumerate(blocks):
             for wanted in blocks[i:i + 2]:
                 wanted.gather()

@@ -1,6 +1,7 @@
 """Forward and backward passes of a module whose blocks are units, as hooks see them (engine.py says how they go)."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -38,7 +39,7 @@ class Passes:
         self.steps = 0
         self.graph = self.in_backward = self.sure = self.taken = False      # graph: will backward follow this forward?
         self.weigh: Callable[[Tensor], Tensor] = lambda grad: grad          # a gradient of this micro-batch
-        self.saving: saved_tensors_hooks | None = None
+        self.saving: AbstractContextManager[None] | None = None
         self.within = 0                                         # calls of the model within its own pass
         self.order: list[Submodule] = []
         self.calls: list[Submodule] = []
@@ -94,7 +95,7 @@ class Passes:
             block.release()
 
     def _pack(self, x: Tensor) -> Handle | Kept:
-        """What autograd keeps of a tensor."""
+        """What autograd keeps of a tensor at level 3."""
         home = self.addresses.get(x.untyped_storage().data_ptr()) if x.layout == torch.strided else None
         if home is None:
             return Kept(x.detach(), x._version)                 # x itself could own the graph that owns it
@@ -160,7 +161,8 @@ class Passes:
         self.graph, self.order, self.calls = torch.is_grad_enabled(), self.calls, []
         self._enter(self.root)
         self.last = len(self.left)
-        self.saving = saved_tensors_hooks(self._pack, self._unpack)
+        # below level 3 weights stay where they are, and torch itself sees what is written into them (`renew`)
+        self.saving = saved_tensors_hooks(self._pack, self._unpack) if self.zero.level == 3 else nullcontext()
         self.saving.__enter__()
         leaves, spec = tree_flatten((inputs, named))
         cast = self._cast(leaves)
@@ -179,7 +181,7 @@ class Passes:
             return
         if self.saving is None:
             return
-        self.saving.__exit__()
+        self.saving.__exit__(None, None, None)
         self.saving = None
         if outputs is None:                                     # it failed
             del self.left[self.last:]
