@@ -240,7 +240,7 @@ def test_attention_by_document_is_asked_what_a_mask_says(monkeypatch: pytest.Mon
         assert window_size == (-1, 0) and q.shape == k.shape == v.shape == (24, 4, 8) and _[2:] == (12, 12)
         return torch.cat([attention(q[None, a:b], k[None, a:b], v[None, a:b], None, Alone())[0] for a, b in pairwise(bounds.tolist())])
 
-    monkeypatch.setattr("megazero.model.attention.varlen_attn", kernel)
+    monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel)
     assert [knows_documents(torch.device(at), dtype, channels) for at, dtype, channels in (
         ("cuda", torch.bfloat16, 128), ("cpu", torch.bfloat16, 128), ("cuda", torch.float32, 128), ("cuda", torch.float16, 20))] == [True, False, False, False]
     mask = hiding(torch.arange(12)[None], documents_of(tokens, 9), q.dtype)

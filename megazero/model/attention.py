@@ -4,7 +4,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch.nn.attention.varlen import varlen_attn
 
 from megazero.comm import Group
 from megazero.plan import Rotary
@@ -26,6 +25,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, group: Group
     """
     assert group.size == 1, "a sequence cut over ranks needs context parallelism"
     if bounds is not None:
+        from torch.nn.attention.varlen import varlen_attn  # it takes two seconds, for torch's compiler
         flat, k, v = (_repeat(x, q.shape[2], 2).flatten(0, 1) for x in (q, k, v))
         out = varlen_attn(flat, k, v, bounds, bounds, q.shape[1], q.shape[1], window_size=(window - 1, 0))
         assert isinstance(out, Tensor)

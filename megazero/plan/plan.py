@@ -140,7 +140,14 @@ class Plan(Sizes):
         place = self.mesh.place(rank).pp
         if self.programs:
             return list(self.programs[place])
-        return training(self.passes[place], self.stages_of(rank), self.zero)
+        if place not in self._made:
+            self._made[place] = training(self.passes[place], self.stages_of(rank), self.zero)
+        return list(self._made[place])
+
+    @cached_property
+    def _made(self) -> dict[int, list[Action]]:
+        """Programs that somebody has asked for, by place: those of many micro-batches take a second each."""
+        return {}
 
     def programmed(self, text: str, flag: str) -> "Plan":
         """With the programs of a file's text. Raises UserError, `flag` in front, for what is wrong with them."""

@@ -174,12 +174,12 @@ def woven(uses: Sequence[Use], whole: Sequence[Span], sums: Sequence[Span], redu
     gathers, releases = _by(whole, "first"), _by(whole, "last")
     opens, reduces = _by(sums, "first"), _by(sums, "last")
     for i, use in enumerate(uses):
-        program += [Action("gather", units=(u,)) for u in gathers[i]]
-        for unit in opens[i]:
+        program += [Action("gather", units=(u,)) for u in gathers.get(i, ())]
+        for unit in opens.get(i, ()):
             program += reductions.begin(unit)
         program.append(use.action)
-        program += [Action("release", units=(u,)) for u in releases[i] if reductions.zero.level == 3]
-        for unit in reduces[i]:
+        program += [Action("release", units=(u,)) for u in releases.get(i, ()) if reductions.zero.level == 3]
+        for unit in reduces.get(i, ()):
             program += reductions.complete(unit)
     return program
 
