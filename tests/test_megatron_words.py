@@ -71,11 +71,11 @@ def test_what_has_no_effect_is_told_in_one_line_with_its_reason() -> None:
 
 
 def test_a_capability_that_is_not_here_is_refused_once_by_name() -> None:
-    words = "--num-experts 8 --moe-router-topk 2 --context-parallel-size 2 --optimizer ademamix --ademamix-alpha 8 --position-embedding-type alibi"
+    words = "--num-experts 8 --moe-router-topk 2 --context-parallel-size 2 --optimizer muon --muon-momentum 0.9 --position-embedding-type alibi"
     with pytest.raises(UserError) as error:
         from_command_line(words.split())
     assert [s.split(":")[0] for s in error.value.sentences] == [
-        "--num-experts 8 --moe-router-topk 2", "--context-parallel-size 2", "--optimizer ademamix --ademamix-alpha 8", "--position-embedding-type alibi"]
+        "--num-experts 8 --moe-router-topk 2", "--context-parallel-size 2", "--optimizer muon --muon-momentum 0.9", "--position-embedding-type alibi"]
     assert "mixture of experts is not here yet" in error.value.sentences[0]
 
 
@@ -207,7 +207,7 @@ SCRIPTS = {
     "megatron_mixtral-8x7b": ((42, 2, 8, 7), ["--num-experts"], ""),
     "pai_llama2-70b": ((51, 6, 19, 7), ["--cpu-offloading", "--fp8-format"], ""),
     "slime_qwen3-4b_sft": ((17, 0, 10, 2), ["--use-dynamic-batch-size"], ""),
-    "swiss-ai_apertus-8b": ((53, 3, 23, 9), ["--xielu", "--ademamix-alpha", "--goldfish-loss"], ""),
+    "swiss-ai_apertus-8b": ((58, 3, 23, 4), ["--xielu", "--goldfish-loss"], ""),
 }
 
 

@@ -48,6 +48,7 @@ def _sizes(c: Config, world: int) -> Iterator[Check]:
         "--max-skipped-steps": t.max_skipped_steps,
         "--lr-decay-iters": o.lr_decay_iters, "--lr-decay-samples": o.lr_decay_samples,
         "--lr-wsd-decay-iters": o.lr_wsd_decay_iters, "--lr-wsd-decay-samples": o.lr_wsd_decay_samples,
+        "--ademamix-beta3-warmup": o.ademamix_beta3_warmup, "--ademamix-alpha-warmup": o.ademamix_alpha_warmup,
         "--save-interval": k.save_interval,
         "--keep-last": k.keep_last, "--log-interval": c.logging.log_interval,
         "--distributed-timeout-minutes": c.parallel.distributed_timeout_minutes,
@@ -65,12 +66,14 @@ def _sizes(c: Config, world: int) -> Iterator[Check]:
                          "--decoupled-min-lr": o.decoupled_min_lr, "--lr-warmup-iters": o.lr_warmup_iters,
                          "--lr-warmup-samples": o.lr_warmup_samples, "--lr-warmup-init": o.lr_warmup_init,
                          "--weight-decay": o.weight_decay, "--clip-grad": o.clip_grad,
+                         "--ademamix-alpha": o.ademamix_alpha,
                          "--init-method-std": m.init_method_std}.items():
         finite = flag == "--clip-grad" or amount != inf      # without a bound: never clipped
         yield amount is not None and not (amount >= 0 and finite), f"{flag} {amount}: must be 0 or greater, and finite."
     for flag, part in {"--attention-dropout": m.attention_dropout, "--hidden-dropout": m.hidden_dropout,
                        "--adam-beta1": o.adam_beta1, "--adam-beta2": o.adam_beta2,
-                       "--sgd-momentum": o.sgd_momentum}.items():
+                       "--sgd-momentum": o.sgd_momentum, "--lion-beta1": o.lion_beta1, "--lion-beta2": o.lion_beta2,
+                       "--ademamix-beta3": o.ademamix_beta3}.items():
         yield not 0 <= part < 1, f"{flag} {part:g}: must be at least 0 and less than 1."
     yield not 0 < m.rotary_percent <= 1, f"--rotary-percent {m.rotary_percent:g}: must be above 0 and at most 1."
     fraction = o.lr_warmup_fraction
@@ -299,8 +302,12 @@ def _idle(c: Config) -> Iterator[Check]:
         (m.use_rope_scaling, "--use-rope-scaling", m,
          ("rope_scaling_factor", "rope_low_freq_factor", "rope_high_freq_factor", "rope_original_length")),
         (m.disable_bias_linear, "--disable-bias-linear", m, ("add_qkv_bias",)),
-        (o.optimizer == "adam", "--optimizer adam", o, ("adam_beta1", "adam_beta2", "adam_eps")),
-        (o.optimizer == "sgd", "--optimizer sgd", o, ("sgd_momentum",)),
+        (o.optimizer in ("adam", "ademamix"), "--optimizer adam or ademamix", o,
+         ("adam_beta1", "adam_beta2", "adam_eps")),
+        *((o.optimizer == rule, f"--optimizer {rule}", o, names) for rule, names in {
+            "adam": ("decoupled_weight_decay",), "sgd": ("sgd_momentum",), "lion": ("lion_beta1", "lion_beta2"),
+            "ademamix": ("ademamix_beta3", "ademamix_alpha", "ademamix_beta3_warmup", "ademamix_alpha_warmup"),
+        }.items()),
         (o.decoupled_lr is not None, "--decoupled-lr", o, ("decoupled_min_lr",)),
         (o.lr_decay_style == "WSD", "--lr-decay-style WSD", o,
          ("lr_wsd_decay_iters", "lr_wsd_decay_samples", "lr_wsd_decay_style")),

@@ -18,4 +18,6 @@ class Rule:
 RULES = {
     "adam": Rule(moments=("exp_avg", "exp_avg_sq")),
     "sgd": Rule(moments=("momentum_buffer",)),
+    "lion": Rule(moments=("exp_avg",)),
+    "ademamix": Rule(moments=("exp_avg", "exp_avg_slow", "exp_avg_sq")),
 }

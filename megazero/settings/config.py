@@ -141,7 +141,8 @@ class Training:
 class Optimization:
     """Optimizer and learning rate."""
 
-    optimizer: str = option("adam", "adam has decoupled decay (AdamW); sgd has momentum", choices=("adam", "sgd"))
+    optimizer: str = option("adam", "adam has decoupled decay (AdamW); sgd has momentum",
+                            choices=("adam", "sgd", "lion", "ademamix"))
     lr: float | None = option(None, "highest learning rate")
     min_lr: float = option(0.0, "lowest learning rate after decay")
     decoupled_lr: float | None = option(None, "highest learning rate of embedding and output, on a curve of their own")
@@ -162,7 +163,15 @@ class Optimization:
     adam_beta1: float = option(0.9, "decay of the mean of gradients")
     adam_beta2: float = option(0.999, "decay of the mean of squared gradients")
     adam_eps: float = option(1e-8, "added to the root of the second moment")
+    decoupled_weight_decay: bool = option(True, "--no-decoupled-weight-decay adds it to adam's gradient instead")
     sgd_momentum: float = option(0.9, "of sgd")
+    lion_beta1: float = option(0.95, "part of the mean of gradients in an update of lion")
+    lion_beta2: float = option(0.98, "decay of that mean")
+    ademamix_beta3: float = option(0.9999, "decay of the slow mean of gradients of ademamix")
+    ademamix_alpha: float = option(8.0, "part of the slow mean in an update")
+    ademamix_beta3_warmup: int | None = option(None, "steps over which its decay rises from --adam-beta1",
+                                               unit="steps")
+    ademamix_alpha_warmup: int | None = option(None, "steps over which its part rises from 0", unit="steps")
     clip_grad: float = option(1.0, "largest global gradient norm; 0 turns clipping off")
 
 

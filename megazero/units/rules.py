@@ -1,8 +1,8 @@
 """Updates over the slices of the units that a rank updates: the kernels of the rules in plan/rules.py.
 
 AdamW (Loshchilov and Hutter 2019) and SGD with momentum are torch's own fused kernels, one call for all flat buffers
-that an update names. They take the verdict from the device. CUDA's take the rate in fp32, which is too coarse for fp64:
-there torch's plain kernels run, which read rate and step on the host.
+that an update names; the others are formulas (formulas.py). They take the verdict from the device. torch's on CUDA take
+the rate in fp32, which is too coarse for fp64: there its plain kernels run, which read rate and step on the host.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -13,6 +13,7 @@ import torch
 
 from megazero.plan import GROUPS, RULES
 from megazero.settings import Optimization
+from megazero.units.formulas import FORMULAS, Formulas
 from megazero.units.gate import Verdict
 from megazero.units.unit import Unit
 
@@ -21,14 +22,25 @@ Kernel = Callable[[list[dict[str, Any]], Optimization, bool], torch.optim.Optimi
 
 
 def _adam(groups: list[dict[str, Any]], o: Optimization, fused: bool) -> torch.optim.Optimizer:
-    return torch.optim.AdamW(groups, betas=(o.adam_beta1, o.adam_beta2), eps=o.adam_eps, fused=fused, foreach=False)
+    return torch.optim.Adam(groups, betas=(o.adam_beta1, o.adam_beta2), eps=o.adam_eps, fused=fused, foreach=False,
+                            decoupled_weight_decay=o.decoupled_weight_decay)
 
 
 def _sgd(groups: list[dict[str, Any]], o: Optimization, fused: bool) -> torch.optim.Optimizer:
     return torch.optim.SGD(groups, momentum=o.sgd_momentum, fused=fused, foreach=False)
 
 
-KERNELS: Mapping[str, Kernel] = {"adam": _adam, "sgd": _sgd}
+def _lion(groups: list[dict[str, Any]], o: Optimization, fused: bool) -> torch.optim.Optimizer:
+    return Formulas(groups, FORMULAS["lion"], {"betas": (o.lion_beta1, o.lion_beta2)})
+
+
+def _ademamix(groups: list[dict[str, Any]], o: Optimization, fused: bool) -> torch.optim.Optimizer:
+    return Formulas(groups, FORMULAS["ademamix"], {
+        "betas": (o.adam_beta1, o.adam_beta2, o.ademamix_beta3), "eps": o.adam_eps, "alpha": o.ademamix_alpha,
+        "alpha_warmup": o.ademamix_alpha_warmup, "beta3_warmup": o.ademamix_beta3_warmup})
+
+
+KERNELS: Mapping[str, Kernel] = {"adam": _adam, "sgd": _sgd, "lion": _lion, "ademamix": _ademamix}
 
 
 @dataclass(frozen=True)
@@ -55,7 +67,7 @@ def decayed_or_not(o: Optimization) -> Groups:
 
 
 def precise(master: Tensor) -> bool:
-    """Do the fused kernels compute in the precision of these masters?"""
+    """Do torch's fused kernels compute in the precision of these masters?"""
     return not (master.is_cuda and master.dtype == torch.float64)
 
 
@@ -79,7 +91,7 @@ class Updater:
                       for name, u in self.units.items()}
         self.steps: list[Tensor] = []
         master = units[0].master if units else torch.zeros(0)
-        self.wide, self.fused = master.dtype, precise(master)
+        self.wide, self.fused = master.dtype, precise(master) or o.optimizer in FORMULAS
         self.lr = torch.zeros(len(self.groups.options()), dtype=self.wide, device=master.device)
         self.kernels = {names: self._kernel([self.units[n] for n in names]) for names in together if names}
 
