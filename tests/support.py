@@ -44,6 +44,11 @@ SHAPES = {
             "--qk-layernorm --kv-channels 24",
     "mistral": "--swiglu --normalization RMSNorm --position-embedding-type rope --num-query-groups 2 --disable-bias-linear "
                "--untie-embeddings-and-output-weights --attention-window 9",
+    "yarn-kinds": "--swiglu --normalization RMSNorm --position-embedding-type rope --num-query-groups 2 --disable-bias-linear --add-qkv-bias --add-o-bias "
+                  "--use-rope-scaling --rope-scaling-type yarn --rope-original-length 16 --attention-window 9 --window-attn-skip-freq 2 --no-rope-freq 2 "
+                  "--rope-local-base-freq 500",
+    "dynamic": "--position-embedding-type rope --use-rope-scaling --rope-scaling-type dynamic --rope-original-length 8 --disable-bias-linear "
+               "--add-norm-bias --add-mlp-bias",
     "relu2": "--squared-relu --position-embedding-type none --qk-layernorm --ffn-hidden-size 96",
 }
 TINY = "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 24 --vocab-size 101 --lr 1e-2 --mock-data --train-iters 5 --eval-iters 0"

@@ -1,6 +1,5 @@
 """Conversion against transformers itself: byte-equal tensors there and back, equal logits, and a clear word for what cannot be."""
 
-import copy
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -8,119 +7,20 @@ from typing import Any
 
 import pytest
 import torch
+from hf_models import LLAMA, LLAMA3, assert_equal_logits, random_model, same_bytes, tensors, transformers
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from support import built, byte_dataset, tool, train
 
 from megazero.base.errors import UserError
 from megazero.data.tokenizers import load_tokenizer
 from megazero.hf.convert import export_folder, import_folder
 from megazero.plan import families
-from megazero.plan.architecture import architecture
-from megazero.run.generate import build_from_checkpoint, logits
+from megazero.plan.family import to_config
+from megazero.plan.words import architecture, flags
 from megazero.settings.command_line import build
 from megazero.settings.config import Config
 from megazero.state.checkpoint import Reader
-
-transformers = pytest.importorskip("transformers", reason="conversion is tested against transformers, which is not installed")
-LLAMA3 = {"rope_type": "llama3", "rope_theta": 500000.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-          "original_max_position_embeddings": 16}
-GPT2 = {"vocab_size": 101, "n_positions": 32, "n_embd": 48, "n_layer": 2, "n_head": 4}
-LLAMA = {"vocab_size": 101, "max_position_embeddings": 32, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2,
-         "num_attention_heads": 4, "num_key_value_heads": 2}
-PHI3 = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-MODELS: dict[str, tuple[str, dict[str, Any]]] = {
-    "gpt2": ("GPT2", GPT2),
-    "gpt2-untied-gelu": ("GPT2", GPT2 | {"tie_word_embeddings": False, "activation_function": "gelu", "n_inner": 100}),
-    "gpt2-relu2": ("GPT2", GPT2 | {"activation_function": "relu2", "layer_norm_epsilon": 1e-6}),
-    "llama": ("Llama", LLAMA),
-    "llama-tied": ("Llama", LLAMA | {"tie_word_embeddings": True, "num_key_value_heads": 4}),
-    "llama-scaled": ("Llama", LLAMA | {"rope_parameters": LLAMA3, "head_dim": 20, "num_key_value_heads": 1}),
-    "llama-biases": ("Llama", LLAMA | {"attention_bias": True, "mlp_bias": True}),
-    "mistral": ("Mistral", LLAMA | {"sliding_window": None, "head_dim": 20}), "mistral-window": ("Mistral", LLAMA | {"sliding_window": 7}),
-    "qwen2": ("Qwen2", LLAMA), "qwen2-tied": ("Qwen2", LLAMA | {"tie_word_embeddings": True}),
-    "qwen3": ("Qwen3", LLAMA | {"head_dim": 20}),
-    "phi3": ("Phi3", LLAMA | PHI3), "phi3-partial": ("Phi3", LLAMA | PHI3 | {"rope_parameters": {
-        "rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5}}),
-    "phi3-window": ("Phi3", LLAMA | PHI3 | {"sliding_window": 5}), "starcoder2-window": ("Starcoder2", LLAMA | {"sliding_window": 40}),
-    "starcoder2": ("Starcoder2", LLAMA), "starcoder2-untied": ("Starcoder2", LLAMA | {"hidden_act": "gelu", "tie_word_embeddings": False}),
-}
-
-
-def random_model(name: str, folder: Path, dtype: torch.dtype = torch.float32, vocab_size: int = 101, **saving: Any) -> Any:
-    """A tiny model of transformers with no weight at a special value, saved to `folder`."""
-    kind, values = MODELS[name]
-    torch.manual_seed(3)
-    config = getattr(transformers, f"{kind}Config")(**values | {"vocab_size": vocab_size}, attn_implementation="sdpa")
-    model = transformers.AutoModelForCausalLM.from_config(config)
-    for p in model.parameters():
-        p.data.add_(torch.randn_like(p) * 0.1)
-    model.to(dtype).eval().save_pretrained(folder, **saving)
-    return model
-
-
-def tensors(folder: Path) -> dict[str, torch.Tensor]:
-    return {k: v for path in sorted(folder.glob("*.safetensors")) for k, v in load_file(path).items()}
-
-
-def same_bytes(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return a.keys() == b.keys() and all(a[k].dtype == b[k].dtype and a[k].shape == b[k].shape
-                                        and torch.equal(a[k].view(torch.uint8), b[k].view(torch.uint8)) for k in a)
-
-
-def in_float64(model: Any) -> Any:
-    """The model in float64 throughout. Llama's rotary angles and norms are fp32 in transformers whatever the model is: not here."""
-    model = model.double().eval()
-    for module in model.modules():
-        if type(module).__name__.endswith("RotaryEmbedding"):
-            module.forward = rotary64(model.config)
-        elif type(module).__name__.endswith("RMSNorm"):
-            module.forward = lambda x, m=module: torch.nn.functional.rms_norm(x, m.weight.shape, m.weight, m.variance_epsilon)
-    return model
-
-
-def rotary64(config: Any) -> Any:
-    """transformers' rotary table in float64, from its documented formulas."""
-    p = config.rope_parameters
-    d = int((getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads) * p.get("partial_rotary_factor", 1.0))
-    frequency = 1.0 / p["rope_theta"] ** (torch.arange(0, d, 2, dtype=torch.float64) / d)
-    if p["rope_type"] == "llama3":
-        wave, old = 2 * torch.pi / frequency, p["original_max_position_embeddings"]
-        smooth = (old / wave - p["low_freq_factor"]) / (p["high_freq_factor"] - p["low_freq_factor"])
-        between = (1 - smooth) * frequency / p["factor"] + smooth * frequency
-        frequency = torch.where(wave > old / p["low_freq_factor"], frequency / p["factor"],
-                                torch.where(wave < old / p["high_freq_factor"], frequency, between))
-
-    def forward(x: torch.Tensor, position_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        angle = (position_ids[..., None].double() * frequency).repeat(1, 1, 2)
-        return angle.cos(), angle.sin()
-    return forward
-
-
-def assert_equal_logits(model: Any, reader: Reader, length: int = 32) -> None:
-    """fp64 to 1e-9; fp32, with transformers as it is, to 1e-5 of logits of size 1 to 10: sums of 48 to 100 products in another order."""
-    tokens = torch.randint(model.config.vocab_size, (2, length), generator=torch.Generator().manual_seed(5))
-    with torch.no_grad():
-        narrow = copy.deepcopy(model).float().eval()(tokens).logits
-        assert (logits(build_from_checkpoint(reader), tokens) - narrow).abs().max() <= 1e-5 * narrow.abs().max()
-        wide = in_float64(copy.deepcopy(model))(tokens).logits
-        worst = (logits(build_from_checkpoint(reader, "fp64"), tokens) - wide).abs().max().item()
-    assert wide.dtype == torch.float64 and worst < 1e-9, worst
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_import_then_export_is_the_same_and_logits_are_equal(name: str, tmp_path: Path) -> None:
-    model = random_model(name, tmp_path / "theirs")
-    import_folder(tmp_path / "theirs", tmp_path / "ours")
-    reader = Reader(tmp_path / "ours")
-    assert reader.verify() == sum(t.nbytes for t in tensors(tmp_path / "theirs").values())
-    export_folder(reader, tmp_path / "back")
-    assert same_bytes(tensors(tmp_path / "theirs"), tensors(tmp_path / "back"))
-    theirs, back = (transformers.AutoConfig.from_pretrained(tmp_path / d).to_dict() for d in ("theirs", "back"))
-    lost = {"transformers_version", "architectures", "_name_or_path"}
-    different = {k: (theirs[k], back.get(k)) for k in theirs if k not in lost and theirs[k] != back.get(k)}
-    assert different in ({}, {"n_inner": (None, 192)}), different
-    assert_equal_logits(model, reader)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float64"])
@@ -150,7 +50,7 @@ def test_the_bare_model_with_its_masks_and_older_config_forms_is_read(tmp_path: 
     new = transformers.LlamaConfig(**LLAMA, rope_parameters=LLAMA3).to_dict()
     old = {k: v for k, v in new.items() if k != "rope_parameters"} | {"rope_theta": 500000.0, "rope_scaling": {**LLAMA3, "type": "llama3"}}
     assert families.from_config(old)[0] == families.from_config(new)[0]
-    assert families.from_config(families.to_config(*families.from_config(old)))[0] == families.from_config(new)[0]
+    assert families.from_config(to_config(*families.from_config(old)))[0] == families.from_config(new)[0]
 
 
 @pytest.mark.parametrize("words", [
@@ -177,7 +77,7 @@ def test_training_goes_on_from_an_import_with_the_flags_it_names(
 ) -> None:
     random_model("llama-scaled", tmp_path / "theirs")
     a, _ = import_folder(tmp_path / "theirs", tmp_path / "ours")
-    c = build(Config, families.flags(a))
+    c = build(Config, flags(a))
     assert architecture(c, a.vocab_size) == replace(a, pad_rows=c.model.make_vocab_size_divisible_by)
     words = ("import", "--input", tmp_path / "theirs", "--output", tmp_path / "again")
     _, printed, _ = tool(monkeypatch, capsys, "convert_hf.py", *words)
@@ -194,7 +94,7 @@ def test_training_goes_on_from_an_import_with_the_flags_it_names(
 
 @pytest.mark.parametrize("words, reason", [
     ("--qk-layernorm --swiglu --normalization RMSNorm --position-embedding-type rope", "qk norm is True, llama has False"),
-    ("--position-embedding-type rope --swiglu", "norm is LayerNorm, llama has RMSNorm"),
+    ("--position-embedding-type rope --swiglu", "activation is swiglu, starcoder2 has gelu_tanh"),
     ("--num-query-groups 2", "kv heads is 2, gpt2 has 4"),
     ("--swiglu", "activation is swiglu, gpt2 has gelu_tanh"),
     ("--position-embedding-type none", "gpt2 needs positions.weight")])
@@ -220,11 +120,16 @@ def test_a_family_is_remembered_and_told_apart(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["Qwen2", "Qwen3"])
 def test_a_window_that_is_active_is_never_dropped(name: str) -> None:
-    """Theirs is active in some layers alone, which this decoder's is not."""
-    c = getattr(transformers, f"{name}Config")(**LLAMA, sliding_window=16, use_sliding_window=True, max_window_layers=0).to_dict()
-    with pytest.raises(UserError, match="sliding_window is 16, less than its 32 positions"):
-        families.from_config(c)
-    assert families.from_config(c | {"sliding_window": 32})[0].window == 0
+    """Nor is one that is not made active."""
+    config = getattr(transformers, f"{name}Config")
+    c = config(**LLAMA, sliding_window=16, use_sliding_window=True, max_window_layers=1).to_dict()
+    a = families.from_config(c)[0]
+    assert (a.window, a.kinds) == (16, ("full", "local")) and families.from_config(c | {"layer_types": None})[0] == a
+    assert families.from_config(c | {"use_sliding_window": False})[0].window == 0
+    above = families.from_config(config(**LLAMA, sliding_window=16, use_sliding_window=True, max_window_layers=9).to_dict())[0]
+    assert (above.window, above.kinds) == (0, ())
+    mistral = transformers.MistralConfig(**LLAMA).to_dict()
+    assert families.from_config(mistral)[0].window == 4096 and families.from_config(mistral | {"sliding_window": None})[0].window == 0
 
 
 def edit(path: Path, drop: tuple[str, ...] = (), **values: Any) -> None:
@@ -242,10 +147,15 @@ DAMAGES: dict[str, tuple[Any, str]] = {
     "two ropes": (lambda d: edit(d / "config.json", rope_scaling={"rope_type": "llama3", "factor": 8.0}, rope_parameters={"rope_type": "default"}),
                   "rope_parameters: rope_type is 'default', elsewhere 'llama3'; let both say the same"),
     "two kinds of weights": (lambda d: (d / "model.safetensors.index.json").write_text('{"weight_map": {}}'), "readers differ on which counts; remove one"),
-    "rope": (lambda d: edit(d / "config.json", rope_parameters={"rope_type": "yarn"}), "rope_type yarn is not known"),
+    "rope": (lambda d: edit(d / "config.json", rope_parameters={"rope_type": "longrope"}), "rope_type longrope is not known here; there are default, linear, "),
+    "half a rope": (lambda d: edit(d / "config.json", rope_parameters={"rope_type": "yarn"}), "rope_parameters has no factor"),
+    "a rope that shrinks": (lambda d: edit(d / "config.json", rope_parameters={"rope_type": "linear", "factor": 0}), "the numbers of linear must be above 0"),
+    "a dynamic rope of another length": (
+        lambda d: edit(d / "config.json", rope_parameters={"rope_type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 8}),
+        "original_max_position_embeddings is 8, but a dynamic rope counts from max_position_embeddings 32"),
     "activation": (lambda d: edit(d / "config.json", hidden_act="gelu"), "hidden_act gelu is not known here; there are silu"),
     "missing key": (lambda d: edit(d / "config.json", drop=("num_hidden_layers",)), "num_hidden_layers is missing"),
-    "half a bias": (lambda d: edit(d / "config.json", mlp_bias=True), "o.bias"),
+    "half a bias": (lambda d: edit(d / "config.json", mlp_bias=True), "mlp.gate_proj.bias, which its config.json asks for"),
     "more layers": (lambda d: edit(d / "config.json", num_hidden_layers=3), r"has no model.layers.2.*which its config.json asks for"),
     "fewer layers": (lambda d: edit(d / "config.json", num_hidden_layers=1), "which its config.json does not mention"),
     "width": (lambda d: edit(d / "config.json", intermediate_size=81), "config.json asks for"),

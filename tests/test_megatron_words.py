@@ -7,8 +7,8 @@ from support import SHARED, TINY, resolved
 
 from megazero.base import UserError
 from megazero.plan import describe, sizes
-from megazero.plan.architecture import architecture
 from megazero.plan.checks import checks, remarks
+from megazero.plan.words import architecture
 from megazero.run.train import main
 from megazero.settings import from_command_line, in_our_words
 from megazero.settings.command_line import leaves, nearest

@@ -56,9 +56,9 @@ def batch_of(plan: Plan, documents: bool = False, positions: bool = False) -> Ba
 
 def elsewhere(run: Run, batch: Batch) -> list[Tensor]:
     """What lives whether or not autograd keeps it."""
-    shared = run.decoder.shared(batch)
-    return [*(u.weights for u in run.units.values() if u.weights is not None), *(run.decoder.rotary or ()), batch.tokens,
-            *(t for t in (batch.positions, batch.documents, shared.mask, *shared.angles, shared.bounds) if t is not None)]
+    shared = [t for i in range(run.decoder.a.layers) for t in tree_leaves(run.decoder.shared(batch, run.decoder.a.kind(i)))]
+    return [*(u.weights for u in run.units.values() if u.weights is not None), *tree_leaves(list(run.decoder.rotary.values())), batch.tokens,
+            *(t for t in (batch.positions, batch.documents, *shared) if t is not None)]
 
 
 def configurations(shape: str, tp: int) -> Iterator[tuple[str, bool]]:

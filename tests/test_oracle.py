@@ -12,14 +12,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from hf_models import in_float64, transformers
 from support import SHARED, byte_dataset, train
 
 from megazero.data.indexed import IndexedWriter
 from megazero.hf.convert import export_folder
 from megazero.state.checkpoint import Reader
-
-transformers = pytest.importorskip("transformers", reason="the independent trainer is transformers' models, which is not installed")
-from test_hf import in_float64  # noqa: E402  (it needs transformers itself)
 
 S, MICRO, ACCUMULATE, STEPS = 32, 2, 3, 30
 LR, MIN_LR, WARMUP, BETAS, EPS, DECAY, CLIP = 3e-3, 3e-4, 5, (0.9, 0.95), 1e-8, 0.1, 1.0

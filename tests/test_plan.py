@@ -139,7 +139,22 @@ def test_the_plan_says_what_a_run_can_be_exported_as_or_what_is_in_the_way() -> 
         return next(line for line in describe(resolved(f"{TINY} {words}")).splitlines() if line.startswith("export"))[12:]
     none = "to no Hugging Face family known here (gpt2, llama, mistral, qwen2, qwen3, phi3, starcoder2): "
     expected = {"gpt2": "to Hugging Face as gpt2", "gpt2-plain": "to Hugging Face as gpt2", "llama": "to Hugging Face as llama",
-                "llama-tied-scaled": f"{none}rotary is", "qwen": "to Hugging Face as qwen3", "mistral": "to Hugging Face as mistral", "relu2": f"{none}"}
+                "llama-tied-scaled": f"{none}rotary is", "qwen": "to Hugging Face as qwen3", "mistral": "to Hugging Face as mistral", "relu2": f"{none}",
+                "yarn-kinds": f"{none}", "dynamic": f"{none}"}
     for shape, words in SHAPES.items():
         assert told(words).startswith(expected[shape]), told(words)
     assert told("--num-query-groups 2") == f"{none}kv heads is 2, gpt2 has 4"
+
+
+def test_patterns_of_layers_are_megatrons() -> None:
+    """N is a sliding window in N - 1 of N layers, and no rotation in one of N; lists may be sums and products."""
+    def kinds(words: str, layers: int = 4) -> tuple[str, ...]:
+        return resolved(f"{TINY} --num-layers {layers} --position-embedding-type rope {words}").architecture.kinds
+    assert kinds("--attention-window 8") == kinds("--window-attn-skip-freq 2") == ()                     # all alike
+    assert kinds("--attention-window 8 --window-attn-skip-freq 2") == ("local", "full") * 2
+    assert kinds("--no-rope-freq 4") == ("local", "local", "local", "local-nope")
+    assert kinds("--attention-window 8 --window-attn-skip-freq ([1]*2+[0])*2 --no-rope-freq 0,0,1,0,0,1", 6) == ("local", "local", "full-nope") * 2
+    for text in ("0", "-1", "1,1,0", "[2,1,0,1]", "[[1],1,1,0]", "x", "[1]*9**9", "1+1", "(", "print(1)", "[1]*[1]", "'a'", "[1]*4*4"):
+        found = checks(config.from_command_line([*TINY.split(), "--num-layers", "4", f"--no-rope-freq={text}"]), 1)
+        assert found == [f"--no-rope-freq {text}: must be a number N, for the last of each N layers, or a list of 0 and 1 for each of 4 layers, "
+                         "such as 1,0,0,1."], text

@@ -15,9 +15,10 @@ from megazero.base.errors import UserError
 from megazero.data import splits
 from megazero.data.indexed import IndexedDataset
 from megazero.data.megatron_order import MegatronOrder
-from megazero.plan.architecture import Architecture, Rotary
-from megazero.plan.families import architecture_of
+from megazero.plan.architecture import Architecture
 from megazero.plan.progress import LossScale, Progress
+from megazero.plan.rope import Llama3, Rotary
+from megazero.plan.words import architecture_of
 from megazero.settings.command_line import build
 from megazero.settings.config import Config
 from megazero.state.checkpoint import INDEX, Reader, text_checksum
@@ -79,7 +80,7 @@ def test_defaults_are_those_of_the_flags_and_unknown_flags_are_refused() -> None
         **sizes, epsilon=m.norm_epsilon, norm=m.normalization, activation="gelu", bias=not m.disable_bias_linear, qkv_bias=True, qk_norm=m.qk_layernorm,
         tied=not m.untie_embeddings_and_output_weights, init_std=m.init_method_std, attention_dropout=m.attention_dropout,
         hidden_dropout=m.hidden_dropout, pad_rows=m.make_vocab_size_divisible_by)
-    assert architecture_of({**sizes, "rotary": {"base": 5.0, "channels": 4, "scaling": [8.0, 1.0, 4.0, 16]}}).rotary == Rotary(5.0, 4, (8.0, 1.0, 4.0, 16))
+    assert architecture_of({**sizes, "rotary": {"base": 5.0, "channels": 4, "scaling": [8.0, 1.0, 4.0, 16]}}).rotary == Rotary(5.0, 4, Llama3(8.0, 1.0, 4.0, 16))
     assert build(Config, {"num_layers": 3}).model.num_layers == 3
     with pytest.raises(UserError, match="--no-such, --nor-this: is not known here"):
         build(Config, {"num_layers": 3, "no_such": 1, "nor_this": 2})

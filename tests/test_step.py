@@ -13,8 +13,8 @@ from megazero.model import decoder
 from megazero.model.attention import attention, hiding, knows_documents, rotary_table
 from megazero.model.decoder import Batch
 from megazero.plan import architecture
-from megazero.plan.architecture import Rotary
 from megazero.plan.cost import memory
+from megazero.plan.rope import Llama3, Rotary
 from megazero.plan.rules import RULES
 from megazero.run.executor import Turn
 from megazero.run.feed import bounds_of, documents_of
@@ -36,10 +36,9 @@ def reference(run: Run, w: dict[str, Tensor], batch: Batch) -> Tensor:
     def linear(x: Tensor, name: str) -> Tensor:
         return F.linear(x, w[name + ".weight"], w.get(name + ".bias"))
 
-    def turned(x: Tensor) -> Tensor:
-        assert a.rotary
-        cos, sin = rotary_table(a.rotary, s, torch.float64, x.device)
-        half = a.rotary.channels // 2
+    def turned(x: Tensor, rotary: Rotary) -> Tensor:
+        cos, sin = rotary_table(rotary, s, torch.float64, x.device)
+        half = rotary.channels // 2
         z = torch.view_as_complex(torch.stack((x[..., :half], x[..., half:2 * half]), -1)) * torch.complex(cos, sin)[None, :, None]
         return torch.cat((z.real, z.imag, x[..., 2 * half:]), -1)
 
@@ -52,11 +51,12 @@ def reference(run: Run, w: dict[str, Tensor], batch: Batch) -> Tensor:
         q, k, v = (linear(y, f"{at}.{n}").view(b, s, -1, a.head_dim) for n in "qkv")
         if a.qk_norm:
             q, k = norm(q, f"{at}.q_norm"), norm(k, f"{at}.k_norm")
-        if a.rotary:
-            q, k = turned(q), turned(k)
+        window, rotary = a.kind(i)
+        if rotary:
+            q, k = turned(q, rotary), turned(k, rotary)
         k, v = (t.repeat_interleave(a.heads // a.kv_heads, 2) for t in (k, v))
         scores = torch.einsum("bqnd,bknd->bnqk", q, k) / a.head_dim**0.5
-        hidden = torch.ones(s, s).triu(1).bool() | torch.ones(s, s).tril(-(a.window or s)).bool()
+        hidden = torch.ones(s, s).triu(1).bool() | torch.ones(s, s).tril(-(window or s)).bool()
         seen = torch.softmax(scores.masked_fill(hidden, -torch.inf), -1)
         x = x + linear(torch.einsum("bnqk,bknd->bqnd", seen, v).reshape(b, s, -1), f"{at}.o")
         y, up = norm(x, f"{mlp}.norm"), linear(norm(x, f"{mlp}.norm"), f"{mlp}.up")
@@ -187,8 +187,8 @@ def test_norms_add_up_their_gradients_in_fp32(shape: str, dtype: str) -> None:
         assert (got - exact).norm() < 1e-6 * exact.norm()
 
 
-@pytest.mark.parametrize("scaling", [None, (8.0, 1.0, 4.0, 8192)])
-def test_the_rotary_table_is_rounded_once(scaling: tuple[float, float, float, int] | None) -> None:
+@pytest.mark.parametrize("scaling", [None, Llama3(8.0, 1.0, 4.0, 8192)])
+def test_the_rotary_table_is_rounded_once(scaling: Llama3 | None) -> None:
     """From angles in fp64 in every precision: in fp32 the angle of position 20,000 would be off by up to 1e-3."""
     rotary = Rotary(5e5, 128, scaling)
     exact = rotary_table(rotary, 20_001, torch.float64, torch.device("cpu"))

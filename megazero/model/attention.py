@@ -84,21 +84,12 @@ def attention_keep(stream: int, samples: Tensor, heads: range, all_heads: int, s
     return (keep_mask(stream, rows, s, p).to(dtype) / (1 - p)).view(len(samples), len(heads), s, s)
 
 
-def rotary_table(rotary: Rotary, length: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+def rotary_table(rotary: Rotary, length: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, ...]:
     """cos and sin of positions 0 .. length - 1, each [length, channels / 2]: angles in fp64 on the host, so that all
     devices have the same."""
-    frequency = rotary.base ** -(torch.arange(0, rotary.channels, 2, dtype=torch.float64) / rotary.channels)
-    if rotary.scaling:
-        frequency = _stretched(frequency, *rotary.scaling)
-    angle = torch.arange(length, dtype=torch.float64)[:, None] * frequency
-    return angle.cos().to(dtype).to(device), angle.sin().to(dtype).to(device)
-
-
-def _stretched(frequency: Tensor, factor: float, low: float, high: float, original: int) -> Tensor:
-    """Llama 3.1's scaling: long wavelengths are stretched by `factor`, short ones kept, those between blended."""
-    turns = original * frequency / (2 * torch.pi)               # how often a channel turns within the original length
-    blend = ((turns - low) / (high - low)).clamp(0, 1)
-    return frequency * (blend + (1 - blend) / factor)
+    frequencies = torch.tensor(rotary.frequencies(length), dtype=torch.float64)
+    angle = torch.arange(length, dtype=torch.float64)[:, None] * frequencies
+    return tuple((rotary.amplitude * turned).to(dtype).to(device) for turned in (angle.cos(), angle.sin()))
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

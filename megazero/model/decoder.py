@@ -8,7 +8,7 @@ Activations between parts are [t / tp, h]. Which units a part reads is said by a
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from megazero.comm import Alone, Group
 from megazero.model.attention import attention, attention_keep, hiding, knows_documents, rotary_table, rotate
 from megazero.model.ops import column, cross_entropy, embedding, layer_norm, positions, rms_norm, row
-from megazero.plan import Architecture
+from megazero.plan import Architecture, LayerKind, Rotary
 from megazero.units import Unit, Weight, keep_mask, key
 
 Tensor = torch.Tensor
@@ -38,11 +38,15 @@ class Batch:
 
 
 class Shared(NamedTuple):
-    """What all layers of a pass over a micro-batch share."""
+    """What all layers of a kind share in a pass over a micro-batch."""
 
     mask: Tensor | None                 # [b or 1, 1, s, s]: hides tokens from each other; None where kernels know it
     bounds: Tensor | None               # of documents, where kernels read them
-    angles: tuple[Tensor, ...]          # cos and sin, [b or 1, s, 1, r / 2]
+    angles: tuple[Tensor, ...]          # cos and sin, [b or 1, s, 1, r / 2]; none where nothing turns
+
+
+Masks = Callable[[int], Tensor | None]
+Angles = Callable[[Rotary | None], tuple[Tensor, ...]]
 
 
 class Decoder:
@@ -55,10 +59,11 @@ class Decoder:
         these are; default all."""
         self.a, self.units, self.group, self.seed, self.recompute = a, units, group, seed, recompute
         self.dtype = next(iter(units.values())).weight_slice.dtype
-        self.rotary = rotary_table(a.rotary, a.seq_length, self.dtype, device) if a.rotary else None
         self.packs = knows_documents(device, self.dtype, a.head_dim)
-        self.last: tuple[Batch, Shared] | None = None           # of the last pass
+        self.last: tuple[Batch, Masks, Angles] | None = None    # of the last pass
         own = range(a.layers + 2) if own is None else own
+        ways = {kind.rotary for kind in map(a.kind, range(a.layers)) if kind.rotary}
+        self.rotary = {way: rotary_table(way, a.seq_length, self.dtype, device) for way in ways}
         self.parts = {i: Block(self, i - 1) if i else Embedding(self) for i in own if i <= a.layers}
         self.head = Head(self, chunk) if a.layers + 1 in own else None
 
@@ -86,23 +91,24 @@ class Decoder:
         """[b, s] -> [t / tp]: this rank's share of the tokens."""
         return self.padded(per_token.flatten()).chunk(self.group.size)[self.group.rank]
 
-    def shared(self, batch: Batch) -> "Shared":
-        """Made once for all layers of a pass."""
+    def shared(self, batch: Batch, kind: LayerKind) -> Shared:
+        """Made once for all layers of a kind in a pass: each mask, each table of angles."""
         if self.last is None or self.last[0] is not batch:
-            bounds = batch.bounds if self.packs and not self.drops(batch) else None
-            self.last = batch, Shared(self.mask(batch) if bounds is None else None, bounds, self.angles(batch))
-        return self.last[1]
+            self.last = batch, cache(partial(self.mask, batch)), cache(partial(self.angles, batch))
+        _, mask, angles = self.last
+        bounds = batch.bounds if self.packs and not self.drops(batch) else None
+        return Shared(mask(kind.window) if bounds is None else None, bounds, angles(kind.rotary))
 
-    def mask(self, batch: Batch) -> Tensor | None:
+    def mask(self, batch: Batch, window: int) -> Tensor | None:
         s = batch.tokens.shape[1]
-        if batch.documents is None and not self.drops(batch) and not 0 < self.a.window < s:
+        if batch.documents is None and not self.drops(batch) and not 0 < window < s:
             return None
-        return hiding(torch.arange(s, device=batch.tokens.device)[None], batch.documents, self.dtype, self.a.window)
+        return hiding(torch.arange(s, device=batch.tokens.device)[None], batch.documents, self.dtype, window)
 
-    def angles(self, batch: Batch) -> tuple[Tensor, ...]:
+    def angles(self, batch: Batch, rotary: Rotary | None) -> tuple[Tensor, ...]:
         s = batch.tokens.shape[1]
         return tuple((t[None, :s] if batch.positions is None else t[batch.positions])[:, :, None]
-                     for t in self.rotary or ())
+                     for t in (self.rotary[rotary] if rotary else ()))
 
     def drops(self, batch: Batch) -> bool:
         """Are attention weights dropped?"""
@@ -138,6 +144,7 @@ class Block:
 
     def __init__(self, decoder: Decoder, layer: int) -> None:
         self.d, self.name = decoder, f"layers.{layer}"
+        self.kind = decoder.a.kind(layer)
         at, mlp = f"{self.name}.attention", f"{self.name}.mlp"
         w, maybe = decoder.weight, decoder.maybe
         self.norm, self.mlp_norm = decoder.norm(f"{at}.norm"), decoder.norm(f"{mlp}.norm")
@@ -153,7 +160,7 @@ class Block:
         return x + self.d.dropped(self.mlp(x), batch, f"{self.name}.mlp")
 
     def attention(self, x: Tensor, batch: Batch) -> Tensor:
-        a, (b, s), shared = self.d.a, batch.tokens.shape, self.d.shared(batch)
+        a, (b, s), shared = self.d.a, batch.tokens.shape, self.d.shared(batch, self.kind)
         y = self.column(x, self.norm, self.qkv, self.qkv_bias)
         qkv = (y if len(y) == b * s else y[:b * s]).view(b, s, -1, a.head_dim)          # [b, s, n + 2 n_kv, d]
         q, k, v = qkv.split([shard.box.size[0] // a.head_dim for shard in self.qkv.logical], dim=2)
@@ -161,7 +168,8 @@ class Block:
             q, k = self.qk_norm[0](q), self.qk_norm[1](k)
         if shared.angles:
             q, k = rotate(q, *shared.angles), rotate(k, *shared.angles)
-        y = attention(q, k, v, shared.mask, Alone(), self.attention_dropout(q, batch), shared.bounds, a.window)
+        y = attention(q, k, v, shared.mask, Alone(), self.attention_dropout(q, batch), shared.bounds,
+                      self.kind.window)
         return row(self.d.padded(y.reshape(b * s, -1)), self.o, self.o_bias, self.d.group)
 
     def attention_dropout(self, q: Tensor, batch: Batch) -> Tensor | None:

@@ -1,12 +1,12 @@
 """What follows from the settings: pure values, no device and no process."""
 
 from megazero.plan.action import Action, around, written
-from megazero.plan.architecture import FREE, Architecture, Rotary, head_chunk, parameter_count, units, wide_tokens
+from megazero.plan.architecture import FREE, Architecture, LayerKind, head_chunk, parameter_count, units, wide_tokens
 from megazero.plan.checks import checks
 from megazero.plan.cost import memory
 from megazero.plan.devices import device_of, named
-from megazero.plan.families import (
-    Family, Row, architecture_of, family_of, flags, from_config, obstacles, rows, shapes, to_config, zeros)
+from megazero.plan.families import family_of, from_config
+from megazero.plan.family import Family, Row, obstacles, rows, shapes, to_config, zeros
 from megazero.plan.layout import (
     Box, Flat, Operand, OperandSpec, Parameter, Piece, Shape, Shard, UnitSpec, cuts, flat, intersect, tiles)
 from megazero.plan.mesh import Coordinates, Mesh, all_reduce_bytes
@@ -14,7 +14,9 @@ from megazero.plan.operations import flops_per_token
 from megazero.plan.plan import Plan, resolve
 from megazero.plan.program import Part
 from megazero.plan.progress import LossScale, Progress, curve_of, loss_scale, progress_of
+from megazero.plan.rope import Rotary
 from megazero.plan.rules import GROUPS, RULES
 from megazero.plan.show import describe
 from megazero.plan.sizes import Sizes, ranks_asked, sizes
 from megazero.plan.sums import Reductions, Zero, ending
+from megazero.plan.words import architecture_of, flags

@@ -8,9 +8,10 @@ from dataclasses import replace
 from math import inf
 
 from megazero.pipeline import SCHEDULES, ends_as_layers, from_layout
-from megazero.plan.architecture import architecture, block, ffn_size
+from megazero.plan.architecture import block
 from megazero.plan.devices import DEVICES, named
 from megazero.plan.sizes import ramp_of, sizes
+from megazero.plan.words import architecture, ffn_size, pattern
 from megazero.settings import Config
 
 
@@ -57,6 +58,7 @@ def _sizes(c: Config, world: int) -> Iterator[Check]:
         "--loss-scale": c.precision.loss_scale, "--rotary-base": m.rotary_base,
         "--rope-scaling-factor": m.rope_scaling_factor, "--norm-epsilon": m.norm_epsilon, "--adam-eps": o.adam_eps,
         "--rope-low-freq-factor": m.rope_low_freq_factor, "--rope-original-length": m.rope_original_length,
+        "--rope-local-base-freq": m.rope_local_base_freq, "--yarn-beta-slow": m.yarn_beta_slow,
     }.items():
         yield count is not None and not 0 < count < inf, f"{flag} {count}: must be greater than 0, and finite."
     minutes = t.exit_duration_in_mins
@@ -67,7 +69,9 @@ def _sizes(c: Config, world: int) -> Iterator[Check]:
                          "--lr-warmup-samples": o.lr_warmup_samples, "--lr-warmup-init": o.lr_warmup_init,
                          "--weight-decay": o.weight_decay, "--clip-grad": o.clip_grad,
                          "--ademamix-alpha": o.ademamix_alpha,
-                         "--init-method-std": m.init_method_std}.items():
+                         "--init-method-std": m.init_method_std,
+                         "--yarn-attention-factor": m.yarn_attention_factor, "--yarn-mscale": m.yarn_mscale,
+                         "--yarn-mscale-all-dim": m.yarn_mscale_all_dim}.items():
         finite = flag == "--clip-grad" or amount != inf      # without a bound: never clipped
         yield amount is not None and not (amount >= 0 and finite), f"{flag} {amount}: must be 0 or greater, and finite."
     for flag, part in {"--attention-dropout": m.attention_dropout, "--hidden-dropout": m.hidden_dropout,
@@ -109,9 +113,14 @@ def _model(c: Config, world: int) -> Iterator[Check]:
     yield m.swiglu and m.squared_relu, "--squared-relu: cannot be combined with --swiglu; choose one."
     yield (m.openai_gelu and (m.swiglu or m.squared_relu),
            "--openai-gelu: cannot be combined with --swiglu or --squared-relu; choose one.")
-    yield (m.rope_high_freq_factor <= m.rope_low_freq_factor,
-           f"--rope-high-freq-factor {m.rope_high_freq_factor:g}: must be greater than "
-           f"--rope-low-freq-factor {m.rope_low_freq_factor:g}.")
+    for most, least, higher, lower in (("--rope-high-freq-factor", "--rope-low-freq-factor", m.rope_high_freq_factor,
+                                        m.rope_low_freq_factor),
+                                       ("--yarn-beta-fast", "--yarn-beta-slow", m.yarn_beta_fast, m.yarn_beta_slow)):
+        yield higher <= lower, f"{most} {higher:g}: must be greater than {least} {lower:g}."
+    for flag, text in (("--window-attn-skip-freq", m.window_attn_skip_freq), ("--no-rope-freq", m.no_rope_freq)):
+        yield (text and m.num_layers and pattern(text, m.num_layers, last=True) is None,
+               f"{flag} {text}: must be a number N, for the last of each N layers, or a list of 0 and 1 for each of "
+               f"{m.num_layers} layers, such as {','.join('1001'[i % 4] for i in range(min(m.num_layers or 1, 8)))}.")
 
 
 def _layout(c: Config, world: int) -> Iterator[Check]:
@@ -275,7 +284,7 @@ def _schedule(c: Config, world: int) -> Iterator[Check]:
                f"{flag} {count}: is longer than the whole curve of {length} steps; write at most {length * size}.")
 
 
-Row = tuple[object, str, object, tuple[str, ...]]           # (do they apply?, with what, the group, its fields)
+Row = tuple[object, str, object, Sequence[str]]           # (do they apply?, with what, the group, its fields)
 
 
 def _unused(c: Config, world: int) -> Iterator[Check]:
@@ -298,10 +307,18 @@ def _idle(c: Config) -> Iterator[Check]:
         (m.position_embedding_type == "learned_absolute", "--position-embedding-type learned_absolute", m,
          ("max_position_embeddings",)),
         (m.position_embedding_type == "rope", "--position-embedding-type rope", m,
-         ("rotary_base", "rotary_percent", "use_rope_scaling")),
-        (m.use_rope_scaling, "--use-rope-scaling", m,
-         ("rope_scaling_factor", "rope_low_freq_factor", "rope_high_freq_factor", "rope_original_length")),
-        (m.disable_bias_linear, "--disable-bias-linear", m, ("add_qkv_bias",)),
+         ("rotary_base", "rotary_percent", "use_rope_scaling", "rope_local_base_freq", "no_rope_freq")),
+        (m.use_rope_scaling, "--use-rope-scaling", m, ("rope_scaling_type", "rope_scaling_factor")),
+        *((m.use_rope_scaling and m.rope_scaling_type in types.split(),
+           f"--use-rope-scaling --rope-scaling-type {' or '.join(types.split())}", m, flags.split())
+          for types, flags in (("llama3", "rope_low_freq_factor rope_high_freq_factor"),
+                               ("llama3 dynamic yarn", "rope_original_length"),
+                               ("yarn", "yarn_beta_fast yarn_beta_slow yarn_attention_factor yarn_mscale "
+                                        "yarn_mscale_all_dim yarn_untruncated"))),
+        (m.attention_window or m.rope_local_base_freq, "--attention-window", m, ("window_attn_skip_freq",)),
+        (m.disable_bias_linear, "--disable-bias-linear", m,
+         ("add_qkv_bias", "add_o_bias", "add_mlp_bias", "add_norm_bias")),
+        (m.normalization == "LayerNorm", "--normalization LayerNorm", m, ("add_norm_bias",)),
         (o.optimizer in ("adam", "ademamix"), "--optimizer adam or ademamix", o,
          ("adam_beta1", "adam_beta2", "adam_eps")),
         *((o.optimizer == rule, f"--optimizer {rule}", o, names) for rule, names in {

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from math import ceil, prod
 from typing import NamedTuple
 
-from megazero.plan.architecture import Architecture, parts, units
+from megazero.plan.architecture import Architecture, LayerKind, parts, units
 from megazero.plan.layout import Operand, flat
 
 
@@ -83,14 +83,15 @@ def operations(a: Architecture, part: int, m: Micro) -> tuple[Operation, ...]:
         return _embedding(a, m, w)
     if part > a.layers:
         return _head(a, w)
-    rows = _block(a, m, w, f"layers.{part - 1}")
+    rows = _block(a, m, w, part - 1)
     return tuple(map(_twice, rows)) if m.recompute == "full" else rows
 
 
 def table(a: Architecture, m: Micro) -> list[tuple[Operation, ...]]:
-    """The rows of every part; blocks are alike."""
-    first, block, head = (operations(a, part, m) for part in (0, 1, a.layers + 1))
-    return [first, *[block] * a.layers, head]
+    """The rows of every part; blocks of a kind are alike."""
+    kinds = [a.kind(layer) for layer in range(a.layers)]
+    blocks = {kind: operations(a, 1 + kinds.index(kind), m) for kind in dict.fromkeys(kinds)}
+    return [operations(a, 0, m), *(blocks[kind] for kind in kinds), operations(a, a.layers + 1, m)]
 
 
 def distinct(rows: Sequence[Operation], *whats: str) -> int:
@@ -127,14 +128,14 @@ def _embedding(a: Architecture, m: Micro, w: Mapping[str, Operand]) -> tuple[Ope
         *_dropout(a, m, "embedding"))
 
 
-def _block(a: Architecture, m: Micro, w: Mapping[str, Operand], layer: str) -> tuple[Operation, ...]:
-    at, mlp, again = f"{layer}.attention", f"{layer}.mlp", m.recompute == "selective"
+def _block(a: Architecture, m: Micro, w: Mapping[str, Operand], layer: int) -> tuple[Operation, ...]:
+    at, mlp, again = f"layers.{layer}.attention", f"layers.{layer}.mlp", m.recompute == "selective"
     up, inner = (m.tokens * n * m.width for n in (w[f"{mlp}.up.weight"].shape[0], w[f"{mlp}.down.weight"].shape[1]))
     needs = {"relu": inner} if a.activation == "relu2" else {"up": up}          # relu2 squares its relu's result
     activation = {"activation": inner}
     return (
         *_column(a, m, w, f"{at}.norm", f"{at}.qkv", "input"),
-        *_attention(a, m, w, at),
+        *_attention(a, m, w, at, a.kind(layer), round(2 * a.heads * a.head_dim * a.seen(layer))),
         *_dropout(a, m, at),
         *_column(a, m, w, f"{mlp}.norm", f"{mlp}.up", "middle"),
         Operation(f"{mlp}.{a.activation}", kept={} if again else needs),
@@ -160,15 +161,16 @@ def _column(a: Architecture, m: Micro, w: Mapping[str, Operand], norm: str, name
             Operation(name, *_reads(w, name), {x: stream} if again else normal, between=normal | dy, moves=COLUMN)]
 
 
-def _attention(a: Architecture, m: Micro, w: Mapping[str, Operand], at: str) -> list[Operation]:
+def _attention(a: Architecture, m: Micro, w: Mapping[str, Operand], at: str, kind: LayerKind,
+               flops: int) -> list[Operation]:
     """Norms of heads, rotation, attention, and the row operation behind it."""
-    real, pairs, d, hides = m.real * m.width, m.samples * m.length**2, a.head_dim, 0 < a.window < m.length
+    real, pairs, d, hides = m.real * m.width, m.samples * m.length**2, a.head_dim, 0 < kind.window < m.length
     together = {"qkv": m.tokens * w[f"{at}.qkv.weight"].shape[0] * m.width}         # q, k and v are views of it
     q, k, _ = (p.shard.box.size[0] for p in w[f"{at}.qkv.weight"].pieces)
     norms = [Operation(f"{at}.{n}_norm", *_reads(w, f"{at}.{n}_norm"),
                        kept=together | _statistics(a, m, f"{n}_norm", m.real * size // d))
              for n, size in (("q", q), ("k", k)) if a.qk_norm]
-    turned = a.rotary or a.qk_norm
+    turned = kind.rotary or a.qk_norm
     views = {"q": {"q": real * q} if turned else together, "k": {"k": real * k} if turned else together, "v": together}
     repeated, out = q != k, {"attention": real * q}
     if a.attention_dropout:
@@ -185,8 +187,8 @@ def _attention(a: Architecture, m: Micro, w: Mapping[str, Operand], at: str) -> 
             views["k"] | views["v"])
         kept = views["q"] | fewer | out | {"logsumexp": m.real * q // d * m.wide}
     x = {"padded attention": m.tokens * q * m.width} if m.tokens > m.real else out
-    return [*norms, *([Operation(f"{at}.rotary")] if a.rotary else []),
-            Operation(f"{at}.attention", flops=round(2 * a.heads * d * a.seen), kept=kept),
+    return [*norms, *([Operation(f"{at}.rotary")] if kind.rotary else []),
+            Operation(f"{at}.attention", flops=flops, kept=kept),
             _row(a, m, w, f"{at}.o", x, x)]
 
 

@@ -8,16 +8,17 @@ from typing import NamedTuple
 from megazero.base import UserError
 from megazero.pipeline import Load, Loads, Pass, by_cost, ends_as_layers, from_layout, passes, shares
 from megazero.plan.action import Action, read_programs
-from megazero.plan.architecture import Architecture, architecture, head_chunk, parts, units
+from megazero.plan.architecture import Architecture, head_chunk, parts, units
 from megazero.plan.checks import checks
 from megazero.plan.layout import UnitSpec, joined
 from megazero.plan.mesh import Mesh
-from megazero.plan.operations import Micro, distinct, operations
+from megazero.plan.operations import Micro, distinct, table
 from megazero.plan.program import Part, Stages, evaluation, training
 from megazero.plan.progress import Curve, Progress, curve_of, decoupled_of
 from megazero.plan.sizes import Sizes, sizes
 from megazero.plan.sums import Zero
 from megazero.plan.verify import verify
+from megazero.plan.words import architecture
 from megazero.settings import Config
 
 
@@ -182,9 +183,9 @@ def layers_of_stages(c: Config, a: Architecture) -> tuple[int, ...]:
                               p.account_for_loss_in_pipeline_split)
     if p.pipeline_split == "even" or pp * virtual == 1:
         return shares(a.layers, pp * virtual, *ends)
-    layer, embedding, head = (
-        Load(sum(row.flops for row in rows), distinct(rows, "kept"), distinct(rows, "between"))
-        for rows in (operations(a, part, m) for part in (1, 0, a.layers + 1)))
+    embedding, *layers, head = (
+        Load(sum(row.flops for row in rows), distinct(rows, "kept"), distinct(rows, "between")) for rows in table(a, m))
+    layer = Load(*(sum(each) // a.layers for each in zip(*layers, strict=True)))        # their mean
     loads = Loads(layer, embedding, head, again=layer.forward if m.recompute == "full" else 0)
     return by_cost(a.layers, p.pipeline_schedule, pp, virtual, loads, *ends)
 

@@ -38,10 +38,18 @@ def describe(p: Plan) -> str:
 def _model(a: Architecture) -> str:
     positions = next((word for word, said in (("learned", a.learned_positions), ("rotary", a.rotary)) if said), "no")
     groups = f" over {a.kv_heads} kv heads" if a.kv_heads != a.heads else ""
+    positions += f" by {a.rotary.scaling.rope_type}" if a.rotary and a.rotary.scaling else ""
     positions += f" within {a.window}" if a.window else ""
     return (f"{parameter_count(a):,} parameters: {a.layers} layers x {a.hidden}, {a.heads} heads x {a.head_dim}"
             f"{groups}, ffn {a.ffn} {MLPS[a.activation]}, {a.norm}, {positions} positions, "
-            f"vocabulary {a.vocab_size:,}, {'tied' if a.tied else 'untied'}")
+            f"vocabulary {a.vocab_size:,}, {'tied' if a.tied else 'untied'}{_kinds(a)}")
+
+
+def _kinds(a: Architecture) -> str:
+    """Those of the layers, where they differ."""
+    counts = [f"{a.kinds.count(word)} {word.replace('-nope', ' without rotation')}" for word in dict.fromkeys(a.kinds)]
+    base = f"; local ones on base {a.local_base:g}" if a.local_base else ""
+    return f"; layers: {', '.join(counts)}{base}" if counts else base
 
 
 def _export(a: Architecture) -> str:

@@ -15,6 +15,7 @@ from megazero.pipeline import SCHEDULES
 from megazero.settings.command_line import leaves, option, parse
 from megazero.settings.megatron import Told, hint, megatron_defaults, ours
 
+ROPE_SCALINGS = ("llama3", "linear", "dynamic", "yarn")
 DECAY_STYLES = ("constant", "linear", "cosine", "inverse-square-root", "WSD")
 WSD_STYLES = ("linear", "cosine", "exponential", "minus_sqrt")
 TOKENIZERS = ("SentencePieceTokenizer", "Llama2Tokenizer", "GPT2BPETokenizer", "HuggingFaceTokenizer",
@@ -85,21 +86,37 @@ class Model:
                                           choices=("learned_absolute", "rope", "none"))
     rotary_base: float = option(10000.0, "base of the rotary frequencies")
     rotary_percent: float = option(1.0, "part of a head that is rotated", unit="fraction")
-    use_rope_scaling: bool = option(False, "stretch the rotary frequencies as Llama 3.1 does")
+    use_rope_scaling: bool = option(False, "stretch the rotary frequencies, by default as Llama 3.1 does")
+    rope_scaling_type: str = option("llama3", "how, with --use-rope-scaling", choices=ROPE_SCALINGS)
     rope_scaling_factor: float = option(8.0, "how far low frequencies are stretched, with --use-rope-scaling")
     rope_low_freq_factor: float = option(1.0, "wavelengths above original length / this are stretched fully")
     rope_high_freq_factor: float = option(4.0, "wavelengths below original length / this stay as they are")
     rope_original_length: int = option(8192, "sequence length before the stretch", unit="tokens")
+    yarn_beta_fast: float = option(32.0, "channels that turn more often within the original length stay as they are")
+    yarn_beta_slow: float = option(1.0, "channels that turn less often within it are stretched fully")
+    yarn_attention_factor: float = option(0.0, "what cosines and sines are multiplied by; 0: by YaRN's formula")
+    yarn_mscale: float = option(0.0, "with --yarn-mscale-all-dim: the quotient of that formula's two values instead")
+    yarn_mscale_all_dim: float = option(0.0, "its divisor")
+    yarn_untruncated: bool = option(False, "what is stretched may begin and end between two channels")
     attention_window: int | None = option(None, "tokens that each token sees, itself and those before it; default: all",
                                           unit="tokens")
+    window_attn_skip_freq: str | None = option(None, "layers that see all the same: of each N the last, or those of a "
+                                               "list such as [1,1,0] that have 0", unit="N or list")
+    rope_local_base_freq: float | None = option(None, "rotary base of the layers that see a window; default: that of "
+                                                "the others, scaled as theirs")
+    no_rope_freq: str | None = option(None, "layers that rotate nothing: of each N the last, or those of a list such "
+                                      "as [0,0,1] that have 1", unit="N or list")
     normalization: str = option("LayerNorm", "the norm before attention, MLP and head",
                                 choices=("LayerNorm", "RMSNorm"))
     norm_epsilon: float = option(1e-5, "added to the variance in norms")
     swiglu: bool = option(False, "gated MLP: silu(gate) x up")
     squared_relu: bool = option(False, "relu(x)^2 in the MLP instead of GELU")
     openai_gelu: bool = option(False, "GELU by the tanh formula of GPT-2 instead of the exact one")
-    disable_bias_linear: bool = option(False, "no biases in linear layers and norms")
-    add_qkv_bias: bool = option(False, "biases on q, k, v alone, with --disable-bias-linear")
+    disable_bias_linear: bool = option(False, "no biases in linear layers and norms but for those below")
+    add_qkv_bias: bool = option(False, "biases on q, k, v, with --disable-bias-linear")
+    add_o_bias: bool = option(False, "a bias on attention's output, with --disable-bias-linear")
+    add_mlp_bias: bool = option(False, "biases in the MLP, with --disable-bias-linear")
+    add_norm_bias: bool = option(False, "biases in LayerNorms, with --disable-bias-linear")
     qk_layernorm: bool = option(False, "norm over each head of q and k")
     untie_embeddings_and_output_weights: bool = option(False, "an output matrix of its own instead of the embedding's")
     make_vocab_size_divisible_by: int = option(128, "rows the stored vocabulary is padded to per tensor-parallel rank; "

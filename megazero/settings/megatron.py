@@ -132,13 +132,12 @@ REFUSED: dict[str, str] = {
         xielu quick-geglu geglu glu-activation activation-func-clamp-value glu-linear-offset use-relu gelu-tanh-*
         activation-func-*""",
     "that attention is not here: its scores would be others": """
-        window-attn-skip-freq softmax-type multi-latent-attention q-lora-rank kv-lora-rank qk-head-dim
+        softmax-type multi-latent-attention q-lora-rank kv-lora-rank qk-head-dim
         qk-pos-emb-head-dim v-head-dim mscale mscale-all-dim cache-mla-latents qk-l2-norm qk-clip* attention-output-gate
         experimental-attention-variant dsa-* linear-attention-* relative-attention-* use-alibi alibi-*
         attn-logit-softcapping use-attn-* no-weight-absorption""",
     "those positions are not here: each token would stand elsewhere": """
-        rotary-interleaved rotary-seq-len-interpolation-factor rotary-scaling-factor rope-type no-rope-freq
-        mrope-section yarn-* long-rope-* rope-scaling-type""",
+        rotary-interleaved rotary-scaling-factor rope-type mrope-section yarn-* long-rope-*""",
     "that layer is not here: it would compute another function": """
         embed-layernorm apply-residual-connection-post-layernorm fp32-residual-connection hybrid-* mamba-*
         is-hybrid-model disable-mamba-mem-eff-path heterogeneous-* retro-* post-norm sandwich-norm
@@ -182,7 +181,8 @@ PLAIN: dict[str, tuple[str, ...]] = {
     "rotary-scaling-factor": ("1", "1.0"), "softmax-type": ("vanilla",), "cpu-offloading-num-layers": ("0",),
     "expert-interval": ("",), "mlp-type": ("standard",), "moe-layer-freq": ("1",), "sample-rate": ("1", "1.0"),
     "mtp-loss-scaling-factor": ("",), "num-distributed-optimizer-instances": ("1",),
-    "weight-decay-incr-style": ("constant",), "attention-head-type": ("multihead",), "train-mode": ("pretrain",),
+    "weight-decay-incr-style": ("constant",),
+    "rotary-seq-len-interpolation-factor": ("1",), "attention-head-type": ("multihead",), "train-mode": ("pretrain",),
 }
 
 # word -> (this program's words, what is told); {} is what was given with it
@@ -206,6 +206,11 @@ RENAMED: dict[str, tuple[str, str]] = {
     "persistent-save-interval": ("--save-interval {}", "is --save-interval"),
     "rope-theta": ("--rotary-base {}", "is --rotary-base"),
     "layernorm-epsilon": ("--norm-epsilon {}", "is --norm-epsilon"),
+    "rotary-seq-len-interpolation-factor": (
+        "--use-rope-scaling --rope-scaling-type linear --rope-scaling-factor {}", "is a linear --rope-scaling-type"),
+    "yarn-rotary-scaling-factor": ("--rope-scaling-factor {}", "is --rope-scaling-factor"),
+    "yarn-original-max-position-embeddings": ("--rope-original-length {}", "is --rope-original-length"),
+    "no-yarn-correction-range-round-to-int": ("--yarn-untruncated", "is --yarn-untruncated"),
     "load-tag": ("--ckpt-step {}", "is --ckpt-step"),
     "tiktoken-special-tokens": ("--special-tokens {}", "is --special-tokens"),
 }
@@ -604,6 +609,14 @@ FROM_DEEPSPEED: dict[tuple[str, str], tuple[str, Callable[[float], bool]]] = {
     ("fp16", "min_loss_scale"): ("min-loss-scale", lambda v: v > 0),
 }
 
+def _positions(args: Words, given: Given, told: Told) -> Words:
+    """Megatron's yarn is a kind of positions."""
+    if args != ["yarn"]:
+        return _same("position-embedding-type", args, told)
+    told.renamed.append("--position-embedding-type yarn: is rope with a yarn --rope-scaling-type")
+    return ["--position-embedding-type", "rope", "--use-rope-scaling", "--rope-scaling-type", "yarn"]
+
+
 SPECIAL: dict[str, Callable[[Words, Given, Told], Words]] = {
     "use-distributed-optimizer": _zero, "use-torch-fsdp2": _torch_fsdp, "data-parallel-sharding-strategy": _sharding,
     "num-distributed-optimizer-instances": _instances, "group-query-attention": _groups, "attention-head-type": _heads,
@@ -612,7 +625,7 @@ SPECIAL: dict[str, Callable[[Words, Given, Told], Words]] = {
     "lr-decay-tokens": _of_tokens("lr-decay-samples"), "lr-warmup-tokens": _of_tokens("lr-warmup-samples"),
     "pad-vocab-size-to": _padded, "padded-vocab-size": _padded,
     "deepspeed_config": _deepspeed_config,
-    "window-size": _window, "no-bias-gelu-fusion": _exact_gelu,
+    "window-size": _window, "position-embedding-type": _positions, "no-bias-gelu-fusion": _exact_gelu,
     "deepspeed-config": _deepspeed_config, "per-split-data-args-path": _split_file,
     "train-weighted-split-paths-path": _weighted, "valid-weighted-split-paths-path": _told_by_train,
 }
