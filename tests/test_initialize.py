@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from ds_configs import CPU, TUTORIALS
+from plain_rules import PLAIN, Plain
 from pool import Pool, RankError
 from torch import nn
 
@@ -30,6 +31,7 @@ from megazero.engine.full import (
     safe_set_full_grad,
     safe_set_full_optimizer_state,
 )
+from megazero.engine.optimizers import FusedLamb, FusedLion
 
 transformers = pytest.importorskip("transformers", reason="the model is transformers' OPT, which is not installed")
 Tensor = torch.Tensor
@@ -199,6 +201,8 @@ def clients(kind: str, how: str) -> tuple[Curve, bool]:
     del config["optimizer"]
     made: Any = {"adamw": lambda ps: torch.optim.AdamW(ps, lr=LR, weight_decay=0.1, eps=1e-5),
                  "adam": lambda ps: torch.optim.Adam(ps, lr=LR, weight_decay=0.1, eps=1e-5),
+                 "lamb": lambda ps: FusedLamb(ps, lr=LR, weight_decay=0.1, betas=(0.9, 0.99), eps=1e-5, min_coeff=0.0, max_coeff=1e9),
+                 "lion": lambda ps: FusedLion(ps, lr=LR, weight_decay=0.1, betas=(0.8, 0.7)),
                  "sgd": lambda ps: torch.optim.SGD(ps, lr=10 * LR, momentum=0.9, nesterov=True)}[kind]
     optimizer = made if how == "callable" else made(groups_of(model))
     falling: Any = lambda o: torch.optim.lr_scheduler.ExponentialLR(o, 0.5)                      # noqa: E731
@@ -208,13 +212,14 @@ def clients(kind: str, how: str) -> tuple[Curve, bool]:
     return train(e), same
 
 
-@pytest.mark.parametrize("kind", ["adamw", "adam", "sgd"])
+@pytest.mark.parametrize("kind", ["adamw", "adam", "sgd", "lamb", "lion"])
 def test_an_optimizer_and_a_scheduler_of_the_users_own(kind: str, pool: Pool) -> None:
     for how in ("callable", "object"):
         found = pool.run(2, clients, kind, how)
         model = opt().double()
         optimizer = {"adamw": lambda ps: torch.optim.AdamW(ps, lr=LR, weight_decay=0.1, eps=1e-5),
                      "adam": lambda ps: torch.optim.Adam(ps, lr=LR, weight_decay=0.1, eps=1e-5),
+                     "lamb": lambda ps: Plain(ps, PLAIN["lamb"], LR, 0.1), "lion": lambda ps: Plain(ps, PLAIN["lion"], LR, 0.1),
                      "sgd": lambda ps: torch.optim.SGD(ps, lr=10 * LR, momentum=0.9, nesterov=True)}[kind](groups_of(model))
         want = plainly(model, optimizer, torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5))
         assert all(same for _, same in found)

@@ -59,7 +59,7 @@ class Row:
     def model(self) -> str:
         """What one rank must be told to run the same model on the same data."""
         shape = SHAPES[self.shape].replace("--kv-channels 24", "--kv-channels 4").replace("--ffn-hidden-size 96", "")
-        optimizer = f"--optimizer {self.optimizer}" + " --adam-eps 1e-5" * (self.optimizer in ("adam", "ademamix"))
+        optimizer = f"--optimizer {self.optimizer}" + " --adam-eps 1e-5" * (self.optimizer in ("adam", "lamb", "ademamix"))
         return (f"{WORDS} --global-batch-size {self.batch} --num-layers {self.layers} --vocab-size 101 {shape} {optimizer} --seq-length {self.tokens} --hidden-dropout {self.dropout} "
                 f"--attention-dropout {self.dropout}")
 

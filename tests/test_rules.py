@@ -1,11 +1,11 @@
 """Rules of optimizers: each against a plain reading of its paper or torch's own, in float64, over the gradients of a run; and in any layout."""
 
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import pytest
 import torch
+from plain_rules import PLAIN, Change
 from pool import Pool
 from support import TINY, built, named, stepping
 from test_parity import Row, compare
@@ -14,33 +14,14 @@ from megazero.units.formulas import FORMULAS, Formulas
 
 Tensor = torch.Tensor
 LR, DECAY = 1e-2, 0.3
-Change = Callable[[Tensor, Tensor, dict[str, Tensor], int, float], None]     # w, g, what is kept of it, number of the step, decay
-
-
-def lion(w: Tensor, g: Tensor, kept: dict[str, Tensor], t: int, decay: float) -> None:
-    m = kept.setdefault("m", torch.zeros_like(w))
-    c = 0.8 * m + 0.2 * g
-    w.sub_(LR * (torch.sign(c) + decay * w))
-    m.copy_(0.7 * m + 0.3 * g)
-
-
-def ademamix(w: Tensor, g: Tensor, kept: dict[str, Tensor], t: int, decay: float) -> None:
-    fast, slow, square = (kept.setdefault(n, torch.zeros_like(w)) for n in "fsq")
-    part = min(t / 4, 1)
-    half_life = (1 - min(t / 3, 1)) / math.log(0.9) + min(t / 3, 1) / math.log(0.999)
-    beta3 = math.exp(1 / half_life)
-    fast.copy_(0.9 * fast + 0.1 * g)
-    slow.copy_(beta3 * slow + (1 - beta3) * g)
-    square.copy_(0.99 * square + 0.01 * g * g)
-    w.sub_(LR * ((fast / (1 - 0.9**t) + part * 5 * slow) / (torch.sqrt(square / (1 - 0.99**t)) + 1e-5) + decay * w))
 
 
 def by(make: Callable[..., torch.optim.Optimizer]) -> Change:
     """torch's own, a kernel for each tensor."""
-    def change(w: Tensor, g: Tensor, kept: dict[str, Any], t: int, decay: float) -> None:
+    def change(w: Tensor, g: Tensor, kept: dict[str, Any], t: int, o: Mapping[str, Any]) -> None:
         if not kept:
             kept["p"] = torch.nn.Parameter(w.clone())
-            kept["kernel"] = make([kept["p"]], lr=LR, weight_decay=decay)
+            kept["kernel"] = make([kept["p"]], **o)
         kept["p"].grad = g.clone()
         kept["kernel"].step()
         w.copy_(kept["p"].detach())
@@ -52,8 +33,9 @@ RULES: dict[str, Change] = {
     "--optimizer adam": by(torch.optim.AdamW), "--optimizer adamw": by(torch.optim.AdamW),
     "--optimizer adam --no-decoupled-weight-decay": by(torch.optim.Adam),
     "--optimizer sgd --sgd-momentum 0.8": by(lambda ps, **o: torch.optim.SGD(ps, momentum=0.8, **o)),
-    "--optimizer lion --lion-beta1 0.8 --lion-beta2 0.7": lion,
-    "--optimizer ademamix --adam-beta2 0.99 --adam-eps 1e-5 --ademamix-alpha 5 --ademamix-beta3 0.999 --ademamix-alpha-warmup 4 --ademamix-beta3-warmup 3": ademamix,
+    "--optimizer lion --lion-beta1 0.8 --lion-beta2 0.7": PLAIN["lion"],
+    "--optimizer lamb --adam-beta2 0.99 --adam-eps 1e-5": PLAIN["lamb"],
+    "--optimizer ademamix --adam-beta2 0.99 --adam-eps 1e-5 --ademamix-alpha 5 --ademamix-beta3 0.999 --ademamix-alpha-warmup 4 --ademamix-beta3-warmup 3": PLAIN["ademamix"],
 }
 
 
@@ -65,7 +47,7 @@ def test_a_rule_is_what_its_paper_says(words: str) -> None:
     for t in range(1, 7):
         step.start()
         for name, g in named(run, "grad_slice").items():
-            RULES[words](weights[name], g, kept[name], t, DECAY if g.dim() == 2 else 0.0)
+            RULES[words](weights[name], g, kept[name], t, {"lr": LR, "weight_decay": DECAY if g.dim() == 2 else 0.0})
         for name, w in named(run).items():
             assert (w - weights[name]).abs().max() <= 1e-12 * weights[name].abs().max(), (t, name)
 

@@ -9,7 +9,8 @@ from megazero.engine.blocks import Submodule
 from megazero.units import Groups, Unit
 
 # of a group, beside its lr: what the kernels take
-OPTIONS = ("weight_decay", "betas", "eps", "decoupled_weight_decay", "momentum", "nesterov")
+OPTIONS = ("weight_decay", "betas", "eps", "decoupled_weight_decay", "momentum", "nesterov", "bias_correction",
+           "min_coeff", "max_coeff")
 
 
 def mistaken(model: nn.Module, groups: Sequence[Mapping[str, Any]]) -> Iterator[str]:

@@ -123,7 +123,7 @@ UNITS = "blocks travel whole, the next one while this one computes: nothing is c
 OFFLOAD = "nothing is moved: on a CPU masters, moments and weights are in its memory already"
 MODULE = "the module's own torch.utils.checkpoint decides; this block is for deepspeed.checkpointing"
 CHECKPOINTS = "checkpoints are of the project's own format, which knows no layout"
-ADAM, SGD = "adam|adamw", "sgd"
+ADAM, SGD, LAMB, LION = "adam|adamw", "sgd", "lamb", "lion"
 WARM = "WarmupLR|WarmupDecayLR"
 
 TABLE: tuple[Key, ...] = (
@@ -188,10 +188,10 @@ TABLE: tuple[Key, ...] = (
     *_block("torch_autocast", f"{LATER}; write bf16 or fp16", "dtype word; lower_precision_safe_modules words"),
     *_block("amp", "apex is not used; write bf16 or fp16", "opt_level word"),
     # ---- optimizer
-    Key("optimizer.type", "adam|adamw|sgd", MUST, HONOURED, "Adam is AdamW unless adam_w_mode is false. Adagrad, Lamb, "
-        "Lion, Muon, the 1-bit and the mu kinds are not here yet"),
+    Key("optimizer.type", "adam|adamw|sgd|lamb|lion", MUST, HONOURED, "Adam is AdamW unless adam_w_mode is false; Lamb "
+        "measures each tensor whole. Adagrad, Muon, the 1-bit and the mu kinds are not here yet"),
     *_all(IDLE, "the kernels are torch's fused ones", "optimizer.legacy_fusion switch F"),
-    *_of(f"{ADAM}|{SGD}", "optimizer.params", (
+    *_of(f"{ADAM}|{SGD}|{LAMB}|{LION}", "optimizer.params", (
         Key("lr", "amount", 1e-3, HONOURED, "learning rate of groups that say none"),
         Key("max_grad_norm", "amount", None, REFUSED, "is gradient_clipping, beside the optimizer"),
         *_all(IDLE, "the kernels are torch's fused ones", "foreach switch; fused switch"),
@@ -211,6 +211,19 @@ TABLE: tuple[Key, ...] = (
         Key("weight_decay", "amount", 0.0, HONOURED, "of groups that say none, vectors too"),
         Key("nesterov", "switch", False, HONOURED, "the gradient is added once more, ahead"),
         *_all(REFUSED, "there is no such kernel here; write 0", "dampening amount 0.0"))),
+    *_of(LAMB, "optimizer.params", (
+        Key("betas", "betas", (0.9, 0.999), HONOURED, "decay of the mean of gradients and of their squares"),
+        Key("eps", "amount", 1e-8, HONOURED, "added to the root of the second moment"),
+        Key("weight_decay", "amount", 0.0, HONOURED, "of groups that say none, vectors too"),
+        Key("bias_correction", "switch", True, HONOURED, "of both moments, within the direction that is measured"),
+        Key("max_coeff", "amount", 10.0, HONOURED, "the most that a tensor's norm over its direction's may be"),
+        Key("min_coeff", "amount", 0.01, HONOURED, "the least"),
+        *_all(REFUSED, "there is no such kernel here; leave it out", "amsgrad switch F; eps_inside_sqrt switch F"))),
+    *_of(LION, "optimizer.params", (
+        Key("betas", "betas", (0.9, 0.99), HONOURED, "part of the mean of gradients in an update, and its decay"),
+        Key("weight_decay", "amount", 0.0, HONOURED, "of groups that say none, vectors too"))),
+    *_of(f"{LAMB}|{LION}", "optimizer.params", _all(
+        IDLE, "gradients are kept in the flat buffers of the blocks", "set_grad_none switch T")),
     *_all(IDLE, "optimizers that can run over slices are known, others are refused by name",
           "zero_allow_untested_optimizer switch F; zero_force_ds_cpu_optimizer switch T"),
     # ---- scheduler

@@ -28,7 +28,7 @@ from megazero.engine.full import (
     safe_set_full_optimizer_state,
 )
 from megazero.engine.initialize import add_config_arguments, device_of_rank, init_distributed, initialize
-from megazero.engine.optimizers import DeepSpeedCPUAdam, FusedAdam
+from megazero.engine.optimizers import DeepSpeedCPUAdam, DeepSpeedCPULion, FusedAdam, FusedLamb, FusedLion
 from megazero.engine.rates import SCHEDULES
 from megazero.engine.zero import GatheredParameters, Init, register_external_parameter
 from megazero.settings import nearest
@@ -183,7 +183,7 @@ LOGS = {"logger": LOGGER, "log_dist": log_dist}
 RECOMPUTE = {"checkpoint": checkpointed, "non_reentrant_checkpoint": checkpointed_once, "configure": _nothing,
              "is_configured": lambda: True, "reset": _nothing}
 ADAMS = {"FusedAdam": FusedAdam, "DeepSpeedCPUAdam": DeepSpeedCPUAdam}
-LATER = "write AdamW, Adam or SGD"
+LATER = "write AdamW, Adam, SGD, Lamb or Lion"
 WORLD = {"get_rank": get_rank, "get_world_size": get_world_size, "get_local_rank": get_local_rank,
          "is_initialized": lambda: ranks() is not None, "init_distributed": init_distributed,
          **_of(torch.distributed, "ReduceOp ProcessGroup new_group barrier monitored_barrier all_reduce all_gather "
@@ -221,8 +221,8 @@ MODULES: Mapping[str, Names] = {
     "deepspeed.checkpoint": {}, "deepspeed.checkpoint.utils": {
         "clone_tensors_for_torch_save": clone_tensors_for_torch_save},
     "deepspeed.ops": {}, "deepspeed.ops.adam": ADAMS,
-    "deepspeed.ops.lamb": {"FusedLamb": refused("FusedLamb", LATER)},
-    "deepspeed.ops.lion": {name: refused(name, LATER) for name in ("FusedLion", "DeepSpeedCPULion")},
+    "deepspeed.ops.lamb": {"FusedLamb": FusedLamb},
+    "deepspeed.ops.lion": {"FusedLion": FusedLion, "DeepSpeedCPULion": DeepSpeedCPULion},
     "deepspeed.ops.adagrad": {"DeepSpeedCPUAdagrad": refused("DeepSpeedCPUAdagrad", LATER)},
     "deepspeed.pipe": PIPELINES, "deepspeed.runtime.pipe": PIPELINES,
     "deepspeed.moe": {}, "deepspeed.moe.layer": {"MoE": refused("MoE", EXPERTS)},

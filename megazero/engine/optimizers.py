@@ -33,8 +33,35 @@ class DeepSpeedCPUAdam(FusedAdam):
         super().__init__(model_params, lr, bias_correction, betas, eps, adamw_mode, weight_decay, amsgrad)
 
 
+class FusedLamb(torch.optim.Optimizer):
+    """DeepSpeed's name for Lamb with its words: groups for an engine, which measures tensors over all ranks."""
+
+    def __init__(self, params: Any, lr: float = 1e-3, bias_correction: bool = True, betas: Any = (0.9, 0.999),
+                 eps: float = 1e-8, eps_inside_sqrt: bool = False, weight_decay: float = 0.0,
+                 max_grad_norm: float = 0.0, max_coeff: float = 10.0, min_coeff: float = 0.01,
+                 amsgrad: bool = False) -> None:
+        if eps_inside_sqrt or max_grad_norm or amsgrad:
+            raise UserError(f"FusedLamb: eps_inside_sqrt {eps_inside_sqrt}, max_grad_norm {max_grad_norm}, amsgrad "
+                            f"{amsgrad}: there is no such kernel here; leave it out.")
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay,
+                                  "bias_correction": bias_correction, "max_coeff": max_coeff, "min_coeff": min_coeff})
+
+
+class FusedLion(torch.optim.Optimizer):
+    """The same for Lion."""
+
+    def __init__(self, params: Any, lr: float = 1e-3, betas: Any = (0.9, 0.99), weight_decay: float = 0.0,
+                 set_grad_none: bool = True) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
+
+
+class DeepSpeedCPULion(FusedLion):
+    """The same; on a CPU moments and masters are in its memory already."""
+
+
 RULES_OF: Mapping[type, str] = {torch.optim.Adam: "adam", torch.optim.AdamW: "adam", torch.optim.SGD: "sgd",
-                                FusedAdam: "adam", DeepSpeedCPUAdam: "adam"}
+                                FusedAdam: "adam", DeepSpeedCPUAdam: "adam", FusedLamb: "lamb", FusedLion: "lion",
+                                DeepSpeedCPULion: "lion"}
 NOT_DONE = ("amsgrad", "maximize", "dampening", "differentiable")   # options of theirs that the kernels do not have
 RANGES: Mapping[str, tuple[float, float]] = {                   # of numbers, the upper one left out
     "lr": (0, math.inf), "eps": (0, math.inf), "weight_decay": (0, math.inf), "momentum": (0, math.inf),

@@ -297,11 +297,15 @@ def _params(v: Values, block: str) -> dict[str, Any]:
     return {path.removeprefix(prefix): value for path, value in v.items() if path.startswith(prefix)}
 
 
+PLAIN = {"sgd": "lr momentum weight_decay nesterov", "lion": "lr betas weight_decay",
+         "lamb": "lr betas eps weight_decay bias_correction max_coeff min_coeff"}
+
+
 def _optimizer(v: Values) -> tuple[str, dict[str, Any]] | None:
     """A rule and its options in torch's words."""
     kind, p = str(v["optimizer.type"]).lower(), _params(v, "optimizer")
-    if kind == "sgd":
-        return "sgd", {key: p[key] for key in ("lr", "momentum", "weight_decay", "nesterov")}
+    if kind in PLAIN:
+        return kind, {key: tuple(p[key]) if key == "betas" else p[key] for key in PLAIN[kind].split()}
     if kind not in ("adam", "adamw"):
         return None
     decoupled = kind == "adamw" or p["adam_w_mode"]

@@ -319,7 +319,7 @@ def _idle(c: Config) -> Iterator[Check]:
         (m.disable_bias_linear, "--disable-bias-linear", m,
          ("add_qkv_bias", "add_o_bias", "add_mlp_bias", "add_norm_bias")),
         (m.normalization == "LayerNorm", "--normalization LayerNorm", m, ("add_norm_bias",)),
-        (o.optimizer in ("adam", "ademamix"), "--optimizer adam or ademamix", o,
+        (o.optimizer in ("adam", "lamb", "ademamix"), "--optimizer adam, lamb or ademamix", o,
          ("adam_beta1", "adam_beta2", "adam_eps")),
         *((o.optimizer == rule, f"--optimizer {rule}", o, names) for rule, names in {
             "adam": ("decoupled_weight_decay",), "sgd": ("sgd_momentum",), "lion": ("lion_beta1", "lion_beta2"),

@@ -104,6 +104,10 @@ def traffic(p: Plan, rank: int = 0) -> dict[str, int]:
     for axis, cut, size in (("tp", False, p.tp), ("kv", True, p.mesh.kv)):
         n = sum(_partial(f, stored(f, p) // p.shard, slice_, cut) for f in units.values())
         sent[axis] += all_reduce_bytes(n, wide, size)
+    if RULES[p.config.optimizer.optimizer].scope == "statistics":       # two norms of each logical tensor
+        tensors = sum(len(f.pieces) for f in units.values())
+        for axis, size in (("shard", p.shard), ("tp", p.tp)):
+            sent[axis] += all_reduce_bytes(2 * tensors, 8, size)
     return {**sent, "world": all_reduce_bytes(4, 8, p.world)}
 
 

@@ -19,5 +19,6 @@ RULES = {
     "adam": Rule(moments=("exp_avg", "exp_avg_sq")),
     "sgd": Rule(moments=("momentum_buffer",)),
     "lion": Rule(moments=("exp_avg",)),
+    "lamb": Rule(moments=("exp_avg", "exp_avg_sq"), scope="statistics"),
     "ademamix": Rule(moments=("exp_avg", "exp_avg_slow", "exp_avg_sq")),
 }

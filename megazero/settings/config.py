@@ -159,7 +159,7 @@ class Optimization:
     """Optimizer and learning rate."""
 
     optimizer: str = option("adam", "adam has decoupled decay (AdamW); sgd has momentum",
-                            choices=("adam", "sgd", "lion", "ademamix"))
+                            choices=("adam", "sgd", "lion", "lamb", "ademamix"))
     lr: float | None = option(None, "highest learning rate")
     min_lr: float = option(0.0, "lowest learning rate after decay")
     decoupled_lr: float | None = option(None, "highest learning rate of embedding and output, on a curve of their own")

@@ -122,7 +122,7 @@ REFUSED: dict[str, str] = {
     "masters and moments are fp32 here yet: others would round the update; leave it out": """
         use-precision-aware-optimizer exp-avg-dtype exp-avg-sq-dtype main-params-dtype main-grads-dtype
         use-bnb-optimizer reuse-fp32-param""",
-    "that optimizer is not here yet: the update would be another; write --optimizer adam, sgd, lion or ademamix":
+    "that optimizer is not here yet: the update would be another; write --optimizer adam, sgd, lion, lamb or ademamix":
         "muon-* shampoo-* soap-* sophia-* mup-* use-mup",
     "that loss is not here: the loss is the mean of each token's cross entropy": """
         goldfish-loss goldfish-* mtp-* use-kl-loss loss-on-targets-only label-smoothing z-loss-* ce-* kd kd-*
@@ -232,7 +232,7 @@ ASKS: dict[str, tuple[str, str]] = {
     "position-embedding-type": ("mrope-section", "alibi relative mrope t5"),
     "tokenizer-type": ("bert-", "BertWordPieceLowerCase BertWordPieceCase MultimodalTokenizer NullMultimodalTokenizer "
                                 "SFTTokenizer"),
-    "optimizer": ("muon-", "muon dist_muon adafactor lamb sophia shampoo soap ranger adan adagrad"),
+    "optimizer": ("muon-", "muon dist_muon adafactor sophia shampoo soap ranger adan adagrad"),
 }
 
 

@@ -1,42 +1,45 @@
-"""Rules that torch has no fused kernel of, as their papers write them: of a slice of masters, its gradient and moments,
-what they become. Nothing is changed in place, so that a step which is skipped leaves every bit.
+"""Rules that torch has no fused kernel of, as their papers write them: from a slice of masters, its gradient and
+moments, the direction in which it moves, decay aside, and what its moments become. Nothing is changed in place, so that
+a step which is skipped leaves every bit.
 
     w       master          g    gradient, unscaled and clipped        s    moments, by name
     t       number of the step, from 1, float64 on the device          o    options of the group, `lr` on the device
+
+The direction of a rule that measures is as long as the norms of the whole logical tensor say (`Formulas._ratios`).
 """
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+
+from megazero.comm import Group
 
 Tensor = torch.Tensor
 Moments = Mapping[str, Tensor]
 Options = Mapping[str, Any]
-Formula = Callable[[Tensor, Tensor, Moments, Tensor, Options], tuple[Tensor, dict[str, Tensor]]]
+Moved = tuple[Tensor, dict[str, Tensor]]
 CHUNK = 1 << 22                         # elements at a time: what a formula needs while it runs is a few times as much
 
 
-def lion(w: Tensor, g: Tensor, s: Moments, t: Tensor, o: Options) -> tuple[Tensor, dict[str, Tensor]]:
+def lion(g: Tensor, s: Moments, t: Tensor, o: Options) -> Moved:
     """Chen et al. 2023 (Symbolic Discovery of Optimization Algorithms), program 1."""
     beta1, beta2 = o["betas"]
-    update = torch.lerp(g, s["exp_avg"], beta1).sign()
-    return (w - o["lr"] * (update + o["weight_decay"] * w), {"exp_avg": torch.lerp(g, s["exp_avg"], beta2)})
+    return torch.lerp(g, s["exp_avg"], beta1).sign(), {"exp_avg": torch.lerp(g, s["exp_avg"], beta2)}
 
 
-def ademamix(w: Tensor, g: Tensor, s: Moments, t: Tensor, o: Options) -> tuple[Tensor, dict[str, Tensor]]:
+def ademamix(g: Tensor, s: Moments, t: Tensor, o: Options) -> Moved:
     """Pagliardini et al. 2024 (The AdEMAMix Optimizer), algorithm 1: Adam with a second, slower mean of gradients. Its
     part `alpha` rises over `alpha_warmup` steps, its decay over `beta3_warmup`: the half-life grows evenly (section
     3)."""
     beta1, beta2, beta3 = o["betas"]
-    at = (t / o["alpha_warmup"]).clamp(max=1) if o["alpha_warmup"] else 1
+    part = o["alpha"] * ((t / o["alpha_warmup"]).clamp(max=1) if o["alpha_warmup"] else 1)
     slow = _risen(t / o["beta3_warmup"], beta1, beta3) if o["beta3_warmup"] else beta3
-    mean, far = torch.lerp(g, s["exp_avg"], beta1), g + slow * (s["exp_avg_slow"] - g)
-    square = torch.lerp(g * g, s["exp_avg_sq"], beta2)
+    mean, square = torch.lerp(g, s["exp_avg"], beta1), torch.lerp(g * g, s["exp_avg_sq"], beta2)
+    far = g + slow * (s["exp_avg_slow"] - g)
     root = (square / (1 - beta2**t)).sqrt() + o["eps"]
-    update = (mean / (1 - beta1**t) + o["alpha"] * at * far) / root
-    return (w - o["lr"] * (update + o["weight_decay"] * w),
+    return ((mean / (1 - beta1**t) + part * far) / root,
             {"exp_avg": mean, "exp_avg_slow": far, "exp_avg_sq": square})
 
 
@@ -46,39 +49,86 @@ def _risen(part: Tensor, low: float, high: float) -> Tensor:
     return torch.exp(a * b / ((1 - part) * b + part * a)).clamp(max=high)
 
 
-FORMULAS: Mapping[str, Formula] = {"lion": lion, "ademamix": ademamix}
+def lamb(g: Tensor, s: Moments, t: Tensor, o: Options) -> Moved:
+    """You et al. 2020 (Large Batch Optimization for Deep Learning), algorithm 2: Adam's direction, as long as the
+    tensor itself."""
+    beta1, beta2 = o["betas"]
+    mean, square = torch.lerp(g, s["exp_avg"], beta1), torch.lerp(g * g, s["exp_avg_sq"], beta2)
+    first, second = (1 - beta1**t, 1 - beta2**t) if o["bias_correction"] else (1, 1)
+    return mean / first / ((square / second).sqrt() + o["eps"]), {"exp_avg": mean, "exp_avg_sq": square}
+
+
+FORMULAS: Mapping[str, Callable[[Tensor, Moments, Tensor, Options], Moved]] = {
+    "lion": lion, "ademamix": ademamix, "lamb": lamb}
+
+
+class Origin(NamedTuple):
+    """Which logical tensor, by number, a slice is of. `owner`: do its elements count here, or on another rank that
+    holds them too?"""
+
+    number: int
+    owner: bool
 
 
 class Formulas(torch.optim.Optimizer):
     """A rule's formula over slices, as torch's fused kernels are called: `found_inf` and `grad_scale` are read from the
-    device, and a step that is not to be changes nothing."""
+    device, and a step that is not to be changes nothing.
+
+    Of a rule that measures: `origins` of slices, each in one of so many `tensors`, and the `ranks` that hold others.
+    """
 
     found_inf: Tensor
     grad_scale: Tensor | None = None
 
-    def __init__(self, groups: Sequence[dict[str, Any]], formula: Formula, options: dict[str, Any]) -> None:
+    def __init__(self, groups: Sequence[dict[str, Any]], rule: str, options: dict[str, Any]) -> None:
         super().__init__(groups, options)
-        self.formula = formula
+        self.formula = FORMULAS[rule]
+        self.origins: Mapping[Tensor, Origin] = {}
+        self.tensors, self.ranks = 0, tuple[Group, ...]()
 
     def step(self, closure: Any = None) -> None:                # type: ignore[override]
-        go = self.found_inf == 0
-        for group in self.param_groups:
-            for p in group["params"]:
-                state = self.state[p]
-                step = state["step"] + 1
-                moments = {name: t for name, t in state.items() if name != "step"}
-                for part in _chunks(p.detach(), p.grad, moments):
-                    self._change(*part, step.double(), group, go)
-                state["step"].copy_(torch.where(go, step, state["step"]))
+        go, ratios = self.found_inf == 0, self._ratios() if self.origins else {}
+        for p, group in self._all():
+            state = self.state[p]
+            for w, g, moments, t in self._chunks(p):
+                direction, become = self._direction(w, g, moments, t, group)
+                new = w - group["lr"] * ratios.get(p, 1) * direction
+                for now, then in ((w, new), *((moments[name], value) for name, value in become.items())):
+                    now.copy_(torch.where(go, then, now))
+            state["step"].add_(go)
 
-    def _change(self, w: Tensor, grad: Tensor, moments: Moments, t: Tensor, group: Options, go: Tensor) -> None:
-        g = torch.where(go, grad if self.grad_scale is None else grad / self.grad_scale, 0)
-        new, become = self.formula(w, g, moments, t, group)
-        for now, then in ((w, new), *((moments[name], value) for name, value in become.items())):
-            now.copy_(torch.where(go, then, now))
+    def _ratios(self) -> dict[Tensor, Tensor]:
+        """Of each slice: the norm of its logical tensor over that of its direction, 1 where either is zero. One sum
+        over the ranks that hold pieces, of all tensors together."""
+        squares = torch.zeros(self.tensors, 2, dtype=torch.float64, device=self.found_inf.device)
+        for p, group in self._all():
+            origin = self.origins[p]
+            for w, g, moments, t in self._chunks(p) if origin.owner else ():
+                moved = self._direction(w, g, moments, t, group)[0]
+                squares[origin.number] += torch.stack([(x * x).sum(dtype=torch.float64) for x in (w, moved)])
+        for ranks in self.ranks:
+            ranks.all_reduce(squares).wait()
+        norms = squares.sqrt()
+        ratio = (norms[:, 0] / norms[:, 1]).where(norms.gt(0).all(1), 1)
+        return {p: ratio[self.origins[p].number].clamp(group["min_coeff"], group["max_coeff"])
+                for p, group in self._all()}
+
+    def _direction(self, w: Tensor, grad: Tensor, moments: Moments, t: Tensor, group: Options) -> Moved:
+        """Decay included."""
+        g = torch.where(self.found_inf == 0, grad if self.grad_scale is None else grad / self.grad_scale, 0)
+        direction, become = self.formula(g, moments, t, group)
+        return direction + group["weight_decay"] * w, become
+
+    def _all(self) -> Iterator[tuple[Tensor, Options]]:
+        return ((p, group) for group in self.param_groups for p in group["params"])
+
+    def _chunks(self, p: Tensor) -> Iterator[tuple[Tensor, Tensor, Moments, Tensor]]:
+        """(w, gradient, moments, t) of a slice, a piece at a time."""
+        state, w, grad = self.state[p], p.detach(), p.grad
+        assert grad is not None
+        for a in range(0, len(w), CHUNK):
+            part = slice(a, a + CHUNK)
+            yield (w[part], grad[part], {name: m[part] for name, m in state.items() if name != "step"},
+                   state["step"].double() + 1)
 
 
-def _chunks(w: Tensor, g: Tensor, moments: Moments) -> Iterator[tuple[Tensor, Tensor, Moments]]:
-    for a in range(0, len(w), CHUNK):
-        part = slice(a, a + CHUNK)
-        yield w[part], g[part], {name: t[part] for name, t in moments.items()}

@@ -5,6 +5,7 @@ that an update names; the others are formulas (formulas.py). They take the verdi
 the rate in fp32, which is too coarse for fp64: there its plain kernels run, which read rate and step on the host.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 
 from megazero.plan import GROUPS, RULES
 from megazero.settings import Optimization
-from megazero.units.formulas import FORMULAS, Formulas
+from megazero.units.formulas import FORMULAS, Formulas, Origin
 from megazero.units.gate import Verdict
 from megazero.units.unit import Unit
 
@@ -31,16 +32,21 @@ def _sgd(groups: list[dict[str, Any]], o: Optimization, fused: bool) -> torch.op
 
 
 def _lion(groups: list[dict[str, Any]], o: Optimization, fused: bool) -> torch.optim.Optimizer:
-    return Formulas(groups, FORMULAS["lion"], {"betas": (o.lion_beta1, o.lion_beta2)})
+    return Formulas(groups, "lion", {"betas": (o.lion_beta1, o.lion_beta2)})
 
 
 def _ademamix(groups: list[dict[str, Any]], o: Optimization, fused: bool) -> torch.optim.Optimizer:
-    return Formulas(groups, FORMULAS["ademamix"], {
+    return Formulas(groups, "ademamix", {
         "betas": (o.adam_beta1, o.adam_beta2, o.ademamix_beta3), "eps": o.adam_eps, "alpha": o.ademamix_alpha,
         "alpha_warmup": o.ademamix_alpha_warmup, "beta3_warmup": o.ademamix_beta3_warmup})
 
 
-KERNELS: Mapping[str, Kernel] = {"adam": _adam, "sgd": _sgd, "lion": _lion, "ademamix": _ademamix}
+def _lamb(groups: list[dict[str, Any]], o: Optimization, fused: bool) -> torch.optim.Optimizer:
+    return Formulas(groups, "lamb", {"betas": (o.adam_beta1, o.adam_beta2), "eps": o.adam_eps, "bias_correction": True,
+                                     "min_coeff": 0.0, "max_coeff": math.inf})
+
+
+KERNELS: Mapping[str, Kernel] = {"adam": _adam, "sgd": _sgd, "lion": _lion, "ademamix": _ademamix, "lamb": _lamb}
 
 
 @dataclass(frozen=True)
@@ -123,9 +129,10 @@ class Updater:
 
     def _kernel(self, units: Sequence[Unit]) -> torch.optim.Optimizer:
         """Over views of our flat buffers, its state too, from the start: a first step that is skipped leaves zeros."""
-        options = self.groups.options()
+        options, measures = self.groups.options(), RULES[self.settings.optimizer].scope == "statistics"
         slices = [(i, unit, a, b) for i in range(len(options)) for unit in units
-                  for number, a, b in self.groups.ranges(unit) if number == i]
+                  for number, low, high in self.groups.ranges(unit) if number == i
+                  for a, b in (_pieces(unit, low, high) if measures else [(low, high)])]
         params = [unit.master[a:b].detach().requires_grad_() for _, unit, a, b in slices]   # so torch knows a parameter
         for p, (_, unit, a, b) in zip(params, slices, strict=True):
             p.grad = unit.grad_slice[a:b]
@@ -138,4 +145,15 @@ class Updater:
             step = torch.zeros((), dtype=torch.float32, device=p.device)
             self.steps.append(step)
             kernel.state[p] = {"step": step, **{m: flat[a:b] for m, flat in self.state[unit.flat.name].items()}}
+        if measures and isinstance(kernel, Formulas):
+            number = {piece: i for i, piece in enumerate(piece for unit in units for piece in unit.flat.pieces)}
+            of = [next(piece for piece, low, high in unit.pieces() if low <= a < high) for _, unit, a, _ in slices]
+            kernel.origins = {p: Origin(number[piece], piece.shard.owner) for p, piece in zip(params, of, strict=True)}
+            kernel.tensors, sharing = len(number), units[0].sharing
+            kernel.ranks = sharing.shard, sharing.tensor
         return kernel
+
+
+def _pieces(unit: Unit, low: int, high: int) -> list[tuple[int, int]]:
+    """(from, to) of each logical tensor's elements in a part of a unit's slice."""
+    return [(max(a, low), min(b, high)) for _, a, b in unit.pieces() if max(a, low) < min(b, high)]

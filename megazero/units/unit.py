@@ -61,7 +61,8 @@ def viewed(buffer: Tensor) -> bool:
 @dataclass(frozen=True)
 class Sharing:
     """How data-parallel ranks share a unit: the ranks of `shard` hold its slices, those of `replicate` the same slice
-    once more, and so do the `holders` of a tied unit, at several places of a pipeline.
+    once more, and so do the `holders` of a tied unit, at several places of a pipeline. `tensor`: ranks that hold other
+    boxes of its tensors.
 
     level    1: optimizer state and masters are slices, 2: gradients too, 3: weights too.
              With a shard group of one, a slice is the whole
@@ -71,6 +72,7 @@ class Sharing:
     shard: Group = field(default_factory=Alone)
     replicate: Group = field(default_factory=Alone)
     holders: Group = field(default_factory=Alone)
+    tensor: Group = field(default_factory=Alone)
     buffers: Buffers = field(default_factory=Buffers)
 
 
