@@ -42,11 +42,19 @@ SAID_OTHERWISE = {"transformers_version", "architectures", "_name_or_path"}
 # what vLLM reads of every config.json, and of each family's beside that
 SIZES = "architectures model_type vocab_size hidden_size num_attention_heads num_hidden_layers max_position_embeddings tie_word_embeddings"
 LLAMAS = f"{SIZES} num_key_value_heads intermediate_size rms_norm_eps hidden_act rope_theta rope_scaling rope_parameters"
+GEMMAS = f"{LLAMAS} head_dim query_pre_attn_scalar sliding_window layer_types attention_bias".replace("hidden_act ", "hidden_activation ")
 VLLM = {
     "gpt2": "architectures model_type vocab_size n_embd n_head n_layer n_positions n_inner layer_norm_epsilon activation_function",
     "llama": f"{LLAMAS} head_dim attention_bias mlp_bias", "mistral": f"{LLAMAS} head_dim sliding_window",
     "qwen2": f"{LLAMAS} use_sliding_window sliding_window", "qwen3": f"{LLAMAS} head_dim attention_bias use_sliding_window sliding_window",
     "phi3": f"{LLAMAS} sliding_window partial_rotary_factor",
+    "granite": f"{LLAMAS} attention_bias mlp_bias embedding_multiplier attention_multiplier residual_multiplier logits_scaling",
+    "smollm3": f"{LLAMAS} attention_bias mlp_bias no_rope_layers sliding_window layer_types",
+    "gpt_neox": f"{SIZES} intermediate_size layer_norm_eps hidden_act use_parallel_residual attention_bias rotary_pct rotary_emb_base rope_parameters",
+    "opt": f"{SIZES} ffn_dim activation_function enable_bias do_layer_norm_before word_embed_proj_dim layer_norm_elementwise_affine",
+    "gemma": f"{LLAMAS} head_dim", "gemma2": f"{GEMMAS} attn_logit_softcapping final_logit_softcapping",
+    "gemma3_text": f"{GEMMAS} final_logit_softcapping rope_local_base_freq", "olmo2": f"{LLAMAS} attention_bias",
+    "olmo3": f"{LLAMAS} attention_bias sliding_window layer_types",
     "starcoder2": f"{SIZES} num_key_value_heads intermediate_size norm_epsilon hidden_act use_bias sliding_window rope_theta rope_scaling rope_parameters",
 }
 
@@ -114,7 +122,7 @@ def assert_equal_training(model: Any, a: Architecture, reader: Reader) -> None:
 def started(a: Architecture, reader: Reader) -> Run:
     """A run by the flags that the import names, with its weights."""
     dry = replace(a, attention_dropout=0.0, hidden_dropout=0.0)
-    words = " ".join(f"--{k.replace('_', '-')}" + ("" if v is True else f" {shlex.quote(str(v))}") for k, v in flags(dry).items() if v is not False)
+    words = " ".join(f"--{k.replace('_', '-')}" + ("" if v is True else f" {shlex.quote(str(v))}") for k, v in flags(dry).items() if v is not None and v is not False)
     plan = resolved(f"{words} --lr {LR} --min-lr {LR} --weight-decay {DECAY} --adam-eps {EPS} --clip-grad 0 --lr-decay-style constant --mock-data "
                     f"--train-iters {STEPS} --eval-iters 0 --micro-batch-size 2 --dtype fp64")
     assert plan.architecture == replace(dry, pad_rows=plan.architecture.pad_rows)

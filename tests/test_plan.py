@@ -8,6 +8,7 @@ from megazero.plan.architecture import parameter_count
 from megazero.plan.checks import checks, remarks
 from megazero.plan.cost import memory
 from megazero.plan.devices import DEVICES, device_of
+from megazero.plan.families import FAMILIES
 from megazero.plan.operations import flops_per_token
 from megazero.plan.plan import Plan, resolve
 from megazero.plan.show import describe
@@ -137,10 +138,10 @@ def test_the_plan_says_what_a_run_can_be_exported_as_or_what_is_in_the_way() -> 
     """Before training, when it can still be chosen otherwise: for every shape there is."""
     def told(words: str) -> str:
         return next(line for line in describe(resolved(f"{TINY} {words}")).splitlines() if line.startswith("export"))[12:]
-    none = "to no Hugging Face family known here (gpt2, llama, mistral, qwen2, qwen3, phi3, starcoder2): "
+    none = f"to no Hugging Face family known here ({', '.join(FAMILIES)}): "
     expected = {"gpt2": "to Hugging Face as gpt2", "gpt2-plain": "to Hugging Face as gpt2", "llama": "to Hugging Face as llama",
                 "llama-tied-scaled": f"{none}rotary is", "qwen": "to Hugging Face as qwen3", "mistral": "to Hugging Face as mistral", "relu2": f"{none}",
-                "yarn-kinds": f"{none}", "dynamic": f"{none}"}
+                "yarn-kinds": f"{none}", "dynamic": "to Hugging Face as gpt_neox", "gemma": f"{none}", "olmo": f"{none}", "neox": f"{none}", "opt": f"{none}"}
     for shape, words in SHAPES.items():
         assert told(words).startswith(expected[shape]), told(words)
     assert told("--num-query-groups 2") == f"{none}kv heads is 2, gpt2 has 4"
@@ -150,7 +151,7 @@ def test_patterns_of_layers_are_megatrons() -> None:
     """N is a sliding window in N - 1 of N layers, and no rotation in one of N; lists may be sums and products."""
     def kinds(words: str, layers: int = 4) -> tuple[str, ...]:
         return resolved(f"{TINY} --num-layers {layers} --position-embedding-type rope {words}").architecture.kinds
-    assert kinds("--attention-window 8") == kinds("--window-attn-skip-freq 2") == ()                     # all alike
+    assert kinds("--attention-window 8") == kinds("--window-attn-skip-freq 9") == ()                     # all alike
     assert kinds("--attention-window 8 --window-attn-skip-freq 2") == ("local", "full") * 2
     assert kinds("--no-rope-freq 4") == ("local", "local", "local", "local-nope")
     assert kinds("--attention-window 8 --window-attn-skip-freq ([1]*2+[0])*2 --no-rope-freq 0,0,1,0,0,1", 6) == ("local", "local", "full-nope") * 2

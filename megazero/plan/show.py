@@ -11,7 +11,8 @@ from megazero.plan.operations import flops_per_token
 from megazero.plan.plan import Plan
 from megazero.settings import Config, flatten, megatron_defaults
 
-MLPS = {"gelu": "exact GELU", "gelu_tanh": "GELU by tanh", "relu2": "squared ReLU", "swiglu": "SwiGLU"}
+MLPS = {"gelu": "exact GELU", "gelu_tanh": "GELU by tanh", "relu": "ReLU", "relu2": "squared ReLU", "swiglu": "SwiGLU",
+        "geglu": "exact GEGLU", "geglu_tanh": "GEGLU by tanh"}
 
 
 def describe(p: Plan) -> str:
@@ -19,6 +20,7 @@ def describe(p: Plan) -> str:
     c = p.config
     lines = {
         "model": _model(p.architecture),
+        "also": _also(p.architecture),
         "export": _export(p.architecture),
         "ranks": _ranks(p),
         "stages": _stages(p) if len(p.stages) > 1 else "",
@@ -42,14 +44,25 @@ def _model(a: Architecture) -> str:
     positions += f" within {a.window}" if a.window else ""
     return (f"{parameter_count(a):,} parameters: {a.layers} layers x {a.hidden}, {a.heads} heads x {a.head_dim}"
             f"{groups}, ffn {a.ffn} {MLPS[a.activation]}, {a.norm}, {positions} positions, "
-            f"vocabulary {a.vocab_size:,}, {'tied' if a.tied else 'untied'}{_kinds(a)}")
+            f"vocabulary {a.vocab_size:,}, {'tied' if a.tied else 'untied'}")
 
 
-def _kinds(a: Architecture) -> str:
-    """Those of the layers, where they differ."""
-    counts = [f"{a.kinds.count(word)} {word.replace('-nope', ' without rotation')}" for word in dict.fromkeys(a.kinds)]
-    base = f"; local ones on base {a.local_base:g}" if a.local_base else ""
-    return f"; layers: {', '.join(counts)}{base}" if counts else base
+def _also(a: Architecture) -> str:
+    """What most models have not."""
+    norms = {(False, True): "norms after attention and MLP", (True, True): "norms before and after attention and MLP"}
+    kinds = [f"{a.kinds.count(word)} {word.replace('-nope', ' without rotation')}" for word in dict.fromkeys(a.kinds)]
+    told = {
+        f"layers {', '.join(kinds)}": kinds, f"local layers on base {a.local_base:g}": a.local_base,
+        norms.get((a.pre_norm, a.post_norm), ""): a.post_norm, "parallel residual": a.parallel_residual,
+        "norms times 1 + weight": a.norm_plus_one, f"norm of q and k over each {a.qk_norm}": a.qk_norm != "none",
+        f"positions from row {a.position_offset}": a.position_offset,
+        f"embeddings x {a.embedding_multiplier:g}": a.embedding_multiplier != 1,
+        f"residuals x {a.residual_multiplier:g}": a.residual_multiplier != 1,
+        f"scores x {a.attention_multiplier:g}": a.attention_multiplier, f"logits / {a.logits_scaling:g}":
+        a.logits_scaling != 1, f"logits capped at {a.logits_softcap:g}": a.logits_softcap,
+        f"scores capped at {a.attention_softcap:g}, so attention is written out: no kernel knows that":
+        a.attention_softcap}
+    return "; ".join(text for text, has in told.items() if has)
 
 
 def _export(a: Architecture) -> str:

@@ -82,6 +82,7 @@ class Model:
     seq_length: int | None = option(None, "tokens of a sample", unit="tokens")
     max_position_embeddings: int | None = option(None, "longest sequence with learned positions; default --seq-length",
                                                  unit="tokens")
+    position_offset: int = option(0, "rows of learned positions before that of the first token (2 in OPT)", unit="rows")
     position_embedding_type: str = option("learned_absolute", "how positions enter",
                                           choices=("learned_absolute", "rope", "none"))
     rotary_base: float = option(10000.0, "base of the rotary frequencies")
@@ -109,7 +110,20 @@ class Model:
     normalization: str = option("LayerNorm", "the norm before attention, MLP and head",
                                 choices=("LayerNorm", "RMSNorm"))
     norm_epsilon: float = option(1e-5, "added to the variance in norms")
+    apply_layernorm_1p: bool = option(False, "norms multiply by 1 + weight, and weights begin at 0")
+    norm_placement: str = option("before", "norms of what goes into attention and MLP, of what comes out, or both",
+                                 choices=("before", "after", "both"))
+    parallel_residual: bool = option(False, "attention and MLP of a layer read the same: x + attention(x) + mlp(x)")
+    embedding_multiplier: float = option(1.0, "what embeddings are multiplied by")
+    residual_multiplier: float = option(1.0, "what a layer adds is multiplied by")
+    attention_multiplier: float | None = option(None, "what scores are multiplied by; default 1 / sqrt(kv channels)")
+    attn_logit_softcapping: float | None = option(None, "c: scores become c tanh(scores / c), which is written out: no "
+                                                  "kernel of torch's knows it")
+    logits_scaling: float = option(1.0, "what logits are divided by")
+    final_logit_softcapping: float | None = option(None, "c: logits become c tanh(logits / c)")
     swiglu: bool = option(False, "gated MLP: silu(gate) x up")
+    geglu: bool = option(False, "gated MLP: gelu(gate) x up; with --openai-gelu by the tanh formula")
+    relu: bool = option(False, "relu(x) in the MLP instead of GELU")
     squared_relu: bool = option(False, "relu(x)^2 in the MLP instead of GELU")
     openai_gelu: bool = option(False, "GELU by the tanh formula of GPT-2 instead of the exact one")
     disable_bias_linear: bool = option(False, "no biases in linear layers and norms but for those below")
@@ -117,7 +131,9 @@ class Model:
     add_o_bias: bool = option(False, "a bias on attention's output, with --disable-bias-linear")
     add_mlp_bias: bool = option(False, "biases in the MLP, with --disable-bias-linear")
     add_norm_bias: bool = option(False, "biases in LayerNorms, with --disable-bias-linear")
-    qk_layernorm: bool = option(False, "norm over each head of q and k")
+    qk_layernorm: bool = option(False, "norms of q and k")
+    qk_layernorm_over: str = option("head", "each head by itself, or the width: all heads together",
+                                    choices=("head", "width"))
     untie_embeddings_and_output_weights: bool = option(False, "an output matrix of its own instead of the embedding's")
     make_vocab_size_divisible_by: int = option(128, "rows the stored vocabulary is padded to per tensor-parallel rank; "
                                                "padding is never predicted", unit="rows")
