@@ -201,15 +201,15 @@ class _WidthNorm(torch.autograd.Function):
             w.add((dy * n).flatten(0, 1).sum(0).flatten())
         scaled = [dy.to(rstd.dtype) * gain(w, ctx.plus).view(dy.shape[2:])
                   for w, dy in zip(ctx.weights, dys, strict=True)]
+        # of a head that several ranks have, each has a part of the gradient, and takes off as much of the mean's
         along = _means([s * n for s, n in zip(scaled, normal, strict=True)], ctx.weights, ctx.group)
-        # a rank has its own part of the gradient of a head that several have, so also of this mean's
-        parts = [a / w.logical[0].replicas for a, w in zip(along, ctx.weights, strict=True)]
-        dx = [s.sub_(n.mul_(p)).mul_(r).to(q.dtype) for s, n, p, r in zip(scaled, normal, parts, rstd, strict=True)]
+        dx = [s.sub_(n.mul_(a)).mul_(r).to(q.dtype) for s, n, a, r in zip(scaled, normal, along, rstd, strict=True)]
         return *dx, None, None, None, None
 
 
 def _means(xs: Sequence[Tensor], weights: Sequence[Weight], group: Group) -> Tensor:
-    """[2, b, s, 1, 1]: the mean of each x [b, s, n, d] over the channels of all ranks, each counted once."""
+    """[2, b, s, 1, 1]: the mean of each x [b, s, n, d] over the channels of all ranks. What r ranks have counts 1 / r
+    on each."""
     here = [x.sum((-2, -1), keepdim=True) / (w.logical[0].parameter.shape[0] * w.logical[0].replicas)
             for x, w in zip(xs, weights, strict=True)]
     return group.all_reduce(torch.stack(here)).wait()
