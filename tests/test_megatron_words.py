@@ -178,6 +178,7 @@ def test_megatrons_defaults(words: str, dropout: float, activation: str, lag: bo
     assert (c.model.attention_dropout, c.optimizer.lr_warmup_from_init, c.data.sample_order) == (dropout, lag, order)
     assert architecture(c, 101).activation == activation and c.precision.initial_loss_scale == scale
     assert c.model.hidden_dropout == (0.0 if "hidden" in words else 0.1)
+    assert c.model.add_norm_bias == ("--disable-bias-linear" in words)          # its norms are no linear layers
 
 
 def test_the_plan_says_where_megatron_would_differ() -> None:

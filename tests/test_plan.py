@@ -25,7 +25,8 @@ COMMON = "--lr 1e-4 --mock-data --train-iters 10"
     ("gpt2-124m", 50257, 124_439_808), ("gpt2-medium", 50257, 354_823_168), ("gpt2-large", 50257, 774_030_080),
     ("gpt2-xl", 50257, 1_557_611_200), ("gpt3-175b", 50257, 174_604_259_328), ("llama-1b", 128256, 1_235_814_400),
     ("llama-7b", 32000, 6_738_415_616), ("llama-8b", 128256, 8_030_261_248), ("llama-13b", 32000, 13_015_864_320),
-    ("llama-70b", 32000, 68_976_648_192),
+    ("llama-70b", 32000, 68_976_648_192), ("opt-1.3b", 50272, 1_315_758_080), ("pythia-1.4b", 50304, 1_414_647_808),
+    ("gemma2-2b", 256000, 2_614_341_888), ("gemma3-1b", 262144, 999_885_952), ("olmo2-7b", 100352, 7_298_617_344), ("smollm3-3b", 128256, 3_075_098_624),
 ])
 def test_presets_have_the_published_number_of_parameters(model: str, vocabulary: int, parameters: int) -> None:
     assert parameter_count(resolved(f"{COMMON} --model {model} --vocab-size {vocabulary}").architecture) == parameters

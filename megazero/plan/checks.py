@@ -107,8 +107,8 @@ def _model(c: Config, world: int) -> Iterator[Check]:
                f"--rotary-percent {m.rotary_percent:g}: leaves no channel of a head of {head_dim} to rotate; "
                f"write at least {2 / max(head_dim, 2):g}.")
     yield (hidden > 0 and ffn_size(m) == 0,
-           f"--ffn-hidden-size is missing: --swiglu makes it 8/3 of --hidden-size {hidden} in whole 64s, which is "
-           "none; give it.")
+           f"--ffn-hidden-size is missing: {'--geglu' if m.geglu else '--swiglu'} makes it 8/3 of --hidden-size {hidden} "
+           "in whole 64s, which is none; give it.")
     longest = m.max_position_embeddings
     yield (longest and m.seq_length and longest < m.seq_length and m.position_embedding_type == "learned_absolute",
            f"--max-position-embeddings {longest}: is less than --seq-length {m.seq_length}; "

@@ -246,9 +246,11 @@ def megatron_defaults(said: Mapping[str, Any]) -> dict[str, Any]:
     unless --calculate-per-token-loss: those are no flags here.)"""
     half = said.get("fp16") or said.get("dtype") == "fp16"
     gelu = not any(said.get(word) for word in ("swiglu", "squared_relu", "relu", "geglu", "disable_bias_linear"))
+    layer_norm = said.get("normalization", "LayerNorm") == "LayerNorm"
     warm = any(said.get(f"lr_warmup_{unit}") for unit in ("iters", "samples", "fraction"))
     ordered = not (said.get("mock_data") or said.get("data_schedule") or said.get("shuffle") is False)
     return {"attention_dropout": 0.1, "hidden_dropout": 0.1, **({"openai_gelu": True} if gelu else {}),
+            **({"add_norm_bias": True} if said.get("disable_bias_linear") and layer_norm else {}),
             **({"lr_warmup_from_init": True} if warm else {}), **({"sample_order": "megatron"} if ordered else {}),
             **({"initial_loss_scale": 2.0**32} if half and not said.get("loss_scale") else {})}
 
