@@ -11,7 +11,7 @@ FLOORS: dict[str, tuple[int, str]] = {
     "base": (650, "errors text dtypes disk memory strict lease"),
     "pipeline": (750, "schedule timeline weighing split"),
     "settings": (1640, "command_line megatron config moving"),
-    "plan": (4100, "rules devices layout mesh sizes progress action sums program verify rope architecture words operations checks plan cost family facets families show"),
+    "plan": (3930, "rules devices layout mesh sizes progress action sums program verify rope architecture words operations checks plan cost family facets families show"),
     "comm": (1320, "marks group shared gloo nccl fake late ports rendezvous told wires"),
     "units": (920, "random unit gate formulas rules actions"),
     "model": (860, "products ops activations attention decoder"),

@@ -142,7 +142,7 @@ def test_the_plan_says_what_a_run_can_be_exported_as_or_what_is_in_the_way() -> 
     none = f"to no Hugging Face family known here ({', '.join(FAMILIES)}): "
     expected = {"gpt2": "to Hugging Face as gpt2", "gpt2-plain": "to Hugging Face as gpt2", "llama": "to Hugging Face as llama",
                 "llama-tied-scaled": f"{none}rotary is", "qwen": "to Hugging Face as qwen3", "mistral": "to Hugging Face as mistral", "relu2": f"{none}",
-                "yarn-kinds": f"{none}", "dynamic": "to Hugging Face as gpt_neox", "gemma": f"{none}", "olmo": f"{none}", "neox": f"{none}", "opt": f"{none}"}
+                "yarn-kinds": f"{none}", "dynamic": "to Hugging Face as gpt_neox", "gemma": f"{none}", "olmo": "to Hugging Face as olmo2", "neox": f"{none}", "opt": f"{none}"}
     for shape, words in SHAPES.items():
         assert told(words).startswith(expected[shape]), told(words)
     assert told("--num-query-groups 2") == f"{none}kv heads is 2, gpt2 has 4"

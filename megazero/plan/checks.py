@@ -11,7 +11,7 @@ from megazero.pipeline import SCHEDULES, ends_as_layers, from_layout
 from megazero.plan.architecture import block
 from megazero.plan.devices import DEVICES, named
 from megazero.plan.sizes import ramp_of, sizes
-from megazero.plan.words import architecture, ffn_size, pattern
+from megazero.plan.words import architecture, ffn_size, pattern, stretches, turns
 from megazero.settings import Config
 
 
@@ -107,8 +107,8 @@ def _model(c: Config, world: int) -> Iterator[Check]:
                f"--rotary-percent {m.rotary_percent:g}: leaves no channel of a head of {head_dim} to rotate; "
                f"write at least {2 / max(head_dim, 2):g}.")
     yield (hidden > 0 and ffn_size(m) == 0,
-           f"--ffn-hidden-size is missing: {'--geglu' if m.geglu else '--swiglu'} makes it 8/3 of --hidden-size {hidden} "
-           "in whole 64s, which is none; give it.")
+           f"--ffn-hidden-size is missing: {'--geglu' if m.geglu else '--swiglu'} makes it 8/3 of --hidden-size "
+           f"{hidden} in whole 64s, which is none; give it.")
     longest = m.max_position_embeddings
     yield (longest and m.seq_length and longest < m.seq_length and m.position_embedding_type == "learned_absolute",
            f"--max-position-embeddings {longest}: is less than --seq-length {m.seq_length}; "
@@ -124,6 +124,11 @@ def _model(c: Config, world: int) -> Iterator[Check]:
                                         m.rope_low_freq_factor),
                                        ("--yarn-beta-fast", "--yarn-beta-slow", m.yarn_beta_fast, m.yarn_beta_slow)):
         yield higher <= lower, f"{most} {higher:g}: must be greater than {least} {lower:g}."
+    rotary = architecture(c, 0).rotary
+    yield (rotary and rotary.base > 0 and rotary.scaling and stretches(rotary.scaling)
+           and not turns(rotary, m.seq_length or 1),
+           f"--rotary-base {m.rotary_base:g}: cannot be stretched by --rope-scaling-type {m.rope_scaling_type}; "
+           "write a larger one.")
     for flag, text in (("--window-attn-skip-freq", m.window_attn_skip_freq), ("--no-rope-freq", m.no_rope_freq)):
         yield (text and m.num_layers and pattern(text, m.num_layers, last=True) is None,
                f"{flag} {text}: must be a number N, for the last of each N layers, or a list of 0 and 1 for each of "

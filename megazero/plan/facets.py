@@ -4,6 +4,7 @@ Pure.
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from itertools import takewhile
 from typing import Any
 
 from megazero.base import Form, faults, said
@@ -69,12 +70,11 @@ class Rope:
                                      f"{self.theta}?": (None, float)}))
         if wrong:
             return {}, {}, wrong
-        old, new, near = config.get("rope_scaling") or {}, dict(config.get("rope_parameters") or {}), dict[str, Any]()
-        if self.nested:
-            wrong += [f"rope_parameters: has {word(key)} beside {', '.join(NESTED)}"
-                      for key in new if new.keys() & set(NESTED) and key not in NESTED]
-            near = new.get(NESTED[1]) or {}
-            new = (new.get(NESTED[0]) or {}) if new.keys() & set(NESTED) else new
+        old, new, near = config.get("rope_scaling") or {}, config.get("rope_parameters") or {}, dict[str, Any]()
+        if nested := new.keys() & set(NESTED):
+            wrong += [f"rope_parameters: has {word(key)}, which is not known here"
+                      for key in (new.keys() - nested if self.nested else sorted(nested))]
+            new, near = (new.get(name) or {} for name in NESTED)
         theta = {"rope_theta": config[self.theta]} if config.get(self.theta) is not None else {}
         old = {"rope_type": old.get("type", "default"), **old, **theta} if old else theta
         wrong += [f"rope_parameters: {key} is {said(new[key])}, elsewhere {said(old[key])}; let both say the same"
@@ -141,8 +141,9 @@ LAYER_TYPES = {"full_attention": "full", "sliding_attention": "local"}
 def window_of(config: Values, default: int | None, errors: Errors) -> int:
     """Tokens that each sees; 0 for all."""
     window = config.get("sliding_window", default)
-    errors += faults(window, (None, SIZE), "sliding_window")
-    return window or 0
+    wrong = list(faults(window, (None, SIZE), "sliding_window"))
+    errors += wrong
+    return 0 if wrong or window is None else window
 
 
 def layer_types(config: Values, layers: int, plain: Callable[[int], bool], errors: Errors) -> list[str]:
@@ -194,8 +195,7 @@ def _upper_write(a: Architecture) -> dict[str, Any]:
         return {"use_sliding_window": False, "sliding_window": None}
     types = types_of(a)
     return {"use_sliding_window": True, "sliding_window": a.window, "layer_types": types,
-            "max_window_layers": next(i for i, name in enumerate([*types, "sliding_attention"]) if name != types[0]
-                                      or name == "sliding_attention")}
+            "max_window_layers": len(list(takewhile("full_attention".__eq__, types)))}
 
 
 UPPER = Facet(_upper_read, _upper_write)                    # the upper layers see a window
@@ -255,6 +255,11 @@ def _multiplier_read(config: Values, values: Values, errors: Errors) -> dict[str
 
 # scores x multiplier
 MULTIPLIER = Facet(_multiplier_read, lambda a: {"attention_multiplier": a.attention_multiplier or a.head_dim**-0.5})
-# scores / sqrt(scalar)
-SCALAR = Facet(_scalar_read, lambda a: {
-    "query_pre_attn_scalar": round(a.attention_multiplier**-2) if a.attention_multiplier else a.head_dim})
+
+
+def _scalar_write(a: Architecture) -> dict[str, Any]:
+    scalar = 1 / a.attention_multiplier / a.attention_multiplier if a.attention_multiplier else a.head_dim
+    return {"query_pre_attn_scalar": round(scalar) if scalar < 2**31 else scalar}
+
+
+SCALAR = Facet(_scalar_read, _scalar_write)                 # scores / sqrt(scalar)

@@ -169,7 +169,10 @@ def zeros(name: str, ours: Mapping[str, tuple[int, ...]]) -> tuple[int, ...] | N
 def obstacles(a: Architecture, family: Family) -> list[str]:
     """What keeps this family from expressing this architecture exactly;
     biases it has beyond the model's are no obstacle."""
-    back, told = expressed(to_config(a, family), family), vars(a)
+    try:
+        back, told = expressed(to_config(a, family), family), vars(a)
+    except UserError as error:                                  # a number that config.json cannot say
+        return [sentence.removeprefix("config.json: ").rstrip(".") for sentence in error.sentences]
     different = [f"{k.replace('_', ' ')} is {_shown(told[k])}, {family.model_type} has {_shown(v)}"
                  for k, v in vars(back).items() if k not in FREE and told[k] != v and not (k.endswith("bias") and v)]
     if different:

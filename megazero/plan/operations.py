@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from math import ceil, prod
 from typing import NamedTuple
 
-from megazero.plan.architecture import Architecture, LayerKind, parts, units
+from megazero.plan.architecture import Architecture, parts, units
 from megazero.plan.layout import Operand, flat
 
 
@@ -142,7 +142,7 @@ def _block(a: Architecture, m: Micro, w: Mapping[str, Operand], layer: int) -> t
     needs = {"relu": activation, "relu2": {"relu": inner}}.get(a.activation, {"up": up})
     return (
         *_column(a, m, w, f"{at}.norm", f"{at}.qkv", "input"),
-        *_attention(a, m, w, at, a.kind(layer), round(2 * a.heads * a.head_dim * a.seen(layer))),
+        *_attention(a, m, w, layer),
         *_post_norm(a, m, w, at),
         *_dropout(a, m, at),
         *_column(a, m, w, f"{mlp}.norm", f"{mlp}.up", "input" if a.parallel_residual else "middle"),
@@ -171,9 +171,9 @@ def _column(a: Architecture, m: Micro, w: Mapping[str, Operand], norm: str, name
             Operation(name, *_reads(w, name), {x: stream} if again else normal, between=normal | dy, moves=COLUMN)]
 
 
-def _attention(a: Architecture, m: Micro, w: Mapping[str, Operand], at: str, kind: LayerKind,
-               flops: int) -> list[Operation]:
+def _attention(a: Architecture, m: Micro, w: Mapping[str, Operand], layer: int) -> list[Operation]:
     """Norms of heads, rotation, attention, and the row operation behind it."""
+    at, kind = f"layers.{layer}.attention", a.kind(layer)
     real, pairs, d, hides = m.real * m.width, m.samples * m.length**2, a.head_dim, 0 < kind.window < m.length
     together = {"qkv": m.tokens * w[f"{at}.qkv.weight"].shape[0] * m.width}         # q, k and v are views of it
     q, k, _ = (p.shard.box.size[0] for p in w[f"{at}.qkv.weight"].pieces)
@@ -201,7 +201,7 @@ def _attention(a: Architecture, m: Micro, w: Mapping[str, Operand], at: str, kin
         kept = views["q"] | fewer | out | {"logsumexp": m.real * q // d * m.wide}
     x = {"padded attention": m.tokens * q * m.width} if m.tokens > m.real else out
     return [*norms, *([Operation(f"{at}.rotary")] if kind.rotary else []),
-            Operation(f"{at}.attention", flops=flops, kept=kept),
+            Operation(f"{at}.attention", flops=round(2 * a.heads * d * a.seen(layer)), kept=kept),
             _row(a, m, w, f"{at}.o", x, x)]
 
 

@@ -49,20 +49,20 @@ def _model(a: Architecture) -> str:
 
 def _also(a: Architecture) -> str:
     """What most models have not."""
-    norms = {(False, True): "norms after attention and MLP", (True, True): "norms before and after attention and MLP"}
     kinds = [f"{a.kinds.count(word)} {word.replace('-nope', ' without rotation')}" for word in dict.fromkeys(a.kinds)]
-    told = {
-        f"layers {', '.join(kinds)}": kinds, f"local layers on base {a.local_base:g}": a.local_base,
-        norms.get((a.pre_norm, a.post_norm), ""): a.post_norm, "parallel residual": a.parallel_residual,
-        "norms times 1 + weight": a.norm_plus_one, f"norm of q and k over each {a.qk_norm}": a.qk_norm != "none",
-        f"positions from row {a.position_offset}": a.position_offset,
-        f"embeddings x {a.embedding_multiplier:g}": a.embedding_multiplier != 1,
-        f"residuals x {a.residual_multiplier:g}": a.residual_multiplier != 1,
-        f"scores x {a.attention_multiplier:g}": a.attention_multiplier, f"logits / {a.logits_scaling:g}":
-        a.logits_scaling != 1, f"logits capped at {a.logits_softcap:g}": a.logits_softcap,
-        f"scores capped at {a.attention_softcap:g}, so attention is written out: no kernel knows that":
-        a.attention_softcap}
-    return "; ".join(text for text, has in told.items() if has)
+    told = (
+        (kinds, f"layers: {', '.join(kinds)}"), (a.local_base, f"local layers on base {a.local_base:g}"),
+        (a.post_norm, f"norms {'before and ' * a.pre_norm}after attention and MLP"),
+        (a.norm_plus_one, "norms times 1 + weight"), (a.qk_norm != "none", f"norm of q and k over each {a.qk_norm}"),
+        (a.parallel_residual, "parallel residual"), (a.position_offset, f"positions from row {a.position_offset}"),
+        (a.embedding_multiplier != 1, f"embeddings x {a.embedding_multiplier:g}"),
+        (a.residual_multiplier != 1, f"residuals x {a.residual_multiplier:g}"),
+        (a.attention_multiplier, f"scores x {a.attention_multiplier:g}"),
+        (a.logits_scaling != 1, f"logits / {a.logits_scaling:g}"),
+        (a.logits_softcap, f"logits capped at {a.logits_softcap:g}"),
+        (a.attention_softcap,
+         f"scores capped at {a.attention_softcap:g}: attention is written out, for no kernel knows that"))
+    return "; ".join(text for has, text in told if has)
 
 
 def _export(a: Architecture) -> str:

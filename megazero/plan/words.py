@@ -5,7 +5,8 @@ be a stranger's. Pure.
 import ast
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, replace
+from math import isfinite
 from typing import Any
 
 from megazero.base import Form, UserError, checked, made
@@ -68,6 +69,8 @@ def impossible(a: Architecture) -> Iterator[str]:
         yield f"its heads of {a.head_dim} cannot turn {a.rotary.channels} channels on the base {a.rotary.base:g}"
     if a.rotary and a.rotary.scaling and not stretches(a.rotary.scaling):
         yield f"its rotary scaling {a.rotary.scaling.rope_type} has a number that is not above 0, or not above another"
+    elif a.rotary and a.rotary.base > 0 and not turns(a.rotary, a.seq_length):
+        yield f"its rotary scaling cannot be on the base {a.rotary.base:g}"
 
 
 def stretches(scaling: Scaling) -> bool:
@@ -78,6 +81,15 @@ def stretches(scaling: Scaling) -> bool:
     numbers = {f.name: v for f in fields(scaling) if not isinstance(v := getattr(scaling, f.name), str | bool)}
     return (all(v > 0 or (name in zero and v == 0) for name, v in numbers.items())
             and (not low or numbers[low] < numbers[high]))
+
+
+def turns(rotary: Rotary, length: int) -> bool:
+    """Are its frequencies numbers? Of some channels: a stranger's heads may be of any width."""
+    try:
+        some = replace(rotary, channels=min(rotary.channels, 256))
+        return all(isfinite(f) for f in (*some.frequencies(length), some.amplitude))
+    except (ArithmeticError, ValueError):
+        return False
 
 
 # ---- what a configuration says
