@@ -248,8 +248,8 @@ def test_attention_by_document_is_asked_what_a_mask_says(monkeypatch: pytest.Mon
     tokens = torch.tensor([[1, 1, 9, 1, 1, 1, 9, 1, 1, 1, 1, 1], [1, 9, 9, 1, 1, 1, 1, 1, 1, 1, 1, 9]])
     bounds = bounds_of(tokens, 9)
 
-    def kernel(q: Tensor, k: Tensor, v: Tensor, *_: object, window_size: tuple[int, int]) -> Tensor:
-        assert window_size == (-1, 0) and q.shape == k.shape == v.shape == (24, 4, 8) and _[2:] == (12, 12)
+    def kernel(q: Tensor, k: Tensor, v: Tensor, *_: object, scale: float | None, window_size: tuple[int, int]) -> Tensor:
+        assert scale is None and window_size == (-1, 0) and q.shape == k.shape == v.shape == (24, 4, 8) and _[2:] == (12, 12)
         return torch.cat([attention(q[None, a:b], k[None, a:b], v[None, a:b], None, Alone())[0] for a, b in pairwise(bounds.tolist())])
 
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel)

@@ -205,7 +205,7 @@ class Block:
         if shared.angles:
             q, k = rotate(q, *shared.angles), rotate(k, *shared.angles)
         y = attention(q, k, v, shared.mask, Alone(), self.attention_dropout(q, batch), shared.bounds,
-                      self.kind.window, a.attention_multiplier or a.head_dim**-0.5, a.attention_softcap)
+                      self.kind.window, a.attention_multiplier or None, a.attention_softcap)
         return row(self.d.padded(y.reshape(b * s, -1)), self.o, self.o_bias, self.d.group)
 
     def attention_dropout(self, q: Tensor, batch: Batch) -> Tensor | None:
