@@ -163,7 +163,7 @@ def one_step(step: Step) -> tuple[float, float]:
     return loss, norm
 
 
-@pytest.mark.parametrize("shape", ["gpt2", "llama"])
+@pytest.mark.parametrize("shape", ["gpt2", "llama", "gemma", "olmo", "neox"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 def test_lower_precisions_stay_near_float64(shape: str, dtype: str) -> None:
     """The same weights and batch. Rounding of one operation is 2^-24, 2^-8, 2^-11; a gradient passes some thirty of them in two

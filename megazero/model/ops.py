@@ -149,9 +149,9 @@ def rms_norm(x: Tensor, weight: Weight, epsilon: float, plus: float = 0) -> Tens
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Weight, epsilon: float, plus: float) -> Tensor:
-        by = gain(weight, plus)
-        if x.is_cuda:
-            y, rstd = torch.ops.aten._fused_rms_norm(x, x.shape[-1:], by.to(x.dtype), epsilon)
+        by, ctx.fused = gain(weight, plus), x.is_cuda and not plus             # the kernel's gains have x's dtype
+        if ctx.fused:
+            y, rstd = torch.ops.aten._fused_rms_norm(x, x.shape[-1:], by, epsilon)
         else:
             wide = x.to(statistics(x.dtype))
             rstd = wide.square().mean(-1, keepdim=True).add_(epsilon).rsqrt_()
@@ -166,9 +166,9 @@ class _RMSNorm(torch.autograd.Function):
         by = gain(ctx.weight, ctx.plus)
         normal = x * rstd                                       # in fp32 or wider, as what is added up over tokens
         ctx.weight.add((dy * normal).flatten(0, -2).sum(0))
-        if x.is_cuda:
+        if ctx.fused:
             back = torch.ops.aten._fused_rms_norm_backward
-            return back(dy, x, x.shape[-1:], rstd, by.to(x.dtype), [True, False])[0], None, None, None
+            return back(dy, x, x.shape[-1:], rstd, by, [True, False])[0], None, None, None
         scaled = dy.to(rstd.dtype) * by
         dx = scaled.sub_(normal.mul_((scaled * normal).mean(-1, keepdim=True))).mul_(rstd)
         return dx.to(x.dtype), None, None, None

@@ -135,7 +135,7 @@ class Rope:
 
 # ---- kinds of layers
 
-LAYER_TYPES = {"full_attention": "full", "sliding_attention": "local"}
+LAYER_TYPES = dict(zip(NESTED, ("full", "local"), strict=True))
 
 
 def window_of(config: Values, default: int | None, errors: Errors) -> int:
@@ -162,9 +162,10 @@ def layer_types(config: Values, layers: int, plain: Callable[[int], bool], error
 
 
 def types_of(a: Architecture) -> list[str]:
-    """Of an architecture, in their words."""
-    names = {ours: theirs for theirs, ours in LAYER_TYPES.items()}
-    return [names[(a.kinds[i] if a.kinds else "local").removesuffix("-nope")] for i in range(a.layers)]
+    """Of an architecture, in their words: full where local layers are as all others."""
+    full, local = NESTED
+    return [local if kind.startswith("local") and (a.window or a.local_base) else full
+            for kind in a.kinds or ("local",) * a.layers]
 
 
 def alternating(period: int, default: int) -> Facet:
@@ -176,7 +177,7 @@ def alternating(period: int, default: int) -> Facet:
         errors += faults(each, SIZE, "sliding_window_pattern")
         each = each if isinstance(each, int) and each > 0 else period
         kinds = layer_types(config, values["layers"], lambda i: (i + 1) % each != 0, errors)
-        return {"window": window, "kinds": alike(kinds)}
+        return {"window": window, "kinds": alike(kinds if window or values.get("local_base") else [])}
 
     return Facet(read, lambda a: {"sliding_window": a.window or None, "layer_types": types_of(a)})
 
@@ -220,8 +221,7 @@ def _still_read(config: Values, values: Values, errors: Errors) -> dict[str, Any
 def _still_write(a: Architecture) -> dict[str, Any]:
     kinds = a.kinds or ("local",) * a.layers
     return {"no_rope_layers": [int(not kind.endswith("nope")) for kind in kinds], "sliding_window": a.window or None,
-            "use_sliding_window": bool(a.window),
-            "layer_types": types_of(a) if a.window else ["full_attention"] * a.layers}
+            "use_sliding_window": bool(a.window), "layer_types": types_of(a)}
 
 
 STILL = Facet(_still_read, _still_write)                    # some layers turn nothing

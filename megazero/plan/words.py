@@ -138,9 +138,9 @@ def _meant(name: str, value: Any) -> Any:
 
 def kinds_of(m: Model, layers: int) -> tuple[str, ...]:
     """By Megatron's two patterns. What cannot be read is none here: checks() tells it."""
-    turns = m.position_embedding_type == "rope"
-    local = pattern(m.window_attn_skip_freq, layers, last=False) if m.window_attn_skip_freq else None
-    still = pattern(m.no_rope_freq, layers, last=True) if m.no_rope_freq and turns else None
+    other, rope = m.attention_window or m.rope_local_base_freq, m.position_embedding_type == "rope"
+    local = pattern(m.window_attn_skip_freq, layers, last=False) if m.window_attn_skip_freq and other else None
+    still = pattern(m.no_rope_freq, layers, last=True) if m.no_rope_freq and rope else None
     return alike([("local" if local is None or local[i] else "full") + ("-nope" if still and still[i] else "")
                   for i in range(layers)])
 
