@@ -58,6 +58,12 @@ def test_flops_are_six_n_plus_attention() -> None:
     assert flops_per_token(llama) == 6 * (80 * block + 32000 * 8192) + 6 * 80 * 64 * 128 * llama.seq_length
 
 
+def test_a_window_counts_in_the_layers_that_have_it() -> None:
+    """Of 24 tokens in a window of 8 each sees 6.67 on average, of all of them 12: twice that times 64 channels, three passes, one layer."""
+    plain, some = (resolved(f"{TINY} {words}").architecture for words in ("", "--attention-window 8 --window-attn-skip-freq 2"))
+    assert flops_per_token(plain) - flops_per_token(some) == 3 * (2 * 64 * 24 - round(2 * 64 * (16 - 64 / 24)))
+
+
 def test_batches_and_lengths() -> None:
     p = resolved(f"{TINY} --micro-batch-size 2 --global-batch-size 6 --train-samples 62 --lr-warmup-samples 12".replace("--train-iters 5", ""))
     assert (p.micro_batches, p.global_batch, p.train_iters, p.tokens_per_step, p.warmup_iters) == (3, 6, 10, 144, 2)
