@@ -97,7 +97,7 @@ WRONG = {
     "--logits-scaling -1": "--logits-scaling -1.0: must be greater than 0, and finite.",
     "--position-offset -2": "--position-offset -2: must be 0 or greater, and finite.",
     "--yarn-beta-slow 64": "--yarn-beta-fast 32: must be greater than --yarn-beta-slow 64.",
-    "--window-attn-skip-freq x": "--window-attn-skip-freq x: must be a number N, for the last of each N layers, or a list of 0 and 1 for each of 2 layers, such as 1,0.",
+    "--window-attn-skip-freq x": "--window-attn-skip-freq x: must be a number N, for the last of each N layers, or a list of 2 times 0 or 1, such as [1]*1+[0].",
     "--hidden-dropout 1.5": "--hidden-dropout 1.5: must be at least 0 and less than 1.",
     "--train-samples 100": "--train-samples 100: cannot be combined with --train-iters 5; keep one.",
     "--min-lr 1": "--min-lr 1: is above --lr 0.01; write at most 0.01.",

@@ -164,5 +164,5 @@ def test_patterns_of_layers_are_megatrons() -> None:
     assert kinds("--attention-window 8 --window-attn-skip-freq ([1]*2+[0])*2 --no-rope-freq 0,0,1,0,0,1", 6) == ("local", "local", "full-nope") * 2
     for text in ("0", "-1", "1,1,0", "[2,1,0,1]", "[[1],1,1,0]", "x", "[1]*9**9", "1+1", "(", "print(1)", "[1]*[1]", "'a'", "[1]*4*4"):
         found = checks(config.from_command_line([*TINY.split(), "--num-layers", "4", f"--no-rope-freq={text}"]), 1)
-        assert found == [f"--no-rope-freq {text}: must be a number N, for the last of each N layers, or a list of 0 and 1 for each of 4 layers, "
-                         "such as 1,0,0,1."], text
+        assert found == [f"--no-rope-freq {text}: must be a number N, for the last of each N layers, or a list of 4 times 0 or 1, "
+                         "such as [1]*3+[0]."], text

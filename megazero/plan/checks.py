@@ -131,8 +131,8 @@ def _model(c: Config, world: int) -> Iterator[Check]:
            "write a larger one.")
     for flag, text in (("--window-attn-skip-freq", m.window_attn_skip_freq), ("--no-rope-freq", m.no_rope_freq)):
         yield (text and m.num_layers and pattern(text, m.num_layers, last=True) is None,
-               f"{flag} {text}: must be a number N, for the last of each N layers, or a list of 0 and 1 for each of "
-               f"{m.num_layers} layers, such as {','.join('1001'[i % 4] for i in range(min(m.num_layers or 1, 8)))}.")
+               f"{flag} {text}: must be a number N, for the last of each N layers, or a list of {m.num_layers} times 0 "
+               f"or 1, such as [1]*{(m.num_layers or 1) - 1}+[0].")
 
 
 def _layout(c: Config, world: int) -> Iterator[Check]:
