@@ -26,7 +26,14 @@ YARN = {"factor": 4.0, "original_max_position_embeddings": 8}
 GPT2 = {"vocab_size": 101, "n_positions": 32, "n_embd": 48, "n_layer": 2, "n_head": 4}
 LLAMA = {"vocab_size": 101, "max_position_embeddings": 32, "hidden_size": 48, "intermediate_size": 80, "num_hidden_layers": 2,
          "num_attention_heads": 4, "num_key_value_heads": 2}
-PHI3 = LLAMA | {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+GRANITE = {"embedding_multiplier": 5.0, "attention_multiplier": 0.2, "residual_multiplier": 0.4, "logits_scaling": 3.0}
+PHI3 = LLAMA | IDS
+NEOX = {k: v for k, v in LLAMA.items() if k != "num_key_value_heads"} | {"hidden_size": 64}
+OPT = {"vocab_size": 101, "hidden_size": 48, "ffn_dim": 80, "num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 32, "dropout": 0.0}
+GEMMA = LLAMA | {"head_dim": 20}
+CAPPED = {"num_hidden_layers": 3, "sliding_window": 7, "attn_logit_softcapping": 1.5, "final_logit_softcapping": 2.5, "query_pre_attn_scalar": 30}
+OLMO = {"pad_token_id": 0, "eos_token_id": 2}
 FOUR = LLAMA | {"num_hidden_layers": 4}
 MIXED = ["full_attention", "sliding_attention", "sliding_attention", "full_attention"]
 # the classes' name, and what is said of one
@@ -53,6 +60,24 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "phi3-window": ("Phi3", PHI3 | {"sliding_window": 5}), "starcoder2-window": ("Starcoder2", LLAMA | {"sliding_window": 40}),
     "starcoder2": ("Starcoder2", LLAMA), "starcoder2-untied": ("Starcoder2", LLAMA | {"hidden_act": "gelu", "tie_word_embeddings": False}),
     "starcoder2-plain": ("Starcoder2", LLAMA | {"use_bias": False}),
+    "granite": ("Granite", LLAMA | GRANITE), "granite-biases": ("Granite", LLAMA | GRANITE | {
+        "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True, "attention_multiplier": 12**-0.5}),
+    "smollm3": ("SmolLM3", FOUR | IDS), "smollm3-mixed": ("SmolLM3", FOUR | IDS | {
+        "no_rope_layers": [0, 1, 1, 0], "use_sliding_window": True, "sliding_window": 7, "layer_types": MIXED, "attention_bias": True}),
+    "neox": ("GPTNeoX", NEOX), "neox-serial": ("GPTNeoX", NEOX | {"use_parallel_residual": False, "attention_bias": False, "tie_word_embeddings": True}),
+    "neox-turned": ("GPTNeoX", NEOX | {"hidden_act": "gelu_new", "rope_parameters": {
+        "rope_type": "linear", "factor": 2.0, "rope_theta": 5000.0, "partial_rotary_factor": 1.0}}),
+    "opt": ("OPT", OPT), "opt-untied": ("OPT", OPT | {"enable_bias": False, "tie_word_embeddings": False, "activation_function": "gelu"}),
+    "gemma": ("Gemma", GEMMA), "gemma-biases": ("Gemma", GEMMA | {"attention_bias": True, "tie_word_embeddings": False}),
+    "gemma2": ("Gemma2", GEMMA | CAPPED), "gemma2-full": ("Gemma2", GEMMA | CAPPED | {
+        "query_pre_attn_scalar": 20, "layer_types": ["full_attention"] * 3, "final_logit_softcapping": None, "attn_logit_softcapping": None}),
+    "gemma3": ("Gemma3Text", GEMMA | {"num_hidden_layers": 7, "sliding_window": 6, "query_pre_attn_scalar": 17}),
+    "gemma3-scaled": ("Gemma3Text", GEMMA | {"num_hidden_layers": 4, "sliding_window": 6, "layer_types": MIXED, "final_logit_softcapping": 2.0, "rope_parameters": {
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 50000.0}, "sliding_attention": {"rope_type": "default", "rope_theta": 1000.0}}}),
+    "olmo2": ("Olmo2", LLAMA | OLMO), "olmo2-biases": ("Olmo2", LLAMA | OLMO | {"attention_bias": True, "num_key_value_heads": 4, "tie_word_embeddings": True}),
+    "olmo3": ("Olmo3", FOUR | OLMO | {"sliding_window": 7}),
+    "olmo3-yarn": ("Olmo3", FOUR | OLMO | {"sliding_window": 7, "layer_types": MIXED, "rope_parameters": {
+        "full_attention": {"rope_type": "yarn", "rope_theta": 5000.0, **YARN}, "sliding_attention": {"rope_type": "default", "rope_theta": 5000.0}}}),
 }
 
 

@@ -49,6 +49,14 @@ SHAPES = {
                   "--rope-local-base-freq 500",
     "dynamic": "--position-embedding-type rope --use-rope-scaling --rope-scaling-type dynamic --rope-original-length 8 --disable-bias-linear "
                "--add-norm-bias --add-mlp-bias",
+    "gemma": "--geglu --openai-gelu --normalization RMSNorm --apply-layernorm-1p --norm-placement both --position-embedding-type rope --num-query-groups 2 "
+             "--disable-bias-linear --embedding-multiplier 7.5 --attention-multiplier 0.3 --attn-logit-softcapping 2 --final-logit-softcapping 3 "
+             "--attention-window 9 --window-attn-skip-freq 2 --ffn-hidden-size 96",
+    "olmo": "--swiglu --normalization RMSNorm --norm-placement after --qk-layernorm --qk-layernorm-over width --position-embedding-type rope "
+            "--num-query-groups 2 --disable-bias-linear --untie-embeddings-and-output-weights",
+    "neox": "--parallel-residual --position-embedding-type rope --rotary-percent 0.5 --untie-embeddings-and-output-weights --apply-layernorm-1p "
+            "--residual-multiplier 0.4 --logits-scaling 3 --geglu --ffn-hidden-size 96",
+    "opt": "--relu --position-offset 2 --embedding-multiplier 3",
     "relu2": "--squared-relu --position-embedding-type none --qk-layernorm --ffn-hidden-size 96",
 }
 TINY = "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 24 --vocab-size 101 --lr 1e-2 --mock-data --train-iters 5 --eval-iters 0"

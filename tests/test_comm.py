@@ -202,13 +202,14 @@ def test_the_plan_knows_the_bytes_on_the_wire(words: str, logits: int, monkeypat
 
 
 def test_the_fake_backend_runs_on_one_rank_what_the_shapes_say() -> None:
-    for shape in SHAPES.values():
-        plan = resolved(f"{TINY} {shape} --num-attention-heads 8 --tp 4", 4)
+    for i, shape in enumerate(SHAPES.values()):
+        plan = resolved(f"{TINY} {shape} --num-attention-heads 8 --tp 4 --seq-length 25 --recompute-granularity {('none', 'full')[i % 2]}", 4)
         run = Run(plan, torch.device("cpu"), connect(plan.mesh, 3, "fake", 60))
         run.initialise()
         step = stepping(run)
         step.start()
         assert step.pending and step.pending.verdict.norm.shape == () and run.wires.line.sent["tp"] > 0
+        assert {axis: run.wires.line.sent[axis] for axis in traffic(plan, 3)} == traffic(plan, 3), shape
 
 
 FAULTY = """

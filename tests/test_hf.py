@@ -93,7 +93,7 @@ def test_training_goes_on_from_an_import_with_the_flags_it_names(
 
 
 @pytest.mark.parametrize("words, reason", [
-    ("--qk-layernorm --swiglu --normalization RMSNorm --position-embedding-type rope", "qk norm is True, llama has False"),
+    ("--qk-layernorm --swiglu --normalization RMSNorm --position-embedding-type rope", "qk norm is head, llama has none"),
     ("--position-embedding-type rope --swiglu", "activation is swiglu, starcoder2 has gelu_tanh"),
     ("--num-query-groups 2", "kv heads is 2, gpt2 has 4"),
     ("--swiglu", "activation is swiglu, gpt2 has gelu_tanh"),
@@ -143,7 +143,7 @@ DAMAGES: dict[str, tuple[Any, str]] = {
     "cut": (lambda d: (d / "model.safetensors").write_bytes((d / "model.safetensors").read_bytes()[:-9]), "cannot be read"),
     "no config": (lambda d: (d / "config.json").unlink(), "config.json: cannot be read"),
     "bad json": (lambda d: (d / "config.json").write_text("{"), "config.json: cannot be read .Expecting"),
-    "family": (lambda d: edit(d / "config.json", model_type="opt"), "model_type opt is not known here; there are gpt2, llama"),
+    "family": (lambda d: edit(d / "config.json", model_type="mamba"), "model_type mamba is not known here; there are gpt2, llama"),
     "two ropes": (lambda d: edit(d / "config.json", rope_scaling={"rope_type": "llama3", "factor": 8.0}, rope_parameters={"rope_type": "default"}),
                   "rope_parameters: rope_type is 'default', elsewhere 'llama3'; let both say the same"),
     "two kinds of weights": (lambda d: (d / "model.safetensors.index.json").write_text('{"weight_map": {}}'), "readers differ on which counts; remove one"),

@@ -50,7 +50,13 @@ SAID = {
     "--window-size (4095, 0)": ("--attention-window 4096", ""),
     "--pad-vocab-size-to 250880": ("--vocab-size 250880", ""),
     "--context-parallel-size 1 --expert-model-parallel-size 1 --main-grads-dtype fp32": ("", ""),
-    "--num-workers 4 --use-flash-attn --override-opt_param-scheduler --no-load-rng --apply-layernorm-1p": ("", ""),
+    "--num-workers 4 --use-flash-attn --override-opt_param-scheduler --no-load-rng --apply-layernorm-1p": ("--apply-layernorm-1p", ""),
+    "--position-embedding-type yarn --yarn-rotary-scaling-factor 8 --yarn-original-max-position-embeddings 4096": (
+        "--position-embedding-type rope --use-rope-scaling --rope-scaling-type yarn --rope-scaling-factor 8 --rope-original-length 4096",
+        "--position-embedding-type yarn: is rope with a yarn --rope-scaling-type"),
+    "--rotary-seq-len-interpolation-factor 4": ("--use-rope-scaling --rope-scaling-type linear --rope-scaling-factor 4", "is a linear"),
+    "--window-attn-skip-freq ([1]*5+[0])*3 --no-rope-freq 4": ("--window-attn-skip-freq ([1]*5+[0])*3 --no-rope-freq 4", ""),
+    "--input-embeddings-multiplier 3 --logits-soft-cap 30": ("--embedding-multiplier 3 --final-logit-softcapping 30", "is --embedding-multiplier"),
     "--tp-comm-overlap-rs-dgrad --wandb-project a --profile-ranks 0 8": ("", ""),
     "--lr 1e-3 --seed -3": ("--lr 1e-3 --seed -3", ""),
 }
@@ -172,6 +178,7 @@ def test_megatrons_defaults(words: str, dropout: float, activation: str, lag: bo
     assert (c.model.attention_dropout, c.optimizer.lr_warmup_from_init, c.data.sample_order) == (dropout, lag, order)
     assert architecture(c, 101).activation == activation and c.precision.initial_loss_scale == scale
     assert c.model.hidden_dropout == (0.0 if "hidden" in words else 0.1)
+    assert c.model.add_norm_bias == ("--disable-bias-linear" in words)          # its norms are no linear layers
 
 
 def test_the_plan_says_where_megatron_would_differ() -> None:
@@ -203,7 +210,7 @@ SCRIPTS = {
     "mds_gpt3-175b": ((31, 3, 0, 0), [], ""),
     "mds_llama2": ((37, 5, 9, 0), [], "--vocab-size 32000"),
     "megatron_gpt3-175b": ((31, 2, 1, 0), [], ""),
-    "megatron_llama3-8b_fp8": ((50, 2, 21, 4), ["--fp8-format"], ""),
+    "megatron_llama3-8b_fp8": ((51, 2, 20, 4), ["--fp8-format"], ""),
     "megatron_mixtral-8x7b": ((42, 2, 8, 7), ["--num-experts"], ""),
     "pai_llama2-70b": ((51, 6, 19, 7), ["--cpu-offloading", "--fp8-format"], ""),
     "slime_qwen3-4b_sft": ((17, 0, 10, 2), ["--use-dynamic-batch-size"], ""),

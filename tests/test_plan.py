@@ -8,6 +8,7 @@ from megazero.plan.architecture import parameter_count
 from megazero.plan.checks import checks, remarks
 from megazero.plan.cost import memory
 from megazero.plan.devices import DEVICES, device_of
+from megazero.plan.families import FAMILIES
 from megazero.plan.operations import flops_per_token
 from megazero.plan.plan import Plan, resolve
 from megazero.plan.show import describe
@@ -24,7 +25,8 @@ COMMON = "--lr 1e-4 --mock-data --train-iters 10"
     ("gpt2-124m", 50257, 124_439_808), ("gpt2-medium", 50257, 354_823_168), ("gpt2-large", 50257, 774_030_080),
     ("gpt2-xl", 50257, 1_557_611_200), ("gpt3-175b", 50257, 174_604_259_328), ("llama-1b", 128256, 1_235_814_400),
     ("llama-7b", 32000, 6_738_415_616), ("llama-8b", 128256, 8_030_261_248), ("llama-13b", 32000, 13_015_864_320),
-    ("llama-70b", 32000, 68_976_648_192),
+    ("llama-70b", 32000, 68_976_648_192), ("opt-1.3b", 50272, 1_315_758_080), ("pythia-1.4b", 50304, 1_414_647_808),
+    ("gemma2-2b", 256000, 2_614_341_888), ("gemma3-1b", 262144, 999_885_952), ("olmo2-7b", 100352, 7_298_617_344), ("smollm3-3b", 128256, 3_075_098_624),
 ])
 def test_presets_have_the_published_number_of_parameters(model: str, vocabulary: int, parameters: int) -> None:
     assert parameter_count(resolved(f"{COMMON} --model {model} --vocab-size {vocabulary}").architecture) == parameters
@@ -54,6 +56,12 @@ def test_flops_are_six_n_plus_attention() -> None:
     llama = resolved(f"{COMMON} --model llama-70b --vocab-size 32000").architecture
     block = 8192 * 128 * (64 + 8 + 8 + 64) + 3 * 8192 * 28672
     assert flops_per_token(llama) == 6 * (80 * block + 32000 * 8192) + 6 * 80 * 64 * 128 * llama.seq_length
+
+
+def test_a_window_counts_in_the_layers_that_have_it() -> None:
+    """Of 24 tokens in a window of 8 each sees 6.67 on average, of all of them 12: twice that times 64 channels, three passes, one layer."""
+    plain, some = (resolved(f"{TINY} {words}").architecture for words in ("", "--attention-window 8 --window-attn-skip-freq 2"))
+    assert flops_per_token(plain) - flops_per_token(some) == 3 * (2 * 64 * 24 - round(2 * 64 * (16 - 64 / 24)))
 
 
 def test_batches_and_lengths() -> None:
@@ -137,10 +145,10 @@ def test_the_plan_says_what_a_run_can_be_exported_as_or_what_is_in_the_way() -> 
     """Before training, when it can still be chosen otherwise: for every shape there is."""
     def told(words: str) -> str:
         return next(line for line in describe(resolved(f"{TINY} {words}")).splitlines() if line.startswith("export"))[12:]
-    none = "to no Hugging Face family known here (gpt2, llama, mistral, qwen2, qwen3, phi3, starcoder2): "
+    none = f"to no Hugging Face family known here ({', '.join(FAMILIES)}): "
     expected = {"gpt2": "to Hugging Face as gpt2", "gpt2-plain": "to Hugging Face as gpt2", "llama": "to Hugging Face as llama",
                 "llama-tied-scaled": f"{none}rotary is", "qwen": "to Hugging Face as qwen3", "mistral": "to Hugging Face as mistral", "relu2": f"{none}",
-                "yarn-kinds": f"{none}", "dynamic": f"{none}"}
+                "yarn-kinds": f"{none}", "dynamic": "to Hugging Face as gpt_neox", "gemma": f"{none}", "olmo": "to Hugging Face as olmo2", "neox": f"{none}", "opt": f"{none}"}
     for shape, words in SHAPES.items():
         assert told(words).startswith(expected[shape]), told(words)
     assert told("--num-query-groups 2") == f"{none}kv heads is 2, gpt2 has 4"
@@ -156,5 +164,5 @@ def test_patterns_of_layers_are_megatrons() -> None:
     assert kinds("--attention-window 8 --window-attn-skip-freq ([1]*2+[0])*2 --no-rope-freq 0,0,1,0,0,1", 6) == ("local", "local", "full-nope") * 2
     for text in ("0", "-1", "1,1,0", "[2,1,0,1]", "[[1],1,1,0]", "x", "[1]*9**9", "1+1", "(", "print(1)", "[1]*[1]", "'a'", "[1]*4*4"):
         found = checks(config.from_command_line([*TINY.split(), "--num-layers", "4", f"--no-rope-freq={text}"]), 1)
-        assert found == [f"--no-rope-freq {text}: must be a number N, for the last of each N layers, or a list of 0 and 1 for each of 4 layers, "
-                         "such as 1,0,0,1."], text
+        assert found == [f"--no-rope-freq {text}: must be a number N, for the last of each N layers, or a list of 4 times 0 or 1, "
+                         "such as [1]*3+[0]."], text

@@ -77,9 +77,11 @@ def test_defaults_are_those_of_the_flags_and_unknown_flags_are_refused() -> None
     sizes = {"layers": 1, "hidden": 8, "ffn": 32, "heads": 2, "kv_heads": 2, "head_dim": 4, "seq_length": 8, "vocab_size": 9}
     m = Config().model
     assert architecture_of(sizes) == Architecture(
-        **sizes, epsilon=m.norm_epsilon, norm=m.normalization, activation="gelu", bias=not m.disable_bias_linear, qkv_bias=True, qk_norm=m.qk_layernorm,
+        **sizes, epsilon=m.norm_epsilon, norm=m.normalization, activation="gelu", bias=not m.disable_bias_linear, qkv_bias=True, qk_norm="head" if m.qk_layernorm else "none",
         tied=not m.untie_embeddings_and_output_weights, init_std=m.init_method_std, attention_dropout=m.attention_dropout,
         hidden_dropout=m.hidden_dropout, pad_rows=m.make_vocab_size_divisible_by)
+    assert architecture_of({**sizes, "qk_norm": True, "bias": False, "norm": "RMSNorm"}) == Architecture(
+        **sizes, qk_norm="head", bias=False, o_bias=False, norm_bias=False, norm="RMSNorm")
     assert architecture_of({**sizes, "rotary": {"base": 5.0, "channels": 4, "scaling": [8.0, 1.0, 4.0, 16]}}).rotary == Rotary(5.0, 4, Llama3(8.0, 1.0, 4.0, 16))
     assert build(Config, {"num_layers": 3}).model.num_layers == 3
     with pytest.raises(UserError, match="--no-such, --nor-this: is not known here"):

@@ -29,9 +29,15 @@ def reference(run: Run, w: dict[str, Tensor], batch: Batch) -> Tensor:
     a, (b, s) = run.plan.architecture, batch.tokens.shape
 
     def norm(x: Tensor, name: str) -> Tensor:
+        if name + ".weight" not in w:
+            return x
+        gain = w[name + ".weight"] + (1 if a.norm_plus_one else 0)
         if a.norm == "RMSNorm":
-            return x / (x.square().mean(-1, keepdim=True) + a.epsilon).sqrt() * w[name + ".weight"]
-        return F.layer_norm(x, x.shape[-1:], w[name + ".weight"], w.get(name + ".bias"), a.epsilon)
+            return x / (x.square().mean(-1, keepdim=True) + a.epsilon).sqrt() * gain
+        return F.layer_norm(x, x.shape[-1:], gain, w.get(name + ".bias"), a.epsilon)
+
+    def capped(x: Tensor, cap: float) -> Tensor:
+        return cap * torch.tanh(x / cap) if cap else x
 
     def linear(x: Tensor, name: str) -> Tensor:
         return F.linear(x, w[name + ".weight"], w.get(name + ".bias"))
@@ -42,28 +48,34 @@ def reference(run: Run, w: dict[str, Tensor], batch: Batch) -> Tensor:
         z = torch.view_as_complex(torch.stack((x[..., :half], x[..., half:2 * half]), -1)) * torch.complex(cos, sin)[None, :, None]
         return torch.cat((z.real, z.imag, x[..., 2 * half:]), -1)
 
-    x = w["embedding.weight"][batch.tokens]
+    x = w["embedding.weight"][batch.tokens] * a.embedding_multiplier
     if a.learned_positions:
-        x = x + w["positions.weight"][:s]
+        x = x + w["positions.weight"][a.position_offset:][:s]
     for i in range(a.layers):
         at, mlp = f"layers.{i}.attention", f"layers.{i}.mlp"
         y = norm(x, f"{at}.norm")
-        q, k, v = (linear(y, f"{at}.{n}").view(b, s, -1, a.head_dim) for n in "qkv")
-        if a.qk_norm:
+        q, k, v = (linear(y, f"{at}.{n}") for n in "qkv")
+        if a.qk_norm == "width":
+            q, k = norm(q, f"{at}.q_norm"), norm(k, f"{at}.k_norm")
+        q, k, v = (t.view(b, s, -1, a.head_dim) for t in (q, k, v))
+        if a.qk_norm == "head":
             q, k = norm(q, f"{at}.q_norm"), norm(k, f"{at}.k_norm")
         window, rotary = a.kind(i)
         if rotary:
             q, k = turned(q, rotary), turned(k, rotary)
         k, v = (t.repeat_interleave(a.heads // a.kv_heads, 2) for t in (k, v))
-        scores = torch.einsum("bqnd,bknd->bnqk", q, k) / a.head_dim**0.5
+        scores = capped(torch.einsum("bqnd,bknd->bnqk", q, k) * (a.attention_multiplier or 1 / a.head_dim**0.5), a.attention_softcap)
         hidden = torch.ones(s, s).triu(1).bool() | torch.ones(s, s).tril(-(window or s)).bool()
         seen = torch.softmax(scores.masked_fill(hidden, -torch.inf), -1)
-        x = x + linear(torch.einsum("bnqk,bknd->bqnd", seen, v).reshape(b, s, -1), f"{at}.o")
-        y, up = norm(x, f"{mlp}.norm"), linear(norm(x, f"{mlp}.norm"), f"{mlp}.up")
-        inner = {"swiglu": lambda up=up, y=y, mlp=mlp: F.silu(linear(y, f"{mlp}.gate")) * up, "gelu": lambda up=up: F.gelu(up),
-                 "gelu_tanh": lambda up=up: F.gelu(up, approximate="tanh"), "relu2": lambda up=up: F.relu(up) ** 2}[a.activation]()
-        x = x + linear(inner, f"{mlp}.down")
-    logits = norm(x, "head.norm") @ w["embedding.weight" if a.tied else "head.output.weight"].T
+        before = x
+        x = x + a.residual_multiplier * norm(linear(torch.einsum("bnqk,bknd->bqnd", seen, v).reshape(b, s, -1), f"{at}.o"), f"{at}.post_norm")
+        y = norm(before if a.parallel_residual else x, f"{mlp}.norm")
+        up = linear(y, f"{mlp}.up")
+        gate = linear(y, f"{mlp}.gate") if f"{mlp}.gate.weight" in w else up
+        inner = {"swiglu": F.silu(gate) * up, "geglu": F.gelu(gate) * up, "geglu_tanh": F.gelu(gate, approximate="tanh") * up, "gelu": F.gelu(up),
+                 "gelu_tanh": F.gelu(up, approximate="tanh"), "relu": F.relu(up), "relu2": F.relu(up) ** 2}[a.activation]
+        x = x + a.residual_multiplier * norm(linear(inner, f"{mlp}.down"), f"{mlp}.post_norm")
+    logits = capped(norm(x, "head.norm") @ w["embedding.weight" if a.tied else "head.output.weight"].T / a.logits_scaling, a.logits_softcap)
     return (F.cross_entropy(logits.flatten(0, 1), batch.targets.flatten(), reduction="none") * batch.mask.flatten()).sum()
 
 
@@ -151,7 +163,7 @@ def one_step(step: Step) -> tuple[float, float]:
     return loss, norm
 
 
-@pytest.mark.parametrize("shape", ["gpt2", "llama"])
+@pytest.mark.parametrize("shape", ["gpt2", "llama", "gemma", "olmo", "neox"])
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
 def test_lower_precisions_stay_near_float64(shape: str, dtype: str) -> None:
     """The same weights and batch. Rounding of one operation is 2^-24, 2^-8, 2^-11; a gradient passes some thirty of them in two
@@ -236,8 +248,8 @@ def test_attention_by_document_is_asked_what_a_mask_says(monkeypatch: pytest.Mon
     tokens = torch.tensor([[1, 1, 9, 1, 1, 1, 9, 1, 1, 1, 1, 1], [1, 9, 9, 1, 1, 1, 1, 1, 1, 1, 1, 9]])
     bounds = bounds_of(tokens, 9)
 
-    def kernel(q: Tensor, k: Tensor, v: Tensor, *_: object, window_size: tuple[int, int]) -> Tensor:
-        assert window_size == (-1, 0) and q.shape == k.shape == v.shape == (24, 4, 8) and _[2:] == (12, 12)
+    def kernel(q: Tensor, k: Tensor, v: Tensor, *_: object, scale: float | None, window_size: tuple[int, int]) -> Tensor:
+        assert scale is None and window_size == (-1, 0) and q.shape == k.shape == v.shape == (24, 4, 8) and _[2:] == (12, 12)
         return torch.cat([attention(q[None, a:b], k[None, a:b], v[None, a:b], None, Alone())[0] for a, b in pairwise(bounds.tolist())])
 
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", kernel)

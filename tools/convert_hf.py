@@ -69,7 +69,7 @@ def tokenizer_flags(tokenizer: Tokenizer, folder: str) -> dict[str, object]:
 
 def command(values: dict[str, object]) -> str:
     """Values as flags."""
-    said = {k: v for k, v in values.items() if v is not False}
+    said = {k: v for k, v in values.items() if v is not False and v is not None}
     return " ".join(f"--{k.replace('_', '-')}" + ("" if v is True else f" {v}") for k, v in said.items())
 
 

@@ -68,7 +68,7 @@ def export_folder(reader: Reader, output: Path, dtype: str | None = None, shard:
 
     def make(theirs: str) -> Tensor:
         nonlocal done
-        tensor = _cast(theirs, _theirs(table[theirs], ours, reader), TORCH_DTYPE[name])
+        tensor = _cast(theirs, _theirs(table[theirs], a, ours, reader), TORCH_DTYPE[name])
         done += tensor.nbytes
         told(done, total)
         return tensor
@@ -97,11 +97,27 @@ def _their_shape(row: Row, ours: Mapping[str, tuple[int, ...]]) -> tuple[int, ..
     return stacked[::-1] if row.transpose else stacked
 
 
-def _theirs(row: Row, ours: Mapping[str, tuple[int, ...]], reader: Reader) -> Tensor:
-    """Ours stacked along dimension 0, then transposed if the row says so. An import reads rows of that."""
+def _theirs(row: Row, a: Architecture, ours: Mapping[str, tuple[int, ...]], reader: Reader) -> Tensor:
+    """Ours stacked along dimension 0, dealt as the row says, then transposed if it says so. An import reads rows of
+    what was stacked."""
     parts = [reader.read("weight", n) if n in ours else torch.zeros(zeros(n, ours) or ()) for n in row.ours]
-    stacked = torch.cat(parts) if len(parts) > 1 else parts[0]
+    stacked = torch.cat([_dealt(part, row, a) for part in parts], 1).flatten(0, 1) if len(parts) > 1 else parts[0]
     return stacked.T if row.transpose else stacked
+
+
+def _dealt(tensor: Tensor, row: Row, a: Architecture) -> Tensor:
+    """[n, ...] -> [parts, n / parts, ...]."""
+    parts = getattr(a, row.dealt) if row.dealt else 1
+    return tensor.reshape(parts, len(tensor) // parts, *tensor.shape[1:])
+
+
+def _part(source: HfFolder, row: Row, low: int, high: int, a: Architecture) -> Tensor:
+    """Rows [low, high) of what was stacked, from a tensor of theirs."""
+    if not row.dealt:
+        return source.read(row.theirs, low, high, row.transpose)
+    parts = getattr(a, row.dealt)
+    whole = source.read(row.theirs, 0, source.tensors[source.name(row.theirs) or ""].shape[0])
+    return _dealt(whole, row, a)[:, low // parts:high // parts].flatten(0, 1)
 
 
 def _cast(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -157,7 +173,7 @@ def import_folder(folder: Path, output: Path, told: Told = lambda *_: None) -> t
     def make(slice_: Slice) -> Tensor:
         nonlocal done
         p = parts[slice_.name]
-        tensor = source.read(p.row.theirs, p.low, p.high, p.row.transpose).to(dtype)
+        tensor = _part(source, p.row, p.low, p.high, a).to(dtype)
         done += tensor.nbytes
         told(done, total)
         return tensor
@@ -188,7 +204,7 @@ def _match(a: Architecture, family: Family, source: HfFolder, ours: Mapping[str,
                 at = part.high
                 if n in ours:
                     parts[n] = part
-                elif source.read(row.theirs, part.low, part.high, row.transpose).count_nonzero():
+                elif _part(source, row, part.low, part.high, a).count_nonzero():
                     errors.append(f"--input {source.folder}: {name} is not zero, and this decoder has no such bias.")
     errors += [f"--input {source.folder}: holds {n}, which its config.json does not mention." for n in source.tensors
                if n not in seen and not (n == "lm_head.weight" and a.tied and _is_embedding(n, a, family, source))]

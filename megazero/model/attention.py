@@ -13,8 +13,8 @@ Tensor = torch.Tensor
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, group: Group, keep: Tensor | None = None,
-              bounds: Tensor | None = None, window: int = 0) -> Tensor:
-    """Causal softmax(q kT / sqrt(d)) v: q [b, s, n, d], k and v [b, s, n_kv, d] -> [b, s, n, d].
+              bounds: Tensor | None = None, window: int = 0, scale: float | None = None, cap: float = 0) -> Tensor:
+    """Causal softmax(scale q kT) v: q [b, s, n, d], k and v [b, s, n_kv, d] -> [b, s, n, d].
 
     mask        [b or 1, 1, s, s] of `hiding`, which is added to scores; None: tokens see all before them
     group       ranks that share the sequence (one: the whole sequence is here)
@@ -22,12 +22,15 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, group: Group
     bounds      [documents + 1] where documents begin among the b s tokens, and their end, instead of a mask, where the
                 device `knows_documents`: what is hidden is not computed
     window      tokens that each sees, for `bounds`; 0 for all
+    scale       None: 1 / sqrt(d)
+    cap         c: scores become c tanh(scores / c), which needs a mask; 0: they do not (Gemma Team 2024, section 2)
     """
     assert group.size == 1, "a sequence cut over ranks needs context parallelism"
     if bounds is not None:
         from torch.nn.attention.varlen import varlen_attn  # it takes two seconds, for torch's compiler
         flat, k, v = (_repeat(x, q.shape[2], 2).flatten(0, 1) for x in (q, k, v))
-        out = varlen_attn(flat, k, v, bounds, bounds, q.shape[1], q.shape[1], window_size=(window - 1, 0))
+        out = varlen_attn(flat, k, v, bounds, bounds, q.shape[1], q.shape[1], scale=scale,
+                          window_size=(window - 1, 0))
         assert isinstance(out, Tensor)
         return out.view(q.shape)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
@@ -35,13 +38,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, group: Group
     # of CUDA's kernels that make no [s, s] flash alone knows groups
     if not flash:
         k, v = _repeat(k, q.shape[1], 1), _repeat(v, q.shape[1], 1)
-    if keep is not None:
-        assert mask is not None, "dropout is written out, with what hides tokens from each other"
-        out = _explicit(q, k, v, mask, keep)
+    if keep is not None or cap:
+        assert mask is not None, "what is written out needs what hides tokens from each other"
+        out = _explicit(q, k, v, mask, keep, scale or q.shape[-1] ** -0.5, cap)
     elif mask is None:
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.shape[1] != k.shape[1])
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
     else:
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
     return out.transpose(1, 2)
 
 
@@ -66,10 +69,12 @@ def hiding(at: Tensor, documents: Tensor | None, dtype: torch.dtype, window: int
     return torch.zeros(see.shape, dtype=dtype, device=at.device).masked_fill_(~see, -torch.inf)
 
 
-def _explicit(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, keep: Tensor) -> Tensor:
-    """The formula itself, for dropout whose mask is ours."""
-    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)    # in this order fp16 does not overflow
-    return (torch.softmax(scores.add_(mask), -1) * keep) @ v
+def _explicit(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, keep: Tensor | None, scale: float, cap: float) -> Tensor:
+    """The formula itself, for dropout whose mask is ours, and for scores that are capped."""
+    scores = (q * scale) @ k.transpose(-1, -2)                  # in this order fp16 does not overflow
+    scores = torch.tanh(scores / cap) * cap if cap else scores
+    weights = torch.softmax(scores.add_(mask), -1)
+    return (weights if keep is None else weights * keep) @ v
 
 
 def _repeat(x: Tensor, heads: int, dim: int) -> Tensor:

@@ -9,14 +9,24 @@ Activations between parts are [t / tp, h]. Which units a part reads is said by a
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 
 from megazero.comm import Alone, Group
+from megazero.model.activations import ACTIVATIONS
 from megazero.model.attention import attention, attention_keep, hiding, knows_documents, rotary_table, rotate
-from megazero.model.ops import column, cross_entropy, embedding, layer_norm, positions, rms_norm, row
+from megazero.model.ops import (
+    capped,
+    column,
+    cross_entropy,
+    embedding,
+    layer_norm,
+    positions,
+    rms_norm,
+    row,
+    width_norm,
+)
 from megazero.plan import Architecture, LayerKind, Rotary
 from megazero.units import Unit, Weight, keep_mask, key
 
@@ -45,6 +55,7 @@ class Shared(NamedTuple):
     angles: tuple[Tensor, ...]          # cos and sin, [b or 1, s, 1, r / 2]; none where nothing turns
 
 
+Norm = Callable[[Tensor], Tensor]
 Masks = Callable[[int], Tensor | None]
 Angles = Callable[[Rotary | None], tuple[Tensor, ...]]
 
@@ -74,12 +85,24 @@ class Decoder:
     def maybe(self, name: str) -> Weight | None:
         return self.weight(name) if any(name in u for u in self.units.values()) else None
 
-    def norm(self, name: str) -> Callable[[Tensor], Tensor]:
-        """The norm of that name as a function."""
-        weight, bias = self.weight(f"{name}.weight"), self.maybe(f"{name}.bias")
+    def norm(self, name: str) -> Norm:
+        """The norm of that name as a function; where there is none, what goes in comes out."""
+        weight, bias = self.maybe(f"{name}.weight"), self.maybe(f"{name}.bias")
+        if weight is None:
+            return lambda x: x
+        plus, epsilon = float(self.a.norm_plus_one), self.a.epsilon
         if self.a.norm == "RMSNorm":
-            return partial(rms_norm, weight=weight, epsilon=self.a.epsilon)
-        return partial(layer_norm, weight=weight, bias=bias, epsilon=self.a.epsilon)
+            return partial(rms_norm, weight=weight, epsilon=epsilon, plus=plus)
+        return partial(layer_norm, weight=weight, bias=bias, epsilon=epsilon, plus=plus)
+
+    def qk_norm(self, at: str) -> Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """That of q and k [b, s, n, d]: over each head, or over all heads of all ranks together."""
+        if self.a.qk_norm == "width":
+            weights = self.weight(f"{at}.q_norm.weight"), self.weight(f"{at}.k_norm.weight")
+            return partial(width_norm, weights=weights, epsilon=self.a.epsilon, plus=float(self.a.norm_plus_one),
+                           group=self.group)
+        q_norm, k_norm = self.norm(f"{at}.q_norm"), self.norm(f"{at}.k_norm")
+        return lambda q, k: (q_norm(q), k_norm(k))
 
     def padded(self, x: Tensor) -> Tensor:
         """[b s, ...] -> [t, ...]: zeros up to a multiple of tp.
@@ -96,12 +119,12 @@ class Decoder:
         if self.last is None or self.last[0] is not batch:
             self.last = batch, cache(partial(self.mask, batch)), cache(partial(self.angles, batch))
         _, mask, angles = self.last
-        bounds = batch.bounds if self.packs and not self.drops(batch) else None
+        bounds = batch.bounds if self.packs and not self.written_out(batch) else None
         return Shared(mask(kind.window) if bounds is None else None, bounds, angles(kind.rotary))
 
     def mask(self, batch: Batch, window: int) -> Tensor | None:
         s = batch.tokens.shape[1]
-        if batch.documents is None and not self.drops(batch) and not 0 < window < s:
+        if batch.documents is None and not self.written_out(batch) and not 0 < window < s:
             return None
         return hiding(torch.arange(s, device=batch.tokens.device)[None], batch.documents, self.dtype, window)
 
@@ -109,6 +132,10 @@ class Decoder:
         s = batch.tokens.shape[1]
         return tuple((t[None, :s] if batch.positions is None else t[batch.positions])[:, :, None]
                      for t in (self.rotary[rotary] if rotary else ()))
+
+    def written_out(self, batch: Batch) -> bool:
+        """Is attention its formula, for what no kernel knows?"""
+        return self.drops(batch) or self.a.attention_softcap > 0
 
     def drops(self, batch: Batch) -> bool:
         """Are attention weights dropped?"""
@@ -130,17 +157,22 @@ class Embedding:
     def __init__(self, decoder: Decoder) -> None:
         self.d = decoder
         self.words, self.places = decoder.weight("embedding.weight"), decoder.maybe("positions.weight")
+        # as a number of the weights' dtype: in bf16 sqrt(3072) is 55.5 (Gemma)
+        self.multiplier = torch.tensor(decoder.a.embedding_multiplier, dtype=decoder.dtype).item()
 
     def __call__(self, leaf: Tensor, batch: Batch) -> Tensor:
         x = embedding(self.d.padded(batch.tokens.flatten()), self.words, self.d.group, leaf)
+        x = x if self.multiplier == 1 else x * self.multiplier
         if self.places:
             s = torch.arange(batch.tokens.shape[1], device=x.device).expand_as(batch.tokens)
-            x = positions(x, self.d.mine(s if batch.positions is None else batch.positions), self.places)
+            at = self.d.mine(s if batch.positions is None else batch.positions)
+            x = positions(x, at, self.places, self.d.a.position_offset)
         return self.d.dropped(x, batch, "embedding")
 
 
 class Block:
-    """x + attention(norm(x)), then x + mlp(norm(x)): pre-norm (Radford et al. 2019)."""
+    """x + attention(norm(x)), then x + mlp(norm(x)): pre-norm (Radford et al. 2019). What comes out may have a norm of
+    its own, and the MLP may read what attention reads. A norm that is not there changes nothing."""
 
     def __init__(self, decoder: Decoder, layer: int) -> None:
         self.d, self.name = decoder, f"layers.{layer}"
@@ -148,7 +180,8 @@ class Block:
         at, mlp = f"{self.name}.attention", f"{self.name}.mlp"
         w, maybe = decoder.weight, decoder.maybe
         self.norm, self.mlp_norm = decoder.norm(f"{at}.norm"), decoder.norm(f"{mlp}.norm")
-        self.qk_norm = (decoder.norm(f"{at}.q_norm"), decoder.norm(f"{at}.k_norm")) if decoder.a.qk_norm else None
+        self.post_norm, self.mlp_post_norm = decoder.norm(f"{at}.post_norm"), decoder.norm(f"{mlp}.post_norm")
+        self.qk_norm = decoder.qk_norm(at)
         self.qkv, self.qkv_bias = w(f"{at}.qkv.weight"), maybe(f"{at}.qkv.bias")
         self.o, self.o_bias = w(f"{at}.o.weight"), maybe(f"{at}.o.bias")
         self.up, self.up_bias = w(f"{mlp}.up.weight"), maybe(f"{mlp}.up.bias")
@@ -156,20 +189,23 @@ class Block:
         self.heads = self.qkv.logical[0].box                                             # rows of q on this rank
 
     def __call__(self, x: Tensor, batch: Batch) -> Tensor:
-        x = x + self.d.dropped(self.attention(x, batch), batch, f"{self.name}.attention")
-        return x + self.d.dropped(self.mlp(x), batch, f"{self.name}.mlp")
+        y = self.added(x, self.post_norm(self.attention(x, batch)), batch, "attention")
+        return self.added(y, self.mlp_post_norm(self.mlp(x if self.d.a.parallel_residual else y)), batch, "mlp")
+
+    def added(self, x: Tensor, y: Tensor, batch: Batch, site: str) -> Tensor:
+        """x + y, both [t / tp, h]."""
+        return torch.add(x, self.d.dropped(y, batch, f"{self.name}.{site}"), alpha=self.d.a.residual_multiplier)
 
     def attention(self, x: Tensor, batch: Batch) -> Tensor:
         a, (b, s), shared = self.d.a, batch.tokens.shape, self.d.shared(batch, self.kind)
         y = self.column(x, self.norm, self.qkv, self.qkv_bias)
         qkv = (y if len(y) == b * s else y[:b * s]).view(b, s, -1, a.head_dim)          # [b, s, n + 2 n_kv, d]
         q, k, v = qkv.split([shard.box.size[0] // a.head_dim for shard in self.qkv.logical], dim=2)
-        if self.qk_norm:
-            q, k = self.qk_norm[0](q), self.qk_norm[1](k)
+        q, k = self.qk_norm(q, k)
         if shared.angles:
             q, k = rotate(q, *shared.angles), rotate(k, *shared.angles)
         y = attention(q, k, v, shared.mask, Alone(), self.attention_dropout(q, batch), shared.bounds,
-                      self.kind.window)
+                      self.kind.window, a.attention_multiplier or None, a.attention_softcap)
         return row(self.d.padded(y.reshape(b * s, -1)), self.o, self.o_bias, self.d.group)
 
     def attention_dropout(self, q: Tensor, batch: Batch) -> Tensor | None:
@@ -189,7 +225,7 @@ class Block:
             return row(inner, self.down, self.down_bias, self.d.group, before=activation)
         return row(activation(inner), self.down, self.down_bias, self.d.group)
 
-    def column(self, x: Tensor, norm: Callable[[Tensor], Tensor], weight: Weight, bias: Weight | None) -> Tensor:
+    def column(self, x: Tensor, norm: Norm, weight: Weight, bias: Weight | None) -> Tensor:
         """norm, then a column operation; with selective recompute the norm's result is not kept."""
         if self.d.recompute == "selective":
             return column(x, weight, bias, self.d.group, before=norm)
@@ -201,8 +237,13 @@ class Head:
 
     def __init__(self, decoder: Decoder, chunk: int) -> None:
         self.d, self.chunk = decoder, chunk
-        self.norm = decoder.norm("head.norm")
+        self.last_norm = decoder.norm("head.norm")
         self.output = decoder.weight("embedding.weight" if decoder.a.tied else "head.output.weight")
+
+    def norm(self, x: Tensor) -> Tensor:
+        """Of what the output matrix reads: logits that are divided are products of what is divided."""
+        normal, scaling = self.last_norm(x), self.d.a.logits_scaling
+        return normal if scaling == 1 else normal / scaling
 
     def __call__(self, x: Tensor, batch: Batch) -> Tensor:
         """Sum of the masked losses, a scalar; no gradients."""
@@ -223,41 +264,10 @@ class Head:
     def logits(self, x: Tensor) -> Tensor:
         """[t, h] -> [t, vocabulary], for generation on one rank."""
         with torch.no_grad():
-            return (self.norm(x) @ self.output.value.T)[:, :self.output.box.size[0]]
+            logits = (self.norm(x) @ self.output.value.T)[:, :self.output.box.size[0]]
+            return capped(logits, self.d.a.logits_softcap)[0]
 
     def _loss(self, normal: Tensor, batch: Batch, scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
         targets, mask = self.d.padded(batch.targets.flatten()), self.d.padded(batch.mask.flatten())
         return cross_entropy(self.d.group.all_gather(normal.detach()).wait(), targets, mask, self.output, self.d.group,
-                             self.chunk, scale)
-
-
-def swiglu(x: Tensor) -> Tensor:
-    """silu(gate) x up, for [t, 2 o] of gate and up side by side (Shazeer 2020)."""
-    return _Swiglu.apply(x)
-
-
-class _Swiglu(torch.autograd.Function):
-    """It keeps x alone: silu(gate) is made again in backward, and both gradients are written side by side."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        ctx.save_for_backward(x)
-        gate, up = x.chunk(2, -1)
-        return F.silu(gate) * up
-
-    @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> Tensor:
-        (x,) = ctx.saved_tensors
-        dx = torch.empty_like(x)
-        (gate, up), (dgate, dup) = x.chunk(2, -1), dx.chunk(2, -1)
-        torch.mul(dy, F.silu(gate), out=dup)
-        torch.ops.aten.silu_backward.grad_input(dy * up, gate, grad_input=dgate)
-        return dx
-
-
-ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "gelu": F.gelu,
-    "gelu_tanh": partial(F.gelu, approximate="tanh"),
-    "relu2": lambda x: F.relu(x).square(),
-    "swiglu": swiglu,
-}
+                             self.chunk, scale, self.d.a.logits_softcap)

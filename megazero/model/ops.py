@@ -10,7 +10,7 @@ What autograd saves are activations and handles, never weights. In backward the 
 that it can travel while the weight's gradient is computed.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -100,23 +100,23 @@ def through(leaf: Tensor, again: Tensor, grad: Tensor) -> Tensor:
     return grad if again is leaf else torch.autograd.grad(again, leaf, grad)[0]
 
 
-def layer_norm(x: Tensor, weight: Weight, bias: Weight | None, epsilon: float) -> Tensor:
-    """LayerNorm over the last dimension (Ba et al. 2016); statistics in fp32 or wider."""
-    return _LayerNorm.apply(x, weight, bias, epsilon)
+def layer_norm(x: Tensor, weight: Weight, bias: Weight | None, epsilon: float, plus: float = 0) -> Tensor:
+    """LayerNorm over the last dimension (Ba et al. 2016) times weight + `plus`; statistics in fp32 or wider."""
+    return _LayerNorm.apply(x, weight, bias, epsilon, plus)
 
 
 class _LayerNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Weight, bias: Weight | None, epsilon: float) -> Tensor:
-        y, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], *gains(x, weight, bias), epsilon)
+    def forward(ctx: Any, x: Tensor, weight: Weight, bias: Weight | None, epsilon: float, plus: float) -> Tensor:
+        y, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], *gains(x, weight, bias, plus), epsilon)
         ctx.save_for_backward(x, mean, rstd)
-        ctx.weight, ctx.bias = weight, bias
+        ctx.weight, ctx.bias, ctx.plus = weight, bias, plus
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, mean, rstd = ctx.saved_tensors
-        w, b = gains(x, ctx.weight, ctx.bias)
+        w, b = gains(x, ctx.weight, ctx.bias, ctx.plus)
         back, narrow = torch.ops.aten.native_layer_norm_backward, x.dtype != mean.dtype
         dx, dw, db = back(dy, x, x.shape[-1:], mean, rstd, w, b, [True, not narrow, not narrow and b is not None])
         if narrow:                                  # torch rounds what it adds up over tokens, on the CPU at each token
@@ -126,45 +126,93 @@ class _LayerNorm(torch.autograd.Function):
         ctx.weight.add(dw)
         if ctx.bias:
             ctx.bias.add(db)
-        return dx, None, None, None
+        return dx, None, None, None, None
 
 
-def gains(x: Tensor, weight: Weight, bias: Weight | None) -> tuple[Tensor, Tensor | None]:
+def gains(x: Tensor, weight: Weight, bias: Weight | None, plus: float) -> tuple[Tensor, Tensor | None]:
     """The vectors as torch's kernels want them: in half precisions those of the CPU have statistics in fp32 only beside
     vectors in fp32, those of CUDA only know vectors of x's dtype."""
     dtype = x.dtype if x.is_cuda else statistics(x.dtype)
-    return weight.value.to(dtype), bias.value.to(dtype) if bias else None
+    return gain(weight, plus).to(dtype), bias.value.to(dtype) if bias else None
 
 
-def rms_norm(x: Tensor, weight: Weight, epsilon: float) -> Tensor:
-    """RMSNorm over the last dimension (Zhang and Sennrich 2019); statistics in fp32 or wider."""
-    return _RMSNorm.apply(x, weight, epsilon)
+def gain(weight: Weight, plus: float) -> Tensor:
+    """weight + `plus`, which in half precisions has digits that the weight's dtype has not."""
+    return weight.value.to(statistics(weight.value.dtype)) + plus if plus else weight.value
+
+
+def rms_norm(x: Tensor, weight: Weight, epsilon: float, plus: float = 0) -> Tensor:
+    """RMSNorm over the last dimension (Zhang and Sennrich 2019) times weight + `plus`; statistics in fp32 or wider."""
+    return _RMSNorm.apply(x, weight, epsilon, plus)
 
 
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Weight, epsilon: float) -> Tensor:
-        if x.is_cuda:
-            y, rstd = torch.ops.aten._fused_rms_norm(x, x.shape[-1:], weight.value, epsilon)
+    def forward(ctx: Any, x: Tensor, weight: Weight, epsilon: float, plus: float) -> Tensor:
+        by, ctx.fused = gain(weight, plus), x.is_cuda and not plus             # the kernel's gains have x's dtype
+        if ctx.fused:
+            y, rstd = torch.ops.aten._fused_rms_norm(x, x.shape[-1:], by, epsilon)
         else:
             wide = x.to(statistics(x.dtype))
             rstd = wide.square().mean(-1, keepdim=True).add_(epsilon).rsqrt_()
-            y = (wide * rstd).to(x.dtype) * weight.value
+            y = ((wide * rstd).to(x.dtype) * by).to(x.dtype)
         ctx.save_for_backward(x, rstd)
-        ctx.weight = weight
+        ctx.weight, ctx.plus = weight, plus
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, rstd = ctx.saved_tensors
+        by = gain(ctx.weight, ctx.plus)
         normal = x * rstd                                       # in fp32 or wider, as what is added up over tokens
         ctx.weight.add((dy * normal).flatten(0, -2).sum(0))
-        if x.is_cuda:
-            dx, _ = torch.ops.aten._fused_rms_norm_backward(dy, x, x.shape[-1:], rstd, ctx.weight.value, [True, False])
-            return dx, None, None
-        scaled = dy.to(rstd.dtype) * ctx.weight.value
+        if ctx.fused:
+            back = torch.ops.aten._fused_rms_norm_backward
+            return back(dy, x, x.shape[-1:], rstd, by, [True, False])[0], None, None, None
+        scaled = dy.to(rstd.dtype) * by
         dx = scaled.sub_(normal.mul_((scaled * normal).mean(-1, keepdim=True))).mul_(rstd)
-        return dx.to(x.dtype), None, None
+        return dx.to(x.dtype), None, None, None
+
+
+def width_norm(q: Tensor, k: Tensor, weights: tuple[Weight, Weight], epsilon: float, plus: float,
+               group: Group) -> tuple[Tensor, Tensor]:
+    """RMSNorm of q [b, s, n, d] and of k [b, s, n_kv, d], each over all heads of all ranks together (OLMo 2, section
+    3.1). Ranks add up what each has of both means, and in backward again."""
+    out = _WidthNorm.apply(q, k, weights, epsilon, plus, group)
+    return out[0], out[1]
+
+
+class _WidthNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, weights: tuple[Weight, Weight], epsilon: float, plus: float,
+                group: Group) -> tuple[Tensor, ...]:
+        ctx.weights, ctx.plus, ctx.group = weights, plus, group
+        wide = [x.to(statistics(x.dtype)) for x in (q, k)]
+        rstd = _means([x.square() for x in wide], weights, group).add_(epsilon).rsqrt_()
+        ctx.save_for_backward(q, k, rstd)
+        return tuple(((x * r).to(q.dtype) * gain(w, plus).view(x.shape[2:])).to(q.dtype)
+                     for x, r, w in zip(wide, rstd, weights, strict=True))
+
+    @staticmethod
+    def backward(ctx: Any, *dys: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, rstd = ctx.saved_tensors
+        normal = [x * r for x, r in zip((q, k), rstd, strict=True)]
+        for w, dy, n in zip(ctx.weights, dys, normal, strict=True):
+            w.add((dy * n).flatten(0, 1).sum(0).flatten())
+        scaled = [dy.to(rstd.dtype) * gain(w, ctx.plus).view(dy.shape[2:])
+                  for w, dy in zip(ctx.weights, dys, strict=True)]
+        # of a head that several ranks have, each has a part of the gradient, and takes off as much of the mean's
+        along = _means([s * n for s, n in zip(scaled, normal, strict=True)], ctx.weights, ctx.group)
+        dx = [s.sub_(n.mul_(a)).mul_(r).to(q.dtype) for s, n, a, r in zip(scaled, normal, along, rstd, strict=True)]
+        return *dx, None, None, None, None
+
+
+def _means(xs: Sequence[Tensor], weights: Sequence[Weight], group: Group) -> Tensor:
+    """[2, b, s, 1, 1]: the mean of each x [b, s, n, d] over the channels of all ranks. What r ranks have counts 1 / r
+    on each."""
+    here = [x.sum((-2, -1), keepdim=True) / (w.logical[0].parameter.shape[0] * w.logical[0].replicas)
+            for x, w in zip(xs, weights, strict=True)]
+    return group.all_reduce(torch.stack(here)).wait()
 
 
 def statistics(dtype: torch.dtype) -> torch.dtype:
@@ -202,22 +250,22 @@ class _Embedding(torch.autograd.Function):
         return None, None, None, None
 
 
-def positions(x: Tensor, at: Tensor, weight: Weight) -> Tensor:
-    """x [t/tp, h] + learned rows at positions [t/tp]."""
-    return _Positions.apply(x, at, weight)
+def positions(x: Tensor, at: Tensor, weight: Weight, offset: int = 0) -> Tensor:
+    """x [t/tp, h] + learned rows at positions [t/tp], the first of which is row `offset`."""
+    return _Positions.apply(x, at, weight, offset)
 
 
 class _Positions(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, at: Tensor, weight: Weight) -> Tensor:
+    def forward(ctx: Any, x: Tensor, at: Tensor, weight: Weight, offset: int) -> Tensor:
         ctx.save_for_backward(at)
-        ctx.weight = weight
-        return x + F.embedding(at, weight.value)
+        ctx.weight, ctx.offset = weight, offset
+        return x + F.embedding(at, weight.value[offset:])
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        ctx.weight.add_rows(ctx.saved_tensors[0], dy)
-        return dy, None, None
+        ctx.weight.add_rows(ctx.saved_tensors[0] + ctx.offset, dy)
+        return dy, None, None, None
 
 
 def local_rows(tokens: Tensor, weight: Weight) -> tuple[Tensor, Tensor | None]:
@@ -232,13 +280,15 @@ def local_rows(tokens: Tensor, weight: Weight) -> tuple[Tensor, Tensor | None]:
 
 
 def cross_entropy(
-    x: Tensor, targets: Tensor, mask: Tensor, weight: Weight, group: Group, chunk: int, scale: Tensor | None
+    x: Tensor, targets: Tensor, mask: Tensor, weight: Weight, group: Group, chunk: int, scale: Tensor | None,
+    cap: float = 0,
 ) -> tuple[Tensor, Tensor | None]:
     """Head and loss in chunks of tokens, so that full logits never exist.
 
     x [t, h] (gathered), targets and mask [t] -> (sum of the masked losses, float32 or wider; gradient for x [t, h]).
     `scale` is what the sum of losses is multiplied by before backward (None: no gradients wanted). Forward and backward
     of a chunk happen together, so logits are computed once; the gradient for x is this rank's part of the vocabulary's.
+    `cap`: of the logits; 0 for none.
     """
     rows, total = weight.box.size[0], torch.zeros((), dtype=statistics(x.dtype), device=x.device)
     dx = torch.empty_like(x) if scale is not None else None
@@ -247,14 +297,24 @@ def cross_entropy(
     for low in range(0, len(x), chunk):
         part = slice(low, min(low + chunk, len(x)))
         logits = torch.mm(x[part], weight.value.T, out=room[:part.stop - low])      # [c, rows], refilled for each chunk
+        logits, slope = capped(logits, cap)
         logits[:, rows:] = -torch.inf                                               # padding is never predicted
         factor = None if scale is None else mask[part] * scale
         losses = softmax_loss(logits, index[part], None if here is None else here[part], group, factor)
         total += (losses * mask[part]).sum()
         if dx is not None:
+            logits = logits if slope is None else logits.mul_(slope)
             input_gradient(logits, weight, out=dx[part])
             weight.add_product(logits, x[part])
     return total, dx
+
+
+def capped(logits: Tensor, cap: float) -> tuple[Tensor, Tensor | None]:
+    """cap tanh(logits / cap) in place, and its derivative; 0: as they are, and None."""
+    if not cap:
+        return logits, None
+    slope = logits.div_(cap).tanh_().square().neg_().add_(1)
+    return logits.mul_(cap), slope
 
 
 def softmax_loss(logits: Tensor, index: Tensor, here: Tensor | None, group: Group, factor: Tensor | None) -> Tensor:

@@ -4,6 +4,8 @@
     x = x + attention(norm(x))                                unit `layers.0` ...
     x = x + mlp(norm(x))
     loss = cross_entropy(norm(x) outputT)                     unit `head`; a tied output is unit `embedding` again
+
+Fields say what is otherwise: where norms stand, what is multiplied or capped, which layers see a window.
 """
 
 from dataclasses import dataclass, replace
@@ -43,16 +45,21 @@ class Architecture:
     head_dim: int
     seq_length: int
     vocab_size: int
-    learned_positions: int = 0          # rows; 0 for none
+    learned_positions: int = 0          # 0 for none
+    position_offset: int = 0            # rows of their table before that of position 0
     rotary: Rotary | None = None
     norm: str = "LayerNorm"             # LayerNorm | RMSNorm
     epsilon: float = 1e-5
-    activation: str = "gelu"            # gelu | gelu_tanh | relu2 | swiglu
+    norm_plus_one: bool = False         # norms multiply by 1 + weight
+    pre_norm: bool = True               # norm(x) goes into attention and MLP
+    post_norm: bool = False             # norm(y) of what comes out of them is added to x
+    parallel_residual: bool = False     # x + attention(norm(x)) + mlp(norm(x))
+    activation: str = "gelu"            # gelu | gelu_tanh | relu | relu2 | swiglu | geglu | geglu_tanh
     bias: bool = True                   # in the MLP
     qkv_bias: bool = True
     o_bias: bool = True                 # of attention's output
     norm_bias: bool = True              # in LayerNorms; RMSNorms have none
-    qk_norm: bool = False
+    qk_norm: str = "none"               # none | head, over each head of q and k | width, over all of them together
     tied: bool = True
     init_std: float = 0.02
     attention_dropout: float = 0.0
@@ -60,6 +67,12 @@ class Architecture:
     window: int = 0                     # tokens that each sees in local layers, itself and those before it; 0 for all
     kinds: tuple[str, ...] = ()         # of each layer a word of KINDS; () where all are local
     local_base: float = 0.0             # rotary base of local layers, never scaled; 0: they turn as the others
+    embedding_multiplier: float = 1.0   # rounded to the dtype of the weights
+    residual_multiplier: float = 1.0    # of what is added to x
+    attention_multiplier: float = 0.0   # of q kT; 0 for 1 / sqrt(head_dim)
+    attention_softcap: float = 0.0      # c: scores are c tanh(scores / c); 0 for none
+    logits_scaling: float = 1.0         # logits are divided by it
+    logits_softcap: float = 0.0         # the same as of scores
     pad_rows: int = 128                 # the stored vocabulary is a multiple of this on each tensor-parallel rank
 
     def kind(self, layer: int) -> LayerKind:
@@ -77,7 +90,7 @@ class Architecture:
 
     @property
     def gated(self) -> bool:
-        return self.activation == "swiglu"
+        return "glu" in self.activation
 
 
 # ---- its weights
@@ -87,13 +100,13 @@ def units(a: Architecture) -> tuple[UnitSpec, ...]:
     cut, table = Cut(0, a.vocab_size, ragged=True, name="vocabulary"), (a.vocab_size, a.hidden)
     embedding, output = (one(Parameter(name, table, a.init_std, cuts=(cut,), group="table"), a.pad_rows)
                          for name in ("embedding.weight", "head.output.weight"))
-    places = Parameter("positions.weight", (a.learned_positions, a.hidden), a.init_std, partial=True,
-                       group="positions")
+    places = Parameter("positions.weight", (a.position_offset + a.learned_positions, a.hidden), a.init_std,
+                       partial=True, group="positions")
     return (
         UnitSpec("embedding", (embedding,)),
         *([UnitSpec("positions", (one(places),))] if a.learned_positions else []),
         *(block(a, i) for i in range(a.layers)),
-        UnitSpec("head", (*norm("head.norm", a.hidden, a.norm_bias), *([] if a.tied else [output]))),
+        UnitSpec("head", (*norm("head.norm", a), *([] if a.tied else [output]))),
     )
 
 
@@ -114,12 +127,12 @@ def block(a: Architecture, i: int) -> UnitSpec:
     heads = {"q": (Cut(0, a.heads, name="heads"),), "k": groups, "v": groups}
     rows = {"q": q, "k": kv, "v": kv}
     operands = [
-        *norm(f"{at}.norm", a.hidden, a.norm_bias),
+        *(norm(f"{at}.norm", a) if a.pre_norm else []),
         OperandSpec(f"{at}.qkv.weight",
                     tuple(Parameter(f"{at}.{n}.weight", (rows[n], a.hidden), a.init_std, cuts=heads[n])
                           for n in "qkv")),
         one(Parameter(f"{at}.o.weight", (a.hidden, q), small, cuts=(replace(heads["q"][0], dim=1),))),
-        *norm(f"{mlp}.norm", a.hidden, a.norm_bias),
+        *(norm(f"{mlp}.norm", a) if a.pre_norm else []),
         OperandSpec(f"{mlp}.up.weight",
                     tuple(Parameter(f"{mlp}.{n}.weight", (w, a.hidden), a.init_std, cuts=wide)
                           for n, w in widths.items())),
@@ -128,8 +141,11 @@ def block(a: Architecture, i: int) -> UnitSpec:
     if a.qkv_bias:
         biases = tuple(Parameter(f"{at}.{n}.bias", (rows[n],), cuts=heads[n], group="vector") for n in "qkv")
         operands.append(OperandSpec(f"{at}.qkv.bias", biases))
-    if a.qk_norm:
-        operands += [*norm(f"{at}.q_norm", a.head_dim, a.norm_bias), *norm(f"{at}.k_norm", a.head_dim, a.norm_bias)]
+    for n in "qk":
+        operands += {"none": [], "head": norm(f"{at}.{n}_norm", a, a.head_dim),
+                     "width": norm(f"{at}.{n}_norm", a, rows[n], heads[n])}[a.qk_norm]
+    if a.post_norm:
+        operands += [*norm(f"{at}.post_norm", a), *norm(f"{mlp}.post_norm", a)]
     if a.o_bias:
         operands.append(one(residual_bias(f"{at}.o.bias", a)))
     if a.bias:
@@ -142,9 +158,12 @@ def one(parameter: Parameter, pad_rows: int = 1) -> OperandSpec:
     return OperandSpec(parameter.name, (parameter,), pad_rows)
 
 
-def norm(name: str, width: int, bias: bool) -> list[OperandSpec]:
-    weight = one(Parameter(f"{name}.weight", (width,), mean=1.0, group="vector", partial=True))
-    return [weight, one(Parameter(f"{name}.bias", (width,), group="vector", partial=True))] if bias else [weight]
+def norm(name: str, a: Architecture, width: int = 0, cuts: tuple[Cut, ...] = ()) -> list[OperandSpec]:
+    """Of so many channels (0: the stream's), which each rank has as a whole, and so of its tokens alone; or of those
+    that `cuts` give it, of all tokens."""
+    parts = [("weight", 0.0 if a.norm_plus_one else 1.0), *([("bias", 0.0)] if a.norm_bias else [])]
+    return [one(Parameter(f"{name}.{part}", (width or a.hidden,), mean=mean, cuts=cuts, group="vector",
+                          partial=not cuts)) for part, mean in parts]
 
 
 def residual_bias(name: str, a: Architecture) -> Parameter:

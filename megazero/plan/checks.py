@@ -11,7 +11,7 @@ from megazero.pipeline import SCHEDULES, ends_as_layers, from_layout
 from megazero.plan.architecture import block
 from megazero.plan.devices import DEVICES, named
 from megazero.plan.sizes import ramp_of, sizes
-from megazero.plan.words import architecture, ffn_size, pattern
+from megazero.plan.words import architecture, ffn_size, pattern, stretches, turns
 from megazero.settings import Config
 
 
@@ -59,6 +59,9 @@ def _sizes(c: Config, world: int) -> Iterator[Check]:
         "--rope-scaling-factor": m.rope_scaling_factor, "--norm-epsilon": m.norm_epsilon, "--adam-eps": o.adam_eps,
         "--rope-low-freq-factor": m.rope_low_freq_factor, "--rope-original-length": m.rope_original_length,
         "--rope-local-base-freq": m.rope_local_base_freq, "--yarn-beta-slow": m.yarn_beta_slow,
+        "--embedding-multiplier": m.embedding_multiplier, "--residual-multiplier": m.residual_multiplier,
+        "--attention-multiplier": m.attention_multiplier, "--attn-logit-softcapping": m.attn_logit_softcapping,
+        "--logits-scaling": m.logits_scaling, "--final-logit-softcapping": m.final_logit_softcapping,
     }.items():
         yield count is not None and not 0 < count < inf, f"{flag} {count}: must be greater than 0, and finite."
     minutes = t.exit_duration_in_mins
@@ -69,7 +72,7 @@ def _sizes(c: Config, world: int) -> Iterator[Check]:
                          "--lr-warmup-samples": o.lr_warmup_samples, "--lr-warmup-init": o.lr_warmup_init,
                          "--weight-decay": o.weight_decay, "--clip-grad": o.clip_grad,
                          "--ademamix-alpha": o.ademamix_alpha,
-                         "--init-method-std": m.init_method_std,
+                         "--init-method-std": m.init_method_std, "--position-offset": m.position_offset,
                          "--yarn-attention-factor": m.yarn_attention_factor, "--yarn-mscale": m.yarn_mscale,
                          "--yarn-mscale-all-dim": m.yarn_mscale_all_dim}.items():
         finite = flag == "--clip-grad" or amount != inf      # without a bound: never clipped
@@ -104,23 +107,32 @@ def _model(c: Config, world: int) -> Iterator[Check]:
                f"--rotary-percent {m.rotary_percent:g}: leaves no channel of a head of {head_dim} to rotate; "
                f"write at least {2 / max(head_dim, 2):g}.")
     yield (hidden > 0 and ffn_size(m) == 0,
-           f"--ffn-hidden-size is missing: --swiglu makes it 8/3 of --hidden-size {hidden} in whole 64s, which is "
-           "none; give it.")
+           f"--ffn-hidden-size is missing: {'--geglu' if m.geglu else '--swiglu'} makes it 8/3 of --hidden-size "
+           f"{hidden} in whole 64s, which is none; give it.")
     longest = m.max_position_embeddings
     yield (longest and m.seq_length and longest < m.seq_length and m.position_embedding_type == "learned_absolute",
            f"--max-position-embeddings {longest}: is less than --seq-length {m.seq_length}; "
            f"write at least {m.seq_length}.")
-    yield m.swiglu and m.squared_relu, "--squared-relu: cannot be combined with --swiglu; choose one."
-    yield (m.openai_gelu and (m.swiglu or m.squared_relu),
-           "--openai-gelu: cannot be combined with --swiglu or --squared-relu; choose one.")
+    others = [f"--{name.replace('_', '-')}" for name in ("swiglu", "geglu", "squared_relu", "relu")
+              if getattr(m, name)]
+    yield len(others) > 1, f"{others[-1]}: cannot be combined with {others[0]}; choose one." if others else ""
+    yield (m.openai_gelu and others and others != ["--geglu"],
+           f"--openai-gelu: cannot be combined with {' or '.join(others)}; choose one.")
+    yield (m.qk_layernorm and m.qk_layernorm_over == "width" and m.normalization != "RMSNorm",
+           f"--qk-layernorm-over width: needs --normalization RMSNorm, not {m.normalization}.")
     for most, least, higher, lower in (("--rope-high-freq-factor", "--rope-low-freq-factor", m.rope_high_freq_factor,
                                         m.rope_low_freq_factor),
                                        ("--yarn-beta-fast", "--yarn-beta-slow", m.yarn_beta_fast, m.yarn_beta_slow)):
         yield higher <= lower, f"{most} {higher:g}: must be greater than {least} {lower:g}."
+    rotary = architecture(c, 0).rotary
+    yield (rotary and rotary.base > 0 and rotary.scaling and stretches(rotary.scaling)
+           and not turns(rotary, m.seq_length or 1),
+           f"--rotary-base {m.rotary_base:g}: cannot be stretched by --rope-scaling-type {m.rope_scaling_type}; "
+           "write a larger one.")
     for flag, text in (("--window-attn-skip-freq", m.window_attn_skip_freq), ("--no-rope-freq", m.no_rope_freq)):
         yield (text and m.num_layers and pattern(text, m.num_layers, last=True) is None,
-               f"{flag} {text}: must be a number N, for the last of each N layers, or a list of 0 and 1 for each of "
-               f"{m.num_layers} layers, such as {','.join('1001'[i % 4] for i in range(min(m.num_layers or 1, 8)))}.")
+               f"{flag} {text}: must be a number N, for the last of each N layers, or a list of {m.num_layers} times 0 "
+               f"or 1, such as [1]*{(m.num_layers or 1) - 1}+[0].")
 
 
 def _layout(c: Config, world: int) -> Iterator[Check]:
@@ -305,7 +317,8 @@ def _idle(c: Config) -> Iterator[Check]:
     m, o, p, d, k = c.model, c.optimizer, c.precision, c.data, c.checkpoint
     rows: list[Row] = [
         (m.position_embedding_type == "learned_absolute", "--position-embedding-type learned_absolute", m,
-         ("max_position_embeddings",)),
+         ("max_position_embeddings", "position_offset")),
+        (m.qk_layernorm, "--qk-layernorm", m, ("qk_layernorm_over",)),
         (m.position_embedding_type == "rope", "--position-embedding-type rope", m,
          ("rotary_base", "rotary_percent", "use_rope_scaling", "rope_local_base_freq", "no_rope_freq")),
         (m.use_rope_scaling, "--use-rope-scaling", m, ("rope_scaling_type", "rope_scaling_factor")),

@@ -51,7 +51,9 @@ def memory(p: Plan, rank: int = 0) -> dict[str, int]:
         "gathered weights": borrowed(program, units, p, "gather", "release") * width if level == 3 else 0,
         "gradient sums": borrowed(program, units, p, "open", "land") * full if level >= 2 else 0,
         "activations": peak(program, table(a, m), m.share * a.hidden * width),
-        "logits": rows * (chunk * width + (min(chunk, wide_tokens(rows)) * full if width == 2 else 0)),
+        # with their slopes where they are capped
+        "logits": rows * (chunk * width * (2 if a.logits_softcap else 1)
+                          + (min(chunk, wide_tokens(rows)) * full if width == 2 else 0)),
     }
 
 
@@ -119,9 +121,9 @@ def _partial(f: Flat, part: int, rank: int, cut: bool) -> int:
 
 
 def moved(kind: str, rows: Sequence[Operation], p: Plan, m: Micro) -> int:
-    """Bytes over tp of one pass over a part: its tokens as often as its operations move them; the loss adds up what it
-    needs of each token, one chunk of logits at a time."""
+    """Bytes over tp of one pass over a part: its tokens as often as its operations move them, and what is added up of
+    each token; by the loss, of one chunk of logits at a time."""
     times, chunk = sum(row.moves.get(kind, 0) for row in rows), p.head_chunk
-    chunks = [min(chunk, m.tokens - low) for low in range(0, m.tokens, chunk)] if kind in ("L", "E") else []
+    chunks = [min(chunk, m.tokens - low) for low in range(0, m.tokens, chunk)] if kind in ("L", "E") else [m.real]
     return times * (m.ranks - 1) * m.share * p.architecture.hidden * m.width + sum(
-        all_reduce_bytes(n * c, m.wide, m.ranks) for c in chunks for row in rows for n in row.sums)
+        all_reduce_bytes(n * c, m.wide, m.ranks) for c in chunks for row in rows for n in row.sums.get(kind, ()))

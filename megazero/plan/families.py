@@ -6,19 +6,8 @@ from typing import Any
 
 from megazero.base import UserError
 from megazero.plan.architecture import Architecture
-from megazero.plan.family import (
-    UPPER,
-    Family,
-    Field,
-    Rope,
-    Row,
-    beyond,
-    expressed,
-    follows,
-    obstacles,
-    possible,
-    word,
-)
+from megazero.plan.facets import MULTIPLIER, SAME_WIDTH, SCALAR, STILL, UPPER, Rope, alternating
+from megazero.plan.family import Family, Field, Row, beyond, expressed, follows, obstacles, possible, word
 
 # ---- fields that many have, where nothing is said otherwise
 
@@ -127,13 +116,14 @@ QWEN3 = replace(
     LLAMA, model_type="qwen3", class_name="Qwen3ForCausalLM",
     fields=(*SIZES, GROUPS, Field("head_dim", "head_dim", 128), SILU, *usual(32768), *ATTENTION_BIASES, Rope().facet,
             UPPER),
-    fixed={**RMS, "bias": False, "qk_norm": True}, rows=(*LLAMA.rows, *HEAD_NORMS))
+    fixed={**RMS, "bias": False, "qk_norm": "head"}, rows=(*LLAMA.rows, *HEAD_NORMS))
 
 # q, k, v in one matrix, gate and up in another
 PHI3 = replace(
     LLAMA, model_type="phi3", class_name="Phi3ForCausalLM",
     fields=(*SIZES, GROUPS, SHARED, SILU, *usual(4096, 1e-5), Field("resid_pdrop", "hidden_dropout", 0.0),
-            Field("embd_pdrop", "hidden_dropout", 0.0), all_within(0), Rope(part="partial_rotary_factor").facet),
+            Field("embd_pdrop", "hidden_dropout", 0.0), all_within(0),
+            Rope(part="partial_rotary_factor", scalings=()).facet),
     fixed={**RMS, **NO_BIAS},
     rows=(*ENDS, *NORMS, *linear(f"{LAYER}.self_attn.qkv_proj", f"{AT}.q", f"{AT}.k", f"{AT}.v"),
           *linear(f"{LAYER}.self_attn.o_proj", f"{AT}.o"),
@@ -155,7 +145,129 @@ STARCODER2 = replace(
           *linear(f"{LAYER}.mlp.c_fc", f"{MLP}.up", bias="bias"),
           *linear(f"{LAYER}.mlp.c_proj", f"{MLP}.down", bias="bias"), *norm_pair("model.norm", "head.norm")))
 
-FAMILIES = {f.model_type: f for f in (GPT2, LLAMA, MISTRAL, QWEN2, QWEN3, PHI3, STARCODER2)}
+# Llama whose parts are multiplied
+GRANITE = replace(
+    LLAMA, model_type="granite", class_name="GraniteForCausalLM",
+    fields=(*SIZES, GROUPS, SHARED, SILU, *usual(2048), *ATTENTION_BIASES, MLP_BIAS, Rope().facet,
+            Field("embedding_multiplier", "embedding_multiplier", 1.0),
+            Field("residual_multiplier", "residual_multiplier", 1.0), Field("logits_scaling", "logits_scaling", 1.0),
+            MULTIPLIER))
+
+# Llama some of whose layers turn nothing
+SMOLLM3 = replace(
+    LLAMA, model_type="smollm3", class_name="SmolLM3ForCausalLM",
+    fields=(*SIZES, Field("num_key_value_heads", "kv_heads", 4, null=lambda v: v["heads"]), SHARED, SILU,
+            *usual(32768, tied=True), *ATTENTION_BIASES, MLP_BIAS, Rope(base=2e6).facet, STILL))
+
+# attention and MLP side by side, q, k, v head by head in one matrix
+NEOX = "gpt_neox.layers.{}"
+GPT_NEOX = Family(
+    "gpt_neox", "GPTNeoXForCausalLM", "gpt_neox.",
+    fields=(*SIZES, follows("kv_heads", lambda v: v["heads"]), SHARED, Field("layer_norm_eps", "epsilon", 1e-5),
+            Field("hidden_act", "activation", "gelu",
+                  {"gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh", "gelu_fast": "gelu_tanh",
+                   "relu": "relu", "relu2": "relu2"}),
+            Field("hidden_dropout", "hidden_dropout", 0.0), Field("max_position_embeddings", "seq_length", 2048),
+            Field("initializer_range", "init_std", 0.02), Field("tie_word_embeddings", "tied", False),
+            Field("use_parallel_residual", "parallel_residual", True), Field("attention_bias", "qkv_bias", True),
+            Field("attention_bias", "o_bias", True), Rope("rotary_emb_base", part="rotary_pct", turns=0.25).facet),
+    fixed={}, only={"quantization_config": None, "is_decoder": False},
+    rows=(Row("gpt_neox.embed_in.weight", ("embedding.weight",)),
+          *norm_pair(f"{NEOX}.input_layernorm", f"{AT}.norm"),
+          *(row._replace(dealt="heads") for row in linear(f"{NEOX}.attention.query_key_value", f"{AT}.q", f"{AT}.k",
+                                                          f"{AT}.v", bias="qkv_bias")),
+          *linear(f"{NEOX}.attention.dense", f"{AT}.o", bias="o_bias"),
+          *norm_pair(f"{NEOX}.post_attention_layernorm", f"{MLP}.norm"),
+          *linear(f"{NEOX}.mlp.dense_h_to_4h", f"{MLP}.up", bias="bias"),
+          *linear(f"{NEOX}.mlp.dense_4h_to_h", f"{MLP}.down", bias="bias"),
+          *norm_pair("gpt_neox.final_layer_norm", "head.norm"),
+          Row("embed_out.weight", ("head.output.weight",), when="untied")),
+    buffers=r".*\.attention\.(masked_)?bias|.*rotary_emb\.inv_freq", always={})
+
+# learned positions that begin at row 2. Its dropout leaves out the embeddings
+DECODER = "model.decoder.layers.{}"
+OPT = Family(
+    "opt", "OPTForCausalLM", "model.",
+    fields=(Field("num_hidden_layers", "layers"), Field("hidden_size", "hidden"),
+            Field("num_attention_heads", "heads"), Field("vocab_size", "vocab_size"), Field("ffn_dim", "ffn"),
+            follows("kv_heads", lambda v: v["heads"]), SHARED,
+            Field("max_position_embeddings", "learned_positions", 2048),
+            follows("seq_length", lambda v: v["learned_positions"]),
+            Field("activation_function", "activation", "relu",
+                  {"relu": "relu", "gelu": "gelu", "gelu_new": "gelu_tanh", "gelu_pytorch_tanh": "gelu_tanh",
+                   "relu2": "relu2"}),
+            Field("dropout", "hidden_dropout", 0.1), Field("attention_dropout", "attention_dropout", 0.0),
+            Field("init_std", "init_std", 0.02), Field("tie_word_embeddings", "tied", True),
+            *(Field("enable_bias", ours, True) for ours in NO_BIAS), SAME_WIDTH),
+    fixed={"position_offset": 2, "epsilon": 1e-5},
+    only={"do_layer_norm_before": True, "_remove_final_layer_norm": False, "layer_norm_elementwise_affine": True,
+          "layerdrop": 0.0, "quantization_config": None},
+    rows=(Row("model.decoder.embed_tokens.weight", ("embedding.weight",)),
+          Row("model.decoder.embed_positions.weight", ("positions.weight",)),
+          *norm_pair(f"{DECODER}.self_attn_layer_norm", f"{AT}.norm"),
+          *(row for n in "qkv" for row in linear(f"{DECODER}.self_attn.{n}_proj", f"{AT}.{n}", bias="qkv_bias")),
+          *linear(f"{DECODER}.self_attn.out_proj", f"{AT}.o", bias="o_bias"),
+          *norm_pair(f"{DECODER}.final_layer_norm", f"{MLP}.norm"),
+          *linear(f"{DECODER}.fc1", f"{MLP}.up", bias="bias"), *linear(f"{DECODER}.fc2", f"{MLP}.down", bias="bias"),
+          *norm_pair("model.decoder.final_layer_norm", "head.norm"),
+          Row("lm_head.weight", ("head.output.weight",), when="untied")),
+    buffers="", always={"do_layer_norm_before": True, "_remove_final_layer_norm": False,
+                        "layer_norm_elementwise_affine": True})
+
+# 1 + weight in norms, embeddings times the root of their width
+GEGLU = {"gelu_pytorch_tanh": "geglu_tanh", "gelu": "geglu_tanh"}           # of Gemma `gelu` always meant that
+TIMES_ROOT = follows("embedding_multiplier", lambda v: v["hidden"] ** 0.5)
+GEMMA = replace(
+    LLAMA, model_type="gemma", class_name="GemmaForCausalLM",
+    fields=(*SIZES, Field("num_key_value_heads", "kv_heads", 16), Field("head_dim", "head_dim", 256),
+            Field("hidden_act", "activation", "gelu_pytorch_tanh", GEGLU), *usual(8192, tied=True), *ATTENTION_BIASES,
+            Rope().facet, TIMES_ROOT),
+    fixed={**RMS, "bias": False, "norm_plus_one": True},
+    only={"quantization_config": None, "use_bidirectional_attention": False,
+          "hidden_activation": "gelu_pytorch_tanh"})
+
+# norms on both sides, and every second layer sees a window
+SANDWICH = (
+    Row(f"{LAYER}.input_layernorm.weight", (f"{AT}.norm.weight",)),
+    Row(f"{LAYER}.post_attention_layernorm.weight", (f"{AT}.post_norm.weight",)),
+    Row(f"{LAYER}.pre_feedforward_layernorm.weight", (f"{MLP}.norm.weight",)),
+    Row(f"{LAYER}.post_feedforward_layernorm.weight", (f"{MLP}.post_norm.weight",)))
+GEMMA2 = replace(
+    GEMMA, model_type="gemma2", class_name="Gemma2ForCausalLM",
+    fields=(*SIZES, Field("num_key_value_heads", "kv_heads", 4), Field("head_dim", "head_dim", 256),
+            Field("hidden_activation", "activation", "gelu_pytorch_tanh", GEGLU), *usual(8192, tied=True),
+            *ATTENTION_BIASES, Rope().facet, TIMES_ROOT, SCALAR, alternating(2, 4096),
+            Field("attn_logit_softcapping", "attention_softcap", 50.0, null=0.0),
+            Field("final_logit_softcapping", "logits_softcap", 30.0, null=0.0)),
+    fixed={**GEMMA.fixed, "post_norm": True},
+    only={"quantization_config": None, "use_bidirectional_attention": False},
+    rows=(*ENDS, *SANDWICH, *ATTENTION, *GATED_MLP, LAST_NORM))
+
+# norms of q and k instead of caps, five layers of six with a window and a base of their own
+GEMMA3 = replace(
+    GEMMA2, model_type="gemma3_text", class_name="Gemma3ForCausalLM",
+    fields=(*SIZES, Field("num_key_value_heads", "kv_heads", 4), Field("head_dim", "head_dim", 256),
+            Field("hidden_activation", "activation", "gelu_pytorch_tanh", GEGLU), *usual(131072, tied=True),
+            *ATTENTION_BIASES, Rope(base=1e6, local="rope_local_base_freq", local_base=1e4, nested=True).facet,
+            TIMES_ROOT, SCALAR, alternating(6, 4096),
+            Field("final_logit_softcapping", "logits_softcap", 0.0, null=0.0)),
+    fixed={**GEMMA2.fixed, "qk_norm": "head"}, rows=(*GEMMA2.rows, *HEAD_NORMS))
+
+# norms of what comes out alone, and of q and k over all heads
+OLMO2 = replace(
+    LLAMA, model_type="olmo2", class_name="Olmo2ForCausalLM",
+    fields=(*SIZES, GROUPS, SHARED, SILU, *usual(2048, 1e-5), *ATTENTION_BIASES, Rope().facet),
+    fixed={**RMS, "bias": False, "pre_norm": False, "post_norm": True, "qk_norm": "width"},
+    rows=(*ENDS, *(row for row in SANDWICH if "post_" in row.theirs), *ATTENTION, *GATED_MLP, LAST_NORM, *HEAD_NORMS))
+
+# three layers of four see a window, and are not stretched
+OLMO3 = replace(
+    OLMO2, model_type="olmo3", class_name="Olmo3ForCausalLM",
+    fields=(*SIZES, GROUPS, SHARED, SILU, *usual(2048, 1e-5), *ATTENTION_BIASES,
+            Rope(base=5e5, nested=True).facet, alternating(4, 4096)))
+
+FAMILIES = {f.model_type: f for f in (GPT2, LLAMA, MISTRAL, QWEN2, QWEN3, PHI3, STARCODER2, GRANITE, SMOLLM3, GPT_NEOX,
+                                      OPT, GEMMA, GEMMA2, GEMMA3, OLMO2, OLMO3)}
 
 
 def from_config(config: Mapping[str, Any]) -> tuple[Architecture, Family]:

@@ -11,7 +11,8 @@ from megazero.plan.operations import flops_per_token
 from megazero.plan.plan import Plan
 from megazero.settings import Config, flatten, megatron_defaults
 
-MLPS = {"gelu": "exact GELU", "gelu_tanh": "GELU by tanh", "relu2": "squared ReLU", "swiglu": "SwiGLU"}
+MLPS = {"gelu": "exact GELU", "gelu_tanh": "GELU by tanh", "relu": "ReLU", "relu2": "squared ReLU", "swiglu": "SwiGLU",
+        "geglu": "exact GEGLU", "geglu_tanh": "GEGLU by tanh"}
 
 
 def describe(p: Plan) -> str:
@@ -19,6 +20,7 @@ def describe(p: Plan) -> str:
     c = p.config
     lines = {
         "model": _model(p.architecture),
+        "also": _also(p.architecture),
         "export": _export(p.architecture),
         "ranks": _ranks(p),
         "stages": _stages(p) if len(p.stages) > 1 else "",
@@ -42,14 +44,25 @@ def _model(a: Architecture) -> str:
     positions += f" within {a.window}" if a.window else ""
     return (f"{parameter_count(a):,} parameters: {a.layers} layers x {a.hidden}, {a.heads} heads x {a.head_dim}"
             f"{groups}, ffn {a.ffn} {MLPS[a.activation]}, {a.norm}, {positions} positions, "
-            f"vocabulary {a.vocab_size:,}, {'tied' if a.tied else 'untied'}{_kinds(a)}")
+            f"vocabulary {a.vocab_size:,}, {'tied' if a.tied else 'untied'}")
 
 
-def _kinds(a: Architecture) -> str:
-    """Those of the layers, where they differ."""
-    counts = [f"{a.kinds.count(word)} {word.replace('-nope', ' without rotation')}" for word in dict.fromkeys(a.kinds)]
-    base = f"; local ones on base {a.local_base:g}" if a.local_base else ""
-    return f"; layers: {', '.join(counts)}{base}" if counts else base
+def _also(a: Architecture) -> str:
+    """What most models have not."""
+    kinds = [f"{a.kinds.count(word)} {word.replace('-nope', ' without rotation')}" for word in dict.fromkeys(a.kinds)]
+    told = (
+        (kinds, f"layers: {', '.join(kinds)}"), (a.local_base, f"local layers on base {a.local_base:g}"),
+        (a.post_norm, f"norms {'before and ' * a.pre_norm}after attention and MLP"),
+        (a.norm_plus_one, "norms times 1 + weight"), (a.qk_norm != "none", f"norm of q and k over each {a.qk_norm}"),
+        (a.parallel_residual, "parallel residual"), (a.position_offset, f"positions from row {a.position_offset}"),
+        (a.embedding_multiplier != 1, f"embeddings x {a.embedding_multiplier:g}"),
+        (a.residual_multiplier != 1, f"residuals x {a.residual_multiplier:g}"),
+        (a.attention_multiplier, f"scores x {a.attention_multiplier:g}"),
+        (a.logits_scaling != 1, f"logits / {a.logits_scaling:g}"),
+        (a.logits_softcap, f"logits capped at {a.logits_softcap:g}"),
+        (a.attention_softcap,
+         f"scores capped at {a.attention_softcap:g}: attention is written out, for no kernel knows that"))
+    return "; ".join(text for has, text in told if has)
 
 
 def _export(a: Architecture) -> str:

@@ -5,7 +5,8 @@ be a stranger's. Pure.
 import ast
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import MISSING, fields
+from dataclasses import MISSING, fields, replace
+from math import isfinite
 from typing import Any
 
 from megazero.base import Form, UserError, checked, made
@@ -14,16 +15,23 @@ from megazero.plan.rope import SCALINGS, Rotary, Scaling
 from megazero.settings import Config, Model
 
 SIZE = range(1, 2**31)
+ACTIVATIONS = {                         # activation -> the flags that say it
+    "gelu": "", "gelu_tanh": "openai_gelu", "relu": "relu", "relu2": "squared_relu", "swiglu": "swiglu",
+    "geglu": "geglu", "geglu_tanh": "geglu openai_gelu"}
 OF_TYPE: dict[Any, Form] = {float: float, int: SIZE, bool: bool, str: str}
 ROPE_TYPE = {"rope_type": re.compile("|".join(SCALINGS))}
 ROTARY: Form = {"base": float, "channels": range(2, 2**31, 2), "scaling?": (None, [float], ROPE_TYPE)}
 FIELDS: dict[str, Form] = {             # each field's form
     "layers": range(1, 10**5 + 1), "hidden": SIZE, "ffn": SIZE, "heads": SIZE, "kv_heads": SIZE, "head_dim": SIZE,
-    "seq_length": SIZE, "vocab_size": SIZE, "learned_positions": range(2**31), "rotary": (None, ROTARY),
-    "norm": re.compile("LayerNorm|RMSNorm"), "epsilon": float, "activation": re.compile("gelu|gelu_tanh|relu2|swiglu"),
-    "bias": bool, "qkv_bias": bool, "o_bias": bool, "norm_bias": bool, "qk_norm": bool, "tied": bool, "init_std": float,
-    "attention_dropout": float, "hidden_dropout": float, "window": range(2**31),
-    "kinds": [re.compile("|".join(KINDS))], "local_base": float, "pad_rows": SIZE}
+    "seq_length": SIZE, "vocab_size": SIZE, "learned_positions": range(2**31), "position_offset": range(2**31),
+    "rotary": (None, ROTARY), "norm": re.compile("LayerNorm|RMSNorm"), "epsilon": float, "norm_plus_one": bool,
+    "pre_norm": bool, "post_norm": bool, "parallel_residual": bool, "activation": re.compile("|".join(ACTIVATIONS)),
+    "bias": bool, "qkv_bias": bool, "o_bias": bool, "norm_bias": bool, "qk_norm": re.compile("none|head|width"),
+    "tied": bool, "init_std": float, "attention_dropout": float, "hidden_dropout": float, "window": range(2**31),
+    "kinds": [re.compile("|".join(KINDS))], "local_base": float, "embedding_multiplier": float,
+    "residual_multiplier": float, "attention_multiplier": float, "attention_softcap": float, "logits_scaling": float,
+    "logits_softcap": float, "pad_rows": SIZE}
+PLACEMENTS = {"before": (True, False), "after": (False, True), "both": (True, True)}    # of norms: pre_norm, post_norm
 ARCHITECTURE: Form = {f.name + ("" if f.default is MISSING else "?"): FIELDS[f.name] for f in fields(Architecture)}
 
 # field of a scaling -> the flag that says it
@@ -47,6 +55,12 @@ def impossible(a: Architecture) -> Iterator[str]:
         yield "its epsilon is not above 0, its deviation below 0, or a dropout not at least 0 and below 1"
     if a.norm == "RMSNorm" and a.norm_bias:
         yield "its norms are RMSNorm with biases"
+    if a.qk_norm == "width" and a.norm != "RMSNorm":
+        yield f"the norm over all heads together is a {a.norm}"
+    if not (a.pre_norm or a.post_norm):
+        yield "its layers have no norms"
+    if min(a.attention_multiplier, a.attention_softcap, a.logits_softcap) < 0 or a.logits_scaling <= 0:
+        yield "it multiplies, caps or divides by a number below 0, or divides by 0"
     if a.kinds and len(a.kinds) != a.layers:
         yield f"its {a.layers} layers have {len(a.kinds)} kinds"
     if a.local_base < 0:
@@ -55,6 +69,8 @@ def impossible(a: Architecture) -> Iterator[str]:
         yield f"its heads of {a.head_dim} cannot turn {a.rotary.channels} channels on the base {a.rotary.base:g}"
     if a.rotary and a.rotary.scaling and not stretches(a.rotary.scaling):
         yield f"its rotary scaling {a.rotary.scaling.rope_type} has a number that is not above 0, or not above another"
+    elif a.rotary and a.rotary.base > 0 and not turns(a.rotary, a.seq_length):
+        yield f"its rotary scaling cannot be on the base {a.rotary.base:g}"
 
 
 def stretches(scaling: Scaling) -> bool:
@@ -65,6 +81,15 @@ def stretches(scaling: Scaling) -> bool:
     numbers = {f.name: v for f in fields(scaling) if not isinstance(v := getattr(scaling, f.name), str | bool)}
     return (all(v > 0 or (name in zero and v == 0) for name, v in numbers.items())
             and (not low or numbers[low] < numbers[high]))
+
+
+def turns(rotary: Rotary, length: int) -> bool:
+    """Are its frequencies numbers? Of some channels: a stranger's heads may be of any width."""
+    try:
+        some = replace(rotary, channels=min(rotary.channels, 256))
+        return all(isfinite(f) for f in (*some.frequencies(length), some.amplitude))
+    except (ArithmeticError, ValueError):
+        return False
 
 
 # ---- what a configuration says
@@ -78,20 +103,26 @@ def architecture(config: Config, vocab_size: int) -> Architecture:
     channels = round(head_dim * min(1, max(0, m.rotary_percent))) // 2 * 2
     rope = m.position_embedding_type == "rope"
     rotary = Rotary(m.rotary_base, channels, scaling_of(m) if m.use_rope_scaling else None) if rope else None
-    every = not m.disable_bias_linear
+    every, (pre, post) = not m.disable_bias_linear, PLACEMENTS[m.norm_placement]
     return Architecture(
         layers=layers, hidden=hidden, ffn=ffn_size(m), heads=heads, kv_heads=m.num_query_groups or heads,
         head_dim=head_dim, seq_length=length, vocab_size=vocab_size,
         learned_positions=(m.max_position_embeddings or length
                            if m.position_embedding_type == "learned_absolute" else 0),
         rotary=rotary, norm=m.normalization, epsilon=m.norm_epsilon,
-        activation=next((word for word, said in (("swiglu", m.swiglu), ("relu2", m.squared_relu),
-                                                 ("gelu_tanh", m.openai_gelu)) if said), "gelu"),
+        position_offset=m.position_offset if m.position_embedding_type == "learned_absolute" else 0,
+        norm_plus_one=m.apply_layernorm_1p, pre_norm=pre, post_norm=post, parallel_residual=m.parallel_residual,
+        activation=[word for word, given in ACTIVATIONS.items() if all(getattr(m, flag) for flag in given.split())][-1],
         bias=every or m.add_mlp_bias, qkv_bias=every or m.add_qkv_bias, o_bias=every or m.add_o_bias,
-        norm_bias=m.normalization == "LayerNorm" and (every or m.add_norm_bias), qk_norm=m.qk_layernorm,
+        norm_bias=m.normalization == "LayerNorm" and (every or m.add_norm_bias),
+        qk_norm=m.qk_layernorm_over if m.qk_layernorm else "none",
         tied=not m.untie_embeddings_and_output_weights, init_std=m.init_method_std,
         attention_dropout=m.attention_dropout, hidden_dropout=m.hidden_dropout, window=m.attention_window or 0,
         kinds=kinds_of(m, layers), local_base=local_base(m.rope_local_base_freq or 0.0, rotary),
+        embedding_multiplier=m.embedding_multiplier, residual_multiplier=m.residual_multiplier,
+        attention_multiplier=usual_scale(m.attention_multiplier or 0.0, head_dim),
+        attention_softcap=m.attn_logit_softcapping or 0.0, logits_scaling=m.logits_scaling,
+        logits_softcap=m.final_logit_softcapping or 0.0,
         pad_rows=m.make_vocab_size_divisible_by)
 
 
@@ -107,9 +138,9 @@ def _meant(name: str, value: Any) -> Any:
 
 def kinds_of(m: Model, layers: int) -> tuple[str, ...]:
     """By Megatron's two patterns. What cannot be read is none here: checks() tells it."""
-    other, turns = m.attention_window or m.rope_local_base_freq, m.position_embedding_type == "rope"
+    other, rope = m.attention_window or m.rope_local_base_freq, m.position_embedding_type == "rope"
     local = pattern(m.window_attn_skip_freq, layers, last=False) if m.window_attn_skip_freq and other else None
-    still = pattern(m.no_rope_freq, layers, last=True) if m.no_rope_freq and turns else None
+    still = pattern(m.no_rope_freq, layers, last=True) if m.no_rope_freq and rope else None
     return alike([("local" if local is None or local[i] else "full") + ("-nope" if still and still[i] else "")
                   for i in range(layers)])
 
@@ -122,6 +153,11 @@ def alike(kinds: Sequence[str]) -> tuple[str, ...]:
 def local_base(base: float, rotary: Rotary | None) -> float:
     """The base of local layers as an architecture says it: 0 where they turn as the others do."""
     return 0.0 if rotary is None or rotary == Rotary(base, rotary.channels) else base
+
+
+def usual_scale(multiplier: float, head_dim: int) -> float:
+    """The scale of scores as an architecture says it: 0 where it is the usual one."""
+    return 0.0 if head_dim and multiplier == head_dim**-0.5 else multiplier
 
 
 def pattern(text: str, layers: int, last: bool) -> list[bool] | None:
@@ -162,11 +198,11 @@ def told_pattern(bits: Sequence[bool]) -> str:
 def ffn_size(m: Model) -> int:
     """Width inside the MLP, by Megatron's rule where it is not given; 0 when nothing says it."""
     hidden = m.hidden_size or 0
-    return m.ffn_hidden_size or (hidden * 8 // 3 // 64 * 64 if m.swiglu else 4 * hidden)
+    return m.ffn_hidden_size or (hidden * 8 // 3 // 64 * 64 if m.swiglu or m.geglu else 4 * hidden)
 
 
 def flags(a: Architecture) -> dict[str, Any]:
-    """The configuration that asks for this architecture: `architecture()` turned round."""
+    """The configuration that asks for this architecture: `architecture()` turned round. None: not to be said."""
     rope = a.rotary
     scaling = {OF_SCALING[name]: _meant(name, value)
                for name, value in (vars(rope.scaling) if rope and rope.scaling else {}).items()}
@@ -177,23 +213,27 @@ def flags(a: Architecture) -> dict[str, Any]:
         biases["add_norm_bias"] = a.norm_bias
     some = not all(biases.values())
     local, still = [word.startswith("local") for word in a.kinds], [word.endswith("nope") for word in a.kinds]
+    used = ACTIVATIONS[a.activation].split()
     return {
         "num_layers": a.layers, "hidden_size": a.hidden, "ffn_hidden_size": a.ffn, "num_attention_heads": a.heads,
-        "num_query_groups": a.kv_heads, "kv_channels": a.head_dim,
-        "seq_length": a.seq_length, "vocab_size": a.vocab_size,
-        **({"max_position_embeddings": a.learned_positions} if a.learned_positions else {}),
-        "position_embedding_type": positions,
+        "num_query_groups": a.kv_heads, "kv_channels": a.head_dim, "seq_length": a.seq_length,
+        "vocab_size": a.vocab_size, "max_position_embeddings": a.learned_positions or None,
+        "position_offset": a.position_offset, "position_embedding_type": positions,
         **({"rotary_base": rope.base, "rotary_percent": rope.channels / a.head_dim} if rope else {}),
-        "use_rope_scaling": bool(scaling), **scaling, "normalization": a.norm, "norm_epsilon": a.epsilon,
-        "swiglu": a.activation == "swiglu", "squared_relu": a.activation == "relu2",
-        "openai_gelu": a.activation == "gelu_tanh", "disable_bias_linear": some,
-        **{flag: some and given for flag, given in biases.items()}, "qk_layernorm": a.qk_norm,
+        "use_rope_scaling": bool(scaling), **scaling, "attention_window": a.window or None,
+        "window_attn_skip_freq": None if all(local) else told_pattern(local),
+        "no_rope_freq": told_pattern(still) if any(still) else None, "rope_local_base_freq": a.local_base or None,
+        "normalization": a.norm, "norm_epsilon": a.epsilon, "apply_layernorm_1p": a.norm_plus_one,
+        "norm_placement": next(word for word, two in PLACEMENTS.items() if two == (a.pre_norm, a.post_norm)),
+        "parallel_residual": a.parallel_residual, "embedding_multiplier": a.embedding_multiplier,
+        "residual_multiplier": a.residual_multiplier, "attention_multiplier": a.attention_multiplier or None,
+        "attn_logit_softcapping": a.attention_softcap or None, "logits_scaling": a.logits_scaling,
+        "final_logit_softcapping": a.logits_softcap or None,
+        **{flag: flag in used for flags in ACTIVATIONS.values() for flag in flags.split()},
+        "disable_bias_linear": some, **{flag: some and given for flag, given in biases.items()},
+        "qk_layernorm": a.qk_norm != "none", "qk_layernorm_over": "width" if a.qk_norm == "width" else "head",
         "untie_embeddings_and_output_weights": not a.tied, "init_method_std": a.init_std,
         "attention_dropout": a.attention_dropout, "hidden_dropout": a.hidden_dropout,
-        **({"attention_window": a.window} if a.window else {}),
-        **({"window_attn_skip_freq": told_pattern(local)} if not all(local) else {}),
-        **({"no_rope_freq": told_pattern(still)} if any(still) else {}),
-        **({"rope_local_base_freq": a.local_base} if a.local_base else {}),
     }
 
 
@@ -204,7 +244,7 @@ def architecture_of(values: Any) -> Architecture:
     there is what it was before there was one. Raises UserError for fields that are not known here or cannot be."""
     what = "the checkpoint's architecture"
     try:
-        told = {**before(checked(values, ARCHITECTURE, what)), **values}
+        told = before(checked(values, EARLIER, what))
         if told.get("rotary") is not None:
             told["rotary"] = rotary_of(told["rotary"])
         found = made(Architecture, {**told, "kinds": tuple(told.get("kinds", ()))}, {}, what)
@@ -215,10 +255,15 @@ def architecture_of(values: Any) -> Architecture:
     return found
 
 
+EARLIER: Form = {**ARCHITECTURE, "qk_norm?": (bool, ARCHITECTURE["qk_norm?"])}
+
+
 def before(values: Any) -> dict[str, Any]:
-    """What fields were before there were such: most are their default, some followed from others."""
-    bias = values.get("bias", True)
-    return {"o_bias": bias, "norm_bias": bias and values.get("norm", "LayerNorm") == "LayerNorm"}
+    """With what fields were before there were such: most are their default, some followed from others. A norm of q and
+    k was over each head, or was not."""
+    bias, qk = values.get("bias", True), values.get("qk_norm", "none")
+    return {"o_bias": bias, "norm_bias": bias and values.get("norm", "LayerNorm") == "LayerNorm", **values,
+            "qk_norm": {True: "head", False: "none"}.get(qk, qk)}
 
 
 def rotary_of(values: Any) -> Rotary:

@@ -82,6 +82,7 @@ class Model:
     seq_length: int | None = option(None, "tokens of a sample", unit="tokens")
     max_position_embeddings: int | None = option(None, "longest sequence with learned positions; default --seq-length",
                                                  unit="tokens")
+    position_offset: int = option(0, "rows of learned positions before that of the first token (2 in OPT)", unit="rows")
     position_embedding_type: str = option("learned_absolute", "how positions enter",
                                           choices=("learned_absolute", "rope", "none"))
     rotary_base: float = option(10000.0, "base of the rotary frequencies")
@@ -109,7 +110,20 @@ class Model:
     normalization: str = option("LayerNorm", "the norm before attention, MLP and head",
                                 choices=("LayerNorm", "RMSNorm"))
     norm_epsilon: float = option(1e-5, "added to the variance in norms")
+    apply_layernorm_1p: bool = option(False, "norms multiply by 1 + weight, and weights begin at 0")
+    norm_placement: str = option("before", "norms of what goes into attention and MLP, of what comes out, or both",
+                                 choices=("before", "after", "both"))
+    parallel_residual: bool = option(False, "attention and MLP of a layer read the same: x + attention(x) + mlp(x)")
+    embedding_multiplier: float = option(1.0, "what embeddings are multiplied by")
+    residual_multiplier: float = option(1.0, "what a layer adds is multiplied by")
+    attention_multiplier: float | None = option(None, "what scores are multiplied by; default 1 / sqrt(kv channels)")
+    attn_logit_softcapping: float | None = option(None, "c: scores become c tanh(scores / c), which is written out: no "
+                                                  "kernel of torch's knows it")
+    logits_scaling: float = option(1.0, "what logits are divided by")
+    final_logit_softcapping: float | None = option(None, "c: logits become c tanh(logits / c)")
     swiglu: bool = option(False, "gated MLP: silu(gate) x up")
+    geglu: bool = option(False, "gated MLP: gelu(gate) x up; with --openai-gelu by the tanh formula")
+    relu: bool = option(False, "relu(x) in the MLP instead of GELU")
     squared_relu: bool = option(False, "relu(x)^2 in the MLP instead of GELU")
     openai_gelu: bool = option(False, "GELU by the tanh formula of GPT-2 instead of the exact one")
     disable_bias_linear: bool = option(False, "no biases in linear layers and norms but for those below")
@@ -117,7 +131,9 @@ class Model:
     add_o_bias: bool = option(False, "a bias on attention's output, with --disable-bias-linear")
     add_mlp_bias: bool = option(False, "biases in the MLP, with --disable-bias-linear")
     add_norm_bias: bool = option(False, "biases in LayerNorms, with --disable-bias-linear")
-    qk_layernorm: bool = option(False, "norm over each head of q and k")
+    qk_layernorm: bool = option(False, "norms of q and k")
+    qk_layernorm_over: str = option("head", "each head by itself, or the width: all heads together",
+                                    choices=("head", "width"))
     untie_embeddings_and_output_weights: bool = option(False, "an output matrix of its own instead of the embedding's")
     make_vocab_size_divisible_by: int = option(128, "rows the stored vocabulary is padded to per tensor-parallel rank; "
                                                "padding is never predicted", unit="rows")
@@ -304,6 +320,9 @@ class Config:
 
 _GPT2 = {"position_embedding_type": "learned_absolute", "openai_gelu": True, "seq_length": 1024}
 _GPT3 = _GPT2 | {"seq_length": 2048}
+_GEMMA = {"position_embedding_type": "rope", "normalization": "RMSNorm", "norm_epsilon": 1e-6, "kv_channels": 256,
+          "apply_layernorm_1p": True, "norm_placement": "both", "geglu": True, "openai_gelu": True,
+          "disable_bias_linear": True}
 _LLAMA = {"position_embedding_type": "rope", "normalization": "RMSNorm", "swiglu": True, "disable_bias_linear": True,
           "untie_embeddings_and_output_weights": True}
 
@@ -312,7 +331,8 @@ def _row(base: dict[str, Any], layers: int, hidden: int, heads: int, **more: Any
     return base | {"num_layers": layers, "hidden_size": hidden, "num_attention_heads": heads} | more
 
 
-# Sizes as published: GPT-2 (Radford 2019), GPT-3 (Brown 2020, table 2.1), Llama (Touvron 2023), Llama 3.x (Dubey 2024).
+# Sizes as published: GPT-2 (Radford 2019), GPT-3 (Brown 2020, table 2.1), Llama (Touvron 2023), Llama 3.x (Dubey 2024),
+# OPT (Zhang 2022), Pythia (Biderman 2023), Gemma 2 and 3 (Gemma Team 2024, 2025), OLMo 2 (OLMo Team 2025), SmolLM3.
 PRESETS: dict[str, dict[str, Any]] = {
     "gpt2-124m": _row(_GPT2, 12, 768, 12),
     "gpt2-medium": _row(_GPT2, 24, 1024, 16),
@@ -329,6 +349,19 @@ PRESETS: dict[str, dict[str, Any]] = {
                      rotary_base=500000.0),
     "llama-13b": _row(_LLAMA, 40, 5120, 40, ffn_hidden_size=13824, seq_length=4096),
     "llama-70b": _row(_LLAMA, 80, 8192, 64, num_query_groups=8, ffn_hidden_size=28672, seq_length=4096),
+    "opt-1.3b": _row({}, 24, 2048, 32, relu=True, position_offset=2, seq_length=2048),
+    "pythia-1.4b": _row({}, 24, 2048, 16, position_embedding_type="rope", rotary_percent=0.25, parallel_residual=True,
+                        untie_embeddings_and_output_weights=True, seq_length=2048),
+    "gemma2-2b": _row(_GEMMA, 26, 2304, 8, num_query_groups=4, ffn_hidden_size=9216, embedding_multiplier=48.0,
+                      attn_logit_softcapping=50.0, final_logit_softcapping=30.0, attention_window=4096,
+                      window_attn_skip_freq="2", seq_length=8192),
+    "gemma3-1b": _row(_GEMMA, 26, 1152, 4, num_query_groups=1, ffn_hidden_size=6912, embedding_multiplier=1152**0.5,
+                      qk_layernorm=True, attention_window=512, window_attn_skip_freq="6", rotary_base=1e6,
+                      rope_local_base_freq=1e4, seq_length=32768),
+    "olmo2-7b": _row(_LLAMA, 32, 4096, 32, ffn_hidden_size=11008, norm_epsilon=1e-6, norm_placement="after",
+                     qk_layernorm=True, qk_layernorm_over="width", rotary_base=500000.0, seq_length=4096),
+    "smollm3-3b": _row(_LLAMA, 36, 2048, 16, num_query_groups=4, ffn_hidden_size=11008, norm_epsilon=1e-6,
+                       no_rope_freq="4", rotary_base=5e6, untie_embeddings_and_output_weights=False, seq_length=65536),
 }
 
 def in_our_words(argv: Sequence[str] | None = None) -> Told:

@@ -38,7 +38,7 @@ WITHOUT: dict[str, str] = {
     "dropout and order of samples follow from --seed": "no-load-rng no-save-rng data-parallel-random-init",
     "sums and losses keep fp32 here": "grad-reduce-in-bf16 fp16-lm-cross-entropy no-fp32-allreduce",
     "the same function, said otherwise": """
-        apply-query-key-layer-scaling no-query-key-layer-scaling apply-layernorm-1p no-gradient-reduce-div-fusion
+        apply-query-key-layer-scaling no-query-key-layer-scaling no-gradient-reduce-div-fusion
         ddp-average-in-collective""",
     "nothing to configure here": """
         num-workers valid-num-workers data-cache-path num-dataset-builder-threads no-mmap-bin-files mmap-warmup
@@ -127,22 +127,22 @@ REFUSED: dict[str, str] = {
     "that loss is not here: the loss is the mean of each token's cross entropy": """
         goldfish-loss goldfish-* mtp-* use-kl-loss loss-on-targets-only label-smoothing z-loss-* ce-* kd kd-*
         reweight-loss-based-on-position-frequency noise-density mask-prob short-seq-prob""",
-    "that activation is not here: the MLP would compute another function; write --swiglu, --squared-relu, "
-    "--openai-gelu or nothing for GELU": """
-        xielu quick-geglu geglu glu-activation activation-func-clamp-value glu-linear-offset use-relu gelu-tanh-*
+    "that activation is not here: the MLP would compute another function; write --swiglu, --geglu, --squared-relu, "
+    "--relu, --openai-gelu or nothing for GELU": """
+        xielu quick-geglu glu-activation activation-func-clamp-value glu-linear-offset gelu-tanh-*
         activation-func-*""",
     "that attention is not here: its scores would be others": """
         softmax-type multi-latent-attention q-lora-rank kv-lora-rank qk-head-dim
         qk-pos-emb-head-dim v-head-dim mscale mscale-all-dim cache-mla-latents qk-l2-norm qk-clip* attention-output-gate
         experimental-attention-variant dsa-* linear-attention-* relative-attention-* use-alibi alibi-*
-        attn-logit-softcapping use-attn-* no-weight-absorption""",
+        use-attn-* no-weight-absorption""",
     "those positions are not here: each token would stand elsewhere": """
         rotary-interleaved rotary-scaling-factor rope-type mrope-section yarn-* long-rope-*""",
     "that layer is not here: it would compute another function": """
         embed-layernorm apply-residual-connection-post-layernorm fp32-residual-connection hybrid-* mamba-*
-        is-hybrid-model disable-mamba-mem-eff-path heterogeneous-* retro-* post-norm sandwich-norm
-        input-embeddings-multiplier output-logits-multiplier embedding-multiplier-* logits-soft-cap residual-scale-*
-        scale-emb scale-depth scale-embedding parallel-attention parallel-layernorm use-post-layernorm""",
+        is-hybrid-model disable-mamba-mem-eff-path heterogeneous-* retro-* post-norm
+        output-logits-multiplier embedding-multiplier-* residual-scale-* scale-depth scale-embedding
+        parallel-attention parallel-layernorm use-post-layernorm""",
     "the weights would begin otherwise": """
         init-method-xavier-uniform embedding-init-method-std embedding-weights-in-fp32 init-method-std-*
         perform-init-*""",
@@ -206,6 +206,10 @@ RENAMED: dict[str, tuple[str, str]] = {
     "persistent-save-interval": ("--save-interval {}", "is --save-interval"),
     "rope-theta": ("--rotary-base {}", "is --rotary-base"),
     "layernorm-epsilon": ("--norm-epsilon {}", "is --norm-epsilon"),
+    "use-relu": ("--relu", "is --relu"), "sandwich-norm": ("--norm-placement both", "is --norm-placement both"),
+    "input-embeddings-multiplier": ("--embedding-multiplier {}", "is --embedding-multiplier"),
+    "scale-emb": ("--embedding-multiplier {}", "is --embedding-multiplier"),
+    "logits-soft-cap": ("--final-logit-softcapping {}", "is --final-logit-softcapping"),
     "rotary-seq-len-interpolation-factor": (
         "--use-rope-scaling --rope-scaling-type linear --rope-scaling-factor {}", "is a linear --rope-scaling-type"),
     "yarn-rotary-scaling-factor": ("--rope-scaling-factor {}", "is --rope-scaling-factor"),
@@ -241,10 +245,12 @@ def megatron_defaults(said: Mapping[str, Any]) -> dict[str, Any]:
     so much is said. (Its softmax counts padding of the vocabulary too, and its loss is the mean of micro-batches' means
     unless --calculate-per-token-loss: those are no flags here.)"""
     half = said.get("fp16") or said.get("dtype") == "fp16"
-    gelu = not any(said.get(word) for word in ("swiglu", "squared_relu", "disable_bias_linear"))
+    gelu = not any(said.get(word) for word in ("swiglu", "squared_relu", "relu", "geglu", "disable_bias_linear"))
+    layer_norm = said.get("normalization", "LayerNorm") == "LayerNorm"
     warm = any(said.get(f"lr_warmup_{unit}") for unit in ("iters", "samples", "fraction"))
     ordered = not (said.get("mock_data") or said.get("data_schedule") or said.get("shuffle") is False)
     return {"attention_dropout": 0.1, "hidden_dropout": 0.1, **({"openai_gelu": True} if gelu else {}),
+            **({"add_norm_bias": True} if said.get("disable_bias_linear") and layer_norm else {}),
             **({"lr_warmup_from_init": True} if warm else {}), **({"sample_order": "megatron"} if ordered else {}),
             **({"initial_loss_scale": 2.0**32} if half and not said.get("loss_scale") else {})}
 
