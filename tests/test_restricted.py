@@ -1,6 +1,7 @@
 """The one reader of pickles: it makes tensors and words, runs nothing, and says which class it was asked for."""
 
 import argparse
+import contextlib
 import io
 import os
 import pickle
@@ -32,7 +33,7 @@ def touch(path: Path) -> dict[str, Asks]:
     """Ways to leave a file there, were they run."""
     command = f"touch {path}"
     return {"system": Asks(os.system, command), "eval": Asks(eval, f"__import__('os').system({command!r})"),
-            "exec": Asks(exec, f"open({str(path)!r}, 'w')"), "open": Asks(open, str(path), "w"), "getattr": Asks(getattr, os, "system"),
+            "exec": Asks(exec, f"open({str(path)!r}, 'w')"), "open": Asks(open, str(path), "w"), "getattr": Asks(getattr, Asks(__import__, "os"), "system"),
             "chain": Asks(getattr, Asks(getattr, Asks(__import__, "os"), "path"), "join"), "load": Asks(torch.load, str(path)),
             "numpy": Asks(np.load, str(path)), "partial": Asks(__import__("functools").partial, os.system, command),
             "hub": Asks(torch.hub.load, str(path), "x"), "compile": Asks(compile, "1", "x", "exec")}
@@ -69,10 +70,8 @@ def test_opcodes_by_hand_reach_nothing(opcodes: bytes, tmp_path: Path) -> None:
     """Stubs may be called with anything; what is put into one stays in it."""
     before = dict(vars(Stub))
     for read in (lambda: load(raw(opcodes, tmp_path / "x.pt")), lambda: load_metadata(raw_bytes(opcodes, tmp_path / "y"))):
-        try:
+        with contextlib.suppress(UserError):
             assert isinstance(read(), Stub | type)
-        except UserError:
-            pass
     assert dict(vars(Stub)) == before
 
 
