@@ -1,25 +1,30 @@
-"""Checkpoints of other trainers, in and out: python tools/convert_checkpoint.py import|export --help
+"""Checkpoints of other trainers, in and out: python tools/convert_checkpoint.py import --help
 
-    import    Megatron-LM (legacy, torch_dist), DCP of torch (torchtitan), nanoGPT: which one is told by its files"""
+    import    Megatron-LM (legacy, torch_dist), torchtitan and other DCP, nanoGPT: which one is told by its files"""
 
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from convert_hf import command, tokenizer_flags
 from restricted import load, load_metadata
 
 from megazero.base import Bar, UserError
 from megazero.elsewhere import (
-    MEGATRON,
     Distributed,
+    NamedRow,
     Source,
-    Tensors,
-    as_ours,
+    adopted,
+    dcp_source,
     legacy_source,
     megatron_architecture,
-    megatron_weights,
+    nanogpt_source,
+    of_hugging_face,
+    of_megatron,
+    of_nanogpt,
+    of_torchtitan,
     torch_dist_source,
     write_model,
 )
@@ -28,11 +33,13 @@ from megazero.plan import Architecture, flags, from_config, parameter_count
 from megazero.settings import commands, option, run
 from megazero.state import recognised
 
+Found = tuple[Architecture, list[NamedRow], Source]
+
 
 @dataclass(frozen=True)
 class Import:
     """Writes one of our checkpoints of somebody else's: at its step, with its optimizer where that can be read, else at
-    step 0."""
+    step 0. Which trainer wrote it is told by the names of its files."""
 
     input: str = option(help="folder or file of another trainer's checkpoint", unit="path")
     output: str = option(help="new folder to write", unit="dir")
@@ -40,6 +47,10 @@ class Import:
                                    "does not", unit="file")
     vocab_size: int | None = option(None, "rows of the embedding that are tokens; default: as the checkpoint says, "
                                     "padding included where it does not", unit="tokens")
+    num_attention_heads: int | None = option(None, "of a Llama in a DCP, whose shapes do not say it", unit="heads")
+    rotary_base: float | None = option(None, "of a Llama in a DCP")
+    norm_epsilon: float = option(1e-5, "of a Llama in a DCP")
+    seq_length: int = option(2048, "of a Llama in a DCP: what it goes on with", unit="tokens")
     tokenizer: str | None = option(None, "folder of Hugging Face's tokenizer files, to keep beside it", unit="dir")
 
 
@@ -48,57 +59,71 @@ def import_(s: Import) -> None:
     if found is None:
         there = "holds no checkpoint that is known here" if Path(s.input).exists() else "is not there"
         raise UserError(f"--input {s.input}: {there}; name the folder of one step.")
-    form, path = found
-    if form.name not in SOURCES:
-        raise UserError(f"--input {s.input}: is {form.what}; give it to tools/convert_hf.py import.")
-    print(f"found       {path}: {form.what}")
-    a, source, weights, moments = SOURCES[form.name](path, s)
+    kind, path = found
+    if kind.name not in SOURCES:
+        raise UserError(f"--input {s.input}: is {kind.what}; give it to tools/convert_hf.py import.")
+    print(f"found       {path}: {kind.what}")
+    a, rows, source = SOURCES[kind.name](path, s)
+    a = replace(a, vocab_size=min(a.vocab_size, s.vocab_size or a.vocab_size))
+    weights, moments = adopted(a, rows, source)
+    table = source.weights[next(r.theirs for r in rows if r.ours == ("embedding.weight",))].shape[0]
+    if table > a.vocab_size:
+        print(f"cut         {table - a.vocab_size:,} rows of its embedding that are no tokens")
     tokenizer = write_model(a, source, weights, moments, Path(s.output), Path(s.tokenizer) if s.tokenizer else None,
                             Bar())
     for note in source.notes:
         print(f"left        {note}", file=sys.stderr)
-    resumed = bool(moments)
-    print(f"imported    {s.input} to {s.output}: {parameter_count(a):,} parameters, "
-          + (f"with their optimizer, at step {source.step:,}" if resumed else "weights alone"))
-    values: dict[str, object] = {"load": s.output, **({} if resumed else {"finetune": True}), **flags(a)}
+    what = f"with their optimizer, at step {source.step:,}" if moments else "weights alone, at step 0"
+    print(f"imported    {s.input} to {s.output}: {parameter_count(a):,} parameters, {what}")
+    values: dict[str, object] = {"load": s.output, "finetune": not moments, **flags(a)}
     if tokenizer:
         values |= tokenizer_flags(tokenizer, f"{s.output}/tokenizer")
     print(f"train on with: {command(values)}")
 
 
-Found = tuple[Architecture, Source, Tensors, Mapping[str, Tensors]]
+def config_of(s: Import) -> Mapping[str, Any]:
+    assert s.hf_config is not None
+    return read_json(Path(s.hf_config), CONFIG)
 
 
-def described(s: Import) -> Architecture | None:
-    """The architecture of --hf-config."""
-    return from_config(read_json(Path(s.hf_config), CONFIG))[0] if s.hf_config else None
-
-
-def of_megatron(source: Source, s: Import) -> Found:
+def of_core(source: Source, s: Import) -> Found:
+    """Of Megatron's names."""
     table = source.weights.get("embedding.word_embeddings.weight")
-    rows = table.shape[0] if table else 0
-    a = described(s) or megatron_architecture(source.words, rows, s.vocab_size, source.path)
-    if rows > a.vocab_size:
-        print(f"cut         {rows - a.vocab_size:,} rows of its embedding that are padding")
-    elif s.vocab_size is None:
-        print(f"vocabulary  {rows:,} rows, padding included if there is any: --vocab-size cuts it")
-    weights = as_ours(MEGATRON, a, megatron_weights(source, a, source.weights), source)
-    plain = Source(source.path, {}, words={})
-    moments = {kind: as_ours(MEGATRON, a, megatron_weights(plain, a, of), source)
-               for kind, of in source.moments.items()}
-    return a, source, weights, moments
+    a = from_config(config_of(s))[0] if s.hf_config else megatron_architecture(
+        source.words, table.shape[0] if table else 0, s.vocab_size, source.path)
+    return a, *of_megatron(source, a)
 
 
 def legacy(path: Path, s: Import) -> Found:
-    return of_megatron(legacy_source(path, load), s)
+    return of_core(legacy_source(path, load), s)
 
 
 def torch_dist(path: Path, s: Import) -> Found:
-    found = Distributed(path, load_metadata(path / ".metadata"), load)
-    return of_megatron(torch_dist_source(path, found, load), s)
+    return of_core(torch_dist_source(path, Distributed(path, load_metadata(path / ".metadata"), load), load), s)
 
 
-SOURCES: Mapping[str, Callable[[Path, Import], Found]] = {"megatron": legacy, "torch_dist": torch_dist}
+def nanogpt(path: Path, s: Import) -> Found:
+    source = nanogpt_source(path, load(path))
+    return *of_nanogpt(source), source
+
+
+def dcp(path: Path, s: Import) -> Found:
+    source = dcp_source(path, Distributed(path, load_metadata(path / ".metadata"), load))
+    if "tok_embeddings.weight" in source.weights:
+        a, rows = of_torchtitan(source, s.num_attention_heads, s.rotary_base, s.norm_epsilon, s.seq_length)
+        return a, rows, source
+    return named_by_hugging_face(source, s)
+
+
+def named_by_hugging_face(source: Source, s: Import) -> Found:
+    if s.hf_config is None:
+        raise UserError(f"--input {source.path}: holds {next(iter(source.weights), 'nothing')} and more, names of no "
+                        "trainer that is known here; give --hf-config config.json if they are Hugging Face's.")
+    return of_hugging_face(source, config_of(s))
+
+
+SOURCES: Mapping[str, Callable[[Path, Import], Found]] = {
+    "megatron": legacy, "torch_dist": torch_dist, "nanogpt": nanogpt, "dcp": dcp}
 
 
 if __name__ == "__main__":

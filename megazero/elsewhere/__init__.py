@@ -2,6 +2,7 @@
 
 from megazero.elsewhere.arrive import write_model
 from megazero.elsewhere.dcp import Distributed
-from megazero.elsewhere.megatron import legacy_source, megatron_architecture, megatron_weights, torch_dist_source
-from megazero.elsewhere.names import MEGATRON, as_ours
-from megazero.elsewhere.source import Source, Stub, Tensors
+from megazero.elsewhere.megatron import legacy_source, megatron_architecture, of_megatron, torch_dist_source
+from megazero.elsewhere.names import NamedRow, adopted
+from megazero.elsewhere.others import dcp_source, nanogpt_source, of_hugging_face, of_nanogpt, of_torchtitan
+from megazero.elsewhere.source import Source, Stub

@@ -11,7 +11,7 @@ import torch
 
 from megazero.base import UserError, printable, said
 from megazero.elsewhere.dcp import Distributed
-from megazero.elsewhere.names import MEGATRON, named_rows
+from megazero.elsewhere.names import MEGATRON, NamedRow, named_rows
 from megazero.elsewhere.source import Lazy, Read, Source, Tensors, here, side_by_side, words_of
 from megazero.plan import Architecture, Rotary, architecture_of
 
@@ -315,11 +315,14 @@ def _unstacked(found: Distributed, name: str, core: str) -> Iterator[tuple[str, 
 
 # ---- both
 
-def megatron_weights(source: Source, a: Architecture, theirs: Tensors) -> Tensors:
-    """Theirs without what the model does not read: copies of a tied embedding. Norms that are stored less one
-    (--apply-layernorm-1p) get it."""
-    known = {row.theirs for row in named_rows(MEGATRON, a)}
-    kept = {name: t for name, t in theirs.items() if name in known or not (a.tied and name == "output_layer.weight")}
-    if not source.words.get("apply_layernorm_1p"):
-        return kept
-    return {n: t.but(lambda x: x + 1) if n.endswith("norm.weight") else t for n, t in kept.items()}
+def of_megatron(source: Source, a: Architecture) -> tuple[list[NamedRow], Source]:
+    """The rows of Megatron-core's names; the source without what its model does not read, the copy of a tied embedding.
+    Norms that are stored less one (--apply-layernorm-1p) get it."""
+    def read(theirs: Tensors) -> Tensors:
+        return {name: t for name, t in theirs.items() if not (a.tied and name == "output_layer.weight")}
+
+    weights = read(source.weights)
+    if source.words.get("apply_layernorm_1p"):
+        weights = {n: t.but(lambda x: x + 1) if n.endswith("norm.weight") else t for n, t in weights.items()}
+    moments = {kind: read(tensors) for kind, tensors in source.moments.items()}
+    return named_rows(MEGATRON, a), replace(source, weights=weights, moments=moments)

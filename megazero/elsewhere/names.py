@@ -2,6 +2,7 @@
 
     stacked     ours along dimension 0, one after the other (of one: itself)
     grouped     Megatron's q, k, v: for each group of heads its queries, its key, its value
+    transposed  the same, then transposed: [in, out]
     turned      rotary pairs that lie side by side, where ours are half a head apart (Llama's own layout)
 
 A row is there if the model has one of its weights; it then holds those that the model has.
@@ -75,7 +76,8 @@ def named_rows(table: Sequence[NamedRow], a: Architecture) -> list[NamedRow]:
 
 
 def their_shape(row: NamedRow, ours: Mapping[str, Shape]) -> Shape:
-    return sum(ours[n][0] for n in row.ours), *ours[row.ours[0]][1:]
+    shape = (sum(ours[n][0] for n in row.ours), *ours[row.ours[0]][1:])
+    return shape[::-1] if row.form == "transposed" else shape
 
 
 def parted(row: NamedRow, theirs: Tensor, a: Architecture, ours: Mapping[str, Shape]) -> list[Tensor]:
@@ -86,6 +88,7 @@ def parted(row: NamedRow, theirs: Tensor, a: Architecture, ours: Mapping[str, Sh
         return [p.flatten(0, 2) for p in each.split((many, 1, 1), 1)]
     if row.form == "turned":
         return [theirs.unflatten(0, (-1, a.head_dim // 2, 2)).transpose(1, 2).flatten(0, 2)]
+    theirs = theirs.T if row.form == "transposed" and theirs.dim() == 2 else theirs
     return list(theirs.split([ours[n][0] for n in row.ours]))
 
 
@@ -95,22 +98,22 @@ def put_together(row: NamedRow, ours: Sequence[Tensor], a: Architecture) -> Tens
         return torch.cat([t.unflatten(0, (a.kv_heads, -1, a.head_dim)) for t in ours], 1).flatten(0, 2)
     if row.form == "turned":
         return ours[0].unflatten(0, (-1, 2, a.head_dim // 2)).transpose(1, 2).flatten(0, 2)
-    return torch.cat(list(ours)) if len(ours) > 1 else ours[0]
+    stacked = torch.cat(list(ours)) if len(ours) > 1 else ours[0]
+    return stacked.T if row.form == "transposed" and stacked.dim() == 2 else stacked
 
 
 PADDED = ("embedding.weight", "head.output.weight")     # theirs may have rows beyond the vocabulary
 
 
-def as_ours(table: Sequence[NamedRow], a: Architecture, theirs: Tensors, source: Source) -> Tensors:
+def as_ours(rows: Sequence[NamedRow], a: Architecture, theirs: Tensors, source: Source) -> Tensors:
     """Our weights of theirs. Raises UserError unless the two sides match, name by name and shape by shape."""
     ours, found, errors = shapes(a), Tensors(), list[str]()
-    rows = named_rows(table, a)
     for row in rows:
         shape, lazy = their_shape(row, ours), theirs.get(row.theirs)
         if lazy is None:
             errors.append(f"--input {source.path}: has no {row.theirs}, which its model needs.")
             continue
-        if row.ours[0] in PADDED and len(lazy.shape) == 2 and lazy.shape[0] > shape[0]:
+        if row.ours[0] in PADDED and row.form == "stacked" and len(lazy.shape) == 2 and lazy.shape[0] > shape[0]:
             lazy = lazy.but(lambda t, n=shape[0]: t[:n], (shape[0], *lazy.shape[1:]))       # type: ignore[misc]
         if lazy.shape != shape:
             errors.append(f"--input {source.path}: {row.theirs} has shape {list(lazy.shape)}, its model needs "
@@ -131,3 +134,13 @@ def _part(row: NamedRow, i: int, lazy: Lazy, a: Architecture, ours: Mapping[str,
     if len(row.ours) == 1 and row.form == "stacked":
         return lazy
     return lazy.but(lambda t: parted(row, t, a, ours)[i], ours[row.ours[i]])
+
+
+def adopted(a: Architecture, rows: Sequence[NamedRow], source: Source) -> tuple[Tensors, dict[str, Tensors]]:
+    """Our weights and moments. Moments that are not all there stay behind, and that is noted. Raises UserError."""
+    weights, moments = as_ours(rows, a, source.weights, source), dict[str, Tensors]()
+    try:
+        moments = {kind: as_ours(rows, a, tensors, source) for kind, tensors in source.moments.items()}
+    except UserError as error:
+        source.notes.append(f"its optimizer's state stays behind: {error.sentences[0]}")
+    return weights, moments
