@@ -19,9 +19,9 @@ FLOORS: dict[str, tuple[int, str]] = {
     "corpus": (1260, "tables sources verify edit preprocess"),
     "state": (1480, "tensor_files elsewhere checkpoint saving merge compare record logs"),
     "hf": (520, "files tokenizer convert"),
-    "elsewhere": (1200, "source names dcp megatron others arrive"),
     "run": (1530, "executor metrics run feed step loop failures ahead train launch generate"),
     "engine": (4400, "hidden sliced aliases keys words rates values blocks groups hooks passes engine optimizers checkpoints monitor full deepspeed_engine initialize zero names"),
+    "elsewhere": (1400, "source names dcp megatron others deepspeed arrive"),
 }
 DOORS = {"deepspeed": 140, "door.sitecustomize": 70, "trainer": 60}       # above all floors, each with its budget; `door` is what PYTHONPATH gets
 PURE = ("base", "pipeline", "settings", "plan")             # no device, no process

@@ -1,6 +1,7 @@
 """Checkpoints of other trainers, in and out: python tools/convert_checkpoint.py import --help
 
-    import    Megatron-LM (legacy, torch_dist), torchtitan and other DCP, nanoGPT: which one is told by its files"""
+    import    Megatron-LM (legacy, torch_dist), torchtitan and other DCP, nanoGPT, DeepSpeed (levels 0 to 3, universal),
+              pickled Hugging Face folders: which one is told by the names of its files"""
 
 import sys
 from collections.abc import Callable, Mapping
@@ -17,7 +18,9 @@ from megazero.elsewhere import (
     NamedRow,
     Source,
     adopted,
+    bin_source,
     dcp_source,
+    deepspeed_source,
     legacy_source,
     megatron_architecture,
     nanogpt_source,
@@ -26,7 +29,9 @@ from megazero.elsewhere import (
     of_nanogpt,
     of_torchtitan,
     torch_dist_source,
+    universal_source,
     write_model,
+    write_module,
 )
 from megazero.hf import CONFIG, read_json
 from megazero.plan import Architecture, flags, from_config, parameter_count
@@ -63,7 +68,24 @@ def import_(s: Import) -> None:
     if kind.name not in SOURCES:
         raise UserError(f"--input {s.input}: is {kind.what}; give it to tools/convert_hf.py import.")
     print(f"found       {path}: {kind.what}")
-    a, rows, source = SOURCES[kind.name](path, s)
+    read, described = SOURCES[kind.name]
+    source = read(path)
+    model = described(source, s)
+    if model is None:
+        trained = write_module(source, Path(s.output), Bar())
+        what, then = f"{len(source.weights)} parameters of a module", f'engine.load_checkpoint("{s.output}")'
+    else:
+        trained, what, then = as_decoder(*model, s)
+        source = model[2]
+    for note in source.notes:
+        print(f"left        {note}", file=sys.stderr)
+    print(f"imported    {s.input} to {s.output}: {what}, "
+          + (f"with their optimizer, at step {source.step:,}" if trained else "weights alone, at step 0"))
+    print(f"train on with: {then}")
+
+
+def as_decoder(a: Architecture, rows: list[NamedRow], source: Source, s: Import) -> tuple[bool, str, str]:
+    """Writes it. Returns whether its optimizer came too, what it is, and the flags that train on."""
     a = replace(a, vocab_size=min(a.vocab_size, s.vocab_size or a.vocab_size))
     weights, moments = adopted(a, rows, source)
     table = source.weights[next(r.theirs for r in rows if r.ours == ("embedding.weight",))].shape[0]
@@ -71,59 +93,65 @@ def import_(s: Import) -> None:
         print(f"cut         {table - a.vocab_size:,} rows of its embedding that are no tokens")
     tokenizer = write_model(a, source, weights, moments, Path(s.output), Path(s.tokenizer) if s.tokenizer else None,
                             Bar())
-    for note in source.notes:
-        print(f"left        {note}", file=sys.stderr)
-    what = f"with their optimizer, at step {source.step:,}" if moments else "weights alone, at step 0"
-    print(f"imported    {s.input} to {s.output}: {parameter_count(a):,} parameters, {what}")
     values: dict[str, object] = {"load": s.output, "finetune": not moments, **flags(a)}
     if tokenizer:
         values |= tokenizer_flags(tokenizer, f"{s.output}/tokenizer")
-    print(f"train on with: {command(values)}")
+    return bool(moments), f"{parameter_count(a):,} parameters", command(values)
 
+
+# ---- what each format holds, and the decoder that it describes; None for a module of somebody's own
 
 def config_of(s: Import) -> Mapping[str, Any]:
     assert s.hf_config is not None
     return read_json(Path(s.hf_config), CONFIG)
 
 
-def of_core(source: Source, s: Import) -> Found:
-    """Of Megatron's names."""
+def megatrons(source: Source, s: Import) -> Found:
     table = source.weights.get("embedding.word_embeddings.weight")
     a = from_config(config_of(s))[0] if s.hf_config else megatron_architecture(
         source.words, table.shape[0] if table else 0, s.vocab_size, source.path)
     return a, *of_megatron(source, a)
 
 
-def legacy(path: Path, s: Import) -> Found:
-    return of_core(legacy_source(path, load), s)
-
-
-def torch_dist(path: Path, s: Import) -> Found:
-    return of_core(torch_dist_source(path, Distributed(path, load_metadata(path / ".metadata"), load), load), s)
-
-
-def nanogpt(path: Path, s: Import) -> Found:
-    source = nanogpt_source(path, load(path))
+def nanogpts(source: Source, s: Import) -> Found:
     return *of_nanogpt(source), source
 
 
-def dcp(path: Path, s: Import) -> Found:
-    source = dcp_source(path, Distributed(path, load_metadata(path / ".metadata"), load))
-    if "tok_embeddings.weight" in source.weights:
+def titans(source: Source, s: Import) -> Found:
+    """Of torchtitan's names, or of Hugging Face's."""
+    if s.hf_config is None and "tok_embeddings.weight" in source.weights:
         a, rows = of_torchtitan(source, s.num_attention_heads, s.rotary_base, s.norm_epsilon, s.seq_length)
         return a, rows, source
-    return named_by_hugging_face(source, s)
+    return hugging_faces(source, s)
 
 
-def named_by_hugging_face(source: Source, s: Import) -> Found:
+def hugging_faces(source: Source, s: Import) -> Found:
     if s.hf_config is None:
         raise UserError(f"--input {source.path}: holds {next(iter(source.weights), 'nothing')} and more, names of no "
                         "trainer that is known here; give --hf-config config.json if they are Hugging Face's.")
     return of_hugging_face(source, config_of(s))
 
 
-SOURCES: Mapping[str, Callable[[Path, Import], Found]] = {
-    "megatron": legacy, "torch_dist": torch_dist, "nanogpt": nanogpt, "dcp": dcp}
+def pickled(source: Source, s: Import) -> Found:
+    return hugging_faces(source, replace(s, hf_config=s.hf_config or str(source.path / "config.json")))
+
+
+def modules(source: Source, s: Import) -> Found | None:
+    return hugging_faces(source, s) if s.hf_config else None
+
+
+def distributed(path: Path) -> Distributed:
+    return Distributed(path, load_metadata(path / ".metadata"), load)
+
+
+SOURCES: Mapping[str, tuple[Callable[[Path], Source], Callable[[Source, Import], Found | None]]] = {
+    "megatron": (lambda path: legacy_source(path, load), megatrons),
+    "torch_dist": (lambda path: torch_dist_source(path, distributed(path), load), megatrons),
+    "nanogpt": (lambda path: nanogpt_source(path, load(path)), nanogpts),
+    "dcp": (lambda path: dcp_source(path, distributed(path)), titans),
+    "deepspeed": (lambda path: deepspeed_source(path, load), modules),
+    "universal": (lambda path: universal_source(path, load), modules),
+    "bin": (lambda path: bin_source(path, load), pickled)}
 
 
 if __name__ == "__main__":

@@ -45,10 +45,10 @@ def load(file: Path | bytes, named: Path | None = None) -> Any:
                     raise _refused(path, name)
             add_safe_globals([(Stub, name) for name in asked])
             return torch.load(_opened(file), "cpu", weights_only=True, mmap=True if isinstance(file, Path) else None)
-    except OSError as error:
+    except (FileNotFoundError, PermissionError) as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}).") from None
-    except (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError, EOFError, AssertionError,
-            pickle.UnpicklingError) as error:
+    except (OSError, RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError, EOFError,
+            AssertionError, pickle.UnpicklingError) as error:
         if named_one := re.search(r"GLOBAL (\S+)", str(error)):
             raise _refused(path, named_one[1]) from None
         raise UserError(f"{path}: is no file of torch.save, or was cut or damaged "

@@ -12,7 +12,7 @@ import torch
 from megazero.base import UserError, printable
 from megazero.elsewhere.dcp import Distributed
 from megazero.elsewhere.names import NANOGPT, TORCHTITAN, NamedRow, named_rows
-from megazero.elsewhere.source import Source, Tensors, here, words_of
+from megazero.elsewhere.source import Read, Source, Tensors, here, words_of
 from megazero.plan import Architecture, Rotary, architecture_of, from_config, obstacles, rows
 
 Tensor = torch.Tensor
@@ -140,6 +140,17 @@ def of_torchtitan(source: Source, heads: int | None, base: float | None, epsilon
 
 # ---- names of Hugging Face
 
+def bin_source(folder: Path, read: Read) -> Source:
+    """What the pytorch_model*.bin of a Hugging Face folder hold. Raises UserError."""
+    weights: Tensors = {}
+    for path in sorted(folder.glob("pytorch_model*.bin")):
+        for name, tensor in words_of(read(path)).items():
+            if not isinstance(tensor, Tensor) or name in weights:
+                raise UserError(f"{path}: {printable(name, 100)} is no tensor, or in another file too; fetch it again.")
+            weights[name] = here(tensor)
+    return Source(folder, weights)
+
+
 def of_hugging_face(source: Source, config: Mapping[str, Any]) -> tuple[Architecture, list[NamedRow], Source]:
     """The decoder of a config.json, and its rows; the source without buffers, by the family's full names. Raises
     UserError."""
@@ -153,6 +164,7 @@ def of_hugging_face(source: Source, config: Mapping[str, Any]) -> tuple[Architec
     known = {r.theirs for r in every}
 
     def named(tensors: Tensors) -> Tensors:
+        tensors = {bare(name): t for name, t in tensors.items()}
         full = {name if name in known or family.base + name not in known else family.base + name: t
                 for name, t in tensors.items()}
         return {name: t for name, t in full.items() if not re.fullmatch(family.buffers, name)
