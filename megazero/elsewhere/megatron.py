@@ -3,7 +3,7 @@ rank, and torch_dist; of each its names, and what its arguments say of the model
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,9 @@ import torch
 
 from megazero.base import UserError, printable, said
 from megazero.elsewhere.dcp import Distributed
-from megazero.elsewhere.names import MEGATRON, NamedRow, named_rows
+from megazero.elsewhere.names import MEGATRON, NamedRow, named_rows, sound
 from megazero.elsewhere.source import Lazy, Read, Source, Tensors, here, side_by_side, words_of
-from megazero.plan import Architecture, Rotary, architecture_of
+from megazero.plan import Architecture, Llama3, Rotary
 
 Tensor = torch.Tensor
 RANK = re.compile(r"mp_rank_(\d+)(?:_(\d+))?")
@@ -72,7 +72,7 @@ def megatron_architecture(args: Mapping[str, Any], rows: int, vocab_size: int | 
     try:
         made = _described(args, POSITIONS[kind or "learned_absolute"])
         size = min(vocab_size or args.get("vocab_size") or rows, rows)
-        return architecture_of(asdict(replace(made, vocab_size=size)))
+        return sound(replace(made, vocab_size=size))
     except (TypeError, ValueError, ArithmeticError, LookupError) as error:
         raise UserError(f"--input {path}: its arguments cannot be ({printable(str(error))}).") from None
     except UserError as error:
@@ -85,7 +85,9 @@ def _described(args: Mapping[str, Any], positions: str) -> Architecture:
     tanh = args.get("openai_gelu") or (biased and args.get("bias_gelu_fusion", True))   # as its fused kernel has it
     width = args.get("kv_channels") or hidden // heads
     length = args.get("seq_length") or args["max_position_embeddings"]
-    scaling = ((args.get("rope_scaling_factor") or 8.0, 1.0, 4.0, 8192) if args.get("use_rope_scaling") else None)
+    scaling = (Llama3(float(args.get("rope_scaling_factor") or 8.0), 1.0, 4.0, 8192) if args.get("use_rope_scaling")
+               else None)
+    norm = NORMS[args.get("normalization") or "LayerNorm"]
     channels = round(width * (args.get("rotary_percent") or 1.0)) // 2 * 2
     return Architecture(
         layers=args["num_layers"], hidden=hidden, heads=heads, head_dim=width, seq_length=length, vocab_size=1,
@@ -93,10 +95,11 @@ def _described(args: Mapping[str, Any], positions: str) -> Architecture:
         kv_heads=(args.get("num_query_groups") or 1) if args.get("group_query_attention") else heads,
         learned_positions=(args.get("max_position_embeddings") or length) if positions == "learned_absolute" else 0,
         rotary=Rotary(float(args.get("rotary_base") or 10000), channels, scaling) if positions == "rope" else None,
-        norm=NORMS[args.get("normalization") or "LayerNorm"],
+        norm=norm,
         epsilon=args.get("norm_epsilon") or args.get("layernorm_epsilon") or 1e-5,
         activation="swiglu" if gated else "relu2" if args.get("squared_relu") else "gelu_tanh" if tanh else "gelu",
-        bias=biased, qkv_bias=biased or bool(args.get("add_qkv_bias")), qk_norm=bool(args.get("qk_layernorm")),
+        bias=biased, o_bias=biased, qkv_bias=biased or bool(args.get("add_qkv_bias")), norm_bias=norm == "LayerNorm",
+        qk_norm=bool(args.get("qk_layernorm")),
         tied=not args.get("untie_embeddings_and_output_weights"), init_std=args.get("init_method_std") or 0.02,
         attention_dropout=args.get("attention_dropout") or 0.0, hidden_dropout=args.get("hidden_dropout") or 0.0,
         window=args["window_size"][0] + 1 if args.get("window_size") else 0,

@@ -8,16 +8,23 @@
 A row is there if the model has one of its weights; it then holds those that the model has.
 """
 
+import json
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import NamedTuple
 
 import torch
 
 from megazero.base import UserError, said
 from megazero.elsewhere.source import Lazy, Source, Tensors
-from megazero.plan import Architecture, Shape, shapes
+from megazero.plan import Architecture, Shape, architecture_of, shapes
 
 Tensor = torch.Tensor
+
+
+def sound(a: Architecture) -> Architecture:
+    """The architecture, looked at as that of a checkpoint's index is. Raises ValueError, TypeError or UserError."""
+    return architecture_of(json.loads(json.dumps(asdict(a))))
 
 
 class NamedRow(NamedTuple):

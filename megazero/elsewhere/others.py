@@ -3,7 +3,7 @@ which weights they hold, with which moments, and what they say of their model.""
 
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +11,9 @@ import torch
 
 from megazero.base import UserError, printable
 from megazero.elsewhere.dcp import Distributed
-from megazero.elsewhere.names import NANOGPT, TORCHTITAN, NamedRow, named_rows
+from megazero.elsewhere.names import NANOGPT, TORCHTITAN, NamedRow, named_rows, sound
 from megazero.elsewhere.source import Read, Source, Tensors, here, words_of
-from megazero.plan import Architecture, Rotary, architecture_of, from_config, obstacles, rows
+from megazero.plan import Architecture, Rotary, from_config, obstacles, rows
 
 Tensor = torch.Tensor
 WRAPPERS = re.compile(r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|module)(?=\.)")
@@ -74,9 +74,9 @@ def of_nanogpt(source: Source) -> tuple[Architecture, list[NamedRow]]:
         biased, dropout = bool(said.get("bias", True)), float(said.get("dropout") or 0)
         a = Architecture(layers=said["n_layer"], hidden=hidden, ffn=4 * hidden, heads=heads, kv_heads=heads,
                          head_dim=hidden // heads, seq_length=length, vocab_size=said["vocab_size"] or 50257,
-                         learned_positions=length, bias=biased, qkv_bias=biased,
+                         learned_positions=length, bias=biased, qkv_bias=biased, o_bias=biased, norm_bias=biased,
                          hidden_dropout=dropout, attention_dropout=dropout)
-        a = architecture_of(asdict(a))
+        a = sound(a)
     except (KeyError, TypeError, ValueError, ArithmeticError, UserError) as error:
         raise UserError(f"--input {source.path}: its model_args cannot be ({printable(str(error), 200)}).") from None
     return a, named_rows(NANOGPT, a)
@@ -129,9 +129,10 @@ def of_torchtitan(source: Source, heads: int | None, base: float | None, epsilon
             layers=len({n.split(".")[1] for n in shape if n.startswith("layers.")}), hidden=hidden, heads=heads,
             ffn=shape["layers.0.feed_forward.w1.weight"][0], kv_heads=shape["layers.0.attention.wk.weight"][0] // width,
             head_dim=width, seq_length=length, vocab_size=vocab, rotary=Rotary(base, width), norm="RMSNorm",
-            epsilon=epsilon, activation="swiglu", bias=False, qkv_bias="layers.0.attention.wq.bias" in shape,
+            epsilon=epsilon, activation="swiglu", bias=False, o_bias=False, norm_bias=False,
+            qkv_bias="layers.0.attention.wq.bias" in shape,
             qk_norm="layers.0.attention.q_norm.weight" in shape, tied="output.weight" not in shape)
-        a = architecture_of(asdict(a))
+        a = sound(a)
     except (KeyError, TypeError, ValueError, ArithmeticError, UserError) as error:
         raise UserError(f"--input {source.path}: cannot be a Llama of --num-attention-heads {heads} "
                         f"({printable(str(error), 200)}).") from None
