@@ -9,6 +9,7 @@ import torch
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent))
+sys.path.append(str(Path(__file__).parents[1] / "tools"))        # as for a tool that is run by its path
 torch.set_num_threads(1)
 # its lock is shared by all processes that are forked from here: one that a test kills while it writes would keep it from all others
 tqdm.monitor_interval = 0

@@ -224,7 +224,7 @@ WRONG: dict[str, tuple[Callable[[Any, Path], Any], str]] = {
     "what is pickled": (lambda e, f: e.save_checkpoint(f, client_state={"a": [{"b": object()}]}), r"save_checkpoint.client.a\[0\].b: is a object, which could"),
     "a tuple for a key": (lambda e, f: e.save_checkpoint(f, client_state={"a": {(1, 2): 2}}), r"save_checkpoint.client.a: has the key \(1, 2\); name it by"),
     "a key of ours": (lambda e, f: e.save_checkpoint(f, client_state={"$tensor": 2}), r"save_checkpoint.client: has the key .*\$tensor"),
-    "DeepSpeed's": (lambda e, f: (fake(f, "global_step1/mp_rank_00_model_states.pt"), e.load_checkpoint(f)), "was saved by DeepSpeed, whose files are pickled"),
+    "DeepSpeed's": (lambda e, f: (fake(f, "global_step1/mp_rank_00_model_states.pt"), e.load_checkpoint(f)), "is a checkpoint of DeepSpeed; import it first: python tools/convert_checkpoint.py import --input"),
     "latest without its folder": (lambda e, f: ((f / "latest").write_text("gone\n"), e.load_checkpoint(f)), "has no complete checkpoint 'gone'; there is none"),
     "a latest that leads out": (lambda e, f: ((f / "latest").write_text("../there\n"), e.load_checkpoint(f)), "latest: cannot be read"),
     "other groups": (lambda e, f: megazero.initialize(model=Oddities("none"), config=CONFIG)[0].load_checkpoint(f / "there"),

@@ -5,3 +5,4 @@ from megazero.engine.initialize import add_config_arguments, init_distributed, i
 from megazero.engine.keys import HONOURED, MUST, TABLE, Key, form_of
 from megazero.engine.names import furnish
 from megazero.engine.zero import from_pretrained
+from megazero.engine.values import packed

@@ -38,6 +38,7 @@ from megazero.state import (
     buffers_of,
     complete,
     fill,
+    foreign,
     mismatches,
     newest,
     resumed,
@@ -56,7 +57,6 @@ NAME = re.compile(r"[\w.:+/-]{1,500}")
 MODULE: Form = {"excluded": bool, "client": dict, "extra?": dict, "training?": {
     "groups": [{"parameters": [str], "options": dict}], "scheduler": (None, {"type": str, "state": object}),
     "updates": COUNT, "samples": COUNT, "micro": COUNT, "settings?": dict}}
-THEIRS = ("*_states.pt", "*/*_states.pt")                       # DeepSpeed's own files
 
 
 # ---- saving
@@ -310,9 +310,8 @@ def _found(folder: Path, tag: str | None) -> Path | None:
     name, tags = newest(folder) if tag is None else tag, tagged(folder)
     if name in tags:
         return tags[name]
-    if any(True for pattern in THEIRS for _ in folder.glob(pattern)):
-        raise UserError(f"{LOAD} {folder}: was saved by DeepSpeed, whose files are pickled and are not read here; "
-                        "write its weights with its own zero_to_fp32.py --safe_serialization, and load those.")
+    if error := foreign(folder if tag is None else folder / tag, LOAD):
+        raise error
     if name is None:
         return folder if complete(folder) or (folder / "index.json").is_file() else None
     there = f"there are {', '.join(sorted(tags))}" if tags else "there is none"

@@ -14,7 +14,7 @@ from megazero.plan.operations import flops_per_token
 from megazero.plan.plan import Plan, resolve
 from megazero.plan.program import Part
 from megazero.plan.progress import LossScale, Progress, curve_of, loss_scale, progress_of
-from megazero.plan.rope import Rotary
+from megazero.plan.rope import Llama3, Rotary
 from megazero.plan.rules import GROUPS, RULES
 from megazero.plan.show import describe
 from megazero.plan.sizes import Sizes, ranks_asked, sizes

@@ -2,6 +2,7 @@
 
 from megazero.state.checkpoint import (
     INDEX, LATEST, SPECIAL, TAG, Reader, Slice, complete, fill, is_special, mismatches, newest, tagged)
+from megazero.state.elsewhere import foreign, recognised
 from megazero.state.compare import check, checkpoints, log_lines, report, runs
 from megazero.state.logs import Log, board_log, metrics_log
 from megazero.state.merge import merge

@@ -27,6 +27,7 @@ import torch
 from megazero.base import Form, UserError, checked, load, loads, read_bytes, said
 from megazero.data import IDENTITY
 from megazero.plan import Architecture, Box, Flat, Parameter, Piece, architecture_of, intersect, progress_of, tiles
+from megazero.state.elsewhere import foreign
 from megazero.state.tensor_files import CODES, READABLE, Stored, checksums, contents, header_of
 
 FORMAT, VERSION, INDEX = "megazero-checkpoint", 2, "index.json"
@@ -321,7 +322,7 @@ def find(folder: Path, step: int | None, flag: str = "--load") -> Path:
                             "give the folder above it.")
         return folder
     if not os.path.isdir(folder):
-        raise UserError(f"{flag} {folder}: there is no such folder.")
+        raise foreign(folder, flag) or UserError(f"{flag} {folder}: there is no such folder.")
     found = dict(complete(folder))
     if not found:
         return _by_tag(folder, step, flag)
@@ -335,7 +336,7 @@ def _by_tag(folder: Path, step: int | None, flag: str) -> Path:
     tags = tagged(folder)
     tag = newest(folder) if step is None else f"global_step{step}"
     if not tags:
-        raise UserError(f"{flag} {folder}: holds no complete checkpoint.")
+        raise foreign(folder, flag) or UserError(f"{flag} {folder}: holds no complete checkpoint.")
     if tag not in tags:
         raise UserError(f"{flag} {folder}: holds {', '.join(sorted(tags))}, and "
                         f"{'no file latest that names one' if tag is None else f'not {tag}'}; name the folder of one.")

@@ -1,0 +1,158 @@
+"""Checkpoints of other trainers, in and out: python tools/convert_checkpoint.py import --help
+
+    import    Megatron-LM (legacy, torch_dist), torchtitan and other DCP, nanoGPT, DeepSpeed (levels 0 to 3, universal),
+              pickled Hugging Face folders: which one is told by the names of its files"""
+
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from convert_hf import command, tokenizer_flags
+from restricted import load, load_metadata
+
+from megazero.base import Bar, UserError
+from megazero.elsewhere import (
+    Distributed,
+    NamedRow,
+    Source,
+    adopted,
+    bin_source,
+    dcp_source,
+    deepspeed_source,
+    legacy_source,
+    megatron_architecture,
+    nanogpt_source,
+    of_hugging_face,
+    of_megatron,
+    of_nanogpt,
+    of_torchtitan,
+    torch_dist_source,
+    universal_source,
+    write_model,
+    write_module,
+)
+from megazero.hf import CONFIG, read_json
+from megazero.plan import Architecture, flags, from_config, parameter_count
+from megazero.settings import commands, option, run
+from megazero.state import recognised
+
+Found = tuple[Architecture, list[NamedRow], Source]
+
+
+@dataclass(frozen=True)
+class Import:
+    """Writes one of our checkpoints of somebody else's: at its step, with its optimizer where that can be read, else at
+    step 0. Which trainer wrote it is told by the names of its files."""
+
+    input: str = option(help="folder or file of another trainer's checkpoint", unit="path")
+    output: str = option(help="new folder to write", unit="dir")
+    hf_config: str | None = option(None, "a config.json of Hugging Face that describes the model, where the checkpoint "
+                                   "does not", unit="file")
+    vocab_size: int | None = option(None, "rows of the embedding that are tokens; default: as the checkpoint says, "
+                                    "padding included where it does not", unit="tokens")
+    num_attention_heads: int | None = option(None, "of a Llama in a DCP, whose shapes do not say it", unit="heads")
+    rotary_base: float | None = option(None, "of a Llama in a DCP")
+    norm_epsilon: float = option(1e-5, "of a Llama in a DCP")
+    seq_length: int = option(2048, "of a Llama in a DCP: what it goes on with", unit="tokens")
+    tokenizer: str | None = option(None, "folder of Hugging Face's tokenizer files, to keep beside it", unit="dir")
+
+
+def import_(s: Import) -> None:
+    found = recognised(Path(s.input))
+    if found is None:
+        there = "holds no checkpoint that is known here" if Path(s.input).exists() else "is not there"
+        raise UserError(f"--input {s.input}: {there}; name the folder of one step.")
+    kind, path = found
+    if kind.name not in SOURCES:
+        raise UserError(f"--input {s.input}: is {kind.what}; give it to tools/convert_hf.py import.")
+    print(f"found       {path}: {kind.what}")
+    read, described = SOURCES[kind.name]
+    source = read(path)
+    model = described(source, s)
+    if model is None:
+        trained = write_module(source, Path(s.output), Bar())
+        what, then = f"{len(source.weights)} parameters of a module", f'engine.load_checkpoint("{s.output}")'
+    else:
+        trained, what, then = as_decoder(*model, s)
+        source = model[2]
+    for note in source.notes:
+        print(f"left        {note}", file=sys.stderr)
+    print(f"imported    {s.input} to {s.output}: {what}, "
+          + (f"with their optimizer, at step {source.step:,}" if trained else "weights alone, at step 0"))
+    print(f"train on with: {then}")
+
+
+def as_decoder(a: Architecture, rows: list[NamedRow], source: Source, s: Import) -> tuple[bool, str, str]:
+    """Writes it. Returns whether its optimizer came too, what it is, and the flags that train on."""
+    a = replace(a, vocab_size=min(a.vocab_size, s.vocab_size or a.vocab_size))
+    weights, moments = adopted(a, rows, source)
+    table = source.weights[next(r.theirs for r in rows if r.ours == ("embedding.weight",))].shape[0]
+    if table > a.vocab_size:
+        print(f"cut         {table - a.vocab_size:,} rows of its embedding that are no tokens")
+    tokenizer = write_model(a, source, weights, moments, Path(s.output), Path(s.tokenizer) if s.tokenizer else None,
+                            Bar())
+    values: dict[str, object] = {"load": s.output, "finetune": not moments, **flags(a)}
+    if tokenizer:
+        values |= tokenizer_flags(tokenizer, f"{s.output}/tokenizer")
+    return bool(moments), f"{parameter_count(a):,} parameters", command(values)
+
+
+# ---- what each format holds, and the decoder that it describes; None for a module of somebody's own
+
+def config_of(s: Import) -> Mapping[str, Any]:
+    assert s.hf_config is not None
+    return read_json(Path(s.hf_config), CONFIG)
+
+
+def megatrons(source: Source, s: Import) -> Found:
+    table = source.weights.get("embedding.word_embeddings.weight")
+    a = from_config(config_of(s))[0] if s.hf_config else megatron_architecture(
+        source.words, table.shape[0] if table else 0, s.vocab_size, source.path)
+    return a, *of_megatron(source, a)
+
+
+def nanogpts(source: Source, s: Import) -> Found:
+    return *of_nanogpt(source), source
+
+
+def titans(source: Source, s: Import) -> Found:
+    """Of torchtitan's names, or of Hugging Face's."""
+    if s.hf_config is None and "tok_embeddings.weight" in source.weights:
+        a, rows = of_torchtitan(source, s.num_attention_heads, s.rotary_base, s.norm_epsilon, s.seq_length)
+        return a, rows, source
+    return hugging_faces(source, s)
+
+
+def hugging_faces(source: Source, s: Import) -> Found:
+    if s.hf_config is None:
+        raise UserError(f"--input {source.path}: holds {next(iter(source.weights), 'nothing')} and more, names of no "
+                        "trainer that is known here; give --hf-config config.json if they are Hugging Face's.")
+    return of_hugging_face(source, config_of(s))
+
+
+def pickled(source: Source, s: Import) -> Found:
+    return hugging_faces(source, replace(s, hf_config=s.hf_config or str(source.path / "config.json")))
+
+
+def modules(source: Source, s: Import) -> Found | None:
+    return hugging_faces(source, s) if s.hf_config else None
+
+
+def distributed(path: Path) -> Distributed:
+    return Distributed(path, load_metadata(path / ".metadata"), load)
+
+
+SOURCES: Mapping[str, tuple[Callable[[Path], Source], Callable[[Source, Import], Found | None]]] = {
+    "megatron": (lambda path: legacy_source(path, load), megatrons),
+    "torch_dist": (lambda path: torch_dist_source(path, distributed(path), load), megatrons),
+    "nanogpt": (lambda path: nanogpt_source(path, load(path)), nanogpts),
+    "dcp": (lambda path: dcp_source(path, distributed(path)), titans),
+    "deepspeed": (lambda path: deepspeed_source(path, load), modules),
+    "universal": (lambda path: universal_source(path, load), modules),
+    "bin": (lambda path: bin_source(path, load), pickled)}
+
+
+if __name__ == "__main__":
+    run(lambda: commands("convert_checkpoint.py", __doc__ or "", {"import": (Import, import_)}))
