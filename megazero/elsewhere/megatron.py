@@ -99,7 +99,7 @@ def _described(args: Mapping[str, Any], positions: str) -> Architecture:
         epsilon=args.get("norm_epsilon") or args.get("layernorm_epsilon") or 1e-5,
         activation="swiglu" if gated else "relu2" if args.get("squared_relu") else "gelu_tanh" if tanh else "gelu",
         bias=biased, o_bias=biased, qkv_bias=biased or bool(args.get("add_qkv_bias")), norm_bias=norm == "LayerNorm",
-        qk_norm=bool(args.get("qk_layernorm")),
+        qk_norm="head" if args.get("qk_layernorm") else "none",
         tied=not args.get("untie_embeddings_and_output_weights"), init_std=args.get("init_method_std") or 0.02,
         attention_dropout=args.get("attention_dropout") or 0.0, hidden_dropout=args.get("hidden_dropout") or 0.0,
         window=args["window_size"][0] + 1 if args.get("window_size") else 0,
