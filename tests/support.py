@@ -7,6 +7,7 @@ import sysconfig
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import numpy as np
@@ -16,9 +17,12 @@ import torch
 from megazero.comm.wires import connect
 from megazero.data.indexed import IndexedWriter
 from megazero.model.decoder import Batch
+from megazero.plan.architecture import Architecture
 from megazero.plan.mesh import Mesh
 from megazero.plan.plan import Plan, resolve
 from megazero.plan.progress import Progress, loss_scale
+from megazero.plan.rope import Dynamic, Linear, Llama3, Rotary, Yarn
+from megazero.plan.words import ACTIVATIONS, flags
 from megazero.run.executor import Turn
 from megazero.run.feed import Feed, open_splits
 from megazero.run.run import Run
@@ -60,6 +64,31 @@ SHAPES = {
     "relu2": "--squared-relu --position-embedding-type none --qk-layernorm --ffn-hidden-size 96",
 }
 TINY = "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 24 --vocab-size 101 --lr 1e-2 --mock-data --train-iters 5 --eval-iters 0"
+
+
+def drawn_architecture(rng: Random) -> Architecture:
+    """Any decoder that flags can ask for."""
+    norm, positions = rng.choice(("LayerNorm", "RMSNorm")), rng.choice(("learned", "rope", "none"))
+    scaling = rng.choice((None, Linear(3.0), Dynamic(2.0, 16), Llama3(8.0, 1.0, 4.0, 16), Yarn(4.0, 8), Yarn(4.0, 8, 16.0, 2.0, 1.5, 0.7, 1.2, truncate=False)))
+    rotary = Rotary(5000.0, rng.choice((4, 8)), scaling) if positions == "rope" else None
+    window, base = rng.choice((0, 9)), rng.choice((0.0, 777.0)) if rotary else 0.0
+    words = [f"{rng.choice(('local', 'full')) if window or base else 'local'}{rng.choice(('', '-nope')) if rotary else ''}" for _ in range(3)]
+    pre, post = rng.choice(((True, False), (False, True), (True, True)))
+    return Architecture(
+        layers=3, hidden=32, ffn=rng.choice((48, 128)), heads=4, kv_heads=rng.choice((1, 2, 4)), head_dim=8, seq_length=24, vocab_size=101,
+        learned_positions=24 if positions == "learned" else 0, position_offset=rng.choice((0, 2)) if positions == "learned" else 0, rotary=rotary,
+        norm=norm, epsilon=1e-6, norm_plus_one=rng.random() < 0.5, pre_norm=pre, post_norm=post, parallel_residual=rng.random() < 0.5,
+        activation=rng.choice(list(ACTIVATIONS)), bias=rng.random() < 0.5, qkv_bias=rng.random() < 0.5, o_bias=rng.random() < 0.5,
+        norm_bias=norm == "LayerNorm" and rng.random() < 0.5, qk_norm=rng.choice(("none", "head", *(["width"] if norm == "RMSNorm" else []))),
+        tied=rng.random() < 0.5, init_std=0.01, attention_dropout=0.1, hidden_dropout=0.2, window=window,
+        kinds=tuple(words) if set(words) != {"local"} else (), local_base=base, embedding_multiplier=rng.choice((1.0, 5.5)),
+        residual_multiplier=rng.choice((1.0, 0.3)), attention_multiplier=rng.choice((0.0, 0.2)), attention_softcap=rng.choice((0.0, 20.0)),
+        logits_scaling=rng.choice((1.0, 3.0)), logits_softcap=rng.choice((0.0, 30.0)))
+
+
+def words_of(a: Architecture) -> str:
+    """The command line that asks for an architecture."""
+    return " ".join(f"--{k.replace('_', '-')}" + ("" if v is True else f" {v}") for k, v in flags(a).items() if v is not None and v is not False)
 
 
 def python_source(folder: str = "json") -> str:

@@ -1,7 +1,6 @@
 """Families of Hugging Face, each as transformers itself has it: there and back to the byte, equal logits, twenty equal steps of training."""
 
 import json
-import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from hf_models import (
     transformers,
     wide,
 )
-from support import resolved, stepping
+from support import resolved, stepping, words_of
 
 from megazero.base.errors import UserError
 from megazero.comm.wires import connect
@@ -36,7 +35,6 @@ from megazero.model.decoder import Batch
 from megazero.plan.architecture import Architecture
 from megazero.plan.families import FAMILIES, from_config
 from megazero.plan.mesh import Mesh
-from megazero.plan.words import flags
 from megazero.run.run import Run
 from megazero.state import record
 from megazero.state.checkpoint import Reader
@@ -128,8 +126,7 @@ def assert_equal_training(model: Any, a: Architecture, reader: Reader) -> None:
 def started(a: Architecture, reader: Reader) -> Run:
     """A run by the flags that the import names, with its weights."""
     dry = replace(a, attention_dropout=0.0, hidden_dropout=0.0)
-    words = " ".join(f"--{k.replace('_', '-')}" + ("" if v is True else f" {shlex.quote(str(v))}") for k, v in flags(dry).items() if v is not None and v is not False)
-    plan = resolved(f"{words} --lr {LR} --min-lr {LR} --weight-decay {DECAY} --adam-eps {EPS} --clip-grad 0 --lr-decay-style constant --mock-data "
+    plan = resolved(f"{words_of(dry)} --lr {LR} --min-lr {LR} --weight-decay {DECAY} --adam-eps {EPS} --clip-grad 0 --lr-decay-style constant --mock-data "
                     f"--train-iters {STEPS} --eval-iters 0 --micro-batch-size 2 --dtype fp64")
     assert plan.architecture == replace(dry, pad_rows=plan.architecture.pad_rows)
     run = Run(plan, torch.device("cpu"), connect(Mesh.of(), 0, "gloo", 60))

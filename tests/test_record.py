@@ -4,12 +4,14 @@ import json
 import shutil
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import asdict
 from importlib import import_module
 from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
-from support import TINY, byte_dataset, lines, train
+from support import TINY, byte_dataset, drawn_architecture, lines, train
 
 from megazero.base.errors import UserError
 from megazero.data import splits
@@ -18,7 +20,7 @@ from megazero.data.megatron_order import MegatronOrder
 from megazero.plan.architecture import Architecture
 from megazero.plan.progress import LossScale, Progress
 from megazero.plan.rope import Llama3, Rotary
-from megazero.plan.words import architecture_of
+from megazero.plan.words import architecture, architecture_of, flags, impossible
 from megazero.settings.command_line import build
 from megazero.settings.config import Config
 from megazero.state.checkpoint import INDEX, Reader, text_checksum
@@ -131,3 +133,11 @@ def test_everything_is_opened_and_looked_at_once(tmp_path: Path, monkeypatch: py
     train(words)
     assert seen == {"checkpoints": 1, "splits": 2, "orders": 2, "datasets": 2, "checks": 1, "tokenizers": 1}
     assert Reader(tmp_path / "ck").index["step"] == 5
+
+
+def test_flags_are_the_architecture_turned_round_and_an_index_holds_all_of_it() -> None:
+    rng = Random(13)
+    for _ in range(500):
+        a = drawn_architecture(rng)
+        assert architecture(build(Config, flags(a)), a.vocab_size) == a and not list(impossible(a))
+        assert architecture_of(json.loads(json.dumps(asdict(a)))) == a

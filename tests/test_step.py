@@ -2,11 +2,12 @@
 
 from dataclasses import replace
 from itertools import pairwise
+from random import Random
 
 import pytest
 import torch
 import torch.nn.functional as F
-from support import SHAPES, TINY, batches, built, gradients, named, resolved, stepping
+from support import SHAPES, TINY, batches, built, drawn_architecture, gradients, named, resolved, stepping, words_of
 
 from megazero.comm.group import Alone
 from megazero.model import decoder
@@ -101,7 +102,18 @@ def close(got: dict[str, Tensor], want: dict[str, Tensor], tolerance: float) -> 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_loss_and_gradients_equal_plain_autograd(shape: str, recompute: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(architecture.LOGITS, "cpu", 128 * 7)             # several chunks of logits, the last one short
-    run = built(f"{TINY} {SHAPES[shape]} --dtype fp64 --micro-batch-size 2 --global-batch-size 6 --recompute-granularity {recompute}")
+    compare(f"{SHAPES[shape]} --recompute-granularity {recompute}")
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_any_decoder_equals_plain_autograd(seed: int) -> None:
+    """Fields that no shape has together."""
+    a = replace(drawn_architecture(Random(seed)), attention_dropout=0.0, hidden_dropout=0.0)
+    compare(f"{words_of(a)} --recompute-granularity {('none', 'selective', 'full')[seed % 3]}")
+
+
+def compare(words: str) -> None:
+    run = built(f"{TINY} {words} --dtype fp64 --micro-batch-size 2 --global-batch-size 6")
     torch.manual_seed(2)
     for weight in named(run).values():                          # no weight at a special value: a gradient without its factor 1 shows
         weight.add_(torch.randn_like(weight) * 0.1)

@@ -141,6 +141,8 @@ def kinds_of(m: Model, layers: int) -> tuple[str, ...]:
     other, rope = m.attention_window or m.rope_local_base_freq, m.position_embedding_type == "rope"
     local = pattern(m.window_attn_skip_freq, layers, last=False) if m.window_attn_skip_freq and other else None
     still = pattern(m.no_rope_freq, layers, last=True) if m.no_rope_freq and rope else None
+    if local is None and still is None:
+        return ()
     return alike([("local" if local is None or local[i] else "full") + ("-nope" if still and still[i] else "")
                   for i in range(layers)])
 
@@ -166,6 +168,8 @@ def pattern(text: str, layers: int, last: bool) -> list[bool] | None:
     try:
         told = _listed(ast.parse(text, mode="eval").body)
     except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return None
+    if layers not in FIELDS["layers"]:
         return None
     if isinstance(told, int):
         return [((i + 1) % told == 0) == last for i in range(layers)] if told > 0 else None
