@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from support import tool, train
+from support import program, tool, train
 from torch import nn
 
 from megazero.run.generate import build_from_checkpoint, logits
@@ -279,3 +279,51 @@ def test_an_optimizer_that_is_not_understood_stays_behind(tmp_path: Path, conver
     reader = Reader(tmp_path / "ours")
     assert reader.shapes["weight", "embedding.weight"] == (50, 32) and reader.progress.step == 0 and "--finetune" in out
     assert math.isfinite(reader.read("weight", "embedding.weight").sum().item())
+
+
+# ---- out again
+
+def test_nanogpt_and_torchtitan_load_what_leaves(tmp_path: Path, convert: Call) -> None:
+    from torch.distributed.checkpoint import FileSystemReader, load
+    nano, _ = nanogpt(tmp_path / "ckpt.pt")
+    titan, _ = dcp(tmp_path / "titan")
+    assert convert("import", "--input", tmp_path / "ckpt.pt", "--output", tmp_path / "nano")[0] == 0
+    assert convert("import", "--input", tmp_path / "titan", "--output", tmp_path / "llama", *LLAMA)[0] == 0
+    code, out, err = convert("export", "--load", tmp_path / "nano", "--output", tmp_path / "a", "--to", "nanogpt")
+    assert code == 0 and "weights alone, of step 3" in out, err
+    content, fresh = torch.load(tmp_path / "a" / "ckpt.pt"), NanoGPT()
+    fresh.load_state_dict(content["model"])
+    assert all(torch.equal(t, nano.state_dict()[n]) for n, t in fresh.state_dict().items())
+    assert content["model_args"] == {"n_layer": 2, "n_head": 4, "n_embd": 32, "block_size": S, "bias": True, "vocab_size": V, "dropout": 0.0}
+    assert content["model"]["lm_head.weight"].data_ptr() == content["model"]["transformer.wte.weight"].data_ptr()
+    assert convert("export", "--load", tmp_path / "llama", "--output", tmp_path / "b", "--to", "dcp")[0] == 0
+    state = {n: torch.zeros_like(t) for n, t in titan.state_dict().items()}
+    load(state, storage_reader=FileSystemReader(tmp_path / "b"), no_dist=True)
+    assert all(torch.equal(t, titan.state_dict()[n]) for n, t in state.items())
+    assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["ckpt.pt"] and not (tmp_path / "b" / "scratch").exists()
+    assert convert("export", "--load", tmp_path / "llama", "--output", tmp_path / "c", "--to", "dcp", "--dtype", "bf16")[0] == 0
+    for to, source, sentence in (("nanogpt", "llama", "that format cannot say this model: its tied is False, there True"),
+                                 ("dcp", "nano", "that format cannot say this model: its norm is LayerNorm, there RMSNorm")):
+        code, _, err = convert("export", "--load", tmp_path / source, "--output", tmp_path / "no", "--to", to)
+        assert code == 2 and sentence in err and not (tmp_path / "no").exists(), err
+
+
+LAID = {"megatron": ("iter_0000007/mp_rank_00/model_optim_rng.pt", "Megatron-LM (legacy"), "torch_dist": ("iter_0000007/common.pt", "torch_dist"),
+        "deepspeed": ("global_step3/mp_rank_00_model_states.pt", "a checkpoint of DeepSpeed"), "level 3": ("global_step3/zero_pp_rank_0_mp_rank_00_optim_states.pt", "DeepSpeed"),
+        "universal": ("global_step3_universal/zero/a.weight/fp32.pt", "universal"), "dcp": ("step-10/.metadata", "DCP"), "nanogpt": ("ckpt.pt", "nanoGPT"),
+        "bin": ("pytorch_model-00001-of-00002.bin", "pickled weights"), "hf": ("model.safetensors", "a Hugging Face folder")}
+
+
+@pytest.mark.parametrize("name", LAID)
+def test_whoever_loads_a_strangers_folder_is_told_the_command(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                                              capsys: pytest.CaptureFixture[str]) -> None:
+    file, what = LAID[name]
+    (tmp_path / "x" / file).parent.mkdir(parents=True)
+    (tmp_path / "x" / file).touch()
+    tool_name = "convert_hf.py" if name == "hf" else "convert_checkpoint.py"
+    for words in (("checkpoint.py", "inspect", "--load"), ("generate.py", "--prompt", "a", "--load"), ("convert_hf.py", "export", "--output", tmp_path / "y", "--load")):
+        code, _, err = tool(monkeypatch, capsys, *words, tmp_path / "x")
+        assert code == 2 and what in err and f"python tools/{tool_name} import --input {tmp_path / 'x'}" in err, err
+    code, _, err = program(monkeypatch, capsys, "pretrain_gpt.py", *f"--num-layers 1 --hidden-size 16 --num-attention-heads 2 --seq-length 8 --vocab-size 9 --lr 1 "
+                           f"--mock-data --train-iters 1 --load {tmp_path / 'x'}".split())
+    assert code == 2 and what in err and f"python tools/{tool_name} import" in err, err

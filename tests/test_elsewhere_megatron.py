@@ -296,6 +296,43 @@ def test_the_legacy_optimizer_comes_too(half: bool, tp: int, pp: int, one_rank: 
     assert [line["step"] for line in lines] == [STEP + 1, STEP + 2]
 
 
+# ---- out again
+
+@pytest.mark.parametrize("llama", [False, True], ids=["gpt", "llama"])
+@pytest.mark.parametrize("tp, pp", [(1, 1), (2, 2)])
+def test_megatron_core_loads_an_export(llama: bool, tp: int, pp: int, one_rank: None, tmp_path: Path, convert: Any) -> None:
+    """The legacy layout of one rank and torch_dist by its own loaders; of several ranks, what comes back is the same."""
+    from megatron.core import dist_checkpointing
+    model = megatrons(llama)
+    legacy(plain(model), tmp_path / "theirs", llama, 1, 1)
+    assert convert("import", "--input", tmp_path / "theirs", "--output", tmp_path / "ours", "--vocab-size", TOKENS)[0] == 0
+    words = ("--load", tmp_path / "ours", "--tp", tp, "--pp", pp)
+    code, out, err = convert("export", *words, "--output", tmp_path / "out", "--to", "megatron", "--transformer-impl", "local")
+    assert code == 0, err
+    wanted = {n: t if t.shape[:1] != (ROWS,) else torch.cat([t[:TOKENS], torch.zeros(ROWS - TOKENS, HIDDEN)]) for n, t in plain(model).items()}
+    if tp * pp == 1:
+        assert (tmp_path / "out" / "latest_checkpointed_iteration.txt").read_text() == "release"
+        content, fresh = torch.load(tmp_path / "out" / "release" / "mp_rank_00" / "model_optim_rng.pt", weights_only=False), megatrons(llama)
+        for p in fresh.parameters():
+            p.data.zero_()
+        extra = {k: None for k in fresh.state_dict() if k.endswith("_extra_state")}
+        fresh.load_state_dict({**extra, **content["model"]}, strict=True)
+        assert all(torch.equal(t, wanted[n]) for n, t in plain(fresh).items())
+        assert convert("export", "--load", tmp_path / "ours", "--output", tmp_path / "dist", "--to", "torch_dist")[0] == 0
+        for p in fresh.parameters():
+            p.data.zero_()
+        sharded = {k: v for k, v in fresh.sharded_state_dict().items() if "output_layer._extra" not in k}
+        loaded = dist_checkpointing.load(sharded, str(tmp_path / "dist" / "release"))
+        fresh.load_state_dict({**extra, **loaded}, strict=True)
+        assert all(torch.equal(t, wanted[n]) for n, t in plain(fresh).items())
+    for name in ("out", "dist") if tp * pp == 1 else ("out",):
+        code, out, err = convert("import", "--input", tmp_path / name, "--output", tmp_path / f"again-{name}")
+        assert code == 0, err
+        assert_same(Reader(tmp_path / f"again-{name}"), expected(model, llama))
+    code, _, err = convert("export", *words[:2], "--tp", 3, "--output", tmp_path / "no", "--to", "megatron")
+    assert code == 2 and "--tp 3: cannot share" in err
+
+
 # ---- older forms, and damage
 
 def test_names_and_orders_of_before(one_rank: None, tmp_path: Path, convert: Any) -> None:

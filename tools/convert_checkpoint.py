@@ -1,7 +1,8 @@
-"""Checkpoints of other trainers, in and out: python tools/convert_checkpoint.py import --help
+"""Checkpoints of other trainers, in and out: python tools/convert_checkpoint.py import|export --help
 
     import    Megatron-LM (legacy, torch_dist), torchtitan and other DCP, nanoGPT, DeepSpeed (levels 0 to 3, universal),
-              pickled Hugging Face folders: which one is told by the names of its files"""
+              pickled Hugging Face folders: which one is told by the names of its files
+    export    weights of ours for Megatron-LM (legacy, torch_dist), torchtitan (DCP), nanoGPT"""
 
 import sys
 from collections.abc import Callable, Mapping
@@ -10,33 +11,48 @@ from pathlib import Path
 from typing import Any
 
 from convert_hf import command, tokenizer_flags
+from pickled import namespace, save, save_distributed, save_torch_dist
 from restricted import load, load_metadata
 
-from megazero.base import Bar, UserError
+from megazero.base import DTYPES, Bar, UserError, draft_of, whole
 from megazero.elsewhere import (
+    LINEAR,
     Distributed,
     NamedRow,
     Source,
+    Tensors,
     adopted,
+    arguments_of,
     bin_source,
     dcp_source,
     deepspeed_source,
+    divisible_by,
+    fused,
     legacy_source,
+    mapped,
     megatron_architecture,
+    megatron_rows,
+    nanogpt_rows,
     nanogpt_source,
     of_hugging_face,
     of_megatron,
     of_nanogpt,
     of_torchtitan,
+    on_rank,
+    stacked,
+    theirs,
     torch_dist_source,
+    torchtitan_rows,
     universal_source,
+    with_padding,
     write_model,
     write_module,
 )
 from megazero.hf import CONFIG, read_json
 from megazero.plan import Architecture, flags, from_config, parameter_count
 from megazero.settings import commands, option, run
-from megazero.state import recognised
+from megazero.state import Reader, recognised
+from megazero.units import TORCH_DTYPE
 
 Found = tuple[Architecture, list[NamedRow], Source]
 
@@ -154,5 +170,111 @@ SOURCES: Mapping[str, tuple[Callable[[Path], Source], Callable[[Source, Import],
     "bin": (lambda path: bin_source(path, load), pickled)}
 
 
+# ---- out
+
+@dataclass(frozen=True)
+class Export:
+    """Writes the weights of one of our checkpoints as another trainer loads them."""
+
+    load: str = option(help="folder of checkpoints", unit="dir")
+    output: str = option(help="new folder to write", unit="dir")
+    to: str = option(help="whose format", choices=("megatron", "torch_dist", "dcp", "nanogpt"))
+    ckpt_step: int | None = option(None, "step to export; default: the newest", unit="step")
+    dtype: str | None = option(None, "of the weights; default: as they are stored (fp32, or fp64)",
+                              choices=tuple(DTYPES))
+    tp: int = option(1, "tensor-parallel ranks of --to megatron", unit="ranks")
+    pp: int = option(1, "pipeline ranks of --to megatron", unit="ranks")
+    transformer_impl: str = option("transformer_engine", "whose names of norms --to megatron writes",
+                                   choices=("transformer_engine", "local"))
+
+
+class Job:
+    """One export: what is read, where it goes, how far it is."""
+
+    def __init__(self, s: Export, draft: Path, reader: Reader) -> None:
+        self.s, self.draft, self.reader = s, draft, reader
+        self.a, self.bar, self.done, self.total = reader.architecture, Bar(), 0, 0
+
+    def tensors(self, rows: list[NamedRow]) -> Tensors:
+        return theirs(self.reader, rows, TORCH_DTYPE[self.s.dtype] if self.s.dtype else None)
+
+    def mapped(self, tensors: Tensors) -> dict[str, Any]:
+        """For one file; removed after it is written."""
+        return mapped(tensors, self.draft / "scratch", self._told)
+
+    def written(self) -> None:
+        (self.draft / "scratch").unlink()
+
+    def _told(self, size: int) -> None:
+        self.done += size
+        self.bar(self.done, self.total or self.done)
+
+
+def export(s: Export) -> None:
+    reader = Reader(s.load, s.ckpt_step)
+    with draft_of(Path(s.output)) as draft:
+        EXPORTS[s.to](Job(s, draft, reader))
+    print(f"exported    {reader.folder} to {s.output}: {s.to}, weights alone, of step {reader.progress.step:,}")
+
+
+def to_megatron(job: Job) -> None:
+    """iter_XXXXXXX (or release, of step 0), a file for each rank, and the note of it."""
+    s, a = job.s, job.a
+    divisible_by(a, s.tp, s.pp)
+    rows = megatron_rows(a)
+    every = with_padding(job.tensors(rows), a, rows, s.tp)
+    folder, args = named_step(job)
+    for stage in range(s.pp):
+        for rank in range(s.tp):
+            held = job.mapped(on_rank(every, a, rank, s.tp, stage, s.pp))
+            model: dict[str, Any] = {fused(n) if s.transformer_impl == "transformer_engine" else n: t
+                                     for n, t in held.items()}
+            model |= {f"decoder.layers.{i}.{n}._extra_state": None for i in range(a.layers // s.pp) for n in LINEAR}
+            name = f"mp_rank_{rank:02d}" + (f"_{stage:03d}" if s.pp > 1 else "")
+            save({"args": args, "checkpoint_version": 3.0, "iteration": job.reader.progress.step, "model": model},
+                 folder / name / "model_optim_rng.pt")
+            job.written()
+
+
+def to_torch_dist(job: Job) -> None:
+    """One folder that any layout of Megatron-core loads."""
+    rows = megatron_rows(job.a)
+    every = stacked(with_padding(job.tensors(rows), job.a, rows, 1), job.a)
+    folder, args = named_step(job)
+    count = job.a.layers
+    extra = {f"decoder.layers.{n}._extra_state/shard_{i}_{count}": None for n in LINEAR for i in range(count)}
+    folder.mkdir()
+    save_torch_dist({**job.mapped(every), **extra}, {
+        "args": args, "checkpoint_version": 3.0, "iteration": job.reader.progress.step}, folder)
+    job.written()
+
+
+def named_step(job: Job) -> tuple[Path, Any]:
+    """The folder of Megatron's step, of which a note lies beside it, and its arguments."""
+    p = job.reader.progress
+    with whole(job.draft / "latest_checkpointed_iteration.txt") as file:
+        file.write(str(p.step or "release").encode())
+    args = namespace(arguments_of(job.a, job.s.tp, job.s.pp, p.step, p.samples))
+    return job.draft / (f"iter_{p.step:07d}" if p.step else "release"), args
+
+
+def to_dcp(job: Job) -> None:
+    save_distributed(job.mapped(job.tensors(torchtitan_rows(job.a))), job.draft)
+    job.written()
+
+
+def to_nanogpt(job: Job) -> None:
+    rows, args = nanogpt_rows(job.a)
+    held = job.mapped(job.tensors(rows))
+    save({"model": {**held, "lm_head.weight": held["transformer.wte.weight"]}, "model_args": args,
+          "iter_num": job.reader.progress.step, "best_val_loss": 1e9, "config": {}}, job.draft / "ckpt.pt")
+    job.written()
+
+
+EXPORTS: Mapping[str, Callable[[Job], None]] = {
+    "megatron": to_megatron, "torch_dist": to_torch_dist, "dcp": to_dcp, "nanogpt": to_nanogpt}
+
+
 if __name__ == "__main__":
-    run(lambda: commands("convert_checkpoint.py", __doc__ or "", {"import": (Import, import_)}))
+    run(lambda: commands("convert_checkpoint.py", __doc__ or "", {
+        "import": (Import, import_), "export": (Export, export)}))

@@ -39,11 +39,21 @@ def words_of(value: Any) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Lazy:
-    """A tensor that is known before it is read."""
+    """A tensor that is known before it is read. `parts` are those that lie side by side in it along dimension 0."""
 
     shape: Shape
     dtype: torch.dtype
     read: Callable[[], Tensor]
+    parts: "tuple[Lazy, ...]" = ()
+
+    def fill(self, out: Tensor) -> None:
+        """Reads it into a tensor of its shape, part by part."""
+        at = 0
+        for part in self.parts:
+            part.fill(out[at:at + part.shape[0]])
+            at += part.shape[0]
+        if not self.parts:
+            out.copy_(self.read())
 
     def but(self, change: Callable[[Tensor], Tensor], shape: Shape | None = None) -> "Lazy":
         """The same with something done to it, of this shape then."""
@@ -61,7 +71,8 @@ def side_by_side(parts: Sequence[Lazy], dim: int = 0) -> Lazy:
         return parts[0]
     shape = list(parts[0].shape)
     shape[dim] = sum(p.shape[dim] for p in parts)
-    return Lazy(tuple(shape), parts[0].dtype, lambda: torch.cat([p.read() for p in parts], dim))
+    return Lazy(tuple(shape), parts[0].dtype, lambda: torch.cat([p.read() for p in parts], dim),
+                () if dim else tuple(parts))
 
 
 Tensors = dict[str, Lazy]
