@@ -95,7 +95,7 @@ def _described(args: Mapping[str, Any], positions: str) -> Architecture:
         kv_heads=(args.get("num_query_groups") or 1) if args.get("group_query_attention") else heads,
         learned_positions=(args.get("max_position_embeddings") or length) if positions == "learned_absolute" else 0,
         rotary=Rotary(float(args.get("rotary_base") or 10000), channels, scaling) if positions == "rope" else None,
-        norm=norm,
+        norm=norm, norm_plus_one=bool(args.get("apply_layernorm_1p")),
         epsilon=args.get("norm_epsilon") or args.get("layernorm_epsilon") or 1e-5,
         activation="swiglu" if gated else "relu2" if args.get("squared_relu") else "gelu_tanh" if tanh else "gelu",
         bias=biased, o_bias=biased, qkv_bias=biased or bool(args.get("add_qkv_bias")), norm_bias=norm == "LayerNorm",

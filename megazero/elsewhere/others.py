@@ -131,7 +131,8 @@ def of_torchtitan(source: Source, heads: int | None, base: float | None, epsilon
             head_dim=width, seq_length=length, vocab_size=vocab, rotary=Rotary(base, width), norm="RMSNorm",
             epsilon=epsilon, activation="swiglu", bias=False, o_bias=False, norm_bias=False,
             qkv_bias="layers.0.attention.wq.bias" in shape,
-            qk_norm="head" if "layers.0.attention.q_norm.weight" in shape else "none", tied="output.weight" not in shape)
+            qk_norm="head" if "layers.0.attention.q_norm.weight" in shape else "none",
+            tied="output.weight" not in shape)
         a = sound(a)
     except (KeyError, TypeError, ValueError, ArithmeticError, UserError) as error:
         raise UserError(f"--input {source.path}: cannot be a Llama of --num-attention-heads {heads} "
