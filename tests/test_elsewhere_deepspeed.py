@@ -184,7 +184,7 @@ def test_what_is_wrong_is_one_sentence(name: str, tmp_path: Path, convert: Call)
 def test_names_of_hugging_face_become_a_decoder(tmp_path: Path, convert: Call) -> None:
     """At level 3, and as pickled weights of save_pretrained."""
     transformers = pytest.importorskip("transformers")
-    from test_hf import assert_equal_logits, random_model
+    from hf_models import assert_equal_logits, random_model
     model = random_model("llama", tmp_path / "hf")
     state = {f"module.{n}": t for n, t in model.state_dict().items()}
     tag = tmp_path / "ds" / "global_step1"

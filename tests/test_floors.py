@@ -21,7 +21,7 @@ FLOORS: dict[str, tuple[int, str]] = {
     "hf": (520, "files tokenizer convert"),
     "run": (1530, "executor metrics run feed step loop failures ahead train launch generate"),
     "engine": (4400, "hidden sliced aliases keys words rates values blocks groups hooks passes engine optimizers checkpoints monitor full deepspeed_engine initialize zero names"),
-    "elsewhere": (1800, "source names dcp megatron others deepspeed arrive leave"),
+    "elsewhere": (1800, "source names dcp megatron others deepspeed arrive leave gguf_file"),
 }
 DOORS = {"deepspeed": 140, "door.sitecustomize": 70, "trainer": 60}       # above all floors, each with its budget; `door` is what PYTHONPATH gets
 PURE = ("base", "pipeline", "settings", "plan")             # no device, no process

@@ -2,7 +2,7 @@
 
     import    Megatron-LM (legacy, torch_dist), torchtitan and other DCP, nanoGPT, DeepSpeed (levels 0 to 3, universal),
               pickled Hugging Face folders: which one is told by the names of its files
-    export    weights of ours for Megatron-LM (legacy, torch_dist), torchtitan (DCP), nanoGPT"""
+    export    weights of ours for Megatron-LM (legacy, torch_dist), torchtitan (DCP), nanoGPT, llama.cpp (GGUF)"""
 
 import sys
 from collections.abc import Callable, Mapping
@@ -45,6 +45,7 @@ from megazero.elsewhere import (
     torchtitan_rows,
     universal_source,
     with_padding,
+    write_gguf,
     write_model,
     write_module,
 )
@@ -178,10 +179,10 @@ class Export:
 
     load: str = option(help="folder of checkpoints", unit="dir")
     output: str = option(help="new folder to write", unit="dir")
-    to: str = option(help="whose format", choices=("megatron", "torch_dist", "dcp", "nanogpt"))
+    to: str = option(help="whose format", choices=("megatron", "torch_dist", "dcp", "nanogpt", "gguf"))
     ckpt_step: int | None = option(None, "step to export; default: the newest", unit="step")
-    dtype: str | None = option(None, "of the weights; default: as they are stored (fp32, or fp64)",
-                              choices=tuple(DTYPES))
+    dtype: str | None = option(None, "of the weights; default: as they are stored (fp32, or fp64); q8_0 and no fp64 in "
+                              "gguf", choices=(*DTYPES, "q8_0"))
     tp: int = option(1, "tensor-parallel ranks of --to megatron", unit="ranks")
     pp: int = option(1, "pipeline ranks of --to megatron", unit="ranks")
     transformer_impl: str = option("transformer_engine", "whose names of norms --to megatron writes",
@@ -211,6 +212,8 @@ class Job:
 
 
 def export(s: Export) -> None:
+    if s.dtype == ("fp64" if s.to == "gguf" else "q8_0"):
+        raise UserError(f"--dtype {s.dtype}: is not known to --to {s.to}; write fp32, fp16 or bf16.")
     reader = Reader(s.load, s.ckpt_step)
     with draft_of(Path(s.output)) as draft:
         EXPORTS[s.to](Job(s, draft, reader))
@@ -242,7 +245,7 @@ def to_torch_dist(job: Job) -> None:
     every = stacked(with_padding(job.tensors(rows), job.a, rows, 1), job.a)
     folder, args = named_step(job)
     count = job.a.layers
-    extra = {f"decoder.layers.{n}._extra_state/shard_{i}_{count}": None for n in LINEAR for i in range(count)}
+    extra = {f"decoder.layers.{n}._extra_state/shard_{i}_{count}": [None] for n in LINEAR for i in range(count)}
     folder.mkdir()
     save_torch_dist({**job.mapped(every), **extra}, {
         "args": args, "checkpoint_version": 3.0, "iteration": job.reader.progress.step}, folder)
@@ -271,8 +274,15 @@ def to_nanogpt(job: Job) -> None:
     job.written()
 
 
+def to_gguf(job: Job) -> None:
+    without = write_gguf(job.reader, job.draft / "model.gguf", job.s.dtype or "fp32", job.bar)
+    if without:
+        print(f"left        {without}", file=sys.stderr)
+
+
 EXPORTS: Mapping[str, Callable[[Job], None]] = {
-    "megatron": to_megatron, "torch_dist": to_torch_dist, "dcp": to_dcp, "nanogpt": to_nanogpt}
+    "megatron": to_megatron, "torch_dist": to_torch_dist, "dcp": to_dcp, "nanogpt": to_nanogpt,
+    "gguf": to_gguf}
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from megazero.elsewhere.arrive import write_model, write_module
 from megazero.elsewhere.dcp import Distributed
 from megazero.elsewhere.deepspeed import deepspeed_source, universal_source
+from megazero.elsewhere.gguf_file import write_gguf
 from megazero.elsewhere.leave import (
     LINEAR, arguments_of, divisible_by, fused, mapped, megatron_rows, nanogpt_rows, on_rank, stacked, theirs,
     torchtitan_rows, with_padding)
