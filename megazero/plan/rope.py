@@ -50,7 +50,8 @@ class Linear:
 @dataclass(frozen=True)
 class Dynamic:
     """Sequences longer than the original length have a larger base, so that the slowest pair of channels turns as far
-    as `factor` says (Peng et al. 2023, YaRN, appendix B.1: dynamic NTK-aware interpolation)."""
+    as `factor` says (Peng et al. 2023, YaRN, appendix B.1: dynamic NTK-aware interpolation). Those of a run are as long
+    as its samples, also while it generates."""
 
     factor: float
     original_max_position_embeddings: int
