@@ -221,6 +221,13 @@ def test_the_rotary_table_is_rounded_once(scaling: Llama3 | None) -> None:
         assert all(torch.equal(a, b.to(dtype)) for a, b in zip(found, exact, strict=True))
 
 
+def test_embeddings_are_multiplied_by_a_number_of_their_dtype() -> None:
+    """As Gemma's are, by the root of 3072."""
+    for dtype, number in (("fp64", 3072**0.5), ("bf16", 55.5)):
+        part = built(f"{TINY} --embedding-multiplier {3072**0.5} --dtype {dtype}").decoder.parts[0]
+        assert isinstance(part, decoder.Embedding) and part.multiplier == number
+
+
 def test_padded_rows_of_the_vocabulary_stay_zero() -> None:
     run = built(f"{TINY} --dtype fp64 --micro-batch-size 2")
     step = stepping(run)
@@ -271,7 +278,8 @@ def test_attention_by_document_is_asked_what_a_mask_says(monkeypatch: pytest.Mon
     assert (attention(q, k, v, None, Alone(), None, bounds) - attention(q, k, v, mask, Alone())).abs().max() < 1e-14
 
 
-@pytest.mark.parametrize("words, documents, made", [("", False, 0), ("", True, 3), ("--attention-dropout 0.1", False, 3), ("--recompute-granularity full", True, 3)])
+@pytest.mark.parametrize("words, documents, made", [("", False, 0), ("", True, 3), ("--attention-dropout 0.1", False, 3), ("--recompute-granularity full", True, 3),
+                                                    ("--attention-window 9 --window-attn-skip-freq 2", False, 3), ("--attention-window 9 --window-attn-skip-freq 2", True, 6)])
 def test_a_mask_is_made_once_for_all_layers_of_a_pass(words: str, documents: bool, made: int, monkeypatch: pytest.MonkeyPatch) -> None:
     run = built(f"{TINY} --num-layers 5 --micro-batch-size 2 --global-batch-size 6 {words}")
     calls = []
