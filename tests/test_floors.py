@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS: dict[str, tuple[int, str]] = {
     "base": (650, "errors text dtypes disk memory strict lease"),
     "pipeline": (750, "schedule timeline weighing split"),
-    "settings": (1640, "command_line megatron config moving"),
+    "settings": (1640, "command_line megatron_words megatron config moving"),
     "plan": (3930, "rules devices layout mesh sizes progress action sums program verify rope architecture words operations checks plan cost family facets families show"),
     "comm": (1320, "marks group shared gloo nccl fake late ports rendezvous told wires"),
     "units": (1000, "random unit gate formulas rules actions"),

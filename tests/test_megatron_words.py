@@ -13,7 +13,8 @@ from megazero.run.train import main
 from megazero.settings import from_command_line, in_our_words
 from megazero.settings.command_line import leaves, nearest
 from megazero.settings.config import Config
-from megazero.settings.megatron import PLAIN, REFUSED, RENAMED, SPECIAL, VALUES, WITHOUT
+from megazero.settings.megatron import SPECIAL
+from megazero.settings.megatron_words import PLAIN, REFUSED, RENAMED, VALUES, WITHOUT
 
 OURS = {o.flag[2:] for group in leaves(Config).values() for o in group}
 
@@ -48,7 +49,9 @@ SAID = {
         ("--tokenizer-type HuggingFaceTokenizer --tokenizer-model x/y", "PretrainedFromHF: is HuggingFaceTokenizer"),
     "--window-size 127,0": ("--attention-window 128", "--window-size 127,0: is --attention-window 128, the token itself counted"),
     "--window-size (4095, 0)": ("--attention-window 4096", ""),
-    "--pad-vocab-size-to 250880": ("--vocab-size 250880", ""),
+    "--pad-vocab-size-to 250880": ("--vocab-size 250880", "--pad-vocab-size-to 250880: is --vocab-size 250880"),
+    "--padded-vocab-size 512": ("--vocab-size 512", "--padded-vocab-size 512: is --vocab-size 512"),
+    "--padded-vocab-size 512 --vocab-size 500": ("--vocab-size 500", ""),
     "--context-parallel-size 1 --expert-model-parallel-size 1 --main-grads-dtype fp32": ("", ""),
     "--num-workers 4 --use-flash-attn --override-opt_param-scheduler --no-load-rng --apply-layernorm-1p": ("--apply-layernorm-1p", ""),
     "--position-embedding-type yarn --yarn-rotary-scaling-factor 8 --yarn-original-max-position-embeddings 4096": (

@@ -3,5 +3,6 @@
 from megazero.settings.command_line import Option, build, commands, flatten, leaves, nearest, option, parse, run
 from megazero.settings.config import (
     PRESETS, TOKENIZERS, Config, Data, Model, Optimization, Training, from_command_line, in_our_words)
-from megazero.settings.megatron import REFUSED, RENAMED, WITHOUT, hint, megatron_defaults
+from megazero.settings.megatron import hint
+from megazero.settings.megatron_words import REFUSED, RENAMED, WITHOUT, megatron_defaults
 from megazero.settings.moving import as_file, from_configuration, without_weights, words_of_script

@@ -13,7 +13,8 @@ from typing import Any
 from megazero.base import DTYPES
 from megazero.pipeline import SCHEDULES
 from megazero.settings.command_line import leaves, option, parse
-from megazero.settings.megatron import Told, hint, megatron_defaults, ours
+from megazero.settings.megatron import Told, hint, ours
+from megazero.settings.megatron_words import megatron_defaults
 
 ROPE_SCALINGS = ("llama3", "linear", "dynamic", "yarn")
 DECAY_STYLES = ("constant", "linear", "cosine", "inverse-square-root", "WSD")

@@ -10,7 +10,8 @@ from typing import Any
 
 from megazero.settings.command_line import flatten, leaves, parse
 from megazero.settings.config import PRESETS, Config, in_our_words
-from megazero.settings.megatron import FROM_DEEPSPEED, Told, flags_of_deepspeed, hint, megatron_defaults
+from megazero.settings.megatron import FROM_DEEPSPEED, Told, flags_of_deepspeed, hint
+from megazero.settings.megatron_words import megatron_defaults
 
 NAME = r"[A-Za-z_][A-Za-z0-9_]*"
 ASSIGNMENT = re.compile(rf"(?:(?:export|local|declare(?: -\w+)?|readonly)\s+)?({NAME})(\+?)=(.*)", re.DOTALL)
