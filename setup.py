@@ -27,8 +27,10 @@ setup(
         "hf": ["transformers"],
         "data": ["pyarrow", "zstandard", "tiktoken"],
         "remote": ["fsspec"],
+        "gguf": ["gguf"],
         "dev": ["pytest", "ruff", "mypy", "transformers", "safetensors", "types-PyYAML", "types-tqdm",
-                "pyarrow", "zstandard", "tiktoken", "fsspec", "ctranslate2", "accelerate", "peft", "diffusers"],
+                "pyarrow", "zstandard", "tiktoken", "fsspec", "ctranslate2", "accelerate", "peft", "diffusers",
+                "gguf"],
         "plot": ["matplotlib"],
     },
 )

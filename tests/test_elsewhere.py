@@ -302,7 +302,7 @@ def test_nanogpt_and_torchtitan_load_what_leaves(tmp_path: Path, convert: Call) 
     assert all(torch.equal(t, titan.state_dict()[n]) for n, t in state.items())
     assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["ckpt.pt"] and not (tmp_path / "b" / "scratch").exists()
     assert convert("export", "--load", tmp_path / "llama", "--output", tmp_path / "c", "--to", "dcp", "--dtype", "bf16")[0] == 0
-    for to, source, sentence in (("nanogpt", "llama", "its tied is False, there True"),
+    for to, source, sentence in (("nanogpt", "llama", "that format cannot say this model: its ffn is 88, there 128"),
                                  ("dcp", "nano", "its norm is LayerNorm, there RMSNorm")):
         code, _, err = convert("export", "--load", tmp_path / source, "--output", tmp_path / "no", "--to", to)
         assert code == 2 and sentence in err and not (tmp_path / "no").exists(), err
@@ -324,6 +324,7 @@ def test_whoever_loads_a_strangers_folder_is_told_the_command(name: str, tmp_pat
     for words in (("checkpoint.py", "inspect", "--load"), ("generate.py", "--prompt", "a", "--load"), ("convert_hf.py", "export", "--output", tmp_path / "y", "--load")):
         code, _, err = tool(monkeypatch, capsys, *words, tmp_path / "x")
         assert code == 2 and what in err and f"python tools/{tool_name} import --input {tmp_path / 'x'}" in err, err
-    code, _, err = program(monkeypatch, capsys, "pretrain_gpt.py", *f"--num-layers 1 --hidden-size 16 --num-attention-heads 2 --seq-length 8 --vocab-size 9 --lr 1 "
-                           f"--mock-data --train-iters 1 --load {tmp_path / 'x'}".split())
-    assert code == 2 and what in err and f"python tools/{tool_name} import" in err, err
+    for more in (f"--load {tmp_path / 'x'}", f"--load {tmp_path / 'x'} --save {tmp_path / 'x'}"):      # no run starts afresh among its files
+        code, _, err = program(monkeypatch, capsys, "pretrain_gpt.py", *f"--num-layers 1 --hidden-size 16 --num-attention-heads 2 --seq-length 8 --vocab-size 9 "
+                               f"--lr 1 --mock-data --train-iters 1 {more}".split())
+        assert code == 2 and what in err and f"python tools/{tool_name} import" in err, err

@@ -16,7 +16,7 @@ import torch
 
 from megazero.base import UserError
 from megazero.data import load_tokenizer
-from megazero.elsewhere.leave import Told, theirs
+from megazero.elsewhere.leave import Told, cannot_say, theirs
 from megazero.elsewhere.names import NamedRow
 from megazero.elsewhere.source import Tensors, here
 from megazero.plan import Architecture, Family, Llama3, Rotary, family_of, rows, shapes
@@ -103,9 +103,8 @@ def _graph(a: Architecture, family: Family) -> str:
     if graph is None:
         raise UserError(f"--to gguf: {family.model_type} is not among the models that are written here: "
                         f"{', '.join(GRAPHS)}.")
-    if a.kinds or 0 < a.window < a.seq_length:
-        raise UserError(f"--to gguf: its tokens see {a.window:,} tokens in some layers, which llama.cpp's {graph} has "
-                        "no word for.")
+    cannot_say(a, "gguf", "learned_positions rotary norm activation bias qkv_bias o_bias norm_bias qk_norm tied",
+               window=a.window if a.window >= a.seq_length else 0)
     if a.rotary and a.rotary.scaling and not (isinstance(a.rotary.scaling, Llama3) and graph == "llama"):
         raise UserError(f"--to gguf: its rotary scaling is not that of Llama 3, the only one written for {graph}.")
     if a.activation not in ("swiglu", "gelu_tanh"):

@@ -5,8 +5,8 @@ Tensors of a file go through a scratch file beside it, which is mapped: torch wr
 holds one of them at a time.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, fields
+from collections.abc import Callable, Sequence
+from dataclasses import fields
 from functools import partial
 from math import ceil, prod
 from pathlib import Path
@@ -27,7 +27,7 @@ from megazero.elsewhere.names import (
     their_shape,
 )
 from megazero.elsewhere.source import Lazy, Tensors, side_by_side
-from megazero.plan import FREE, Architecture, Llama3, Rotary, shapes
+from megazero.plan import FREE, Architecture, Llama3, shapes
 from megazero.state import Reader
 
 Tensor = torch.Tensor
@@ -73,12 +73,15 @@ def mapped(tensors: Tensors, scratch: Path, told: Callable[[int], None]) -> dict
 
 # ---- who can be said in which format
 
-def cannot_say(a: Architecture, said: str, wanted: Mapping[str, Any], format_: str) -> None:
-    """Raises UserError where the model is not as the format has it: beside the fields that are `said` there, and those
-    that must be as `wanted`, all have their defaults."""
-    plain = {f.name: f.default for f in fields(Architecture) if f.default is not MISSING}
-    there = {key: value for key, value in plain.items() if key not in (*FREE, *said.split())} | dict(wanted)
-    wrong = [f"its {key.replace('_', ' ')} is {getattr(a, key)}, there {value}" for key, value in there.items()
+SIZES = "layers hidden ffn heads kv_heads head_dim seq_length vocab_size epsilon"
+
+
+def cannot_say(a: Architecture, format_: str, says: str, **fixed: Any) -> None:
+    """Raises UserError where the model is not as the format has it, which `says` these fields; the others are `fixed`,
+    or as a decoder has them that does not name them."""
+    wanted = {f.name: fixed.get(f.name, f.default) for f in fields(Architecture)
+              if f.name in fixed or f.name not in (*FREE, *SIZES.split(), *says.split())}
+    wrong = [f"its {key.replace('_', ' ')} is {getattr(a, key)}, there {value}" for key, value in wanted.items()
              if getattr(a, key) != value]
     if wrong:
         raise UserError(f"--to {format_}: that format cannot say this model: {'; '.join(wrong)}.")
@@ -86,9 +89,8 @@ def cannot_say(a: Architecture, said: str, wanted: Mapping[str, Any], format_: s
 
 def nanogpt_rows(a: Architecture) -> tuple[list[NamedRow], dict[str, Any]]:
     """Its rows and model_args. Raises UserError."""
-    cannot_say(a, "bias", {
-        "kv_heads": a.heads, "head_dim": a.hidden // a.heads, "ffn": 4 * a.hidden, "qkv_bias": a.bias,
-        "o_bias": a.bias, "norm_bias": a.bias, "learned_positions": a.learned_positions or a.seq_length}, "nanogpt")
+    cannot_say(a, "nanogpt", "bias", kv_heads=a.heads, head_dim=a.hidden // a.heads, ffn=4 * a.hidden, epsilon=1e-5,
+               qkv_bias=a.bias, o_bias=a.bias, norm_bias=a.bias, learned_positions=a.learned_positions or a.seq_length)
     return named_rows(NANOGPT, a), {
         "n_layer": a.layers, "n_head": a.heads, "n_embd": a.hidden, "block_size": a.learned_positions, "bias": a.bias,
         "vocab_size": a.vocab_size, "dropout": a.hidden_dropout}
@@ -96,11 +98,10 @@ def nanogpt_rows(a: Architecture) -> tuple[list[NamedRow], dict[str, Any]]:
 
 def torchtitan_rows(a: Architecture) -> list[NamedRow]:
     """Raises UserError."""
-    turns = isinstance(a.rotary, Rotary) and a.rotary.channels == a.head_dim
-    cannot_say(a, "epsilon qkv_bias tied", {
-        "norm": "RMSNorm", "activation": "swiglu", "bias": False, "o_bias": False, "norm_bias": False,
-        "qk_norm": a.qk_norm if a.qk_norm == "head" else "none", "rotary": a.rotary if turns else "of whole heads"},
-        "dcp")
+    turns = a.rotary is not None and a.rotary.channels == a.head_dim
+    cannot_say(a, "dcp", "qkv_bias tied", qk_norm="none" if a.qk_norm == "none" else "head", norm="RMSNorm",
+               norm_bias=False, activation="swiglu", bias=False, o_bias=False,
+               rotary=a.rotary if turns else "of whole heads")
     return named_rows(TORCHTITAN, a)
 
 
@@ -120,11 +121,14 @@ def fused(name: str) -> str:
 
 def megatron_rows(a: Architecture) -> list[NamedRow]:
     """Raises UserError."""
-    cannot_say(a, "learned_positions rotary norm epsilon norm_plus_one bias qkv_bias tied window", {
-        "norm_bias": a.norm == "LayerNorm", "o_bias": a.bias, "qk_norm": a.qk_norm if a.qk_norm == "head" else "none",
-        "activation": a.activation if a.activation in ("gelu", "gelu_tanh", "relu2", "swiglu") else "gelu"}, "megatron")
+    cannot_say(a, "megatron",
+               "learned_positions rotary norm norm_plus_one activation bias qkv_bias qk_norm tied window",
+               norm_bias=a.norm == "LayerNorm", o_bias=a.bias)
     if a.rotary and a.rotary.scaling and not isinstance(a.rotary.scaling, Llama3):
         raise UserError("--to megatron: its rotary scaling is Llama 3's alone, this model's is another.")
+    if a.activation not in ("gelu", "gelu_tanh", "relu2", "swiglu") or a.qk_norm == "width":
+        raise UserError(f"--to megatron: has no {a.activation} with a norm of q and k over {a.qk_norm}; it has GELU, "
+                        "squared ReLU and SwiGLU, and norms over each head.")
     return named_rows(MEGATRON, a)
 
 

@@ -282,7 +282,7 @@ def _optimizer_states(of: Mapping[str, Any], weights: Tensors) -> dict[str, Tens
 
 # ---- torch_dist
 
-STATE = re.compile(r"optimizer\.state\.(exp_avg|exp_avg_sq|fp32_param)\.(.+)")
+STATE = re.compile(r"(?:chained_\d+\.)?optimizer\.state\.(exp_avg|exp_avg_sq|fp32_param)\.(.+)")
 
 
 def torch_dist_source(folder: Path, found: Distributed, read: Read) -> Source:

@@ -130,9 +130,8 @@ def of_torchtitan(source: Source, heads: int | None, base: float | None, epsilon
             ffn=shape["layers.0.feed_forward.w1.weight"][0], kv_heads=shape["layers.0.attention.wk.weight"][0] // width,
             head_dim=width, seq_length=length, vocab_size=vocab, rotary=Rotary(base, width), norm="RMSNorm",
             epsilon=epsilon, activation="swiglu", bias=False, o_bias=False, norm_bias=False,
-            qkv_bias="layers.0.attention.wq.bias" in shape,
-            qk_norm="head" if "layers.0.attention.q_norm.weight" in shape else "none",
-            tied="output.weight" not in shape)
+            qkv_bias="layers.0.attention.wq.bias" in shape, tied="output.weight" not in shape,
+            qk_norm="head" if "layers.0.attention.q_norm.weight" in shape else "none")
         a = sound(a)
     except (KeyError, TypeError, ValueError, ArithmeticError, UserError) as error:
         raise UserError(f"--input {source.path}: cannot be a Llama of --num-attention-heads {heads} "

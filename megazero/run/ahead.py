@@ -15,7 +15,7 @@ from megazero.hf import outlook
 from megazero.plan import Plan, Progress, describe, flags, loss_scale, memory, named
 from megazero.run.feed import Splits, open_splits
 from megazero.settings import Config, build, flatten, without_weights
-from megazero.state import INDEX, Reader, complete, resumed, unfit
+from megazero.state import INDEX, Reader, complete, foreign, resumed, unfit
 
 NCCL = 128 << 20        # bytes of a communicator's buffers, about: nobody has measured them here
 TOKENIZER = ("tokenizer_model", "vocab_file", "merge_file")
@@ -28,6 +28,8 @@ def begun(config: Config) -> Config:
     mean there. Raises UserError."""
     k = config.checkpoint
     there = k.load is not None and (Reader.finds(Path(k.load)) or os.path.exists(Path(k.load) / INDEX))
+    if k.load is not None and not there and (error := foreign(Path(k.load), "--load")):
+        raise error                                             # it would be taken for a folder that is still empty
     if k.exit_on_missing_checkpoint and k.load is not None and not there:
         raise UserError(f"--exit-on-missing-checkpoint: --load {k.load} holds no checkpoint; name the folder of one.")
     if k.pretrained_checkpoint is not None and not there:
