@@ -242,12 +242,14 @@ def to_megatron(job: Job) -> None:
 def to_torch_dist(job: Job) -> None:
     """One folder that any layout of Megatron-core loads."""
     rows = megatron_rows(job.a)
-    every = stacked(with_padding(job.tensors(rows), job.a, rows, 1), job.a)
+    every = with_padding(job.tensors(rows), job.a, rows, 1)
     folder, args = named_step(job)
     count = job.a.layers
     extra = {f"decoder.layers.{n}._extra_state/shard_{i}_{count}": [None] for n in LINEAR for i in range(count)}
     folder.mkdir()
-    save_torch_dist({**job.mapped(every), **extra}, {
+    places = {name: (above, row, count) for name in every for above, row in [stacked(name)] if row is not None}
+    held = {name if name in places else stacked(name)[0]: t for name, t in job.mapped(every).items()}
+    save_torch_dist({**held, **extra}, places, {
         "args": args, "checkpoint_version": 3.0, "iteration": job.reader.progress.step}, folder)
     job.written()
 

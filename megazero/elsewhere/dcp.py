@@ -44,7 +44,7 @@ class Distributed:
             stored = {_key(index): self._place(info) for index, info in _mapping(said_of["storage_data"]).items()}
             for name, of in _mapping(said_of["state_dict_metadata"]).items():
                 self._note(checked(name, str, "a name"), _fields(of), stored)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise UserError(f"{folder / '.metadata'}: cannot be ({said(str(error))}); fetch it again.") from None
 
     def _place(self, info: Any) -> tuple[Path, int, int]:

@@ -203,15 +203,8 @@ def divisible_by(a: Architecture, tp: int, pp: int) -> None:
             raise UserError(f"{flag} {ranks}: cannot share {size} {what} evenly; write a divisor.")
 
 
-def stacked(whole: Tensors, a: Architecture) -> Tensors:
-    """Layers of one tensor [layers, ...], as torch_dist has them; by the names of Transformer Engine's layers."""
-    found: Tensors = {}
-    layered = dict.fromkeys(LAYER.sub("{}", name) for name in whole if LAYER.search(name))
-    for name, t in whole.items():
-        if not LAYER.search(name):
-            found[name] = t
-    for pattern in layered:
-        parts = [whole[pattern.format(i)] for i in range(a.layers)]
-        rows = [p.but(lambda x: x[None], (1, *p.shape)) for p in parts]
-        found[fused(pattern.replace(".{}", ""))] = side_by_side(rows)
-    return found
+def stacked(name: str) -> tuple[str, int | None]:
+    """The name of torch_dist's tensor that holds this one, by those of Transformer Engine's layers; if it is one of
+    [layers, ...], which of them."""
+    number = LAYER.search(name)
+    return fused(LAYER.sub("", name, count=1).replace("layers..", "layers.")), int(number[0]) if number else None

@@ -77,7 +77,7 @@ def named_rows(table: Sequence[NamedRow], a: Architecture) -> list[NamedRow]:
     """The rows of a model, each with those weights that it has."""
     there = shapes(a)
     single, layered = ([r for r in table if ("{}" in r.theirs) == of_layer] for of_layer in (False, True))
-    every = [*single, *(r.of(i) for i in range(a.layers) for r in layered)]
+    every = [*single, *(r.of(i) for r in layered for i in range(a.layers))]     # layers may lie stacked in one tensor
     found = [r._replace(ours=tuple(n for n in r.ours if n in there)) for r in every]
     return [r for r in found if r.ours]
 
