@@ -13,7 +13,7 @@ FLOORS: dict[str, tuple[int, str]] = {
     "settings": (1640, "command_line megatron_words megatron config moving"),
     "plan": (3930, "rules devices layout mesh sizes progress action sums program verify rope architecture words operations checks plan cost family facets families show"),
     "comm": (1320, "marks group shared gloo nccl fake late ports rendezvous told wires"),
-    "units": (1000, "random unit gate formulas rules actions"),
+    "units": (1020, "random unit gate formulas rules actions"),
     "model": (860, "products ops activations attention decoder"),
     "data": (2800, "files indexed order tokenizer_base tokenizer_words tokenizer_tiktoken tokenizers sidecar megatron_order dataset fim splits"),
     "corpus": (1260, "tables sources verify edit preprocess"),

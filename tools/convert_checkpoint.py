@@ -185,6 +185,7 @@ class Export:
                               "gguf", choices=(*DTYPES, "q8_0"))
     tp: int = option(1, "tensor-parallel ranks of --to megatron", unit="ranks")
     pp: int = option(1, "pipeline ranks of --to megatron", unit="ranks")
+    ema: bool = option(False, "the means of the weights (--ema of the run) instead of them")
     transformer_impl: str = option("transformer_engine", "whose names of norms --to megatron writes",
                                    choices=("transformer_engine", "local"))
 
@@ -214,7 +215,7 @@ class Job:
 def export(s: Export) -> None:
     if s.dtype == ("fp64" if s.to == "gguf" else "q8_0"):
         raise UserError(f"--dtype {s.dtype}: is not known to --to {s.to}; write fp32, fp16 or bf16.")
-    reader = Reader(s.load, s.ckpt_step)
+    reader = Reader(s.load, s.ckpt_step, ema=s.ema)
     with draft_of(Path(s.output)) as draft:
         EXPORTS[s.to](Job(s, draft, reader))
     print(f"exported    {reader.folder} to {s.output}: {s.to}, weights alone, of step {reader.progress.step:,}")

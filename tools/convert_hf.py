@@ -23,6 +23,7 @@ class Export:
     ckpt_step: int | None = option(None, "step to export; default: the newest", unit="step")
     dtype: str | None = option(None, "of the weights; default: as they are stored (fp32, or fp64)",
                               choices=tuple(DTYPES))
+    ema: bool = option(False, "the means of the weights (--ema of the run) instead of them")
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Import:
 
 
 def export(s: Export) -> None:
-    reader = Reader(s.load, s.ckpt_step)
+    reader = Reader(s.load, s.ckpt_step, ema=s.ema)
     family, without = export_folder(reader, Path(s.output), s.dtype, told=Bar())
     identity = None if without else reader.index["tokenizer"]
     print(f"exported {reader.folder} to {s.output}: {family.class_name}, "

@@ -22,6 +22,7 @@ class Generate:
     top_k: int | None = option(None, "draw from this many likeliest tokens; default: all", unit="tokens")
     seed: int = option(1234, "of the draws")
     ckpt_step: int | None = option(None, "step to load; default: the newest", unit="step")
+    ema: bool = option(False, "the means of the weights (--ema of the run) instead of them")
     device: str = option("auto", "where to compute; auto takes CUDA where there is one",
                          choices=("auto", "cpu", "cuda"))
 
@@ -46,7 +47,7 @@ def main() -> None:
     errors = checks(s)
     if errors:
         raise UserError(*errors)
-    reader = Reader(s.load, s.ckpt_step)
+    reader = Reader(s.load, s.ckpt_step, ema=s.ema)
     tokenizer = tokenizer_of(reader)
     ids = tokenizer.encode(s.prompt) or ([tokenizer.eod] if tokenizer.eod is not None else [])
     if not ids:

@@ -83,6 +83,7 @@ def _sizes(c: Config, world: int) -> Iterator[Check]:
                        "--ademamix-beta3": o.ademamix_beta3}.items():
         yield not 0 <= part < 1, f"{flag} {part:g}: must be at least 0 and less than 1."
     yield not 0 < m.rotary_percent <= 1, f"--rotary-percent {m.rotary_percent:g}: must be above 0 and at most 1."
+    yield o.ema is not None and not 0 <= o.ema < 1, f"--ema {o.ema}: must be at least 0 and less than 1."
     fraction = o.lr_warmup_fraction
     yield fraction is not None and not 0 <= fraction <= 1, f"--lr-warmup-fraction {fraction}: must be between 0 and 1."
 

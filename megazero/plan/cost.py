@@ -15,7 +15,7 @@ from megazero.plan.layout import Flat, Shape, cuts, flat, ragged_rows
 from megazero.plan.mesh import all_reduce_bytes
 from megazero.plan.operations import Micro, Operation, distinct, table
 from megazero.plan.plan import Plan
-from megazero.plan.rules import RULES
+from megazero.plan.rules import RULES, beside
 
 # What a pass over a part changes: what it keeps for backward, what lives between the two halves of a split backward,
 # and, of the embedding, the activation or gradient that is under way to the next part (between others it only moves).
@@ -47,7 +47,7 @@ def memory(p: Plan, rank: int = 0) -> dict[str, int]:
         "weights": (part if level == 3 else whole) * width,
         "master weights": part * 4 if width == 2 else 0,
         "gradients": (part if level >= 2 else whole) * full,
-        "optimizer": part * full * len(RULES[p.config.optimizer.optimizer].moments),
+        "optimizer": part * full * len(beside(p.config.optimizer)),
         "gathered weights": borrowed(program, units, p, "gather", "release") * width if level == 3 else 0,
         "gradient sums": borrowed(program, units, p, "open", "land") * full if level >= 2 else 0,
         "activations": peak(program, table(a, m), m.share * a.hidden * width),

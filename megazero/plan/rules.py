@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from megazero.settings import Optimization
+
 # of parameters, as they lie in a flat buffer: decayed?
 GROUPS = {"matrix": True, "table": True, "positions": True, "vector": False}
 
@@ -15,6 +17,8 @@ class Rule:
     scope: str = "element"
 
 
+EMA = "ema"                             # kind of the mean of masters (--ema), in checkpoints too
+
 RULES = {
     "adam": Rule(moments=("exp_avg", "exp_avg_sq")),
     "sgd": Rule(moments=("momentum_buffer",)),
@@ -22,3 +26,8 @@ RULES = {
     "lamb": Rule(moments=("exp_avg", "exp_avg_sq"), scope="statistics"),
     "ademamix": Rule(moments=("exp_avg", "exp_avg_slow", "exp_avg_sq")),
 }
+
+
+def beside(o: Optimization) -> tuple[str, ...]:
+    """Kinds of what is kept beside each master, each of its size and dtype."""
+    return (*RULES[o.optimizer].moments, *([EMA] if o.ema is not None else []))

@@ -3,7 +3,7 @@
 import signal
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from types import FrameType
 from typing import Any
 
@@ -147,10 +147,12 @@ class Loop:
                             "look at the data of the last steps.")
 
     def evaluations(self, sets: Mapping[str, SampleSource]) -> None:
-        for name, split in sets.items():
-            loss = self.evaluate(split)
-            self.look()
-            self.metrics.evaluation(self.step.progress.step, name, loss)
+        self.run.actions.hold()                                 # somebody may still copy what changes places
+        with self.run.updater.means() if sets else nullcontext():
+            for name, split in sets.items():
+                loss = self.evaluate(split)
+                self.look()
+                self.metrics.evaluation(self.step.progress.step, name, loss)
 
     def evaluate(self, split: SampleSource) -> float:
         """Mean loss over the samples that an evaluation takes of a split."""

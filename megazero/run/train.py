@@ -14,7 +14,7 @@ import torch
 from megazero.base import Lease, UserError, printable, say, unwritable
 from megazero.comm import Wires, before_cuda, connect, environment
 from megazero.data import Tokenizer, configured_tokenizer
-from megazero.plan import Plan, Progress, checks, describe, flops_per_token, ranks_asked, written
+from megazero.plan import EMA, Plan, Progress, checks, describe, flops_per_token, ranks_asked, written
 from megazero.run.ahead import (
     begun,
     choose_device,
@@ -147,7 +147,9 @@ def start(run: Run, splits: Splits, reader: Reader | None, record: Record | None
         run.initialise()
     else:
         fresh = k.finetune or not k.load_optim
-        restore(reader, run.units.values(), {} if fresh else run.updater.state)
+        kept = {name: {kind: t for kind, t in state.items() if kind != EMA or EMA in reader.kinds}
+                for name, state in run.updater.state.items()}
+        restore(reader, run.units.values(), {} if fresh else kept)
         run.say(f"loaded      {reader.folder}{': weights alone' if fresh else ''}")
         # also where it follows
         before = reader.index["config"] | {"global_batch_size": reader.index["layout"].get("global_batch_size")}
@@ -157,6 +159,10 @@ def start(run: Run, splits: Splits, reader: Reader | None, record: Record | None
         data = str(reader.index.get("data") or splits.identity())
         if data != splits.identity() and not k.finetune:
             run.say(f"changed     the data were {printable(data)}; are {splits.identity()}")
+    if config.optimizer.ema is not None and (reader is None or fresh or EMA not in reader.kinds):
+        run.updater.begin_means()
+        if reader is not None:
+            run.say("mean        --ema begins with these weights")
     same_start(run, -1 if reader is None else int(reader.index["step"]))
     same_folder(run)
     if set_back(config) and record is not None and run.wires.rank == 0:

@@ -206,6 +206,7 @@ class Optimization:
     ademamix_beta3_warmup: int | None = option(None, "steps over which its decay rises from --adam-beta1",
                                                unit="steps")
     ademamix_alpha_warmup: int | None = option(None, "steps over which its part rises from 0", unit="steps")
+    ema: float | None = option(None, "decay of a mean of the weights, which evaluations take; saved beside them")
     clip_grad: float = option(1.0, "largest global gradient norm; 0 turns clipping off")
 
 

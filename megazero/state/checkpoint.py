@@ -26,7 +26,7 @@ import torch
 
 from megazero.base import Form, UserError, checked, load, loads, read_bytes, said
 from megazero.data import IDENTITY
-from megazero.plan import Architecture, Box, Flat, Parameter, Piece, architecture_of, intersect, progress_of, tiles
+from megazero.plan import EMA, Architecture, Box, Flat, Parameter, Piece, architecture_of, intersect, progress_of, tiles
 from megazero.state.elsewhere import foreign
 from megazero.state.tensor_files import CODES, READABLE, Stored, checksums, contents, header_of
 
@@ -151,7 +151,8 @@ class Reader:
     for everything that is missing, damaged or cannot be.
     """
 
-    def __init__(self, folder: str | Path, step: int | None = None, flag: str = "--load") -> None:
+    def __init__(self, folder: str | Path, step: int | None = None, flag: str = "--load", ema: bool = False) -> None:
+        """`ema`: its weights are the means of them (--ema), and nothing else is there."""
         self.folder = find(Path(folder), step, flag)
         self.index = self._words()
         self._architecture = None if self.of_module else architecture_of(self.index["architecture"])
@@ -160,6 +161,16 @@ class Reader:
         for name, known in self.index["files"].items():
             self._list(self.folder / name, known)
         self._complete()
+        if ema:
+            self._take_means()
+
+    def _take_means(self) -> None:
+        means = {name for kind, name in self.shapes if kind == EMA}
+        if not means or means != {name for kind, name in self.shapes if kind == "weight"}:
+            raise UserError(f"--ema: {self.folder} holds no means of its weights; load one of a run with --ema DECAY, "
+                            "or leave it out.")
+        self.tensors = {("weight", n): parts for (kind, n), parts in self.tensors.items() if kind == EMA}
+        self.shapes = {("weight", n): shape for (kind, n), shape in self.shapes.items() if kind == EMA}
 
     @staticmethod
     def finds(folder: Path) -> bool:

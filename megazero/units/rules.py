@@ -6,13 +6,14 @@ the rate in fp32, which is too coarse for fp64: there its plain kernels run, whi
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from megazero.plan import GROUPS, RULES
+from megazero.plan import EMA, GROUPS, RULES, beside
 from megazero.settings import Optimization
 from megazero.units.formulas import FORMULAS, Formulas, Origin
 from megazero.units.gate import Verdict
@@ -93,7 +94,7 @@ class Updater:
                  groups: Groups | None = None) -> None:
         """`together`: the units of each update, which are one kernel call. `groups`: default, decayed or not."""
         self.units, self.settings, self.groups = {u.flat.name: u for u in units}, o, groups or decayed_or_not(o)
-        self.state = {name: {m: torch.zeros_like(u.master) for m in RULES[o.optimizer].moments}
+        self.state = {name: {kind: torch.zeros_like(u.master) for kind in beside(o)}
                       for name, u in self.units.items()}
         self.steps: list[Tensor] = []
         master = units[0].master if units else torch.zeros(0)
@@ -121,6 +122,35 @@ class Updater:
                 kernel.step()
             else:
                 plainly(kernel, verdict.found_inf)
+            decay = self.settings.ema
+            for name in names if decay is not None else ():
+                mean, master = self.state[name][EMA], self.units[name].master
+                mean.copy_(torch.where(verdict.found_inf == 0, torch.lerp(master, mean, decay or 0.0), mean))
+
+    def begin_means(self) -> None:
+        """The means of the weights are the weights."""
+        for name, unit in self.units.items():
+            self.state[name][EMA].copy_(unit.master)
+
+    @contextmanager
+    def means(self) -> Iterator[None]:
+        """Within, the weights are their means, where those are kept: evaluations see them."""
+        if self.settings.ema is None:
+            yield
+            return
+        self._exchange()
+        try:
+            yield
+        finally:
+            self._exchange()
+
+    def _exchange(self) -> None:
+        for name, unit in self.units.items():
+            unit.updated()
+            mean, before = self.state[name][EMA], unit.master.clone()
+            unit.master.copy_(mean)
+            mean.copy_(before)
+            unit.publish()
 
     def set_steps(self, applied: int) -> None:
         """Continues after `applied` steps: Adam's bias correction counts from there."""
@@ -144,7 +174,8 @@ class Updater:
         for p, (_, unit, a, b) in zip(params, slices, strict=True):
             step = torch.zeros((), dtype=torch.float32, device=p.device)
             self.steps.append(step)
-            kernel.state[p] = {"step": step, **{m: flat[a:b] for m, flat in self.state[unit.flat.name].items()}}
+            state = self.state[unit.flat.name]
+            kernel.state[p] = {"step": step, **{m: state[m][a:b] for m in RULES[self.settings.optimizer].moments}}
         if measures and isinstance(kernel, Formulas):
             number = {piece: i for i, piece in enumerate(piece for unit in units for piece in unit.flat.pieces)}
             of = [next(piece for piece, low, high in unit.pieces() if low <= a < high) for _, unit, a, _ in slices]
