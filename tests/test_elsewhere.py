@@ -231,6 +231,19 @@ def test_torchtitan_imports_with_its_optimizer_and_goes_on(prefix: str, tmp_path
     assert_logits(reader, model)
 
 
+def test_a_dcp_of_hugging_faces_names_becomes_a_decoder(tmp_path: Path, convert: Call) -> None:
+    pytest.importorskip("transformers")
+    from hf_models import assert_equal_logits, random_model
+    from torch.distributed.checkpoint import FileSystemWriter, save
+    model = random_model("qwen2", tmp_path / "hf")
+    save(model.state_dict(), storage_writer=FileSystemWriter(tmp_path / "theirs"), no_dist=True)
+    code, _, err = convert("import", "--input", tmp_path / "theirs", "--output", tmp_path / "no")
+    assert code == 2 and "names of no trainer that is known here; give --hf-config" in err
+    code, _, err = convert("import", "--input", tmp_path / "theirs", "--output", tmp_path / "ours", "--hf-config", tmp_path / "hf" / "config.json")
+    assert code == 0, err
+    assert_equal_logits(model, Reader(tmp_path / "ours"))
+
+
 def flip(path: Path, change: Any) -> None:
     path.write_bytes(change(path.read_bytes()))
 

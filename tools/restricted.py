@@ -9,6 +9,7 @@ nothing. A file that asks for any other class or function is refused, and the se
 import io
 import pickle
 import re
+import stat
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
@@ -39,6 +40,8 @@ def load(file: Path | bytes, named: Path | None = None) -> Any:
     """What torch.save wrote to a file, its tensors mapped, or to some bytes of the file `named`. Raises UserError."""
     path = named or (file if isinstance(file, Path) else Path())
     try:
+        if isinstance(file, Path) and not stat.S_ISREG(file.stat().st_mode):        # a pipe would wait for ever
+            raise ValueError("is not a regular file")
         with _nothing_allowed():
             asked = get_unsafe_globals_in_checkpoint(_opened(file))
             for name in asked:

@@ -1,7 +1,9 @@
 """Distributed checkpoints of torch (`.metadata`, `__0_0.distcp` ...): boxes of tensors at places of files.
 Megatron-core's torch_dist is one with `common.pt` beside it."""
 
+import io
 import re
+import stat
 from collections.abc import Callable, Mapping
 from functools import partial
 from math import prod
@@ -108,9 +110,10 @@ class Distributed:
 
     def _bytes(self, path: Path, start: int, length: int) -> bytes:
         try:
-            with path.open("rb") as file:
+            of = path.stat()
+            with path.open("rb") if stat.S_ISREG(of.st_mode) else io.BytesIO() as file:     # a pipe would wait for ever
                 file.seek(start)
-                found = file.read(length) if start + length <= path.stat().st_size else b""
+                found = file.read(length) if start + length <= of.st_size else b""
         except OSError as error:
             raise UserError(f"{path}: cannot be read ({error.strerror}); fetch it again.") from None
         if len(found) != length:

@@ -40,7 +40,9 @@ def deepspeed_source(folder: Path, read: Read) -> Source:
             raise UserError(f"--input {folder}: its flat partitions are not those of its parameters "
                             f"({said(str(error))}); its files are not of one step, or not of a form that is "
                             "known here.") from None
-    weights = kinds.pop("weight") | _frozen(models)
+    weights = kinds.pop("weight", {}) | _frozen(models)
+    if not weights:
+        raise UserError(f"--input {folder}: its files name no parameters (param_shapes); fetch it again.")
     return _with_words(folder, models[0], weights, kinds, _groups(states, shapes))
 
 

@@ -121,9 +121,8 @@ def fused(name: str) -> str:
 
 def megatron_rows(a: Architecture) -> list[NamedRow]:
     """Raises UserError."""
-    cannot_say(a, "megatron",
-               "learned_positions rotary norm norm_plus_one activation bias qkv_bias qk_norm tied window",
-               norm_bias=a.norm == "LayerNorm", o_bias=a.bias)
+    says = "learned_positions rotary norm norm_plus_one activation bias qkv_bias qk_norm tied window"
+    cannot_say(a, "megatron", says, norm_bias=a.norm == "LayerNorm", o_bias=a.bias)
     if a.rotary and a.rotary.scaling and not isinstance(a.rotary.scaling, Llama3):
         raise UserError("--to megatron: its rotary scaling is Llama 3's alone, this model's is another.")
     if a.activation not in ("gelu", "gelu_tanh", "relu2", "swiglu") or a.qk_norm == "width":
@@ -143,7 +142,8 @@ def arguments_of(a: Architecture, tp: int, pp: int, step: int, samples: int) -> 
         "seq_length": a.seq_length, "max_position_embeddings": a.learned_positions or a.seq_length,
         "position_embedding_type": positions, "rotary_base": int(a.rotary.base) if a.rotary else 10000, **scaling,
         "rotary_percent": a.rotary.channels / a.head_dim if a.rotary else 1.0, "normalization": a.norm,
-        "norm_epsilon": a.epsilon, "layernorm_epsilon": a.epsilon, "swiglu": a.gated,
+        "norm_epsilon": a.epsilon, "layernorm_epsilon": a.epsilon,
+        "swiglu": a.gated,
         "squared_relu": a.activation == "relu2", "openai_gelu": a.activation == "gelu_tanh", "bias_gelu_fusion": False,
         "add_bias_linear": a.bias, "add_qkv_bias": a.qkv_bias and not a.bias, "qk_layernorm": a.qk_norm == "head",
         "apply_layernorm_1p": a.norm_plus_one,

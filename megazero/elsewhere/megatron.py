@@ -319,13 +319,10 @@ def _unstacked(found: Distributed, name: str, core: str) -> Iterator[tuple[str, 
 # ---- both
 
 def of_megatron(source: Source, a: Architecture) -> tuple[list[NamedRow], Source]:
-    """The rows of Megatron-core's names; the source without what its model does not read, the copy of a tied embedding.
-    Norms that are stored less one (--apply-layernorm-1p) get it."""
+    """The rows of Megatron-core's names; the source without what its model does not read, the copy of a tied
+    embedding."""
     def read(theirs: Tensors) -> Tensors:
         return {name: t for name, t in theirs.items() if not (a.tied and name == "output_layer.weight")}
 
-    weights = read(source.weights)
-    if source.words.get("apply_layernorm_1p"):
-        weights = {n: t.but(lambda x: x + 1) if n.endswith("norm.weight") else t for n, t in weights.items()}
     moments = {kind: read(tensors) for kind, tensors in source.moments.items()}
-    return named_rows(MEGATRON, a), replace(source, weights=weights, moments=moments)
+    return named_rows(MEGATRON, a), replace(source, weights=read(source.weights), moments=moments)

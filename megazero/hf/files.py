@@ -72,8 +72,7 @@ class HfFolder:
             return {self.folder / "model.safetensors": []}
         pickled = any(self.folder.glob("*.bin"))
         raise UserError(f"--input {self.folder}: holds no model.safetensors; " + (
-            "its .bin files are pickles, which could run any code and are never opened: "
-            "save it again with transformers' save_pretrained."
+            "its .bin files are pickles, which are not opened here: python tools/convert_checkpoint.py import takes it."
             if pickled else "give a folder that transformers' save_pretrained wrote."))
 
     def _held(self, path: Path) -> dict[str, Stored]:
