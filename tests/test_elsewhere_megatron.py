@@ -352,11 +352,15 @@ def test_names_and_orders_of_before(one_rank: None, tmp_path: Path, convert: Any
     embedding = {kind: {"weight": state[f"embedding.{kind}.weight"]} for kind in ("word_embeddings", "position_embeddings")}
     folder = tmp_path / "theirs" / "iter_0000007" / "mp_rank_00"
     folder.mkdir(parents=True)
-    content = {"args": arguments(False), "checkpoint_version": 0, "iteration": STEP, "model": {"language_model": {"embedding": embedding, "encoder": old}}}
+    args = arguments(False)
+    args.apply_layernorm_1p = True                              # the same flag here: weights stay less one
+    content = {"args": args, "checkpoint_version": 0, "iteration": STEP, "model": {"language_model": {"embedding": embedding, "encoder": old}}}
     torch.save(content, folder / "model_optim_rng.pt")
     code, _, err = convert("import", "--input", tmp_path / "theirs", "--output", tmp_path / "ours", "--vocab-size", TOKENS)
     assert code == 0, err
-    assert_same(Reader(tmp_path / "ours"), expected(model, False))
+    reader = Reader(tmp_path / "ours")
+    assert_same(reader, expected(model, False))
+    assert reader.architecture.norm_plus_one and reader.architecture.norm_bias
 
 
 def rewrite(path: Path, change: Any) -> None:

@@ -17,7 +17,7 @@ FLOORS: dict[str, tuple[int, str]] = {
     "model": (860, "products ops activations attention decoder"),
     "data": (2800, "files indexed order tokenizer_base tokenizer_words tokenizer_tiktoken tokenizers sidecar megatron_order dataset fim splits"),
     "corpus": (1260, "tables sources verify edit preprocess"),
-    "state": (1500, "tensor_files elsewhere checkpoint saving merge compare record logs"),
+    "state": (1520, "tensor_files elsewhere checkpoint saving merge compare record logs"),
     "hf": (520, "files tokenizer convert"),
     "run": (1530, "executor metrics run feed step loop failures ahead train launch generate"),
     "engine": (4400, "hidden sliced aliases keys words rates values blocks groups hooks passes engine optimizers checkpoints monitor full deepspeed_engine initialize zero names"),

@@ -27,6 +27,9 @@ class Stub:
     def __init__(self, *said: Any, **more: Any) -> None:
         pass
 
+    def __repr__(self) -> str:
+        return f"an object of another program{self.said or ''}"
+
     def __setstate__(self, state: Any) -> None:
         self.state = state
 
