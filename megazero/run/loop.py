@@ -3,7 +3,7 @@
 import signal
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import suppress
 from types import FrameType
 from typing import Any
 
@@ -147,8 +147,10 @@ class Loop:
                             "look at the data of the last steps.")
 
     def evaluations(self, sets: Mapping[str, SampleSource]) -> None:
+        if not sets:
+            return
         self.run.actions.hold()                                 # somebody may still copy what changes places
-        with self.run.updater.means() if sets else nullcontext():
+        with self.run.updater.means():
             for name, split in sets.items():
                 loss = self.evaluate(split)
                 self.look()
