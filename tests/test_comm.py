@@ -77,6 +77,12 @@ def joined(backend: str, one_host: bool) -> Group:
     return group
 
 
+def ragged(rank: int, world: int, dtype: torch.dtype) -> tuple[torch.Tensor, list[int], list[int]]:
+    """(what this rank sends, how much of it to each, how much comes from each): nothing between some, and the amounts of two ways differ."""
+    amount = [[3 * a if (a + b) % 3 == 2 else a + 2 * b for b in range(world)] for a in range(world)]
+    return 100 * rank + torch.arange(sum(amount[rank]), dtype=dtype), amount[rank], [amount[a][rank] for a in range(world)]
+
+
 def several(dtype: torch.dtype, backend: str, one_host: bool) -> list[torch.Tensor]:
     """Every collective, all under way at once and waited for in another order than they were started."""
     group = joined(backend, one_host)
@@ -88,6 +94,7 @@ def several(dtype: torch.dtype, backend: str, one_host: bool) -> list[torch.Tens
     whole[len(x) * rank:len(x) * (rank + 1)] = x
     both = x.clone()
     works += [group.all_gather(whole.chunk(world)[rank], whole), group.reduce_scatter(both, both.chunk(world)[rank])]       # in place
+    works += [group.all_to_all(*ragged(rank, world, dtype)), group.all_to_all(x.new_empty(0), [0] * world, [0] * world)]
     return [w.wait() for w in reversed(works)][::-1]
 
 
@@ -104,6 +111,8 @@ def test_collectives(world: int, dtype: torch.dtype, backend: str, one_host: boo
         assert torch.equal(highest, torch.stack([(g * (-1) ** r).flatten()[:5] for r, g in enumerate(given)]).amax(0))
         assert nothing.shape == (0, 3)
         assert torch.equal(placed[0], gathered) and torch.equal(placed[1], scattered)
+        sent = [ragged(r, world, dtype) for r in range(world)]
+        assert torch.equal(placed[2], torch.cat([x.split(out)[rank] for x, out, _ in sent])) and placed[3].shape == (0,)
 
 
 def many_steps(steps: int) -> int:

@@ -86,7 +86,7 @@ class Gloo(Several):
         parts = list(out.chunk(self.size)) if len(x) else [x] * self.size
         placed(x, parts[self.rank])
         self._count(x)
-        return self._gather(self._call("all-gather", about), x, parts, lambda: out)
+        return self._gather(self._call("all-gather", about), [x] * self.size, parts, lambda: out)
 
     def reduce_scatter(self, x: Tensor, into: Tensor | None = None, about: str = "") -> Work:
         parts = list(x.chunk(self.size))
@@ -105,19 +105,27 @@ class Gloo(Several):
 
         def finish(got: Sequence[Tensor]) -> Tensor:
             total_of(got, op, parts[self.rank])
-            self._gather(second, parts[self.rank], parts, lambda: flat).wait()
+            self._gather(second, [parts[self.rank]] * self.size, parts, lambda: flat).wait()
             return x.copy_(flat[:x.numel()].view(x.shape)) if missing else x
 
         return self._exchange(first, parts, self._received(parts), finish)
 
-    def _gather(self, call: Call, x: Tensor, parts: Sequence[Tensor], result: Callable[[], Tensor]) -> Work:
-        """x goes to all, and parts[r] becomes what rank r sent."""
+    def all_to_all(self, x: Tensor, out: Sequence[int], back: Sequence[int], about: str = "") -> Work:
+        arrived = x.new_empty(sum(back))
+        mine, parts = x.split(list(out)), list(arrived.split(list(back)))
+        placed(mine[self.rank], parts[self.rank])
+        self._count_parts(x, out)
+        return self._gather(self._call("all-to-all", about), mine, parts, lambda: arrived)
+
+    def _gather(self, call: Call, given: Sequence[Tensor], parts: Sequence[Tensor],
+                result: Callable[[], Tensor]) -> Work:
+        """given[r] goes to rank r, and parts[r] becomes what that sent."""
         def finish(got: Sequence[Tensor]) -> Tensor:
             for part, arrived in zip(parts, got, strict=True):
                 placed(arrived, part)
             return result()
 
-        return self._exchange(call, [x] * self.size, parts, finish)
+        return self._exchange(call, given, parts, finish)
 
     def _received(self, parts: Sequence[Tensor]) -> list[Tensor]:
         """Room for every rank's share of what this rank sums; its own share is there."""
@@ -131,10 +139,11 @@ class Gloo(Several):
                   finish: Callable[[Sequence[Tensor]], Tensor]) -> Work:
         """Sends out[r] to each rank r, and hands `finish` what came from each:
         in into[r], or where it lies in shared memory."""
-        peers, tag = [r for r in range(self.size) if r != self.rank and out[r].numel()], call.tag
-        if self.memory and peers:
-            self.memory.send({r: out[r] for r in peers}, call.number, call.mark)
-            letters = {r: self.memory.expect(r, call.number, call.mark) for r in peers}
+        to, of = ([r for r in range(self.size) if r != self.rank and parts[r].numel()] for parts in (out, into))
+        if self.memory and (to or of):
+            if to:
+                self.memory.send({r: out[r] for r in to}, call.number, call.mark)
+            letters = {r: self.memory.expect(r, call.number, call.mark) for r in of}
 
             def opened() -> Tensor:
                 result = finish([letters[r].read(t).to(t.device) if r in letters else t for r, t in enumerate(into)])
@@ -143,10 +152,11 @@ class Gloo(Several):
                 return result
 
             return Messages(self.line, call.what, [(self.ranks[r], x) for r, x in letters.items()], opened)
-        there = {r: host(into[r]) for r in peers}
-        receives = [(self.ranks[r], dist.irecv(t, self.ranks[r], self.process_group, tag)) for r, t in there.items()]
-        sent = {r: host(out[r].contiguous()) for r in peers}
-        sends = [(self.ranks[r], dist.isend(t, self.ranks[r], self.process_group, tag)) for r, t in sent.items()]
+        there = {r: host(into[r]) for r in of}
+        receives = [(self.ranks[r], dist.irecv(t, self.ranks[r], self.process_group, call.tag))
+                    for r, t in there.items()]
+        sent = {r: host(out[r].contiguous()) for r in to}
+        sends = [(self.ranks[r], dist.isend(t, self.ranks[r], self.process_group, call.tag)) for r, t in sent.items()]
         pending = [(peer, work) for peer, work in receives + sends if work is not None]
 
         def landed() -> Tensor:

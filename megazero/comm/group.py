@@ -54,6 +54,11 @@ class Group(Protocol):
         """The sum (or `max`) over the ranks, in place."""
         ...
 
+    def all_to_all(self, x: Tensor, out: Sequence[int], back: Sequence[int], about: str = "") -> Work:
+        """[sum of out] -> [sum of back]: of x, out[r] elements go to rank r; what comes is in rank order, back[r] from
+        rank r. Ranks agree: this one's back[r] is out[this one] of rank r."""
+        ...
+
 
 class Channel(Protocol):
     """The way from one rank to its neighbour. Messages arrive in the order in which they were sent."""
@@ -106,6 +111,9 @@ class Alone:
     def all_reduce(self, x: Tensor, op: str = "sum", about: str = "") -> Work:
         return Done(x)
 
+    def all_to_all(self, x: Tensor, out: Sequence[int], back: Sequence[int], about: str = "") -> Work:
+        return Done(x)
+
 
 def placed(x: Tensor, into: Tensor | None) -> Tensor:
     """x, in `into` if there is one; nothing moves when it is there already."""
@@ -128,3 +136,7 @@ class Several:
     def _count(self, part: Tensor, times: int = 1) -> None:
         """Each rank sends `part` to all others, `times` times."""
         self.line.sent[self.axis] += times * (self.size - 1) * part.numel() * part.element_size()
+
+    def _count_parts(self, x: Tensor, out: Sequence[int]) -> None:
+        """Each rank is sent a part of x of its own."""
+        self.line.sent[self.axis] += (sum(out) - out[self.rank]) * x.element_size()

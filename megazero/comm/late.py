@@ -1,7 +1,7 @@
 """late: around another backend, for tests. Results are NaN until waited for,
 and inputs that change before that are an error."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -48,6 +48,9 @@ class Late:
 
     def all_reduce(self, x: Tensor, op: str = "sum", about: str = "") -> Work:
         return self._held("all-reduce", partial(self.inner.all_reduce, op=op, about=about), x, x)
+
+    def all_to_all(self, x: Tensor, out: Sequence[int], back: Sequence[int], about: str = "") -> Work:
+        return self._held("all-to-all", partial(self.inner.all_to_all, out=out, back=back, about=about), x, None)
 
     def _held(self, what: str, call: Callable[[Tensor], Work], x: Tensor, into: Tensor | None) -> Work:
         copy = x.clone()

@@ -99,6 +99,14 @@ class Nccl(Several):
         assert work is not None
         return Collective(self.line, self._name("all-reduce"), work, x)
 
+    def all_to_all(self, x: Tensor, out: Sequence[int], back: Sequence[int], about: str = "") -> Work:
+        self.line.marks.mark("all-to-all", about)
+        self._count_parts(x, out)
+        arrived = x.new_empty(sum(back))
+        work = dist.all_to_all_single(arrived, x, list(back), list(out), group=self.process_group, async_op=True)
+        assert work is not None
+        return Collective(self.line, self._name("all-to-all"), work, arrived)
+
 
 class NcclChannel:
     """Two ranks with a communicator of their own for each way, so that a receive that waits blocks no send."""
