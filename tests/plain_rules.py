@@ -54,4 +54,35 @@ class Plain(torch.optim.Optimizer):
                 self.change(p, p.grad, self.state[p], self.steps, group)
 
 
+def by(make: Callable[..., torch.optim.Optimizer]) -> Change:
+    """torch's own, a kernel for each tensor."""
+    def change(w: Tensor, g: Tensor, kept: dict[str, Any], t: int, o: Mapping[str, Any]) -> None:
+        if not kept:
+            kept["p"] = torch.nn.Parameter(w.clone())
+            kept["kernel"] = make([kept["p"]], **o)
+        kept["p"].grad = g.clone()
+        kept["kernel"].step()
+        w.copy_(kept["p"].detach())
+    return change
+
+
+
+SCALES = {"spectral": lambda a, b: math.sqrt(max(a, b)), "unit_rms_norm": lambda a, b: math.sqrt(a / b), "shape_scaling": lambda a, b: math.sqrt(max(1, a / b))}
+NEWTON_SCHULZ = {"simple": [(3.4445, -4.7750, 2.0315)] * 5,
+                 "quintic": [(4.0848, -6.8946, 2.9270), (3.9505, -6.3029, 2.6377), (3.7418, -5.5913, 2.3037), (2.8769, -3.1427, 1.2046), (2.8366, -3.0525, 1.2012)]}
+
+
+def muon(momentum: float, nesterov: bool, coefficients: str, scale: str, steps: int = 5, extra: float = 1.0, eps: float = 1e-7) -> Change:
+    """By singular values: the iteration's polynomial of each, between their vectors."""
+    def change(w: Tensor, g: Tensor, kept: dict[str, Any], t: int, o: Mapping[str, Any]) -> None:
+        m = kept.setdefault("m", torch.zeros_like(w))
+        m.copy_(momentum * m + (1 - momentum) * g)
+        u, s, v = torch.linalg.svd((1 - momentum) * g + momentum * m if nesterov else m, full_matrices=False)
+        s = s / max(float(s.square().sum().sqrt()), eps)
+        for a, b, c in NEWTON_SCHULZ[coefficients][:steps]:
+            s = a * s + b * s**3 + c * s**5
+        w.sub_(o["lr"] * (extra * SCALES[scale](*w.shape) * (u * s) @ v + o["weight_decay"] * w))
+    return change
+
+
 PLAIN: Mapping[str, Change] = {"lion": lion, "lamb": lamb, "ademamix": ademamix}

@@ -132,7 +132,12 @@ def stepping(run: Run, given: Callable[[int, int], Sequence[Batch]] | None = Non
 
 def kept(run: Run, unit: Unit) -> dict[str, torch.Tensor]:
     """What a checkpoint holds of a unit."""
-    return record.buffers_of(unit, run.updater.state)
+    return {kind: own.tensor for kind, own in record.buffers_of(unit, run.updater.state).items()}
+
+
+def moments(run: Run, unit: str) -> list[torch.Tensor]:
+    """What the optimizer keeps beside a unit."""
+    return [own.tensor for own in run.updater.state[unit].values()]
 
 
 def load(run: Run, reader: Reader) -> Progress:

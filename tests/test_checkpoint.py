@@ -37,13 +37,13 @@ def test_what_is_saved_is_what_was_there(tmp_path: Path) -> None:
     run = built(f"{TINY} --bf16")
     for state in run.updater.state.values():
         for moment in state.values():
-            moment.normal_()
+            moment.tensor.normal_()
     for unit in run.units.values():                             # what lies between the parameters is zero, and not saved
         between = torch.ones(unit.flat.size, dtype=torch.bool)
         for piece in unit.flat.pieces:
             between[piece.start:piece.stop] = False
         for moment in run.updater.state[unit.flat.name].values():
-            moment[between] = 0
+            moment.tensor[between] = 0
     slices = [s for u in run.units.values() for s in owned(u.flat, u.low, kept(run, u))]
     path = Writer(tmp_path, None, False).save(slices, header(run))
     reader = Reader(tmp_path)
@@ -237,7 +237,6 @@ def test_what_does_not_fit_is_listed(tmp_path: Path) -> None:
     for words, told in {
         "--hidden-size 96": "its hidden is 64, this model's 96",
         "--num-layers 3": "its layers is 2, this model's 3",
-        "--optimizer sgd": "--optimizer sgd: .* has no momentum_buffer .*saved with adam",
         "--ckpt-step 9": "--ckpt-step 9: .* holds steps 3",
         f"--load {folder} --ckpt-step 9": "--ckpt-step 9: .* is the folder of step 3 alone",
         "--vocab-size 102": "its vocab size is 101, this model's 102",

@@ -23,7 +23,7 @@ Tensor = torch.Tensor
 
 
 def means(run: Run) -> dict[str, Tensor]:
-    return {p.shard.parameter.name: run.updater.state[u.flat.name]["ema"][p.start:p.stop].view(p.shard.parameter.shape)
+    return {p.shard.parameter.name: run.updater.state[u.flat.name]["ema"].tensor[p.start:p.stop].view(p.shard.parameter.shape)
             for u in run.units.values() for p in u.flat.pieces}
 
 
@@ -63,7 +63,7 @@ def held(words: str, world: int, backend: str) -> list[tuple[str, Any, Tensor]]:
     for unit in run.units.values():
         unit.updated()
     return [(s.name, s.box, s.tensor.clone()) for u in run.units.values()
-            for _, s in checkpoint.held(u.flat, u.low, {"ema": run.updater.state[u.flat.name]["ema"]})]
+            for _, s in checkpoint.held(u.flat, u.low, {"ema": run.updater.state[u.flat.name]["ema"].tensor})]
 
 
 @pytest.fixture(scope="module")

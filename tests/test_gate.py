@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from support import TINY, built, kept, lines, named, stepping, train
+from support import TINY, built, kept, lines, moments, named, stepping, train
 from torch._subclasses import FakeTensorMode
 
 from megazero.base.errors import UserError
@@ -143,7 +143,7 @@ def test_a_bad_step_leaves_nothing_between_operands(dtype: str, monkeypatch: pyt
     assert step.progress.step == 2 and step.progress.applied == 1
     for unit in run.units.values():
         assert sum(p.stop - p.start for p in unit.flat.pieces) < len(unit.master) or unit.flat.name == "positions"
-        for buffer in (unit.master, unit.grads, *run.updater.state[unit.flat.name].values()):
+        for buffer in (unit.master, unit.grads, *moments(run, unit.flat.name)):
             assert buffer is not None and buffer.isfinite().all(), unit.flat.name
 
 
@@ -162,7 +162,7 @@ def test_plain_kernels_equal_the_fused_ones_in_float64(optimizer: str, monkeypat
             assert torch.equal(named(run, "master")["layers.0.mlp.up.weight"], started) and all(float(n) == 0 for n in run.updater.steps)
             for _ in range(4):
                 step.start()
-            seen.append(torch.cat([t.flatten() for u in run.units.values() for t in (u.master, *run.updater.state[u.flat.name].values())]))
+            seen.append(torch.cat([t.flatten() for u in run.units.values() for t in (u.master, *moments(run, u.flat.name))]))
             assert {float(n) for n in run.updater.steps} == ({0.0} if optimizer == "sgd" else {3.0})
     assert not torch.equal(seen[0], torch.zeros_like(seen[0])) and (seen[0] - seen[1]).abs().max() < 1e-14
 

@@ -80,11 +80,11 @@ def test_what_has_no_effect_is_told_in_one_line_with_its_reason() -> None:
 
 
 def test_a_capability_that_is_not_here_is_refused_once_by_name() -> None:
-    words = "--num-experts 8 --moe-router-topk 2 --context-parallel-size 2 --optimizer muon --muon-momentum 0.9 --position-embedding-type alibi"
+    words = "--num-experts 8 --moe-router-topk 2 --context-parallel-size 2 --optimizer shampoo --shampoo-beta2 0.9 --position-embedding-type alibi"
     with pytest.raises(UserError) as error:
         from_command_line(words.split())
     assert [s.split(":")[0] for s in error.value.sentences] == [
-        "--num-experts 8 --moe-router-topk 2", "--context-parallel-size 2", "--optimizer muon --muon-momentum 0.9", "--position-embedding-type alibi"]
+        "--num-experts 8 --moe-router-topk 2", "--context-parallel-size 2", "--optimizer shampoo --shampoo-beta2 0.9", "--position-embedding-type alibi"]
     assert "mixture of experts is not here yet" in error.value.sentences[0]
 
 

@@ -46,7 +46,7 @@ def test_memory_of_the_plan_is_what_is_allocated(shape: str, dtype: str) -> None
     assert m["weights"] == sum(u.weights.nbytes for u in units)
     assert m["master weights"] == sum(u.master.nbytes for u in units if u.master is not u.weight_slice)
     assert m["gradients"] == sum(u.grads.nbytes for u in units)
-    assert m["optimizer"] == sum(t.nbytes for state in run.updater.state.values() for t in state.values())
+    assert m["optimizer"] == sum(own.tensor.nbytes for state in run.updater.state.values() for own in state.values())
     assert parameter_count(run.plan.architecture) == sum(p.shard.box.numel for u in units for p in u.flat.pieces)
 
 

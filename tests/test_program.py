@@ -297,7 +297,7 @@ def test_the_plan_knows_bytes_and_memory_of_each_stage(words: str) -> None:
         stepping(run).start()
         expected = traffic(plan, rank)
         assert {axis: run.wires.line.sent[axis] for axis in expected} == expected and set(run.wires.line.sent) <= set(expected)
-        assert memory(plan, rank)["optimizer"] == sum(t.nbytes for state in run.updater.state.values() for t in state.values())
+        assert memory(plan, rank)["optimizer"] == sum(own.tensor.nbytes for state in run.updater.state.values() for own in state.values())
 
 
 def test_outputs_are_freed_once_they_have_left() -> None:

@@ -233,6 +233,21 @@ def test_weights_alone_are_saved_and_gone_on_from_with_a_fresh_optimizer(tmp_pat
     same(tmp_path / "ck", tmp_path / "once")
 
 
+def test_another_optimizer_keeps_the_weights_and_says_that_its_moments_begin_afresh(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Lion's first step moves each element by the rate too; the run's place on its curve and in its data stays."""
+    words = (f"{WORDS} --data-path {byte_dataset(tmp_path)} --lr-decay-style constant --lr-warmup-iters 0 --weight-decay 0 --clip-grad 0 "
+             f"--hidden-dropout 0 --save {tmp_path / 'ck'}")
+    train(f"{words} --train-iters 6")
+    before = Reader(tmp_path / "ck")
+    steps = train(f"{words} --load {tmp_path / 'ck'} --optimizer lion --exit-interval 7", tmp_path / "log")
+    after = Reader(tmp_path / "ck")
+    assert "moments begin afresh: it was saved with --optimizer adam, this is lion" in capsys.readouterr().out
+    assert steps[0]["step"] == 7 and steps[0]["samples"] == 28 and after.index["progress"]["unseen"] == 6 and after.kinds == {"weight", "exp_avg"}
+    name = "layers.0.mlp.up.weight"
+    moved = (after.read("weight", name) - before.read("weight", name)).abs()
+    assert torch.allclose(moved, torch.full_like(moved, 5e-3), rtol=1e-3)
+
+
 def test_a_run_begins_with_pretrained_weights_until_it_has_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = f"{WORDS} --data-path {byte_dataset(tmp_path)}"
     train(f"{words} --train-iters 3 --save {tmp_path / 'base'}")

@@ -1,31 +1,24 @@
 """Rules of optimizers: each against a plain reading of its paper or torch's own, in float64, over the gradients of a run; and in any layout."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from plain_rules import PLAIN, Change
+from plain_rules import PLAIN, Change, by, muon
 from pool import Pool
-from support import TINY, built, named, stepping
+from support import SHAPES, TINY, built, kept, named, stepping, train
 from test_parity import Row, compare
 
-from megazero.units.formulas import FORMULAS, Formulas
+from megazero.state import Reader
+from megazero.state.compare import checkpoints
+from megazero.state.merge import merge
+from megazero.units.formulas import FORMULAS
 
 Tensor = torch.Tensor
 LR, DECAY = 1e-2, 0.3
-
-
-def by(make: Callable[..., torch.optim.Optimizer]) -> Change:
-    """torch's own, a kernel for each tensor."""
-    def change(w: Tensor, g: Tensor, kept: dict[str, Any], t: int, o: Mapping[str, Any]) -> None:
-        if not kept:
-            kept["p"] = torch.nn.Parameter(w.clone())
-            kept["kernel"] = make([kept["p"]], **o)
-        kept["p"].grad = g.clone()
-        kept["kernel"].step()
-        w.copy_(kept["p"].detach())
-    return change
+OURS = [*FORMULAS, "adafactor", "muon"]
 
 
 # words of the command line -> what they mean
@@ -33,10 +26,21 @@ RULES: dict[str, Change] = {
     "--optimizer adam": by(torch.optim.AdamW), "--optimizer adamw": by(torch.optim.AdamW),
     "--optimizer adam --no-decoupled-weight-decay": by(torch.optim.Adam),
     "--optimizer sgd --sgd-momentum 0.8": by(lambda ps, **o: torch.optim.SGD(ps, momentum=0.8, **o)),
+    "--optimizer adafactor": by(torch.optim.Adafactor),
+    "--optimizer adafactor --adafactor-decay -0.7 --adafactor-clip 1.1 --adafactor-eps 0.05":
+        by(lambda ps, **o: torch.optim.Adafactor(ps, beta2_decay=-0.7, d=1.1, eps=(None, 0.05), **o)),
+    "--optimizer muon --muon-momentum 0.9": muon(0.9, False, "quintic", "spectral"),
+    "--optimizer muon --muon-nesterov --muon-coefficient-type simple --muon-num-ns-steps 3 --muon-scale-mode shape_scaling --muon-extra-scale-factor 0.5":
+        muon(0.95, True, "simple", "shape_scaling", 3, 0.5),
+    "--optimizer muon --muon-scale-mode unit_rms_norm": muon(0.95, False, "quintic", "unit_rms_norm"),
     "--optimizer lion --lion-beta1 0.8 --lion-beta2 0.7": PLAIN["lion"],
     "--optimizer lamb --adam-beta2 0.99 --adam-eps 1e-5": PLAIN["lamb"],
     "--optimizer ademamix --adam-beta2 0.99 --adam-eps 1e-5 --ademamix-alpha 5 --ademamix-beta3 0.999 --ademamix-alpha-warmup 4 --ademamix-beta3-warmup 3": PLAIN["ademamix"],
 }
+
+
+def is_matrix(name: str, g: Tensor) -> bool:
+    return g.dim() == 2 and name.startswith("layers.")
 
 
 @pytest.mark.parametrize("words", RULES)
@@ -47,24 +51,24 @@ def test_a_rule_is_what_its_paper_says(words: str) -> None:
     for t in range(1, 7):
         step.start()
         for name, g in named(run, "grad_slice").items():
-            RULES[words](weights[name], g, kept[name], t, {"lr": LR, "weight_decay": DECAY if g.dim() == 2 else 0.0})
+            change = by(torch.optim.AdamW) if "muon" in words and not is_matrix(name, g) else RULES[words]
+            change(weights[name], g, kept[name], t, {"lr": LR, "weight_decay": DECAY if g.dim() == 2 else 0.0})
         for name, w in named(run).items():
             assert (w - weights[name]).abs().max() <= 1e-12 * weights[name].abs().max(), (t, name)
 
 
-@pytest.mark.parametrize("rule", FORMULAS)
+@pytest.mark.parametrize("rule", OURS)
 def test_a_step_that_is_skipped_leaves_every_bit(rule: str) -> None:
     run = built(f"{TINY} --optimizer {rule}")
     step = stepping(run)
     step.start()
     unit = run.units["layers.0"]
-    before = {"weight": unit.master.clone(), **{m: t.clone() for m, t in run.updater.state["layers.0"].items()}}
+    before = {what: own.clone() for what, own in kept(run, unit).items()}
     unit.grad_slice.fill_(torch.nan)
-    for kernel in run.updater.kernels.values():
-        assert isinstance(kernel, Formulas)
-        kernel.found_inf = torch.ones(())
+    for kernel in (kernel for kernels in run.updater.kernels.values() for kernel in kernels):
+        kernel.found_inf = torch.ones(())                                                                   # type: ignore[attr-defined]
         kernel.step()
-    for what, now in {"weight": unit.master, **run.updater.state["layers.0"]}.items():
+    for what, now in kept(run, unit).items():
         assert now.view(torch.int32).equal(before[what].view(torch.int32)), what
     assert all(float(s) == 1 for s in run.updater.steps)
 
@@ -82,7 +86,29 @@ LAYOUTS = [Row(tp=2, dp=2, level=1, late=True, shape="gpt2-plain"), Row(dp=3, le
 
 
 @pytest.mark.parametrize("i", range(len(LAYOUTS)))
-@pytest.mark.parametrize("rule", FORMULAS)
+@pytest.mark.parametrize("rule", OURS)
 def test_any_layout_makes_the_same_steps(rule: str, i: int, pool: Pool) -> None:
     row = LAYOUTS[i]
     compare(Row(**{**vars(row), "optimizer": rule}), pool)
+
+
+SQUARE = {"--tp 1": 1, "--tp 2": 2, "--dp 3 --zero-stage 1": 3, "--tp 2 --pp 2 --zero-stage 3": 4, "--pp 2 --dp 2 --zero-stage 2": 4}
+
+
+@pytest.mark.parametrize("rule", ["adafactor", "muon"])
+def test_a_checkpoint_of_any_layout_goes_on_in_any_other(rule: str, pool: Pool, tmp_path: Path) -> None:
+    """Each is held against a run that was never stopped, to the end of float64; a merged one too."""
+    words = f"{TINY} {SHAPES['llama']} --dtype fp64 --global-batch-size 6 --optimizer {rule} --weight-decay 0.1 --num-layers 2 --lr 1e-2 --eval-iters 0"
+    train(f"{words} --save {tmp_path / 'whole'}")
+    whole = Reader(tmp_path / "whole")
+    assert whole.kinds == {"weight", *({"row_var", "col_var", "variance"} if rule == "adafactor" else {"momentum_buffer", "exp_avg", "exp_avg_sq"})}
+    for a, ranks in SQUARE.items():
+        half = tmp_path / a.replace(" ", "")
+        pool.run(ranks, train, f"{words} {a} --exit-interval 2 --save {half}")
+        for b, others in SQUARE.items():
+            end = tmp_path / (a + b).replace(" ", "")
+            pool.run(others, train, f"{words} {b} --load {half} --save {end}")
+            assert Reader(end).shapes == whole.shapes and not list(checkpoints(whole, Reader(end), 1e-10)), (a, b)
+        merge(Reader(end), tmp_path / "merged" / half.name, optimizer=True)
+        merged = Reader(tmp_path / "merged" / half.name)
+        assert merged.kinds == whole.kinds and not list(checkpoints(whole, merged, 1e-10))

@@ -78,9 +78,16 @@ def test_a_decoupled_rate_has_the_same_curve_between_its_own_ends() -> None:
     p, q = resolved(f"{words} --decoupled-min-lr 5e-2"), resolved(words)
     at = replace(Progress(loss_scale(p.config)), step=2, applied=2, samples=2)
     part = (math.cos(math.pi * 2 / 5) + 1) / 2
-    assert p.rates(at) == pytest.approx((1e-3 + 9e-3 * part,) * 2 + (0.05 + 0.05 * part,))
-    assert q.rates(at)[2] == pytest.approx(1e-3 + 0.099 * part) and len(resolved(TINY).rates(at)) == 1
+    assert p.rates(at) == pytest.approx((1e-3 + 9e-3 * part, 0.05 + 0.05 * part))
+    assert q.rates(at)[1] == pytest.approx(1e-3 + 0.099 * part) and len(resolved(TINY).rates(at)) == 1
     assert any("--decoupled-lr 0.0001: is below its lowest, 0.001" in s for s in checks(from_command_line(f"{words}".replace("0.1", "1e-4").split()), 1))
+
+
+def test_a_rate_of_some_weights_follows_the_curve_as_a_multiple_of_it() -> None:
+    p = resolved(f"{TINY} --lr-decay-style cosine --min-lr 1e-3 --lr-warmup-iters 2 --lr-warmup-init 1e-4 --lr-embedding 0.05 --lr-vectors 2e-3")
+    for step in range(6):
+        own, embedding, vectors = p.rates(replace(Progress(loss_scale(p.config)), step=step, applied=step, samples=step))
+        assert (embedding, vectors) == pytest.approx((5 * own, own / 5))
 
 
 def test_the_batch_grows_as_megatron_lets_it() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from pool import Pool
-from support import SHAPES, TINY, kept, resolved, stepping
+from support import SHAPES, TINY, kept, moments, resolved, stepping
 
 from megazero.base import DTYPES
 from megazero.comm.wires import Wires, connect
@@ -60,7 +60,9 @@ def test_bytes_on_the_wire_are_those_of_the_formulas(level: int, ranks: int, mic
 @pytest.mark.parametrize("words", [
     "--zero-stage 3 --reduce-every 2", "--zero-stage 3 --keep-weights 2", "--zero-stage 3 --keep-weights 8 --reduce-every 4 --bf16", "--zero-stage 2 --reduce-every 3",
     "--zero-stage 1 --zero-shard-size 2", "--zero-stage 2 --zero-shard-size 2 --bf16", "--zero-stage 3 --zero-shard-size 2", "--zero-stage 3 --bucket-size 100000",
-    "--zero-stage 3 --tp 2 --fp16", "--zero-stage 2 --tp 2 --optimizer lamb --bf16 --ema 0.99", "--zero-stage 1 --zero-shard-size 2 --optimizer ademamix", "--zero-stage 1 --tp 2 --no-overlap-grad-reduce", "--zero-stage 3 --no-overlap-param-gather --pipeline-schedule gpipe",
+    "--zero-stage 3 --tp 2 --fp16", "--zero-stage 2 --tp 2 --optimizer lamb --bf16 --ema 0.99", "--zero-stage 1 --zero-shard-size 2 --optimizer ademamix",
+    "--zero-stage 3 --tp 2 --optimizer adafactor --ema 0.9", "--zero-shard-size 2 --zero-stage 1 --tp 2 --optimizer muon --bf16", "--optimizer muon --muon-ns-dtype bf16",
+    "--zero-stage 3 --optimizer muon --ema 0.9", "--zero-stage 1 --tp 2 --no-overlap-grad-reduce", "--zero-stage 3 --no-overlap-param-gather --pipeline-schedule gpipe",
 ])
 @pytest.mark.parametrize("rank", [0, 3])
 def test_the_plan_knows_bytes_and_memory_of_every_choice(words: str, rank: int) -> None:
@@ -91,7 +93,7 @@ def live(run: Run) -> dict[str, int]:
     tensors: list[tuple[str, torch.Tensor]] = []
     for u in units:
         tensors += [("weights", u.weight_slice), ("master weights", u.master), ("gradients", u.grad_slice)]
-        tensors += [("optimizer", t) for t in run.updater.state[u.flat.name].values()]
+        tensors += [("optimizer", t) for t in moments(run, u.flat.name)]
     for (_, what), buffers in run.executor.decoder.units["head"].sharing.buffers.free.items():  # type: ignore[misc]
         tensors += [("gathered weights" if what == "weights" else "gradient sums", b) for b in buffers]
     seen: set[int] = set()

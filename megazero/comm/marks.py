@@ -3,7 +3,7 @@
 import zlib
 from dataclasses import dataclass, field
 
-VERBS = ("all-gather", "reduce-scatter", "all-reduce")
+VERBS = ("all-gather", "reduce-scatter", "all-reduce", "all-to-all")
 CALLS = 1 << 15                         # marks there are: with the call's number in 16 bits, a tag of gloo
 
 

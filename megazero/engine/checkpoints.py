@@ -28,7 +28,7 @@ from megazero.engine.engine import Engine
 from megazero.engine.optimizers import ZeroOptimizer
 from megazero.engine.values import packed, readable, unpacked
 from megazero.hf import INDEX, SHARD, shards
-from megazero.plan import RULES, Box, Progress
+from megazero.plan import Box, Progress, tensors_of
 from megazero.state import (
     LATEST,
     TAG,
@@ -277,7 +277,7 @@ def load_state(core: Engine, optimizer: ZeroOptimizer | None, folder: Path, tag:
         if name in words.get("extra", {}):
             m.set_extra_state(words["extra"][name])
     if optimizer and training and moments:
-        if (fresh := _fresh(core, optimizer, reader)) and core.wires.rank == 0:
+        if (fresh := _fresh(core, reader)) and core.wires.rank == 0:
             say(f"{LOAD}: moments of {fresh[0]}{f' and {len(fresh) - 1} more' * (len(fresh) > 1)}, not trained then, "
                 "stay as they are")
         _take(core, optimizer, training["groups"])
@@ -335,7 +335,7 @@ def _fits(core: Engine, optimizer: ZeroOptimizer | None, reader: Reader, words: 
     """Raises UserError."""
     own = [u for u in all_units(core) if u.trained or not words["excluded"]]
     wanted = [piece.shard.parameter for u in own for piece in u.flat.pieces if math.prod(piece.shard.parameter.shape)]
-    errors = mismatches(reader, wanted, ("weight",)) if strict else []
+    errors = mismatches(reader, {("weight", p.name): p.shape for p in wanted}) if strict else []
     errors += [f"{reader.folder}: has no buffer/{name} of shape {list(b.shape)}." for name, b in
                (buffers(core.module).items() if strict else ()) if not _like(reader, name, b) and b.numel()]
     if errors:
@@ -348,7 +348,8 @@ def _fits(core: Engine, optimizer: ZeroOptimizer | None, reader: Reader, words: 
 
 def _other_optimizer(core: Engine, optimizer: ZeroOptimizer, reader: Reader,
                      groups: Sequence[Mapping[str, Any]], strict: bool) -> Iterator[str]:
-    missing = [m for m in RULES[optimizer.rule].moments if m not in reader.kinds]
+    kinds = dict.fromkeys(kind for state in core.updater.state.values() for kind in state)
+    missing = [kind for kind in kinds if kind not in reader.kinds]
     if missing:
         yield f"was saved with {reader.index['optimizer']}, and has no {missing[0]}; give that optimizer"
     for i, (group, saved) in enumerate(zip(optimizer.param_groups, groups, strict=False)):
@@ -357,7 +358,7 @@ def _other_optimizer(core: Engine, optimizer: ZeroOptimizer, reader: Reader,
                 yield f"says that {key} of group {i} is {said(value)}, which cannot be; load another checkpoint"
     if not strict:
         return
-    for name in [] if missing else _fresh(core, optimizer, reader):
+    for name in [] if missing else _fresh(core, reader):
         yield (f"has no moments of {name}, which was not trained then; give the same groups, load_module_strict=False "
                "to begin with moments of zero")
     then, now = ([sorted(g["parameters"]) for g in given] for given in (groups, _options(core, optimizer)))
@@ -379,11 +380,12 @@ def _of_kind(value: Any, own: Any) -> bool:
     return isinstance(value, float | int | Tensor) and not isinstance(value, bool)
 
 
-def _fresh(core: Engine, optimizer: ZeroOptimizer, reader: Reader) -> list[str]:
+def _fresh(core: Engine, reader: Reader) -> list[str]:
     """Parameters whose weights are there, and whose moments are not."""
-    return [p.name for u in all_units(core) if u.trained for p in (piece.shard.parameter for piece in u.flat.pieces)
-            if ("weight", p.name) in reader.shapes and any(reader.shapes.get((m, p.name)) != p.shape
-                                                           for m in RULES[optimizer.rule].moments)]
+    pieces = [(piece, piece.shard.parameter) for u in all_units(core) if u.trained for piece in u.flat.pieces]
+    return [p.name for piece, p in pieces if ("weight", p.name) in reader.shapes
+            and any(reader.shapes.get((kind, p.name)) != shape
+                    for kind, shape in tensors_of(p.shape, core.updater.groups.rule(piece)).items())]
 
 
 def _like(reader: Reader, name: str, b: Tensor) -> bool:
@@ -394,8 +396,9 @@ def _restore(core: Engine, reader: Reader, moments: bool, own: Callable[..., Any
     """What the checkpoint has of the module's names and shapes; it was seen to be enough."""
     for unit in all_units(core):
         kinds = buffers_of(unit, core.updater.state if moments else {})
-        kinds = kinds if own is None else {kind: b for kind, b in kinds.items() if kind != "weight"}
-        fill(reader, unit.flat, unit.low, kinds, lenient=True)
+        for kind, there in kinds.items():
+            if own is None or kind != "weight":
+                fill(reader, there.flat, there.low, {kind: there.tensor}, lenient=True)
         unit.publish()
     if own is not None:
         with core.whole():

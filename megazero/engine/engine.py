@@ -36,9 +36,9 @@ from megazero.engine.blocks import (
 from megazero.engine.groups import grouped, mistaken
 from megazero.engine.hooks import Hook, running
 from megazero.engine.passes import Passes, weighed
-from megazero.plan import Action, LossScale, Progress, Zero, ending
+from megazero.plan import Action, LossScale, Progress, Zero, ending, tensors_of
 from megazero.settings import Optimization
-from megazero.units import TORCH_DTYPE, Buffers, Gate, Ruling, Sharing, UnitActions, Updater, Verdict, later
+from megazero.units import TORCH_DTYPE, Buffers, Gate, Ruling, Sharing, UnitActions, Updater, Verdict, Weight, later
 
 Tensor = torch.Tensor
 CONSTANT = LossScale(value=1.0, minimum=1.0, window=1, hysteresis=1, constant=True)
@@ -78,7 +78,8 @@ class Engine(Passes):
         for p in self.frozen:
             p.requires_grad_(False)
         addresses: Addresses = {}
-        sharing = Sharing(zero.level, wires["shard"], wires["replicate"], buffers=Buffers(poison=wires.late))
+        sharing = Sharing(zero.level, wires["shard"], wires["replicate"], stage=wires["stage"],
+                          buffers=Buffers(poison=wires.late))
         names = {m: n for n, m in model.named_modules()}
         cast_buffers(model, TORCH_DTYPE[dtype])
         made: dict[nn.Module, Submodule] = {}
@@ -94,7 +95,7 @@ class Engine(Passes):
         self.ending = ending([u.flat.name for u in units])
         self.gate = Gate(units, settings.clip_grad, wires["world"], tells=True)
         self.updater = Updater(units, settings, [a.units for a in self.ending if a.kind == "update"],
-                               grouped(made.values(), groups) if groups else None)
+                               grouped(model, groups, settings.optimizer) if groups else None)
         self.actions = UnitActions({u.flat.name: u for u in units}, wires, self.gate, self.updater)
         self.sums = Accumulation(units, zero, accumulation, self._do, self._agree)
         self.ruling = Ruling()                                  # of this step: what its losses are
@@ -178,8 +179,8 @@ class Engine(Passes):
     def _update(self) -> None:
         """What was frozen since the engine was made stays as it is, moments too. (Steps are counted for all: Adam's
         bias correction of what is thawed again is that of the others, where torch counts each by itself.)"""
-        still = [(unit, buffer[a:b], buffer[a:b].clone()) for block in self.all for unit, a, b in block.still()
-                 for buffer in (unit.master, *self.updater.state[unit.flat.name].values())]
+        still = [(unit, part, part.clone()) for block in self.all for unit, a, b in block.still()
+                 for part in (unit.master[a:b], *self.updater.beside(unit, a + unit.low, b + unit.low))]
         self._do([*self.sums.reductions.finish(), *self.ending])
         for unit, part, before in still:
             unit.updated()
@@ -306,28 +307,33 @@ class Engine(Passes):
         for block in self.all:
             for unit in [block.trained] if block.trained else []:
                 unit.updated()
-                whole = {m: unit.sharing.shard.all_gather(own, about=unit.flat.name).wait()
-                         for m, own in self.updater.state[unit.flat.name].items()}
                 for p, w, shape in block.views:
                     if w.unit is unit:
-                        yield p, {m: t[w.operand.start:w.operand.stop].view(shape).clone() for m, t in whole.items()}
+                        yield p, {kind: self.updater.whole(unit, kind, w.operand.name).view(own)
+                                  for kind, own in self.kept(w, shape).items()}
 
     def set_moments(self, given: Mapping[nn.Parameter, Mapping[str, Tensor]]) -> None:
         """Turned round; every rank gives all of them. Parameters that are not given keep theirs. Raises UserError."""
-        for p, w, shape in (view for block in self.all for view in block.views):
-            for m in self.updater.state.get(w.unit.flat.name, {}) if p in given else ():
-                if not isinstance(given[p].get(m), Tensor) or given[p][m].shape != shape:
-                    raise UserError(f"optimizer state: has no {m} of {w.operand.name} of shape {list(shape)}; give "
+        known = [(w, given[p], self.kept(w, shape)) for block in self.all for p, w, shape in block.views
+                 if p in given and w.unit.trained]
+        for w, own, kinds in known:
+            for kind, shape in kinds.items():
+                if not isinstance(own.get(kind), Tensor) or own[kind].shape != shape:
+                    raise UserError(f"optimizer state: has no {kind} of {w.operand.name} of shape {list(shape)}; give "
                                     "what state_dict() gave.")
-        for block in self.all:
-            for p, w, _ in block.views if block.trained else ():
-                a, b = (min(max(at, w.unit.low), w.unit.high) for at in (w.operand.start, w.operand.stop))
-                for m, own in self.updater.state[w.unit.flat.name].items() if p in given and w.unit.trained else ():
-                    start = w.operand.start
-                    own[a - w.unit.low:b - w.unit.low] = given[p][m].flatten()[a - start:b - start]
+        for w, own, kinds in known:
+            for kind in kinds:
+                self.updater.set_whole(w.unit, kind, w.operand.name, own[kind])
         steps = [float(own["step"]) for own in given.values() if "step" in own]
         if steps:
             self.updater.set_steps(int(max(steps)))
+
+    def kept(self, w: Weight, shape: torch.Size) -> dict[str, torch.Size]:
+        """Shapes of what the optimizer keeps of a parameter of this shape."""
+        (piece,) = w.operand.pieces
+        logical = piece.shard.parameter.shape                   # (1,) of a scalar
+        return {kind: shape if own == logical else torch.Size(own)
+                for kind, own in tensors_of(logical, self.updater.groups.rule(piece)).items()}
 
     # ---- what fails
 

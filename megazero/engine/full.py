@@ -53,13 +53,17 @@ def safe_set_full_grad(param: nn.Parameter, value: Tensor) -> None:
 def safe_get_full_optimizer_state(param: nn.Parameter, optim_state_key: str) -> Tensor | None:
     """A moment: exp_avg, exp_avg_sq or momentum_buffer. Raises UserError for one that the optimizer has not."""
     home = _home(param)
-    return None if home is None else _gathered(home[1], _moment(*home, optim_state_key))
+    if home is None:
+        return None
+    (engine, weight), shape = home, _shape(*home, param, optim_state_key)
+    return engine.updater.whole(weight.unit, optim_state_key, weight.operand.name).view(shape)
 
 
 def safe_set_full_optimizer_state(param: nn.Parameter, value: Tensor, optim_state_key: str) -> None:
     """Raises UserError."""
-    home = _known(param, value)
-    _scattered(home[1], _moment(*home, optim_state_key), value)
+    home = _home(param)
+    engine, weight = _known(param, value, None if home is None else _shape(*home, param, optim_state_key))
+    engine.updater.set_whole(weight.unit, optim_state_key, weight.operand.name, value)
 
 
 # ---- where it is
@@ -70,23 +74,23 @@ def _home(param: nn.Parameter) -> tuple[Engine, Weight] | None:
     return (engine, found[0]) if found else None
 
 
-def _known(param: nn.Parameter, value: Tensor) -> tuple[Engine, Weight]:
-    home = _home(param)
-    if not isinstance(value, Tensor) or value.shape != param.shape:
+def _known(param: nn.Parameter, value: Tensor, shape: torch.Size | None = None) -> tuple[Engine, Weight]:
+    """Where it is, if the value has the `shape`, by default the parameter's."""
+    home, shape = _home(param), param.shape if shape is None else shape
+    if not isinstance(value, Tensor) or value.shape != shape:
         kind = f"shape {list(value.shape)}" if isinstance(value, Tensor) else f"kind {type(value).__name__}"
-        raise UserError(f"safe_set_full: a value of {kind}; give a tensor of the parameter's shape "
-                        f"{list(param.shape)}.")
+        raise UserError(f"safe_set_full: a value of {kind}; give a tensor of the parameter's shape {list(shape)}.")
     if home is None:
         raise UserError("safe_set_full: the parameter is not one that an engine trains; write into it as usual.")
     return home
 
 
-def _moment(engine: Engine, weight: Weight, key: str) -> Tensor:
-    moments = engine.updater.state[weight.unit.flat.name]
-    if key not in moments:
-        raise UserError(f"optimizer state {key}: is not there; write one of {', '.join(moments)}.")
-    weight.unit.updated()
-    return moments[key]
+def _shape(engine: Engine, weight: Weight, param: nn.Parameter, key: str) -> torch.Size:
+    """Of what the optimizer keeps of it."""
+    kept = engine.kept(weight, param.shape)
+    if key not in kept:
+        raise UserError(f"optimizer state {key}: is not there; write one of {', '.join(kept)}.")
+    return kept[key]
 
 
 def _inside(unit: Unit, weight: Weight) -> tuple[slice, slice]:

@@ -1,12 +1,12 @@
 """Groups of a module's parameters, as torch.optim takes them, over the flat buffers of its units."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from torch import nn
 
-from megazero.engine.blocks import Submodule
-from megazero.units import Groups, Unit
+from megazero.plan import RULES
+from megazero.units import Groups
 
 # of a group, beside its lr: what the kernels take
 OPTIONS = ("weight_decay", "betas", "eps", "decoupled_weight_decay", "momentum", "nesterov", "bias_correction",
@@ -25,24 +25,10 @@ def mistaken(model: nn.Module, groups: Sequence[Mapping[str, Any]]) -> Iterator[
                "make it a part of the module that is given.")
 
 
-def grouped(blocks: Iterable[Submodule], groups: Sequence[Mapping[str, Any]]) -> Groups:
-    """Which group each unit's elements are in."""
+def grouped(model: nn.Module, groups: Sequence[Mapping[str, Any]], rule: str) -> Groups:
+    """Which group each parameter is in. One that says `use_muon` False has the rule of what is not a matrix."""
     number = {p: i for i, group in enumerate(groups) for p in group["params"]}
-    starts: dict[Unit, list[tuple[int, int]]] = {}
-    for p, weight, _ in (view for block in blocks for view in block.views):
-        if weight.unit.trained:
-            starts.setdefault(weight.unit, []).append((weight.operand.start, number[p]))
-    return Groups(lambda: [{key: group[key] for key in OPTIONS if key in group} for group in groups],
-                  lambda unit: _ranges(unit, sorted(starts[unit])))
-
-
-def _ranges(unit: Unit, starts: Sequence[tuple[int, int]]) -> list[tuple[int, int, int]]:
-    """(group, from, to) of this rank's slice, neighbours of one group as one, padding with what lies before it."""
-    found: list[tuple[int, int, int]] = []
-    for (start, group), stop in zip(starts, [*(s for s, _ in starts[1:]), unit.size], strict=True):
-        a, b = max(start, unit.low) - unit.low, min(stop, unit.high) - unit.low
-        if found and found[-1][0] == group and a < b:
-            found[-1] = group, found[-1][1], b
-        elif a < b:
-            found.append((group, a, b))
-    return found
+    names = {name: number[p] for name, p in model.named_parameters(remove_duplicate=False) if p in number}
+    rules = [rule if group.get("use_muon", True) else RULES[rule].rest for group in groups]
+    return Groups(lambda piece: names[piece.shard.parameter.name], rules, range(len(groups)),
+                  lambda: [{key: group[key] for key in OPTIONS if key in group} for group in groups])

@@ -2,20 +2,23 @@
 
 from megazero.plan.action import Action, around, written
 from megazero.plan.architecture import FREE, Architecture, LayerKind, head_chunk, parameter_count, units, wide_tokens
+from megazero.plan.moments import moment_specs, tensors_of
 from megazero.plan.checks import checks
 from megazero.plan.cost import memory
+from megazero.plan.dealing import Matrix, Ranks, Wave, deal
 from megazero.plan.devices import device_of, named
 from megazero.plan.families import family_of, from_config
 from megazero.plan.family import Family, Row, obstacles, rows, shapes, to_config, zeros
 from megazero.plan.layout import (
-    Box, Flat, Operand, OperandSpec, Parameter, Piece, Shape, Shard, UnitSpec, cuts, flat, intersect, tiles)
+    Box, Flat, Operand, OperandSpec, Parameter, Piece, Shape, Shard, UnitSpec, cuts, flat, intersect, spans,
+    tiles)
 from megazero.plan.mesh import Coordinates, Mesh, all_reduce_bytes
 from megazero.plan.operations import flops_per_token
 from megazero.plan.plan import Plan, resolve
 from megazero.plan.program import Part
 from megazero.plan.progress import LossScale, Progress, curve_of, loss_scale, progress_of
 from megazero.plan.rope import Llama3, Rotary
-from megazero.plan.rules import EMA, GROUPS, RULES, beside
+from megazero.plan.rules import EMA, RULES, group_of, iterating
 from megazero.plan.show import describe
 from megazero.plan.sizes import Sizes, ranks_asked, sizes
 from megazero.plan.sums import Reductions, Zero, ending

@@ -5,19 +5,21 @@ what to write. Pure.
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from math import inf
 
 from megazero.pipeline import SCHEDULES, ends_as_layers, from_layout
-from megazero.plan.architecture import block
+from megazero.plan.architecture import block, units
 from megazero.plan.devices import DEVICES, named
+from megazero.plan.rules import RATES, rates_of
 from megazero.plan.sizes import ramp_of, sizes
 from megazero.plan.words import architecture, ffn_size, pattern, stretches, turns
-from megazero.settings import Config
+from megazero.settings import Config, nearest
 
 
 def checks(config: Config, world: int) -> list[str]:
     """A sentence for every way in which the configuration cannot run on `world` ranks."""
-    parts = (_sizes, _model, _layout, _batches, _schedule, _precision, _data, _order, _files, _unused)
+    parts = (_sizes, _model, _layout, _batches, _schedule, _precision, _data, _order, _files, _groups, _unused)
     found = [sentence for part in parts for wrong, sentence in part(config, world) if wrong]
     return list(dict.fromkeys(found))
 
@@ -57,6 +59,7 @@ def _sizes(c: Config, world: int) -> Iterator[Check]:
         "--initial-loss-scale": c.precision.initial_loss_scale, "--min-loss-scale": c.precision.min_loss_scale,
         "--loss-scale": c.precision.loss_scale, "--rotary-base": m.rotary_base,
         "--rope-scaling-factor": m.rope_scaling_factor, "--norm-epsilon": m.norm_epsilon, "--adam-eps": o.adam_eps,
+        "--adafactor-clip": o.adafactor_clip, "--muon-num-ns-steps": o.muon_num_ns_steps,
         "--rope-low-freq-factor": m.rope_low_freq_factor, "--rope-original-length": m.rope_original_length,
         "--rope-local-base-freq": m.rope_local_base_freq, "--yarn-beta-slow": m.yarn_beta_slow,
         "--embedding-multiplier": m.embedding_multiplier, "--residual-multiplier": m.residual_multiplier,
@@ -71,7 +74,9 @@ def _sizes(c: Config, world: int) -> Iterator[Check]:
                          "--decoupled-min-lr": o.decoupled_min_lr, "--lr-warmup-iters": o.lr_warmup_iters,
                          "--lr-warmup-samples": o.lr_warmup_samples, "--lr-warmup-init": o.lr_warmup_init,
                          "--weight-decay": o.weight_decay, "--clip-grad": o.clip_grad,
-                         "--ademamix-alpha": o.ademamix_alpha,
+                         "--ademamix-alpha": o.ademamix_alpha, "--lr-embedding": o.lr_embedding,
+                         "--lr-head": o.lr_head, "--lr-vectors": o.lr_vectors, "--adafactor-eps": o.adafactor_eps,
+                         "--muon-extra-scale-factor": o.muon_extra_scale_factor,
                          "--init-method-std": m.init_method_std, "--position-offset": m.position_offset,
                          "--yarn-attention-factor": m.yarn_attention_factor, "--yarn-mscale": m.yarn_mscale,
                          "--yarn-mscale-all-dim": m.yarn_mscale_all_dim}.items():
@@ -80,8 +85,10 @@ def _sizes(c: Config, world: int) -> Iterator[Check]:
     for flag, part in {"--attention-dropout": m.attention_dropout, "--hidden-dropout": m.hidden_dropout,
                        "--adam-beta1": o.adam_beta1, "--adam-beta2": o.adam_beta2,
                        "--sgd-momentum": o.sgd_momentum, "--lion-beta1": o.lion_beta1, "--lion-beta2": o.lion_beta2,
-                       "--ademamix-beta3": o.ademamix_beta3}.items():
+                       "--ademamix-beta3": o.ademamix_beta3, "--muon-momentum": o.muon_momentum}.items():
         yield not 0 <= part < 1, f"{flag} {part:g}: must be at least 0 and less than 1."
+    yield (not -inf < o.adafactor_decay < 0,
+           f"--adafactor-decay {o.adafactor_decay:g}: must be below 0, and finite; write -0.8.")
     yield not 0 < m.rotary_percent <= 1, f"--rotary-percent {m.rotary_percent:g}: must be above 0 and at most 1."
     yield o.ema is not None and not 0 <= o.ema < 1, f"--ema {o.ema}: must be at least 0 and less than 1."
     fraction = o.lr_warmup_fraction
@@ -297,6 +304,22 @@ def _schedule(c: Config, world: int) -> Iterator[Check]:
                f"{flag} {count}: is longer than the whole curve of {length} steps; write at most {length * size}.")
 
 
+def _groups(c: Config, world: int) -> Iterator[Check]:
+    """Weights that are named, or have a rate of their own, and are none of the model's."""
+    o = c.optimizer
+    if not (o.no_weight_decay_on or len(rates_of(o)) > 1):
+        return
+    weights = {p.name: p.group for u in units(architecture(c, 1)) for p in u.parameters}
+    for flag in rates_of(o)[1:]:
+        yield (not any(RATES[flag](name, group) for name, group in weights.items()),
+               f"--{flag.replace('_', '-')} {getattr(o, flag)}: this model has no such weights"
+               f"{' (its output is its embedding)' if flag == 'lr_head' else ''}; leave it out.")
+    for name in o.no_weight_decay_on or ():
+        yield (not any(fnmatchcase(weight, name) for weight in weights),
+               f"--no-weight-decay-on {name}: is no weight of this model"
+               f"{nearest(name, weights) or '; write names such as embedding.weight or *.mlp.*'}.")
+
+
 Row = tuple[object, str, object, Sequence[str]]           # (do they apply?, with what, the group, its fields)
 
 
@@ -333,10 +356,14 @@ def _idle(c: Config) -> Iterator[Check]:
         (m.disable_bias_linear, "--disable-bias-linear", m,
          ("add_qkv_bias", "add_o_bias", "add_mlp_bias", "add_norm_bias")),
         (m.normalization == "LayerNorm", "--normalization LayerNorm", m, ("add_norm_bias",)),
-        (o.optimizer in ("adam", "lamb", "ademamix"), "--optimizer adam, lamb or ademamix", o,
+        (o.optimizer in ("adam", "lamb", "ademamix", "muon"), "--optimizer adam, lamb, ademamix or muon", o,
          ("adam_beta1", "adam_beta2", "adam_eps")),
+        (o.optimizer in ("adam", "muon"), "--optimizer adam or muon", o, ("decoupled_weight_decay",)),
         *((o.optimizer == rule, f"--optimizer {rule}", o, names) for rule, names in {
-            "adam": ("decoupled_weight_decay",), "sgd": ("sgd_momentum",), "lion": ("lion_beta1", "lion_beta2"),
+            "sgd": ("sgd_momentum",), "lion": ("lion_beta1", "lion_beta2"),
+            "adafactor": ("adafactor_decay", "adafactor_clip", "adafactor_eps"),
+            "muon": ("muon_momentum", "muon_nesterov", "muon_num_ns_steps", "muon_coefficient_type", "muon_scale_mode",
+                     "muon_extra_scale_factor", "muon_ns_dtype"),
             "ademamix": ("ademamix_beta3", "ademamix_alpha", "ademamix_beta3_warmup", "ademamix_alpha_warmup"),
         }.items()),
         (o.decoupled_lr is not None, "--decoupled-lr", o, ("decoupled_min_lr",)),

@@ -6,16 +6,20 @@ and not what somebody expects of it.
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from math import prod
 
 from megazero.base import DTYPES
 from megazero.pipeline import KINDS
 from megazero.plan.action import Action
 from megazero.plan.architecture import wide_tokens
-from megazero.plan.layout import Flat, Shape, cuts, flat, ragged_rows
+from megazero.plan.dealing import Ranks, bytes_sent, deal
+from megazero.plan.layout import Flat, Piece, Shape, cuts, flat, ragged_rows
 from megazero.plan.mesh import all_reduce_bytes
+from megazero.plan.moments import moment_specs
 from megazero.plan.operations import Micro, Operation, distinct, table
 from megazero.plan.plan import Plan
-from megazero.plan.rules import RULES, beside
+from megazero.plan.rules import RULES, group_of, iterating
+from megazero.settings import Optimization
 
 # What a pass over a part changes: what it keeps for backward, what lives between the two halves of a split backward,
 # and, of the embedding, the activation or gradient that is under way to the next part (between others it only moves).
@@ -39,7 +43,7 @@ def memory(p: Plan, rank: int = 0) -> dict[str, int]:
     """Bytes on one rank by category, as they are between actions. Of what an operation needs while it runs only logits
     are counted: a chunk, and what of it exists in fp32 too."""
     level, a, m, units, program = p.zero.level, p.architecture, micro(p, rank), flats(p, rank), p.training(rank)
-    whole = sum(stored(f, p) for f in units.values())
+    whole, beside = sum(stored(f, p) for f in units.values()), sum(_kept(f, p, rank) for f in units.values())
     part, width, full = whole // p.shard, m.width, m.wide       # full: masters, gradients and moments
     chunk = min(m.tokens, p.head_chunk) if len(p.stages) - 1 in p.stages_of(rank).own else 0
     rows = ragged_rows(a.vocab_size, p.tp, a.pad_rows)
@@ -47,7 +51,7 @@ def memory(p: Plan, rank: int = 0) -> dict[str, int]:
         "weights": (part if level == 3 else whole) * width,
         "master weights": part * 4 if width == 2 else 0,
         "gradients": (part if level >= 2 else whole) * full,
-        "optimizer": part * full * len(beside(p.config.optimizer)),
+        "optimizer": beside * full,
         "gathered weights": borrowed(program, units, p, "gather", "release") * width if level == 3 else 0,
         "gradient sums": borrowed(program, units, p, "open", "land") * full if level >= 2 else 0,
         "activations": peak(program, table(a, m), m.share * a.hidden * width),
@@ -55,6 +59,19 @@ def memory(p: Plan, rank: int = 0) -> dict[str, int]:
         "logits": rows * (chunk * width * (2 if a.logits_softcap else 1)
                           + (min(chunk, wide_tokens(rows)) * full if width == 2 else 0)),
     }
+
+
+def _kept(f: Flat, p: Plan, rank: int) -> int:
+    """Elements that the optimizer keeps beside a unit on one rank."""
+    size, place = stored(f, p), p.mesh.place(rank)
+    slice_, o = size // p.shard, p.config.optimizer
+    reaches = (k.on(place.shard * slice_, (place.shard + 1) * slice_)
+               for k in moment_specs(f, size, lambda piece: _rule(piece, o), o.ema is not None, place).values())
+    return sum(stop - start for start, stop in reaches)
+
+
+def _rule(piece: Piece, o: Optimization) -> str:
+    return group_of(piece.shard.parameter.name, piece.shard.parameter.group, o).rule
 
 
 def borrowed(program: list[Action], units: Mapping[str, Flat], p: Plan, take: str, give: str) -> int:
@@ -95,7 +112,7 @@ def traffic(p: Plan, rank: int = 0) -> dict[str, int]:
     """Bytes that one rank sends in a training step, by axis; `comm` counts the same."""
     a, m, units, slice_ = p.architecture, micro(p, rank), flats(p, rank), p.mesh.place(rank).dp % p.shard
     width, wide, parts = m.width, m.wide, table(a, m)
-    sent = Counter(dict.fromkeys(("tp", "kv", "shard", "replicate", "tied", "pp", "world"), 0))
+    sent = Counter(dict.fromkeys(("tp", "kv", "shard", "replicate", "tied", "pp", "stage", "world"), 0))
     for action in p.training(rank):
         part = stored(units[action.unit], p) // p.shard if action.kind in SENT else 0
         sent["shard"] += (p.shard - 1) * part * {"gather": width, "reduce": wide}.get(action.kind, 0)
@@ -106,11 +123,32 @@ def traffic(p: Plan, rank: int = 0) -> dict[str, int]:
     for axis, cut, size in (("tp", False, p.tp), ("kv", True, p.mesh.kv)):
         n = sum(_partial(f, stored(f, p) // p.shard, slice_, cut) for f in units.values())
         sent[axis] += all_reduce_bytes(n, wide, size)
-    if RULES[p.config.optimizer.optimizer].scope == "statistics":       # two norms of each logical tensor
-        tensors = sum(len(f.pieces) for f in units.values())
-        for axis, size in (("shard", p.shard), ("tp", p.tp)):
-            sent[axis] += all_reduce_bytes(2 * tensors, 8, size)
+    for axis, size in (("shard", p.shard), ("tp", p.tp)):
+        sent[axis] += sum(all_reduce_bytes(n, 8, size) for n in measures(p.config.optimizer, units))
+    if p.mesh.stage:
+        sent["stage"] = _dealt(p, rank, units)
     return {**sent, "world": all_reduce_bytes(4, 8, p.world)}
+
+
+def measures(o: Optimization, units: Mapping[str, Flat]) -> list[int]:
+    """Numbers, float64, of each sum over the ranks of a tensor that a rule of statistics makes in an update."""
+    pieces = [piece for f in units.values() for piece in f.pieces]
+    if RULES[o.optimizer].scope != "statistics":
+        return []
+    if not RULES[o.optimizer].factors:
+        return [2 * len(pieces)]                                # the norms of the tensor and of its direction
+    shapes = [piece.shard.parameter.shape for piece in pieces]
+    sums = sum(prod(s) // s[-1] + prod(s) // s[-2] for s in shapes if len(s) > 1)
+    return [len(pieces) + sums, len(pieces)]                    # of its squares and their rows, columns; of its update
+
+
+def _dealt(p: Plan, rank: int, units: Mapping[str, Flat]) -> int:
+    o, place = p.config.optimizer, p.mesh.place(rank)
+    ranks = Ranks(p.dp // p.shard, p.shard, p.tp)
+    waves = deal({name: (f, stored(f, p)) for name, f in units.items()}, ranks,
+                 lambda piece: RULES[_rule(piece, o)].scope == "matrix")
+    number = (place.replicate * ranks.shard + place.shard) * ranks.tp + place.tp
+    return bytes_sent(waves, ranks, number, DTYPES[iterating(o, p.config.dtype, p.device)].width)
 
 
 def _partial(f: Flat, part: int, rank: int, cut: bool) -> int:

@@ -9,11 +9,11 @@ of a unit (a transformer block, an embedding) lie in one `Flat` buffer:
             ^ 0 matrices, then tables                      ^ vectors                              ^ size
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from math import ceil, prod
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
@@ -22,6 +22,7 @@ from megazero.plan.rules import GROUPS
 # elements: 128 bytes at two bytes each, whatever the dtype, so offsets are the same in every dtype
 ALIGN = 64
 
+T = TypeVar("T")
 Shape = tuple[int, ...]
 Axes = Mapping[str, tuple[int, int]]    # where a rank stands: axis -> (its number there, how many there are)
 ALONE: Axes = {}                        # an axis that is not named has one rank
@@ -249,12 +250,10 @@ class Operand:
 
 @dataclass(frozen=True)
 class Flat:
-    """One unit's flat buffer on one rank, whole. Operands of one group lie together, in the order of
-    GROUPS; `ranges` (group, start, stop) says where, padding included."""
+    """One unit's flat buffer on one rank, whole. Operands of one group lie together, in the order of GROUPS."""
 
     name: str
     operands: tuple[Operand, ...]
-    ranges: tuple[tuple[str, int, int], ...]
     size: int
 
     @property
@@ -269,15 +268,22 @@ class Flat:
 
 def flat(unit: UnitSpec, place: Axes = ALONE) -> Flat:
     """Lays a unit out for the rank of this place."""
-    placed, at, ranges = [], 0, list[tuple[str, int, int]]()
+    placed, at = [], 0
     for group in GROUPS:
-        start = at
         for spec in unit.operands:
             if spec.group == group:
                 placed.append(_place(spec, at, place))
                 at = ceil(placed[-1].stop / ALIGN) * ALIGN
-        ranges += [(group, start, at)] if at > start else []
-    return Flat(unit.name, tuple(placed), tuple(ranges), at)
+    return Flat(unit.name, tuple(placed), at)
+
+
+def spans(f: Flat, size: int, of: Callable[[Piece], T]) -> list[tuple[T, int, int]]:
+    """(what, from, to) of a flat buffer that is stored in `size` elements: neighbours of which `of` says the same as
+    one, padding with what lies before."""
+    said = [(of(piece), piece.start) for operand in f.operands for piece in operand.pieces]
+    new = [i for i, (what, _) in enumerate(said) if i == 0 or what != said[i - 1][0]]
+    starts = [said[i][1] for i in new]
+    return [(said[i][0], a, b) for i, a, b in zip(new, starts, [*starts[1:], size], strict=True)]
 
 
 def _place(spec: OperandSpec, start: int, place: Axes) -> Operand:

@@ -34,18 +34,20 @@ class Mesh:
     kv       how many neighbouring tensor-parallel ranks hold the same key-value heads (1: none do)
     looped   the last stage of a pipeline sends to the first (each rank has several stages)
     tied     kinds of groups whose ranks, at these places of a pipeline, hold a unit together
+    stage    all ranks at one place of a pipeline are a group too
     """
 
     axes: tuple[tuple[str, int], ...]
     kv: int = 1
     looped: bool = False
     tied: Tied = ()
+    stage: bool = False
 
     @classmethod
     def of(cls, *, pp: int = 1, dp: int = 1, tp: int = 1, shard: int = 1, kv: int = 1, looped: bool = False,
-           tied: Tied = ()) -> "Mesh":
+           tied: Tied = (), stage: bool = False) -> "Mesh":
         """Of dp data-parallel ranks, `shard` neighbours share one copy of the ZeRO state; dp / shard replicate it."""
-        return cls((("pp", pp), ("replicate", dp // shard), ("shard", shard), ("tp", tp)), kv, looped, tied)
+        return cls((("pp", pp), ("replicate", dp // shard), ("shard", shard), ("tp", tp)), kv, looped, tied, stage)
 
     def size(self, *axes: str) -> int:
         """Ranks that differ on these axes alone."""
@@ -84,6 +86,7 @@ class Mesh:
             "kv": [row[i:i + self.kv] for row in self.varying("tp") for i in range(0, len(row), self.kv)],
             **{axis: self.varying(axis) for axis, _ in reversed(self.axes) if axis not in ("tp", "pp")},
             **{kind: _groups(stages[list(places)].T) for kind, places in self.tied},
+            **({"stage": self.varying(*(axis for axis, _ in self.axes if axis != "pp"))} if self.stage else {}),
             "world": everyone,
             # the same ranks once more: checkpoints are written beside training
             "saved": everyone,

@@ -14,7 +14,8 @@ from megazero.plan.layout import UnitSpec, joined
 from megazero.plan.mesh import Mesh
 from megazero.plan.operations import Micro, distinct, table
 from megazero.plan.program import Part, Stages, evaluation, training
-from megazero.plan.progress import Curve, Progress, curve_of, decoupled_of
+from megazero.plan.progress import Curve, Progress, curve_of, curves_of
+from megazero.plan.rules import RULES
 from megazero.plan.sizes import Sizes, sizes
 from megazero.plan.sums import Zero
 from megazero.plan.verify import verify
@@ -51,7 +52,8 @@ class Plan(Sizes):
         several = dict.fromkeys(places for places in self.holders.values() if len(places) > 1)
         return Mesh.of(pp=self.pp, dp=self.dp, tp=self.tp, shard=self.shard, looped=self.virtual > 1,
                        kv=max(self.tp // self.architecture.kv_heads, 1),
-                       tied=tuple((f"tied{i or ''}", places) for i, places in enumerate(several)))
+                       tied=tuple((f"tied{i or ''}", places) for i, places in enumerate(several)),
+                       stage=RULES[self.config.optimizer.optimizer].scope == "matrix")
 
     @property
     def tokens_per_step(self) -> int:
@@ -64,10 +66,8 @@ class Plan(Sizes):
         return curve_of(self.config, self)
 
     def rates(self, progress: Progress) -> tuple[float, ...]:
-        """Learning rates of the next step: one, or of each group of parameters (units/rules.py)."""
-        curve = self.curve
-        own, decoupled = curve.rate_after(progress), decoupled_of(self.config, curve)
-        return (own,) if decoupled is None else (own, own, decoupled.rate_after(progress))
+        """Learning rates of the next step, as plan/rules.py numbers them; the first is that of the logs."""
+        return tuple(curve.rate_after(progress) for curve in curves_of(self.config, self.curve))
 
     @property
     def zero(self) -> Zero:

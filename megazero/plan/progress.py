@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from megazero.base import Form, checked, made
+from megazero.plan.rules import rates_of
 from megazero.plan.sizes import Sizes, batch_at
 from megazero.settings import Config
 
@@ -71,11 +72,15 @@ class Curve:
                          batch_at(self.ramp, progress.samples, self.samples) / self.samples)
 
 
-def decoupled_of(config: Config, curve: Curve) -> Curve | None:
-    """That of embedding and output, where it is another."""
+def curves_of(config: Config, curve: Curve) -> list[Curve]:
+    """Of each of rates_of(), beside the run's own `curve`: between ends of its own, or as a multiple of it."""
     o = config.optimizer
     least = o.min_lr if o.decoupled_min_lr is None else o.decoupled_min_lr
-    return None if o.decoupled_lr is None else replace(curve, lr=o.decoupled_lr, min_lr=least)
+    tops = {flag: getattr(o, flag) for flag in rates_of(o)}
+    times = {flag: top / curve.lr if curve.lr else 1.0 for flag, top in tops.items()}
+    return [replace(curve, lr=top, min_lr=least) if flag == "decoupled_lr" else
+            replace(curve, lr=top, min_lr=curve.min_lr * times[flag], start=curve.start * times[flag])
+            for flag, top in tops.items()]
 
 
 def curve_of(config: Config, s: Sizes) -> Curve:

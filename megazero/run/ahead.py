@@ -113,8 +113,8 @@ def checkpoint_ahead(plan: Plan, tokenizer: Tokenizer | None) -> Reader | None:
     k, reader = plan.config.checkpoint, find_checkpoint(plan.config)
     if reader is not None:
         parameters = [p for u in plan.units for p in u.parameters]
-        optimizer = None if k.finetune or not k.load_optim else plan.config.optimizer.optimizer
-        errors = unfit(reader, plan.architecture, parameters, optimizer, tokenizer)
+        goes_on = not k.finetune and not fresh_moments(plan.config, reader)
+        errors = unfit(reader, plan.architecture, parameters, plan.config.optimizer if goes_on else None, tokenizer)
         if errors:
             raise UserError(*errors)
     nothing_later(plan.config, place(plan.config, reader).step)
@@ -152,7 +152,15 @@ def place(config: Config, reader: Reader | None) -> Progress:
     if reader is None or k.finetune:
         return Progress(fresh)
     found = resumed(reader.progress, fresh)
-    return found if k.load_optim else replace(found, unseen=found.applied)
+    return replace(found, unseen=found.applied) if fresh_moments(config, reader) else found
+
+
+def fresh_moments(config: Config, reader: Reader) -> str:
+    """Why a run that goes on from a checkpoint begins with moments of zero, or nothing."""
+    saved, now = reader.index["optimizer"], config.optimizer.optimizer
+    if not config.checkpoint.load_optim:
+        return "--no-load-optim"
+    return f"it was saved with --optimizer {saved}, this is {now}" if saved not in (None, now) else ""
 
 
 def in_place(config: Config) -> bool:

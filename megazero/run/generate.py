@@ -22,7 +22,7 @@ def build_from_checkpoint(reader: Reader, dtype: str = "fp32", device: torch.dev
     at most, where that is less than it was trained on. Nothing is made before its sizes are those of the files."""
     then, device = reader.architecture, device or torch.device("cpu")
     a = replace(then, seq_length=min(then.seq_length, longest or then.seq_length), pad_rows=1)
-    errors = mismatches(reader, [p for spec in units(a) for p in spec.parameters], ("weight",))
+    errors = mismatches(reader, {("weight", p.name): p.shape for spec in units(a) for p in spec.parameters})
     if errors:
         raise UserError(*errors)
     built = {spec.name: Unit(flat(spec), TORCH_DTYPE[dtype], device, trained=False) for spec in units(a)}

@@ -26,7 +26,7 @@ class Run:
         for spec in plan.units_of(wires.rank):
             at = plan.placement(spec.name)
             sharing = Sharing(plan.zero.level, wires[at.shard], wires[at.replicate], wires[at.holders], wires["tp"],
-                              buffers)
+                              wires["stage"], buffers)
             self.units[spec.name] = Unit(flat(spec, wires.place), TORCH_DTYPE[c.dtype], device, sharing)
         self.decoder = Decoder(a, self.units, wires["tp"], seed=c.training.seed,
                                recompute=c.training.recompute_granularity, device=device, chunk=plan.head_chunk,

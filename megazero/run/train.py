@@ -18,6 +18,7 @@ from megazero.plan import EMA, Plan, Progress, checks, describe, flops_per_token
 from megazero.run.ahead import (
     begun,
     choose_device,
+    fresh_moments,
     in_place,
     look_ahead,
     nothing_later,
@@ -146,11 +147,13 @@ def start(run: Run, splits: Splits, reader: Reader | None, record: Record | None
             run.say(f"starting    afresh: --load {k.load} holds no complete checkpoint yet")
         run.initialise()
     else:
-        fresh = k.finetune or not k.load_optim
+        why = "" if k.finetune else fresh_moments(config, reader)
+        fresh = k.finetune or bool(why)
         kept = {name: {kind: t for kind, t in state.items() if kind != EMA or EMA in reader.kinds}
                 for name, state in run.updater.state.items()}
         restore(reader, run.units.values(), {} if fresh else kept)
-        run.say(f"loaded      {reader.folder}{': weights alone' if fresh else ''}")
+        run.say(f"loaded      {reader.folder}{': weights alone' if fresh else ''}"
+                f"{f', moments begin afresh: {why}' if why else ''}")
         # also where it follows
         before = reader.index["config"] | {"global_batch_size": reader.index["layout"].get("global_batch_size")}
         now = flatten(config) | {"global_batch_size": run.plan.global_batch}

@@ -175,9 +175,13 @@ class Training:
 class Optimization:
     """Optimizer and learning rate."""
 
-    optimizer: str = option("adam", "adam has decoupled decay (AdamW); sgd has momentum",
-                            choices=("adam", "sgd", "lion", "lamb", "ademamix"))
+    optimizer: str = option("adam", "adam has decoupled decay (AdamW); sgd has momentum; muon is of matrices, with "
+                            "adam for the rest",
+                            choices=("adam", "sgd", "lion", "lamb", "ademamix", "adafactor", "muon"))
     lr: float | None = option(None, "highest learning rate")
+    lr_embedding: float | None = option(None, "that of embedding and learned positions, on the same curve")
+    lr_head: float | None = option(None, "that of an untied output, on the same curve")
+    lr_vectors: float | None = option(None, "that of norms and biases, on the same curve")
     min_lr: float = option(0.0, "lowest learning rate after decay")
     decoupled_lr: float | None = option(None, "highest learning rate of embedding and output, on a curve of their own")
     decoupled_min_lr: float | None = option(None, "its lowest; default --min-lr")
@@ -194,6 +198,8 @@ class Optimization:
     lr_wsd_decay_iters: int | None = option(None, "length of the final part of WSD", unit="steps")
     lr_wsd_decay_samples: int | None = option(None, "the same in samples", unit="samples")
     weight_decay: float = option(0.01, "on matrices; norms and biases have none")
+    no_weight_decay_on: tuple[str, ...] | None = option(None, "weights without decay, by name; * stands for anything",
+                                                        unit="names")
     adam_beta1: float = option(0.9, "decay of the mean of gradients")
     adam_beta2: float = option(0.999, "decay of the mean of squared gradients")
     adam_eps: float = option(1e-8, "added to the root of the second moment")
@@ -206,6 +212,19 @@ class Optimization:
     ademamix_beta3_warmup: int | None = option(None, "steps over which its decay rises from --adam-beta1",
                                                unit="steps")
     ademamix_alpha_warmup: int | None = option(None, "steps over which its part rises from 0", unit="steps")
+    adafactor_decay: float = option(-0.8, "decay of adafactor's second moment after t steps: 1 - t to this power")
+    adafactor_clip: float = option(1.0, "largest root mean square of an update")
+    adafactor_eps: float = option(1e-3, "least root mean square of a weight, which scales its updates")
+    muon_momentum: float = option(0.95, "decay of the mean of gradients of muon")
+    muon_nesterov: bool = option(False, "an update looks ahead: gradient and momentum are mixed once more")
+    muon_num_ns_steps: int = option(5, "Newton-Schulz iterations that make an update orthogonal")
+    muon_coefficient_type: str = option("quintic", "their coefficients", choices=("simple", "quintic"))
+    muon_scale_mode: str = option("spectral", "an update of [out, in] is multiplied by the root of: the larger one; "
+                                  "out / in; out / in where above 1",
+                                  choices=("spectral", "unit_rms_norm", "shape_scaling"))
+    muon_extra_scale_factor: float = option(1.0, "and by this; 0.2 with spectral is as large as adam's updates")
+    muon_ns_dtype: str | None = option(None, "dtype of the iterations; default bf16 on CUDA, fp32 on CPU, fp64 with "
+                                       "--dtype fp64", choices=("bf16", "fp32", "fp64"))
     ema: float | None = option(None, "decay of a mean of the weights, which evaluations take; saved beside them")
     clip_grad: float = option(1.0, "largest global gradient norm; 0 turns clipping off")
 

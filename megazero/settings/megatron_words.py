@@ -15,7 +15,8 @@ WITHOUT: dict[str, str] = {
         load-main-params-from-ckpt overlap-p2p-communication use-ring-exchange-p2p deterministic-mode fp32-allreduce
         ddp-reduce-scatter-with-fp32-accumulation use-cpu-initialization no-initialization disable-msc fim-data
         use-distributed-data-parallel no-overlap-p2p-communication variable-seq-lengths use-tp-pp-dp-mapping
-        disable-bf16-reduced-precision-matmul no-use-tokenizer-model-from-checkpoint-args universal-checkpoint""",
+        disable-bf16-reduced-precision-matmul no-use-tokenizer-model-from-checkpoint-args universal-checkpoint
+        muon-split-qkv""",
     "dropout and order of samples follow from --seed": "no-load-rng no-save-rng data-parallel-random-init",
     "sums and losses keep fp32 here": "grad-reduce-in-bf16 fp16-lm-cross-entropy no-fp32-allreduce",
     "the same function, said otherwise": """
@@ -50,9 +51,9 @@ WITHOUT: dict[str, str] = {
         prompt-type ai-framework launcher no-fast-tokenizer use-distributed-data-loader tokenizer-kwargs
         num-zeros-in-grad-interval disable-mem-efficient-path enable-torch-compile trust-repo""",
     "a choice of kernels, which are torch's here": """
-        attention-backend transformer-impl no-masked-softmax-fusion no-bias-swiglu-fusion no-bias-dropout-fusion
-        no-rope-fusion cross-entropy-loss-fusion cross-entropy-fusion-impl bias-gelu-fusion masked-softmax-fusion
-        bias-dropout-fusion no-gradient-accumulation-fusion no-persist-layer-norm
+        muon-fp32-matmul-prec attention-backend transformer-impl no-masked-softmax-fusion no-bias-swiglu-fusion
+        no-bias-dropout-fusion no-rope-fusion cross-entropy-loss-fusion cross-entropy-fusion-impl bias-gelu-fusion
+        masked-softmax-fusion bias-dropout-fusion no-gradient-accumulation-fusion no-persist-layer-norm
         no-async-tensor-model-parallel-allreduce tp-comm-* disable-tp-comm-* use-te-activation-func te-rng-tracker
         inference-rng-tracker enable-cuda-graph external-cuda-graph cuda-graph-* use-nccl-ub use-sharp
         sharp-enabled-group disable-symmetric-registration qknorm-impl mem-efficient-ln onnx-safe
@@ -103,8 +104,11 @@ REFUSED: dict[str, str] = {
     "masters and moments are fp32 here yet: others would round the update; leave it out": """
         use-precision-aware-optimizer exp-avg-dtype exp-avg-sq-dtype main-params-dtype main-grads-dtype
         use-bnb-optimizer reuse-fp32-param""",
-    "that optimizer is not here yet: the update would be another; write --optimizer adam, sgd, lion, lamb or ademamix":
-        "muon-* shampoo-* soap-* sophia-* mup-* use-mup",
+    "that optimizer is not here: the update would be another; write --optimizer adam, sgd, lion, lamb, ademamix, "
+    "adafactor or muon": "shampoo-* soap-* sophia-* mup-* use-mup",
+    "muon makes whole matrices orthogonal here, q, k and v apart, whatever --tp is; leave it out": """
+        muon-no-split-qkv muon-tp-mode muon-qkv-split-mode""",
+    "what is no matrix has adam beside muon here; leave it out": "muon-scalar-optimizer",
     "that loss is not here: the loss is the mean of each token's cross entropy": """
         goldfish-loss goldfish-* mtp-* use-kl-loss loss-on-targets-only label-smoothing z-loss-* ce-* kd kd-*
         reweight-loss-based-on-position-frequency noise-density mask-prob short-seq-prob""",
@@ -162,7 +166,8 @@ PLAIN: dict[str, tuple[str, ...]] = {
     "rotary-scaling-factor": ("1", "1.0"), "softmax-type": ("vanilla",), "cpu-offloading-num-layers": ("0",),
     "expert-interval": ("",), "mlp-type": ("standard",), "moe-layer-freq": ("1",), "sample-rate": ("1", "1.0"),
     "mtp-loss-scaling-factor": ("",), "num-distributed-optimizer-instances": ("1",),
-    "weight-decay-incr-style": ("constant",),
+    "weight-decay-incr-style": ("constant",), "muon-tp-mode": ("duplicated", "distributed"),
+    "muon-scalar-optimizer": ("adam",), "muon-qkv-split-mode": ("qkv",),
     "rotary-seq-len-interpolation-factor": ("1",), "attention-head-type": ("multihead",), "train-mode": ("pretrain",),
 }
 
@@ -196,6 +201,7 @@ RENAMED: dict[str, tuple[str, str]] = {
     "yarn-rotary-scaling-factor": ("--rope-scaling-factor {}", "is --rope-scaling-factor"),
     "yarn-original-max-position-embeddings": ("--rope-original-length {}", "is --rope-original-length"),
     "no-yarn-correction-range-round-to-int": ("--yarn-untruncated", "is --yarn-untruncated"),
+    "muon-use-nesterov": ("--muon-nesterov", "is --muon-nesterov"),
     "load-tag": ("--ckpt-step {}", "is --ckpt-step"),
     "tiktoken-special-tokens": ("--special-tokens {}", "is --special-tokens"),
 }
@@ -208,7 +214,7 @@ VALUES: dict[str, dict[str, str]] = {
                        "HFTokenizer": "HuggingFaceTokenizer", "Llama3Tokenizer": "HuggingFaceTokenizer",
                        "TokenizerFromFileWithFIM": "HuggingFaceTokenizer"},
     "lr-wsd-decay-style": {"1-sqrt": "minus_sqrt"},
-    "optimizer": {"adamw": "adam", "hybridadam": "adam", "fusedadam": "adam"},
+    "optimizer": {"adamw": "adam", "hybridadam": "adam", "fusedadam": "adam", "dist_muon": "muon"},
     "position-embedding-type": {"learnable": "learned_absolute", "absolute": "learned_absolute", "rotary": "rope"},
     "data-parallel-sharding-strategy": {"no_shard": "0", "optim": "1", "optim_grads": "2", "optim_grads_params": "3"},
 }
@@ -217,7 +223,7 @@ ASKS: dict[str, tuple[str, str]] = {
     "position-embedding-type": ("mrope-section", "alibi relative mrope t5"),
     "tokenizer-type": ("bert-", "BertWordPieceLowerCase BertWordPieceCase MultimodalTokenizer NullMultimodalTokenizer "
                                 "SFTTokenizer"),
-    "optimizer": ("muon-", "muon dist_muon adafactor sophia shampoo soap ranger adan adagrad"),
+    "optimizer": ("shampoo-", "adaptive_muon sophia shampoo soap ranger adan adagrad"),
 }
 
 

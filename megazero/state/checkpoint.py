@@ -15,7 +15,7 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from math import ceil, prod
 from numbers import Number
@@ -26,7 +26,7 @@ import torch
 
 from megazero.base import Form, UserError, checked, load, loads, read_bytes, said
 from megazero.data import IDENTITY
-from megazero.plan import EMA, Architecture, Box, Flat, Parameter, Piece, architecture_of, intersect, progress_of, tiles
+from megazero.plan import EMA, Architecture, Box, Flat, Piece, architecture_of, intersect, progress_of, tiles
 from megazero.state.elsewhere import foreign
 from megazero.state.tensor_files import CODES, READABLE, Stored, checksums, contents, header_of
 
@@ -361,10 +361,9 @@ def fill(reader: Reader, flat: Flat, low: int, buffers: Mapping[str, Tensor], le
             slice_.tensor.copy_(reader.read(slice_.kind, slice_.name, slice_.box))
 
 
-def mismatches(reader: Reader, parameters: Sequence[Parameter], kinds: Sequence[str], most: int = 6) -> list[str]:
-    """A sentence for each tensor that a model needs and the checkpoint does not hold, or holds in another shape, or
-    holds beyond: the first few of many."""
-    wanted = {(kind, p.name): p.shape for p in parameters for kind in kinds}
+def mismatches(reader: Reader, wanted: Mapping[tuple[str, str], tuple[int, ...]], most: int = 6) -> list[str]:
+    """A sentence for each tensor, (kind, name) -> shape, that is wanted and the checkpoint does not hold, or holds in
+    another shape, and for each weight that it holds beyond, where weights are wanted: the first few of many."""
     out = []
     for (kind, name), shape in wanted.items():
         theirs = reader.shapes.get((kind, name))
@@ -372,7 +371,8 @@ def mismatches(reader: Reader, parameters: Sequence[Parameter], kinds: Sequence[
             out.append(f"{reader.folder}: has no {kind}/{name}.")
         elif theirs != shape:
             out.append(f"{reader.folder}: {kind}/{name} has shape {list(theirs)}, this model {list(shape)}.")
-    extra = [name for kind, name in reader.shapes if kind == "weight" and ("weight", name) not in wanted]
+    weights = any(kind == "weight" for kind, _ in wanted)
+    extra = [name for kind, name in reader.shapes if weights and kind == "weight" and (kind, name) not in wanted]
     out += [f"{reader.folder}: holds weight/{name}, which this model does not have." for name in extra]
     return (out if len(out) <= most
             else [*out[:most], f"{reader.folder}: and {len(out) - most} more tensors like these."])

@@ -7,17 +7,26 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from megazero.base import UserError, printable, whole
 from megazero.data import Tokenizer, same_tokenizer
-from megazero.plan import FREE, RULES, Architecture, LossScale, Parameter, Plan, Progress, curve_of, sizes
-from megazero.settings import Config, build, flatten
+from megazero.plan import (
+    FREE,
+    Architecture,
+    LossScale,
+    Parameter,
+    Plan,
+    Progress,
+    curve_of,
+    group_of,
+    sizes,
+    tensors_of,
+)
+from megazero.settings import Config, Optimization, build, flatten
 from megazero.state.checkpoint import Reader, Slice, fill, mismatches, owned
 from megazero.state.saving import Writer
-from megazero.units import Unit
+from megazero.units import Moment, Unit
 
-Moments = Mapping[str, Mapping[str, torch.Tensor]]      # unit -> moment -> flat buffer beside the unit's master
+Moments = Mapping[str, Mapping[str, Moment]]            # unit -> kind -> what is kept beside the unit's master
 # keys of a configuration that a run may change without a word
 SILENT = {"load", "save", "config", "check", "exit_interval", "log_interval", "log_dir", "save_interval", "ckpt_step",
           "load_optim", "save_optim", "pretrained_checkpoint", "use_checkpoint_args", "exit_on_missing_checkpoint",
@@ -26,21 +35,23 @@ SILENT = {"load", "save", "config", "check", "exit_interval", "log_interval", "l
 
 # ---- tensors
 
-def buffers_of(unit: Unit, moments: Moments) -> dict[str, torch.Tensor]:
-    """Everything a checkpoint holds of a unit: kind -> this rank's slice of the flat buffer."""
+def buffers_of(unit: Unit, moments: Moments) -> dict[str, Moment]:
+    """Everything a checkpoint holds of a unit, by kind: this rank's slice of it."""
     unit.updated()
-    return {"weight": unit.master, **moments.get(unit.flat.name, {})}
+    return {"weight": Moment(unit.flat, unit.low, unit.master), **moments.get(unit.flat.name, {})}
 
 
 def slices(units: Iterable[Unit], moments: Moments) -> list[Slice]:
     """What this rank writes of its units."""
-    return [s for u in units if u.owner for s in owned(u.flat, u.low, buffers_of(u, moments))]
+    return [s for u in units if u.owner for kind, own in buffers_of(u, moments).items()
+            if not own.factor or u.sharing.shard.rank == 0 for s in owned(own.flat, own.low, {kind: own.tensor})]
 
 
 def restore(reader: Reader, units: Iterable[Unit], moments: Moments) -> None:
     """Weights and those `moments` from a checkpoint, whatever layout wrote it. Raises UserError for damage."""
     for unit in units:
-        fill(reader, unit.flat, unit.low, buffers_of(unit, moments))
+        for kind, own in buffers_of(unit, moments).items():
+            fill(reader, own.flat, own.low, {kind: own.tensor})
         unit.publish()
 
 
@@ -104,23 +115,25 @@ def save_tokenizer(folder: Path, tokenizer: Tokenizer | None) -> None:
 
 # ---- what does not fit
 
-def unfit(reader: Reader, a: Architecture, parameters: Sequence[Parameter], optimizer: str | None,
+def unfit(reader: Reader, a: Architecture, parameters: Sequence[Parameter], o: Optimization | None,
           tokenizer: Tokenizer | None) -> list[str]:
     """Why a checkpoint is not of this model: a sentence for each field of the architecture, and for the first of the
-    weights. Where it fits and the run goes on with its `optimizer`: why that one or the tokenizer is another."""
+    weights. Where it fits and the run goes on with the optimizer's state: why that or the tokenizer is another."""
     then, now = asdict(reader.architecture), asdict(a)
     different = [f"--load {reader.folder}: its {key.replace('_', ' ')} is {then[key]}, this model's {value}; "
                  "give the flags it was trained with."
                  for key, value in now.items() if key not in FREE and then[key] != value]
-    errors = [*different, *mismatches(reader, parameters, ("weight",))]
-    if errors or optimizer is None:
+    errors = [*different, *mismatches(reader, {("weight", p.name): p.shape for p in parameters})]
+    if errors or o is None:
         return errors
-    return (_wrong_optimizer(reader, optimizer) or _wrong_tokenizer(reader, tokenizer)
-            or mismatches(reader, parameters, ("weight", *RULES[optimizer].moments)))
+    wanted = {(kind, p.name): shape for p in parameters
+              for kind, shape in tensors_of(p.shape, group_of(p.name, p.group, o).rule).items()}
+    return (_wrong_optimizer(reader, o.optimizer, {kind: None for kind, _ in wanted})
+            or _wrong_tokenizer(reader, tokenizer) or mismatches(reader, wanted))
 
 
-def _wrong_optimizer(reader: Reader, optimizer: str) -> list[str]:
-    missing = [k for k in RULES[optimizer].moments if k not in reader.kinds]
+def _wrong_optimizer(reader: Reader, optimizer: str, kinds: Iterable[str]) -> list[str]:
+    missing = [k for k in kinds if k not in reader.kinds]
     theirs = reader.index.get("optimizer")
     saved = f"with {theirs}" if theirs else "without an optimizer"
     return [f"--optimizer {optimizer}: {reader.folder} has no {' and no '.join(missing)} (it was saved {saved}); add "

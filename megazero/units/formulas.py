@@ -14,7 +14,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from megazero.comm import Group
+from megazero.plan import Piece
+from megazero.units.unit import Unit
 
 Tensor = torch.Tensor
 Moments = Mapping[str, Tensor]
@@ -62,65 +63,85 @@ FORMULAS: Mapping[str, Callable[[Tensor, Moments, Tensor, Options], Moved]] = {
     "lion": lion, "ademamix": ademamix, "lamb": lamb}
 
 
-class Origin(NamedTuple):
-    """Which logical tensor, by number, a slice is of. `owner`: do its elements count here, or on another rank that
-    holds them too?"""
+class Portion(NamedTuple):
+    """What a rank's slice holds of a logical tensor: [start, stop) of the unit's flat buffer."""
 
-    number: int
-    owner: bool
+    unit: Unit
+    piece: Piece
+    start: int
+    stop: int
 
 
-class Formulas(torch.optim.Optimizer):
-    """A rule's formula over slices, as torch's fused kernels are called: `found_inf` and `grad_scale` are read from the
-    device, and a step that is not to be changes nothing.
+class Kernel(torch.optim.Optimizer):
+    """A rule over slices, called as torch's fused kernels are: `found_inf` and `grad_scale` are read from the device,
+    and a step that is not to be changes nothing.
 
-    Of a rule that measures: `origins` of slices, each in one of so many `tensors`, and the `ranks` that hold others.
+    Of a rule that must see more than elements: `parts` of slices, of the tensors of these `units`.
     """
 
     found_inf: Tensor
+    count: Tensor                       # of steps that were made
     grad_scale: Tensor | None = None
+
+    def __init__(self, groups: Sequence[dict[str, Any]], options: dict[str, Any]) -> None:
+        super().__init__(groups, options)
+        self.parts: Mapping[Tensor, Portion] = {}
+        self.units: Sequence[Unit] = ()
+
+    def gradient(self, grad: Tensor) -> Tensor:
+        """Unscaled and clipped; zeros in a step that is not to be."""
+        return torch.where(self.found_inf == 0, grad if self.grad_scale is None else grad / self.grad_scale, 0)
+
+    def all(self) -> Iterator[tuple[Tensor, Options]]:
+        """Every slice with the options of its group."""
+        return ((p, group) for group in self.param_groups for p in group["params"])
+
+    def numbers(self) -> dict[Tensor, int]:
+        """Which logical tensor a slice is of, the same number on all ranks."""
+        number = {id(piece): i for i, piece in enumerate(piece for unit in self.units for piece in unit.flat.pieces)}
+        return {p: number[id(part.piece)] for p, part in self.parts.items()}
+
+    def summed(self, sums: Tensor) -> Tensor:
+        """What ranks that hold other elements of the same tensors found, added: over the slices, and over tp."""
+        for ranks in (self.units[0].sharing.shard, self.units[0].sharing.tensor):
+            ranks.all_reduce(sums).wait()
+        return sums
+
+
+class Formulas(Kernel):
+    """A rule's formula over slices."""
 
     def __init__(self, groups: Sequence[dict[str, Any]], rule: str, options: dict[str, Any]) -> None:
         super().__init__(groups, options)
         self.formula = FORMULAS[rule]
-        self.origins: Mapping[Tensor, Origin] = {}
-        self.tensors, self.ranks = 0, tuple[Group, ...]()
 
     def step(self, closure: Any = None) -> None:                # type: ignore[override]
-        go, ratios = self.found_inf == 0, self._ratios() if self.origins else {}
-        for p, group in self._all():
-            state = self.state[p]
+        go, ratios = self.found_inf == 0, self._ratios() if self.units else {}
+        for p, group in self.all():
             for w, g, moments, t in self._chunks(p):
                 direction, become = self._direction(w, g, moments, t, group)
                 new = w - group["lr"] * ratios.get(p, 1) * direction
                 for now, then in ((w, new), *((moments[name], value) for name, value in become.items())):
                     now.copy_(torch.where(go, then, now))
-            state["step"].add_(go)
+        self.count.add_(go)
 
     def _ratios(self) -> dict[Tensor, Tensor]:
         """Of each slice: the norm of its logical tensor over that of its direction, 1 where either is zero. One sum
         over the ranks that hold pieces, of all tensors together."""
-        squares = torch.zeros(self.tensors, 2, dtype=torch.float64, device=self.found_inf.device)
-        for p, group in self._all():
-            origin = self.origins[p]
-            for w, g, moments, t in self._chunks(p) if origin.owner else ():
+        number, tensors = self.numbers(), sum(len(unit.flat.pieces) for unit in self.units)
+        squares = torch.zeros(tensors, 2, dtype=torch.float64, device=self.found_inf.device)
+        for p, group in self.all():
+            for w, g, moments, t in self._chunks(p) if self.parts[p].piece.shard.owner else ():
                 moved = self._direction(w, g, moments, t, group)[0]
-                squares[origin.number] += torch.stack([(x * x).sum(dtype=torch.float64) for x in (w, moved)])
-        for ranks in self.ranks:
-            ranks.all_reduce(squares).wait()
-        norms = squares.sqrt()
+                squares[number[p]] += torch.stack([(x * x).sum(dtype=torch.float64) for x in (w, moved)])
+        norms = self.summed(squares).sqrt()
         ratio = (norms[:, 0] / norms[:, 1]).where(norms.gt(0).all(1), 1)
-        return {p: ratio[self.origins[p].number].clamp(group["min_coeff"], group["max_coeff"])
-                for p, group in self._all()}
+        return {p: ratio[number[p]].clamp(group["min_coeff"], group["max_coeff"]) for p, group in self.all()}
 
     def _direction(self, w: Tensor, grad: Tensor, moments: Moments, t: Tensor, group: Options) -> Moved:
         """Decay included."""
-        g = torch.where(self.found_inf == 0, grad if self.grad_scale is None else grad / self.grad_scale, 0)
-        direction, become = self.formula(g, moments, t, group)
+        direction, become = self.formula(self.gradient(grad), moments, t, group)
         return direction + group["weight_decay"] * w, become
-
-    def _all(self) -> Iterator[tuple[Tensor, Options]]:
-        return ((p, group) for group in self.param_groups for p in group["params"])
 
     def _chunks(self, p: Tensor) -> Iterator[tuple[Tensor, Tensor, Moments, Tensor]]:
         """(w, gradient, moments, t) of a slice, a piece at a time."""
@@ -128,7 +149,6 @@ class Formulas(torch.optim.Optimizer):
         assert grad is not None
         for a in range(0, len(w), CHUNK):
             part = slice(a, a + CHUNK)
-            yield (w[part], grad[part], {name: m[part] for name, m in state.items() if name != "step"},
-                   state["step"].double() + 1)
+            yield w[part], grad[part], {name: m[part] for name, m in state.items()}, self.count.double() + 1
 
 

@@ -1,8 +1,9 @@
 """Updates over the slices of the units that a rank updates: the kernels of the rules in plan/rules.py.
 
 AdamW (Loshchilov and Hutter 2019) and SGD with momentum are torch's own fused kernels, one call for all flat buffers
-that an update names; the others are formulas (formulas.py). They take the verdict from the device. torch's on CUDA take
-the rate in fp32, which is too coarse for fp64: there its plain kernels run, which read rate and step on the host.
+that an update names; the others are our own kernels (formulas.py, adafactor.py, muon.py). All take the verdict from
+the device. torch's on CUDA take the rate in fp32, which is too coarse for fp64: there its plain kernels run, which read
+rate and step on the host.
 """
 
 import math
@@ -13,14 +14,16 @@ from typing import Any
 
 import torch
 
-from megazero.plan import EMA, GROUPS, RULES, beside
+from megazero.plan import EMA, RULES, Flat, Piece, group_of, iterating, moment_specs, spans
 from megazero.settings import Optimization
-from megazero.units.formulas import FORMULAS, Formulas, Origin
+from megazero.units.adafactor import Adafactor
+from megazero.units.formulas import Formulas, Kernel, Portion
 from megazero.units.gate import Verdict
-from megazero.units.unit import Unit
+from megazero.units.muon import Muon
+from megazero.units.unit import TORCH_DTYPE, Unit
 
 Tensor = torch.Tensor
-Kernel = Callable[[list[dict[str, Any]], Optimization, bool], torch.optim.Optimizer]
+Make = Callable[[list[dict[str, Any]], Optimization, bool], torch.optim.Optimizer]
 
 
 def _adam(groups: list[dict[str, Any]], o: Optimization, fused: bool) -> torch.optim.Optimizer:
@@ -47,30 +50,69 @@ def _lamb(groups: list[dict[str, Any]], o: Optimization, fused: bool) -> torch.o
                                      "min_coeff": 0.0, "max_coeff": math.inf})
 
 
-KERNELS: Mapping[str, Kernel] = {"adam": _adam, "sgd": _sgd, "lion": _lion, "ademamix": _ademamix, "lamb": _lamb}
+def _muon(groups: list[dict[str, Any]], o: Optimization, fused: bool) -> torch.optim.Optimizer:
+    return Muon(groups, {"momentum": o.muon_momentum, "nesterov": o.muon_nesterov, "ns_steps": o.muon_num_ns_steps,
+                         "coefficients": o.muon_coefficient_type, "scale_mode": o.muon_scale_mode,
+                         "extra_scale_factor": o.muon_extra_scale_factor})
+
+
+def _adafactor(groups: list[dict[str, Any]], o: Optimization, fused: bool) -> torch.optim.Optimizer:
+    return Adafactor(groups, {"decay": o.adafactor_decay, "clip": o.adafactor_clip, "eps": o.adafactor_eps})
+
+
+KERNELS: Mapping[str, Make] = {"adam": _adam, "sgd": _sgd, "lion": _lion, "ademamix": _ademamix, "lamb": _lamb,
+                               "adafactor": _adafactor, "muon": _muon}
 
 
 @dataclass(frozen=True)
 class Groups:
-    """Parameters with rates and options of their own.
+    """Parameters with rules, rates and options of their own, by number.
 
+    number      of the group that a piece belongs to
+    rules       of each group
+    rates       which of an update's rates each group has
     options     of torch's kernel, of each group, without lr; asked anew at each update
-    ranges      (number of the group, from, to) of a unit's slice on this rank, all of it
     """
 
+    number: Callable[[Piece], int]
+    rules: Sequence[str]
+    rates: Sequence[int]
     options: Callable[[], Sequence[Mapping[str, Any]]]
-    ranges: Callable[[Unit], list[tuple[int, int, int]]]
+
+    def rule(self, piece: Piece) -> str:
+        return self.rules[self.number(piece)]
 
 
-def decayed_or_not(o: Optimization) -> Groups:
-    """Two groups with one rate: what is decayed, as GROUPS says, and what is not; the tables apart, where their rate
-    is decoupled."""
-    def number(kind: str) -> int:
-        return 2 if kind == "table" and o.decoupled_lr is not None else int(not GROUPS[kind])
+def groups_of(o: Optimization, units: Iterable[Unit]) -> Groups:
+    """Those of plan/rules.py: what has one rule and rate, and is decayed or not."""
+    parameters = [piece.shard.parameter for u in units for piece in u.flat.pieces]
+    of = {p.name: group_of(p.name, p.group, o) for p in parameters}
+    found = list(dict.fromkeys(of.values()))
+    return Groups(lambda piece: found.index(of[piece.shard.parameter.name]), [g.rule for g in found],
+                  [g.rate for g in found], lambda: [{"weight_decay": o.weight_decay * g.decayed} for g in found])
 
-    decays = [o.weight_decay, 0.0, *([o.weight_decay] if o.decoupled_lr is not None else [])]
-    return Groups(lambda: [{"weight_decay": decay} for decay in decays],
-                  lambda unit: [(number(kind), a, b) for kind, a, b in unit.ranges()])
+
+@dataclass(frozen=True)
+class Moment:
+    """What is kept beside a unit's masters of one kind: the elements from `low` on of a buffer that is laid out as
+    `flat` says. A `factor` is whole on every rank."""
+
+    flat: Flat
+    low: int
+    tensor: Tensor
+    factor: bool = False
+
+    def part(self, start: int, stop: int) -> Tensor:
+        return self.tensor[start - self.low:stop - self.low]
+
+    def meets(self, start: int, stop: int) -> tuple[int, int]:
+        """What of [start, stop) is here."""
+        a, b = (min(max(at, self.low), self.low + len(self.tensor)) for at in (start, stop))
+        return a, b
+
+    def piece(self, name: str) -> Piece:
+        """Of the logical tensor of that name."""
+        return next(p for p in self.flat.pieces if p.shard.parameter.name == name)
 
 
 def precise(master: Tensor) -> bool:
@@ -88,49 +130,51 @@ def plainly(kernel: torch.optim.Optimizer, found_inf: Tensor) -> None:
 
 
 class Updater:
-    """Changes masters. `state[unit][moment]` is a flat buffer beside the master it belongs to: the whole or a slice."""
+    """Changes masters. `state[unit][kind]` is what is kept beside them."""
 
     def __init__(self, units: Sequence[Unit], o: Optimization, together: Iterable[tuple[str, ...]],
                  groups: Groups | None = None) -> None:
-        """`together`: the units of each update, which are one kernel call. `groups`: default, decayed or not."""
-        self.units, self.settings, self.groups = {u.flat.name: u for u in units}, o, groups or decayed_or_not(o)
-        self.state = {name: {kind: torch.zeros_like(u.master) for kind in beside(o)}
-                      for name, u in self.units.items()}
+        """`together`: the units of each update. `groups`: default, those of the settings."""
+        self.units, self.settings = {u.flat.name: u for u in units}, o
+        self.groups = groups or groups_of(o, units)
+        self.state = {name: self._beside(u) for name, u in self.units.items()}
         self.steps: list[Tensor] = []
         master = units[0].master if units else torch.zeros(0)
-        self.wide, self.fused = master.dtype, precise(master) or o.optimizer in FORMULAS
-        self.lr = torch.zeros(len(self.groups.options()), dtype=self.wide, device=master.device)
-        self.kernels = {names: self._kernel([self.units[n] for n in names]) for names in together if names}
+        self.wide, self.fused = master.dtype, precise(master)
+        self.lr = torch.zeros(len(self.groups.rules), dtype=self.wide, device=master.device)
+        self.rates = torch.tensor(self.groups.rates, device=master.device)
+        self.kernels = {names: self._kernels([self.units[n] for n in names]) for names in together if names}
 
     def update(self, names: tuple[str, ...], verdict: Verdict, lr: Tensor) -> None:
-        """Updates the masters of these units, or leaves every bit as it was. `lr` is of each group, or of all."""
-        kernel: Any = self.kernels[names]
-        self.lr.copy_(lr)
-        options = self.groups.options()
-        for group in kernel.param_groups:
-            group.update(options[group["number"]])
+        """Updates the masters of these units, or leaves every bit as it was. `lr` [rates]; one is that of all."""
+        self.lr.copy_(lr[self.rates] if lr.numel() > 1 else lr)
         if self.wide == torch.float64:                        # the kernels take the factor in fp32: too coarse for fp64
             # NaN would stay in the padding between operands
             factor = torch.where(verdict.found_inf == 0, verdict.factor, 0)
             for name in names:
                 self.units[name].grad_slice.mul_(factor)
-        else:
-            kernel.grad_scale = (1 / verdict.factor).float()
-        with torch.no_grad():
-            if self.fused:
-                kernel.found_inf = verdict.found_inf
-                kernel.step()
-            else:
-                plainly(kernel, verdict.found_inf)
-            decay = self.settings.ema
-            for name in names if decay is not None else ():
-                mean, master = self.state[name][EMA], self.units[name].master
-                mean.copy_(torch.where(verdict.found_inf == 0, torch.lerp(master, mean, decay or 0.0), mean))
+        options = self.groups.options()
+        kernel: Any
+        for kernel in self.kernels[names]:
+            for group in kernel.param_groups:
+                group.update(options[group["number"]])
+            if self.wide != torch.float64:
+                kernel.grad_scale = (1 / verdict.factor).float()
+            with torch.no_grad():
+                if self.fused or isinstance(kernel, Kernel):
+                    kernel.found_inf = verdict.found_inf
+                    kernel.step()
+                else:
+                    plainly(kernel, verdict.found_inf)
+        decay = self.settings.ema
+        for name in names if decay is not None else ():
+            mean, master = self.state[name][EMA].tensor, self.units[name].master
+            mean.copy_(torch.where(verdict.found_inf == 0, torch.lerp(master, mean, decay or 0.0), mean))
 
     def begin_means(self) -> None:
         """The means of the weights are the weights."""
         for name, unit in self.units.items():
-            self.state[name][EMA].copy_(unit.master)
+            self.state[name][EMA].tensor.copy_(unit.master)
 
     @contextmanager
     def means(self) -> Iterator[None]:
@@ -147,7 +191,7 @@ class Updater:
     def _exchange(self) -> None:
         for name, unit in self.units.items():
             unit.updated()
-            mean, before = self.state[name][EMA], unit.master.clone()
+            mean, before = self.state[name][EMA].tensor, unit.master.clone()
             unit.master.copy_(mean)
             mean.copy_(before)
             unit.publish()
@@ -157,34 +201,94 @@ class Updater:
         for step in self.steps:
             step.fill_(applied)
 
-    def _kernel(self, units: Sequence[Unit]) -> torch.optim.Optimizer:
-        """Over views of our flat buffers, its state too, from the start: a first step that is skipped leaves zeros."""
-        options, measures = self.groups.options(), RULES[self.settings.optimizer].scope == "statistics"
-        slices = [(i, unit, a, b) for i in range(len(options)) for unit in units
-                  for number, low, high in self.groups.ranges(unit) if number == i
-                  for a, b in (_pieces(unit, low, high) if measures else [(low, high)])]
-        params = [unit.master[a:b].detach().requires_grad_() for _, unit, a, b in slices]   # so torch knows a parameter
-        for p, (_, unit, a, b) in zip(params, slices, strict=True):
-            p.grad = unit.grad_slice[a:b]
+    def beside(self, unit: Unit, start: int, stop: int) -> list[Tensor]:
+        """What there is here of the moments of [start, stop) of the unit's buffer, one tensor or more; views."""
+        names = {p.shard.parameter.name for p in unit.flat.pieces if p.start < stop and start < p.stop}
+        return [part for m in self.state[unit.flat.name].values() for part in (
+            [m.part(p.start, p.stop) for p in m.flat.pieces if p.shard.parameter.name in names] if m.factor else
+            [m.part(*m.meets(start, stop))])]
+
+    def whole(self, unit: Unit, kind: str, name: str) -> Tensor:
+        """[elements] of what is kept of a tensor that no tensor-parallel ranks share, on all ranks together."""
+        unit.updated()
+        m = self.state[unit.flat.name][kind]
+        piece = m.piece(name)
+        a, b = m.meets(piece.start, piece.stop)
+        out = m.tensor.new_zeros(piece.stop - piece.start)
+        out[a - piece.start:b - piece.start] = m.part(a, b)
+        return out if m.factor else unit.sharing.shard.all_reduce(out, about=unit.flat.name).wait()
+
+    def set_whole(self, unit: Unit, kind: str, name: str, value: Tensor) -> None:
+        """Turned round; every rank gives all of it."""
+        unit.updated()
+        m = self.state[unit.flat.name][kind]
+        piece = m.piece(name)
+        a, b = m.meets(piece.start, piece.stop)
+        m.part(a, b).copy_(value.detach().reshape(-1)[a - piece.start:b - piece.start])
+
+    def _beside(self, unit: Unit) -> dict[str, Moment]:
+        """Zeros, from the start: a first step that is skipped leaves them so."""
+        tensor, found = unit.sharing.tensor, dict[str, Moment]()
+        place, ema = {"tp": (tensor.rank, tensor.size)}, self.settings.ema is not None
+        for kind, at in moment_specs(unit.flat, unit.size, self.groups.rule, ema, place).items():
+            start, stop = at.on(unit.low, unit.high)
+            found[kind] = Moment(at.flat, start, unit.master.new_zeros(stop - start), at.factor)
+        return found
+
+    def _kernels(self, units: Sequence[Unit]) -> list[torch.optim.Optimizer]:
+        """One for each rule that the groups have."""
+        return [kernel for rule in dict.fromkeys(self.groups.rules) for kernel in self._kernel(units, rule)]
+
+    def _kernel(self, units: Sequence[Unit], rule: str) -> Iterator[torch.optim.Optimizer]:
+        """Over views of our flat buffers, its state too; none, where this rank has nothing to do."""
+        options, facts = self.groups.options(), RULES[rule]
+        slices = [(i, part) for i, r in enumerate(self.groups.rules) if r == rule
+                  for part in self._slices(units, i, facts.scope == "element")]
+        if not slices and facts.scope == "element":
+            return
+        params, parts = [], dict[Tensor, Portion]()
+        for _, part in slices:
+            a, b = part.start - part.unit.low, part.stop - part.unit.low
+            params.append(part.unit.master[a:b].detach().requires_grad_())              # so torch knows a parameter
+            params[-1].grad = part.unit.grad_slice[a:b]
+            parts[params[-1]] = part
         groups = [{**given, "number": i, "params": [p for p, s in zip(params, slices, strict=True) if s[0] == i]}
-                  for i, given in enumerate(options)]
-        kernel = KERNELS[self.settings.optimizer]([g for g in groups if g["params"]], self.settings, self.fused)
+                  for i, given in enumerate(options) if self.groups.rules[i] == rule]
+        kernel = KERNELS[rule]([g for g in groups if g["params"]] or groups[:1], self.settings, self.fused)
         for group in kernel.param_groups:                       # given to the constructor, it would be read by the host
             group["lr"] = self.lr[group["number"]]
-        for p, (_, unit, a, b) in zip(params, slices, strict=True):
-            step = torch.zeros((), dtype=torch.float32, device=p.device)
-            self.steps.append(step)
-            state = self.state[unit.flat.name]
-            kernel.state[p] = {"step": step, **{m: state[m][a:b] for m in RULES[self.settings.optimizer].moments}}
-        if measures and isinstance(kernel, Formulas):
-            number = {piece: i for i, piece in enumerate(piece for unit in units for piece in unit.flat.pieces)}
-            of = [next(piece for piece, low, high in unit.pieces() if low <= a < high) for _, unit, a, _ in slices]
-            kernel.origins = {p: Origin(number[piece], piece.shard.owner) for p, piece in zip(params, of, strict=True)}
-            kernel.tensors, sharing = len(number), units[0].sharing
-            kernel.ranks = sharing.shard, sharing.tensor
-        return kernel
+        for p, part in parts.items():
+            kept = self.state[part.unit.flat.name]
+            kernel.state[p] = {kind: kept[kind].part(part.start, part.stop)
+                               for kind in facts.beside(len(part.piece.shard.parameter.shape))}
+            if not isinstance(kernel, Kernel):                  # torch counts each by itself
+                kernel.state[p]["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
+        if isinstance(kernel, Kernel):
+            kernel.count = torch.zeros((), dtype=torch.float32, device=self.lr.device)
+            kernel.parts, kernel.units = (parts, units) if facts.scope != "element" else ({}, ())
+        self.steps += [kernel.count] if isinstance(kernel, Kernel) else [s["step"] for s in kernel.state.values()]
+        if isinstance(kernel, Adafactor):
+            kernel.factors = {name: rows_and_columns for unit in units
+                              for name, rows_and_columns in self._factors(unit).items()}
+        if isinstance(kernel, Muon):
+            dtype = iterating(self.settings, "fp64" if self.wide == torch.float64 else "", self.lr.device.type)
+            kernel.begin(lambda piece: self.groups.rule(piece) == rule, TORCH_DTYPE[dtype])
+        yield kernel
 
+    def _factors(self, unit: Unit) -> dict[str, tuple[Tensor, Tensor]]:
+        """Adafactor's, of each tensor that has them."""
+        own = self.state[unit.flat.name]
+        rows, columns = ({p.shard.parameter.name: own[kind].part(p.start, p.stop).view(p.shard.parameter.shape)
+                          for p in (own[kind].flat.pieces if kind in own else ())} for kind in ("row_var", "col_var"))
+        return {name: (rows[name], columns[name]) for name in rows}
 
-def _pieces(unit: Unit, low: int, high: int) -> list[tuple[int, int]]:
-    """(from, to) of each logical tensor's elements in a part of a unit's slice."""
-    return [(max(a, low), min(b, high)) for _, a, b in unit.pieces() if max(a, low) < min(b, high)]
+    def _slices(self, units: Sequence[Unit], number: int, joined: bool) -> Iterator[Portion]:
+        """What this rank's slices hold of a group: tensor by tensor, or `joined` where they are neighbours."""
+        for unit in units:
+            reach = (spans(unit.flat, unit.size, self.groups.number) if joined else
+                     [(self.groups.number(piece), piece.start, piece.stop) for piece in unit.flat.pieces])
+            first = {piece.start: piece for piece in unit.flat.pieces}
+            for i, start, stop in reach:
+                a, b = max(start, unit.low), min(stop, unit.high)
+                if i == number and a < b:
+                    yield Portion(unit, first[start], a, b)

@@ -62,7 +62,7 @@ def viewed(buffer: Tensor) -> bool:
 class Sharing:
     """How data-parallel ranks share a unit: the ranks of `shard` hold its slices, those of `replicate` the same slice
     once more, and so do the `holders` of a tied unit, at several places of a pipeline. `tensor`: ranks that hold other
-    boxes of its tensors.
+    boxes of its tensors; `stage`: all of replicate x shard x tensor, numbered so, where a rule sees whole matrices.
 
     level    1: optimizer state and masters are slices, 2: gradients too, 3: weights too.
              With a shard group of one, a slice is the whole
@@ -73,6 +73,7 @@ class Sharing:
     replicate: Group = field(default_factory=Alone)
     holders: Group = field(default_factory=Alone)
     tensor: Group = field(default_factory=Alone)
+    stage: Group = field(default_factory=Alone)
     buffers: Buffers = field(default_factory=Buffers)
 
 
@@ -235,14 +236,6 @@ class Unit:
         counted from the slice's begin."""
         ranges = ((p, max(p.start, self.low), min(p.stop, self.high)) for p in self.flat.pieces)
         return [(p, a - self.low, b - self.low) for p, a, b in ranges if a < b]
-
-    def ranges(self) -> list[tuple[str, int, int]]:
-        """(group, from, to) of every group of parameters in this rank's slice, counted from its begin, padding with the
-        last."""
-        ends = [*(start for _, start, _ in self.flat.ranges[1:]), self.size]
-        found = ((group, max(start - self.low, 0), min(end - self.low, len(self.master)))
-                 for (group, start, _), end in zip(self.flat.ranges, ends, strict=True))
-        return [(group, a, b) for group, a, b in found if a < b]
 
     def claim(self, operand: Operand) -> bool:
         """Is this operand's gradient unwritten in this sum? Asked once for each gradient: it is written from now on."""
