@@ -10,13 +10,14 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from ds_configs import CPU, TUTORIALS
-from plain_rules import PLAIN, Plain
+from plain_rules import PLAIN, Plain, muon
 from pool import Pool, RankError
 from torch import nn
 
@@ -203,6 +204,7 @@ def clients(kind: str, how: str) -> tuple[Curve, bool]:
                  "adam": lambda ps: torch.optim.Adam(ps, lr=LR, weight_decay=0.1, eps=1e-5),
                  "lamb": lambda ps: FusedLamb(ps, lr=LR, weight_decay=0.1, betas=(0.9, 0.99), eps=1e-5, min_coeff=0.0, max_coeff=1e9),
                  "lion": lambda ps: FusedLion(ps, lr=LR, weight_decay=0.1, betas=(0.8, 0.7)),
+                 "adafactor": lambda ps: torch.optim.Adafactor(ps, lr=LR, weight_decay=0.1, beta2_decay=-0.6, eps=(None, 0.02)),
                  "sgd": lambda ps: torch.optim.SGD(ps, lr=10 * LR, momentum=0.9, nesterov=True)}[kind]
     optimizer = made if how == "callable" else made(groups_of(model))
     falling: Any = lambda o: torch.optim.lr_scheduler.ExponentialLR(o, 0.5)                      # noqa: E731
@@ -212,18 +214,41 @@ def clients(kind: str, how: str) -> tuple[Curve, bool]:
     return train(e), same
 
 
-@pytest.mark.parametrize("kind", ["adamw", "adam", "sgd", "lamb", "lion"])
+@pytest.mark.parametrize("kind", ["adamw", "adam", "sgd", "lamb", "lion", "adafactor"])
 def test_an_optimizer_and_a_scheduler_of_the_users_own(kind: str, pool: Pool) -> None:
     for how in ("callable", "object"):
         found = pool.run(2, clients, kind, how)
         model = opt().double()
         optimizer = {"adamw": lambda ps: torch.optim.AdamW(ps, lr=LR, weight_decay=0.1, eps=1e-5),
                      "adam": lambda ps: torch.optim.Adam(ps, lr=LR, weight_decay=0.1, eps=1e-5),
+                     "adafactor": lambda ps: torch.optim.Adafactor(ps, lr=LR, weight_decay=0.1, beta2_decay=-0.6, eps=(None, 0.02)),
                      "lamb": lambda ps: Plain(ps, PLAIN["lamb"], LR, 0.1), "lion": lambda ps: Plain(ps, PLAIN["lion"], LR, 0.1),
                      "sgd": lambda ps: torch.optim.SGD(ps, lr=10 * LR, momentum=0.9, nesterov=True)}[kind](groups_of(model))
         want = plainly(model, optimizer, torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.5))
         assert all(same for _, same in found)
         for got, wanted in zip(together([curve for curve, _ in found]), want, strict=True):
+            assert got == pytest.approx(wanted, rel=1e-12)
+
+
+MUON = {"type": "Muon", "params": {"muon_lr": 2 * LR, "adam_lr": LR, "momentum": 0.9, "weight_decay": 0.1, "eps": 1e-5}}
+
+
+def with_muon() -> list[Curve]:
+    return [train(megazero.initialize(model=opt().double(), config=introduction(level, "fp64", optimizer=MUON))[0]) for level in range(4)]
+
+
+def test_muon_of_a_configuration_is_of_matrices_and_adam_of_the_rest(pool: Pool) -> None:
+    """DeepSpeed's: look-ahead, its oldest coefficients, updates as the root of out / in where that is above 1; embeddings and head have Adam."""
+    model = opt().double()
+    named = {p: n for n, p in model.named_parameters()}
+    matrices = [p for p, n in named.items() if p.dim() > 1 and "embed" not in n]
+    assert len(matrices) == 2 * 6
+    both = [Plain(matrices, muon(0.9, True, "simple", "shape_scaling"), 2 * LR, 0.1),
+            torch.optim.AdamW([p for p in named if p not in set(matrices)], lr=LR, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.1)]
+    optimizer: Any = SimpleNamespace(step=lambda: [o.step() for o in both], zero_grad=lambda: [o.zero_grad() for o in both])
+    want = plainly(model, optimizer)
+    for found in zip(*pool.run(2, with_muon), strict=True):
+        for got, wanted in zip(together(list(found)), want, strict=True):
             assert got == pytest.approx(wanted, rel=1e-12)
 
 

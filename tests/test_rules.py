@@ -96,19 +96,37 @@ SQUARE = {"--tp 1": 1, "--tp 2": 2, "--dp 3 --zero-stage 1": 3, "--tp 2 --pp 2 -
 
 
 @pytest.mark.parametrize("rule", ["adafactor", "muon"])
-def test_a_checkpoint_of_any_layout_goes_on_in_any_other(rule: str, pool: Pool, tmp_path: Path) -> None:
-    """Each is held against a run that was never stopped, to the end of float64; a merged one too."""
+@pytest.mark.parametrize("ways", [1, pytest.param(len(SQUARE), marks=pytest.mark.full)])
+def test_a_checkpoint_of_any_layout_goes_on_in_any_other(rule: str, ways: int, pool: Pool, tmp_path: Path) -> None:
+    """Each is held against a run that was never stopped, to the end of float64; a merged one too. From each layout go `ways`: to the next, or to
+    all of the square."""
     words = f"{TINY} {SHAPES['llama']} --dtype fp64 --global-batch-size 6 --optimizer {rule} --weight-decay 0.1 --num-layers 2 --lr 1e-2 --eval-iters 0"
     train(f"{words} --save {tmp_path / 'whole'}")
     whole = Reader(tmp_path / "whole")
     assert whole.kinds == {"weight", *({"row_var", "col_var", "variance"} if rule == "adafactor" else {"momentum_buffer", "exp_avg", "exp_avg_sq"})}
-    for a, ranks in SQUARE.items():
+    ring = list(SQUARE)
+    for i, (a, ranks) in enumerate(SQUARE.items()):
         half = tmp_path / a.replace(" ", "")
         pool.run(ranks, train, f"{words} {a} --exit-interval 2 --save {half}")
-        for b, others in SQUARE.items():
+        for b in (ring[i - 1 - way] for way in range(ways)):
             end = tmp_path / (a + b).replace(" ", "")
-            pool.run(others, train, f"{words} {b} --load {half} --save {end}")
+            pool.run(SQUARE[b], train, f"{words} {b} --load {half} --save {end}")
             assert Reader(end).shapes == whole.shapes and not list(checkpoints(whole, Reader(end), 1e-10)), (a, b)
         merge(Reader(end), tmp_path / "merged" / half.name, optimizer=True)
         merged = Reader(tmp_path / "merged" / half.name)
         assert merged.kinds == whole.kinds and not list(checkpoints(whole, merged, 1e-10))
+
+
+def test_rates_and_decay_go_by_name() -> None:
+    """One step of plain SGD moves a weight by rate x gradient; of a gradient that is not there, by rate x decay."""
+    words = (f"{TINY} --dtype fp64 --untie-embeddings-and-output-weights --optimizer sgd --sgd-momentum 0 --clip-grad 0 --lr 1e-3 --lr-decay-style constant "
+             "--weight-decay 0.5 --position-embedding-type learned_absolute")
+    own = {"embedding.weight": 5e-3, "positions.weight": 5e-3, "head.output.weight": 2e-3, "norm": 7e-3, "bias": 7e-3}
+    spared = ("embedding.weight", "layers.0.mlp.up.weight", "layers.1.mlp.up.weight")
+    run = built(f"{words} --lr-embedding 5e-3 --lr-head 2e-3 --lr-vectors 7e-3 --no-weight-decay-on embedding.* *.mlp.up.weight")
+    before = {name: w.clone() for name, w in named(run).items()}
+    stepping(run).start()
+    for name, g in named(run, "grad_slice").items():
+        rate = next((r for part, r in own.items() if part in name), 1e-3)
+        decay = 0.0 if name in spared or g.dim() == 1 else 0.5
+        assert torch.allclose(named(run)[name], before[name] - rate * (g + decay * before[name]), rtol=1e-15, atol=1e-17), name

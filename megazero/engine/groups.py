@@ -10,7 +10,7 @@ from megazero.units import Groups
 
 # of a group, beside its lr: what the kernels take
 OPTIONS = ("weight_decay", "betas", "eps", "decoupled_weight_decay", "momentum", "nesterov", "bias_correction",
-           "min_coeff", "max_coeff")
+           "min_coeff", "max_coeff", "beta2_decay", "d")
 
 
 def mistaken(model: nn.Module, groups: Sequence[Mapping[str, Any]]) -> Iterator[str]:

@@ -14,11 +14,11 @@ from megazero.base import UserError, say
 from megazero.comm import Wires, connect, environment, join, own_device, ranks
 from megazero.engine.deepspeed_engine import DeepSpeedEngine
 from megazero.engine.engine import Engine, part
-from megazero.engine.optimizers import ZeroOptimizer, of_client, of_config
+from megazero.engine.optimizers import ZeroOptimizer, halves, of_client, of_config
 from megazero.engine.rates import Scheduler
 from megazero.engine.sliced import sliced
 from megazero.engine.words import Meaning, meaning, read_config
-from megazero.plan import Mesh, Zero
+from megazero.plan import RULES, Mesh, Zero
 from megazero.settings import Optimization
 from megazero.units import TORCH_DTYPE
 
@@ -119,7 +119,10 @@ def _optimizer(model: nn.Module, means: Meaning, given: Any, parameters: Any) ->
         return None
     if given is not None and means.optimizer is not None:
         raise UserError(f"optimizer: is given, and {means.where} has one too; keep one.")
-    return of_config(*means.optimizer, trained) if means.optimizer is not None else of_client(given, trained)
+    if means.optimizer is None:
+        return of_client(given, trained)
+    rule, options = means.optimizer
+    return of_config(rule, options, trained if rule != "muon" else halves(model, trained, options))
 
 
 def _scheduler(means: Meaning, given: Any, optimizer: ZeroOptimizer | None) -> Any:
@@ -159,13 +162,15 @@ def backend_of(device: torch.device) -> str:
 
 
 def _wires(means: Meaning, rank: int, world: int, device: torch.device) -> Wires:
-    mesh = Mesh.of(dp=world, shard=means.shard if means.level else 1)
+    matrices = means.optimizer is not None and RULES[means.optimizer[0]].scope == "matrix"
+    mesh = Mesh.of(dp=world, shard=means.shard if means.level else 1, stage=matrices)
     return connect(mesh, rank, backend_of(device), PATIENCE.total_seconds())
 
 
 def _engine(model: nn.Module, means: Meaning, optimizer: ZeroOptimizer | None, wires: Wires) -> Engine:
     rule = optimizer.rule if optimizer else "sgd"
-    settings = Optimization(rule, lr=0.0, clip_grad=means.clip)                # the rest is the groups'
+    settings = Optimization(rule, lr=0.0, clip_grad=means.clip, muon_nesterov=True, muon_coefficient_type="simple",
+                            muon_scale_mode="shape_scaling")                   # the rest is the groups'
     zero = Zero(means.level, prefetch=means.overlap, lag=int(means.overlap and means.level >= 2),
                 replicas=int(means.overlap))
     return Engine(model, wires, settings, zero, means.dtype or _dtype(model, means.where), means.accumulation,

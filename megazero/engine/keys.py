@@ -59,6 +59,10 @@ FORMS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     "fraction": ("a number from 0 to 1", lambda v: _amount(v) and v <= 1),
     "amounts": ("a number from 0, or a list of one for each group", lambda v: _amount(v) or _each(_amount)(v)),
     "betas": ("two numbers from 0, less than 1", lambda v: _each(lambda b: _amount(b) and b < 1)(v) and len(v) == 2),
+    "negative": ("a number below 0", lambda v: _number(v) and v < 0),
+    "epsilons": ("two numbers from 0, the first null for the dtype's own",
+                 lambda v: isinstance(v, (list, tuple)) and len(v) == 2 and (v[0] is None or _amount(v[0]))
+                 and _amount(v[1])),
     "path": ("a path", lambda v: isinstance(v, str) and "\0" not in v),
     "word": ("a word", lambda v: isinstance(v, str)),
     "words": ("a list of words", _each(lambda w: isinstance(w, str))),
@@ -123,7 +127,7 @@ UNITS = "blocks travel whole, the next one while this one computes: nothing is c
 OFFLOAD = "nothing is moved: on a CPU masters, moments and weights are in its memory already"
 MODULE = "the module's own torch.utils.checkpoint decides; this block is for deepspeed.checkpointing"
 CHECKPOINTS = "checkpoints are of the project's own format, which knows no layout"
-ADAM, SGD, LAMB, LION = "adam|adamw", "sgd", "lamb", "lion"
+ADAM, SGD, LAMB, LION, MUON, FACTOR = "adam|adamw", "sgd", "lamb", "lion", "muon", "adafactor"
 WARM = "WarmupLR|WarmupDecayLR"
 
 TABLE: tuple[Key, ...] = (
@@ -188,11 +192,30 @@ TABLE: tuple[Key, ...] = (
     *_block("torch_autocast", f"{LATER}; write bf16 or fp16", "dtype word; lower_precision_safe_modules words"),
     *_block("amp", "apex is not used; write bf16 or fp16", "opt_level word"),
     # ---- optimizer
-    Key("optimizer.type", "adam|adamw|sgd|lamb|lion", MUST, HONOURED, "Adam is AdamW unless adam_w_mode is false; Lamb "
-        "measures each tensor whole. Adagrad, Muon, the 1-bit and the mu kinds are not here yet"),
+    Key("optimizer.type", "adam|adamw|sgd|lamb|lion|muon|adafactor", MUST, HONOURED, "Adam is AdamW unless "
+        "adam_w_mode is false; Lamb measures each tensor whole; Muon is of matrices whose name has neither embed nor "
+        "lm_head in it, and Adam of the rest, unless parameters say use_muon themselves. Adagrad, the 1-bit and the mu "
+        "kinds are not here"),
     *_all(IDLE, "the kernels are torch's fused ones", "optimizer.legacy_fusion switch F"),
     *_of(f"{ADAM}|{SGD}|{LAMB}|{LION}", "optimizer.params", (
-        Key("lr", "amount", 1e-3, HONOURED, "learning rate of groups that say none"),
+        Key("lr", "amount", 1e-3, HONOURED, "learning rate of groups that say none"),)),
+    *_of(MUON, "optimizer.params", (
+        Key("lr", "amount", None, HONOURED, "learning rate of groups that say none; default 0.02, of the rest 3e-4"),
+        Key("muon_lr", "amount", None, HONOURED, "of matrices alone"),
+        Key("adam_lr", "amount", None, HONOURED, "of the rest alone"),
+        Key("momentum", "fraction", 0.95, HONOURED, "decay of the mean of gradients of matrices"),
+        Key("betas", "betas", (0.9, 0.95), HONOURED, "Adam's, of the rest"),
+        Key("eps", "amount", 1e-10, HONOURED, "Adam's, of the rest"),
+        Key("weight_decay", "amount", 0.0, HONOURED, "of groups that say none, vectors too"),
+        *_all(IDLE, "the two are one polynomial; iterations are in fp32 on a CPU, bf16 on CUDA", "ns_method word"),
+        *_all(REFUSED, "whole matrices are made orthogonal; leave it out", "per_head_muon switch F"))),
+    *_of(FACTOR, "optimizer.params", (
+        Key("lr", "amount", 1e-2, HONOURED, "the most that a weight may change of its root mean square"),
+        Key("beta2_decay", "negative", -0.8, HONOURED, "the second moment's decay after t steps: 1 - t to this power"),
+        Key("eps", "epsilons", (None, 1e-3), HONOURED, "least second moment, least root mean square of a weight"),
+        Key("d", "amount", 1.0, HONOURED, "largest root mean square of an update"),
+        Key("weight_decay", "amount", 0.0, HONOURED, "of groups that say none, vectors too"))),
+    *_of(f"{ADAM}|{SGD}|{LAMB}|{LION}|{MUON}|{FACTOR}", "optimizer.params", (
         Key("max_grad_norm", "amount", None, REFUSED, "is gradient_clipping, beside the optimizer"),
         *_all(IDLE, "the kernels are torch's fused ones", "foreach switch; fused switch"),
         *_all(REFUSED, "write false, and the negative of the loss", "maximize switch F"))),

@@ -60,12 +60,13 @@ class DeepSpeedCPULion(FusedLion):
 
 
 RULES_OF: Mapping[type, str] = {torch.optim.Adam: "adam", torch.optim.AdamW: "adam", torch.optim.SGD: "sgd",
+                                torch.optim.Adafactor: "adafactor",
                                 FusedAdam: "adam", DeepSpeedCPUAdam: "adam", FusedLamb: "lamb", FusedLion: "lion",
                                 DeepSpeedCPULion: "lion"}
 NOT_DONE = ("amsgrad", "maximize", "dampening", "differentiable")   # options of theirs that the kernels do not have
 RANGES: Mapping[str, tuple[float, float]] = {                   # of numbers, the upper one left out
     "lr": (0, math.inf), "eps": (0, math.inf), "weight_decay": (0, math.inf), "momentum": (0, math.inf),
-    "betas": (0, 1)}
+    "betas": (0, 1), "d": (0, math.inf)}
 Given = torch.optim.Optimizer | Callable[[Any], torch.optim.Optimizer]
 
 
@@ -144,7 +145,9 @@ def _wrong(number: int, group: Mapping[str, Any]) -> Iterator[str]:
         yield f"{where} has no params; give it a list of parameters."
     for key, (low, high) in RANGES.items():
         values = group.get(key, low)
-        for value in values if key == "betas" and isinstance(values, tuple | list) else [values]:
+        for value in values if key in ("betas", "eps") and isinstance(values, tuple | list) else [values]:
+            if key == "eps" and value is None and value is not values:          # that of the dtype
+                continue
             if not isinstance(value, int | float | torch.Tensor) or not low <= float(value) < high:
                 yield f"{where}: its {key} is {printable(str(values), 60)}; write numbers from {low}, below {high}."
     if wrong := next((option for option in NOT_DONE if group.get(option)), None):
@@ -154,6 +157,34 @@ def _wrong(number: int, group: Mapping[str, Any]) -> Iterator[str]:
 def of_config(rule: str, options: Mapping[str, Any], parameters: Iterable[Any]) -> ZeroOptimizer:
     """A group that does not say an option has that of the configuration."""
     return ZeroOptimizer(parameters, rule, dict(options))
+
+
+def halves(model: nn.Module, parameters: Iterable[Any], options: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Groups for Muon, as DeepSpeed makes them: each is parted into matrices that Muon changes and the rest, which is
+    Adam's. What a parameter's own `use_muon` does not say, its dimensions and its name do."""
+    given = list(parameters)
+    groups = [g for g in given if isinstance(g, Mapping)]
+    loose = [p for p in given if not isinstance(p, Mapping)]
+    groups += [{"params": loose}] if loose or not groups else []
+    names = {p: name.lower() for name, p in model.named_parameters()}
+
+    def is_matrix(p: nn.Parameter) -> bool:
+        own = p.dim() > 1 and not any(word in names.get(p, "") for word in ("embed", "lm_head"))
+        return bool(getattr(p, "use_muon", own))
+
+    shared = {"weight_decay": options["weight_decay"]}
+    lr = {True: (options["muon_lr"], options["lr"], 0.02), False: (options["adam_lr"], options["lr"], 3e-4)}
+    own = {True: {"momentum": options["momentum"]}, False: {"betas": options["betas"], "eps": options["eps"]}}
+    made = []
+    for i, group in enumerate(groups):
+        for muon in (True, False):
+            half = [p for p in group.get("params", ()) if is_matrix(p) == muon]
+            wish = {key: value for key, value in group.items() if key in ("lr", *own[muon], *shared)}
+            name = f"{'muon' if muon else 'adam'}-params"
+            name = f"{group.get('name', f'group{i}')}-{name}" if len(groups) > 1 or "name" in group else name
+            made += [{"lr": next(r for r in lr[muon] if r is not None), **own[muon], **shared, **wish, "params": half,
+                      "use_muon": muon, "name": name}] if half else []
+    return made
 
 
 def of_client(given: Given, parameters: Iterable[nn.Parameter]) -> ZeroOptimizer:

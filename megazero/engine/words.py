@@ -298,6 +298,8 @@ def _params(v: Values, block: str) -> dict[str, Any]:
 
 
 PLAIN = {"sgd": "lr momentum weight_decay nesterov", "lion": "lr betas weight_decay",
+         "adafactor": "lr beta2_decay eps d weight_decay",
+         "muon": "lr muon_lr adam_lr momentum betas eps weight_decay",
          "lamb": "lr betas eps weight_decay bias_correction max_coeff min_coeff"}
 
 
@@ -305,7 +307,7 @@ def _optimizer(v: Values) -> tuple[str, dict[str, Any]] | None:
     """A rule and its options in torch's words."""
     kind, p = str(v["optimizer.type"]).lower(), _params(v, "optimizer")
     if kind in PLAIN:
-        return kind, {key: tuple(p[key]) if key == "betas" else p[key] for key in PLAIN[kind].split()}
+        return kind, {key: tuple(p[key]) if isinstance(p[key], list) else p[key] for key in PLAIN[kind].split()}
     if kind not in ("adam", "adamw"):
         return None
     decoupled = kind == "adamw" or p["adam_w_mode"]
@@ -324,8 +326,8 @@ def _told(given: Mapping[str, Any], judged: Judged) -> Iterator[str]:
     v = judged.values
     if given.get("gradient_clipping") is None:
         yield "gradient_clipping is 1.0, the default, as in DeepSpeed 0.19.8; 0 turns it off"
-    if v["optimizer.type"] != MUST and "lr" not in (given["optimizer"].get("params") or {}):
-        yield f"optimizer.params.lr is {v['optimizer.params.lr']:g}, the default"
+    if (lr := v["optimizer.params.lr"]) is not None and "lr" not in (given["optimizer"].get("params") or {}):
+        yield f"optimizer.params.lr is {lr:g}, the default"
     home = [block for block in ("offload_param", "offload_optimizer")
             if v[f"zero_optimization.{block}.device"] != "none"]
     if home:

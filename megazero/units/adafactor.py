@@ -18,13 +18,14 @@ Tensor = torch.Tensor
 
 
 class Adafactor(Kernel):
-    """Options of a group: decay, clip, eps. `factors`: row and column means of tensors, by name."""
+    """Options of a group: beta2_decay, d, eps (least second moment, default that of the dtype; least root mean square
+    of a weight). `factors`: row and column means of tensors, by name."""
 
     factors: Mapping[str, tuple[Tensor, Tensor]]
 
     def step(self, closure: Any = None) -> None:                # type: ignore[override]
         options, t, go = dict(self.all()), self.count.double() + 1, self.found_inf == 0
-        new = t ** self.param_groups[0]["decay"]                # what the moments take of this step
+        new = t ** self.param_groups[0]["beta2_decay"]          # what the moments take of this step
         squares = self._measure()
         for name, (rows, columns) in self.factors.items():
             _, by_row, by_column = squares[name]
@@ -34,14 +35,14 @@ class Adafactor(Kernel):
             if _flat(part.piece):
                 variance, g = self.state[p]["variance"], self.gradient(self._grad(p))
                 variance.copy_(torch.where(go, torch.lerp(variance, g * g, new.to(g.dtype)), variance))
-        updates = self._lengths()
+        updates = self._lengths(options)
         for p, w, g, box in self._boxes():
             o, shape = options[p], self.parts[p].piece.shard.parameter.shape
             root = {what: (total / prod(shape)).sqrt() for what, total in (
                 ("weight", squares[self._name(p)][0]), ("update", updates[self._name(p)]))}
-            rate = torch.minimum(o["lr"].double(), t.rsqrt()) * root["weight"].clamp(min=o["eps"])
-            length = rate / (root["update"] / o["clip"]).clamp(min=1)
-            moved = w - o["lr"] * o["weight_decay"] * w - length.to(w.dtype) * self._update(p, g, box)
+            rate = torch.minimum(o["lr"].double(), t.rsqrt()) * root["weight"].clamp(min=o["eps"][1])
+            length = rate / (root["update"] / o["d"]).clamp(min=1)
+            moved = w - o["lr"] * o["weight_decay"] * w - length.to(w.dtype) * self._update(p, g, box, o)
             w.copy_(torch.where(go, moved, w))
         self.count.add_(go)
 
@@ -65,20 +66,20 @@ class Adafactor(Kernel):
         self.summed(sums)
         return views
 
-    def _lengths(self) -> dict[str, Tensor]:
+    def _lengths(self, options: Mapping[Tensor, Any]) -> dict[str, Tensor]:
         """Of each logical tensor the sum of its update's squares, over all ranks."""
         names = self._tensors()
         sums = torch.zeros(len(names), dtype=torch.float64, device=self.count.device)
         views = dict(zip(names, sums, strict=True))
         for p, _, g, box in self._boxes():
             if self.parts[p].piece.shard.owner:
-                views[self._name(p)] += self._update(p, g, box).square().sum(dtype=torch.float64)
+                views[self._name(p)] += self._update(p, g, box, options[p]).square().sum(dtype=torch.float64)
         self.summed(sums)
         return views
 
-    def _update(self, p: Tensor, g: Tensor, box: Box) -> Tensor:
+    def _update(self, p: Tensor, g: Tensor, box: Box, o: Mapping[str, Any]) -> Tensor:
         """Gradients by the root of their second moment."""
-        least = torch.finfo(g.dtype).eps
+        least = o["eps"][0] or torch.finfo(g.dtype).eps
         if _flat(self.parts[p].piece):
             part = self.parts[p]
             first = part.piece.start + box.offset[0] - part.piece.shard.box.offset[0] - part.start

@@ -57,7 +57,7 @@ def _muon(groups: list[dict[str, Any]], o: Optimization, fused: bool) -> torch.o
 
 
 def _adafactor(groups: list[dict[str, Any]], o: Optimization, fused: bool) -> torch.optim.Optimizer:
-    return Adafactor(groups, {"decay": o.adafactor_decay, "clip": o.adafactor_clip, "eps": o.adafactor_eps})
+    return Adafactor(groups, {"beta2_decay": o.adafactor_decay, "d": o.adafactor_clip, "eps": (None, o.adafactor_eps)})
 
 
 KERNELS: Mapping[str, Make] = {"adam": _adam, "sgd": _sgd, "lion": _lion, "ademamix": _ademamix, "lamb": _lamb,
