@@ -137,7 +137,7 @@ def kept(run: Run, unit: Unit) -> dict[str, torch.Tensor]:
 
 def moments(run: Run, unit: str) -> list[torch.Tensor]:
     """What the optimizer keeps beside a unit."""
-    return [own.tensor for own in run.updater.state[unit].values()]
+    return [t for own in run.updater.state[unit].values() for t in (own.tensor, getattr(own, "scales", None)) if t is not None]
 
 
 def load(run: Run, reader: Reader) -> Progress:

@@ -134,6 +134,7 @@ OWN = """import sys
 from megazero import Trainer
 import torch, transformers
 transformers.logging.set_verbosity_error()
+torch.manual_seed(0)
 model = transformers.GPT2LMHeadModel(transformers.GPT2Config(n_layer=1, n_embd=8, n_head=2, n_positions=8, vocab_size=16, bos_token_id=0, eos_token_id=0))
 data = [{"input_ids": torch.arange(8), "labels": torch.arange(8)}] * 8
 words = {"output_dir": sys.argv[1], "report_to": "none", "max_steps": 2, "per_device_train_batch_size": 2, "save_strategy": "no", "disable_tqdm": True, "learning_rate": 0.05}

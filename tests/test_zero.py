@@ -61,6 +61,8 @@ def test_bytes_on_the_wire_are_those_of_the_formulas(level: int, ranks: int, mic
     "--zero-stage 3 --reduce-every 2", "--zero-stage 3 --keep-weights 2", "--zero-stage 3 --keep-weights 8 --reduce-every 4 --bf16", "--zero-stage 2 --reduce-every 3",
     "--zero-stage 1 --zero-shard-size 2", "--zero-stage 2 --zero-shard-size 2 --bf16", "--zero-stage 3 --zero-shard-size 2", "--zero-stage 3 --bucket-size 100000",
     "--zero-stage 3 --tp 2 --fp16", "--zero-stage 2 --tp 2 --optimizer lamb --bf16 --ema 0.99", "--zero-stage 1 --zero-shard-size 2 --optimizer ademamix",
+    "--zero-stage 3 --tp 2 --exp-avg-dtype 8bit --exp-avg-sq-dtype bf16 --bf16", "--zero-stage 1 --exp-avg-sq-dtype 8bit --optimizer lamb --ema 0.9",
+    "--zero-stage 2 --zero-shard-size 2 --bf16 --main-params-dtype bf16 --optimizer lion",
     "--zero-stage 3 --tp 2 --optimizer adafactor --ema 0.9", "--zero-shard-size 2 --zero-stage 1 --tp 2 --optimizer muon --bf16", "--optimizer muon --muon-ns-dtype bf16",
     "--zero-stage 3 --optimizer muon --ema 0.9", "--zero-stage 1 --tp 2 --no-overlap-grad-reduce", "--zero-stage 3 --no-overlap-param-gather --pipeline-schedule gpipe",
 ])

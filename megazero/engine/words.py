@@ -326,7 +326,7 @@ def _told(given: Mapping[str, Any], judged: Judged) -> Iterator[str]:
     v = judged.values
     if given.get("gradient_clipping") is None:
         yield "gradient_clipping is 1.0, the default, as in DeepSpeed 0.19.8; 0 turns it off"
-    if (lr := v["optimizer.params.lr"]) is not None and "lr" not in (given["optimizer"].get("params") or {}):
+    if (lr := v.get("optimizer.params.lr")) is not None and "lr" not in (given["optimizer"].get("params") or {}):
         yield f"optimizer.params.lr is {lr:g}, the default"
     home = [block for block in ("offload_param", "offload_optimizer")
             if v[f"zero_optimization.{block}.device"] != "none"]

@@ -2,7 +2,7 @@
 
 from megazero.plan.action import Action, around, written
 from megazero.plan.architecture import FREE, Architecture, LayerKind, head_chunk, parameter_count, units, wide_tokens
-from megazero.plan.moments import moment_specs, tensors_of
+from megazero.plan.moments import MomentSpec, moment_specs, tensors_of
 from megazero.plan.checks import checks
 from megazero.plan.cost import memory
 from megazero.plan.dealing import Matrix, Ranks, Wave, deal
@@ -18,8 +18,9 @@ from megazero.plan.plan import Plan, resolve
 from megazero.plan.program import Part
 from megazero.plan.progress import LossScale, Progress, curve_of, loss_scale, progress_of
 from megazero.plan.rope import Llama3, Rotary
-from megazero.plan.rules import EMA, RULES, group_of, iterating
+from megazero.plan.rules import EMA, RULES, coded, dtype_of, group_of, iterating
 from megazero.plan.show import describe
 from megazero.plan.sizes import Sizes, ranks_asked, sizes
 from megazero.plan.sums import Reductions, Zero, ending
+from megazero.plan.tiles import BLOCK, CHUNK, Tile, blocks_here, blocks_of, tiled
 from megazero.plan.words import architecture_of, flags

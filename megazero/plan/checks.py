@@ -19,7 +19,7 @@ from megazero.settings import Config, nearest
 
 def checks(config: Config, world: int) -> list[str]:
     """A sentence for every way in which the configuration cannot run on `world` ranks."""
-    parts = (_sizes, _model, _layout, _batches, _schedule, _precision, _data, _order, _files, _groups, _unused)
+    parts = (_sizes, _model, _layout, _batches, _schedule, _precision, _data, _order, _files, _groups, _bytes, _unused)
     found = [sentence for part in parts for wrong, sentence in part(config, world) if wrong]
     return list(dict.fromkeys(found))
 
@@ -358,6 +358,7 @@ def _idle(c: Config) -> Iterator[Check]:
         (m.normalization == "LayerNorm", "--normalization LayerNorm", m, ("add_norm_bias",)),
         (o.optimizer in ("adam", "lamb", "ademamix", "muon"), "--optimizer adam, lamb, ademamix or muon", o,
          ("adam_beta1", "adam_beta2", "adam_eps")),
+        (o.optimizer != "lion", "a rule that keeps squares", o, ("exp_avg_sq_dtype",)),
         (o.optimizer in ("adam", "muon"), "--optimizer adam or muon", o, ("decoupled_weight_decay",)),
         *((o.optimizer == rule, f"--optimizer {rule}", o, names) for rule, names in {
             "sgd": ("sgd_momentum",), "lion": ("lion_beta1", "lion_beta2"),
@@ -392,6 +393,19 @@ def _without(rows: Sequence[Row]) -> Iterator[Check]:
             said = "" if isinstance(value, bool) else f" {' '.join(value) if isinstance(value, tuple) else value}"
             yield (not applies and value != getattr(plain, name),
                    f"--{'no-' * (value is False)}{name.replace('_', '-')}{said}: has no effect without {with_}.")
+
+
+def _bytes(c: Config, world: int) -> Iterator[Check]:
+    """Of weights and moments."""
+    o, able = c.optimizer, ("adam", "lion", "lamb", "ademamix")
+    for flag, dtype in (("--exp-avg-dtype", o.exp_avg_dtype), ("--exp-avg-sq-dtype", o.exp_avg_sq_dtype),
+                        ("--main-params-dtype", o.main_params_dtype)):
+        yield (dtype != "fp32" and o.optimizer not in able,
+               f"{flag} {dtype}: is of --optimizer {', '.join(able[:-1])} and {able[-1]}, not of {o.optimizer}; "
+               "write fp32.")
+    yield (o.main_params_dtype != "fp32" and c.dtype != "bf16",
+           f"--main-params-dtype {o.main_params_dtype}: needs --bf16, whose weights it leaves without masters; this "
+           f"run is {c.dtype}.")
 
 
 def _precision(c: Config, world: int) -> Iterator[Check]:

@@ -18,7 +18,8 @@ from megazero.plan.mesh import all_reduce_bytes
 from megazero.plan.moments import moment_specs
 from megazero.plan.operations import Micro, Operation, distinct, table
 from megazero.plan.plan import Plan
-from megazero.plan.rules import RULES, group_of, iterating
+from megazero.plan.rules import RULES, dtype_of, group_of, iterating
+from megazero.plan.tiles import blocks_here, blocks_of
 from megazero.settings import Optimization
 
 # What a pass over a part changes: what it keeps for backward, what lives between the two halves of a split backward,
@@ -43,15 +44,15 @@ def memory(p: Plan, rank: int = 0) -> dict[str, int]:
     """Bytes on one rank by category, as they are between actions. Of what an operation needs while it runs only logits
     are counted: a chunk, and what of it exists in fp32 too."""
     level, a, m, units, program = p.zero.level, p.architecture, micro(p, rank), flats(p, rank), p.training(rank)
-    whole, beside = sum(stored(f, p) for f in units.values()), sum(_kept(f, p, rank) for f in units.values())
+    whole, beside = sum(stored(f, p) for f in units.values()), sum(_kept(f, p, rank, m.wide) for f in units.values())
     part, width, full = whole // p.shard, m.width, m.wide       # full: masters, gradients and moments
     chunk = min(m.tokens, p.head_chunk) if len(p.stages) - 1 in p.stages_of(rank).own else 0
     rows = ragged_rows(a.vocab_size, p.tp, a.pad_rows)
     return {
         "weights": (part if level == 3 else whole) * width,
-        "master weights": part * 4 if width == 2 else 0,
+        "master weights": part * 4 if width == 2 and p.config.optimizer.main_params_dtype == "fp32" else 0,
         "gradients": (part if level >= 2 else whole) * full,
-        "optimizer": beside * full,
+        "optimizer": beside,
         "gathered weights": borrowed(program, units, p, "gather", "release") * width if level == 3 else 0,
         "gradient sums": borrowed(program, units, p, "open", "land") * full if level >= 2 else 0,
         "activations": peak(program, table(a, m), m.share * a.hidden * width),
@@ -61,13 +62,16 @@ def memory(p: Plan, rank: int = 0) -> dict[str, int]:
     }
 
 
-def _kept(f: Flat, p: Plan, rank: int) -> int:
-    """Elements that the optimizer keeps beside a unit on one rank."""
-    size, place = stored(f, p), p.mesh.place(rank)
+def _kept(f: Flat, p: Plan, rank: int, wide: int) -> int:
+    """Bytes that the optimizer keeps beside a unit on one rank."""
+    size, place, total = stored(f, p), p.mesh.place(rank), 0
     slice_, o = size // p.shard, p.config.optimizer
-    reaches = (k.on(place.shard * slice_, (place.shard + 1) * slice_)
-               for k in moment_specs(f, size, lambda piece: _rule(piece, o), o.ema is not None, place).values())
-    return sum(stop - start for start, stop in reaches)
+    for kind, spec in moment_specs(f, size, lambda piece: _rule(piece, o), o.ema is not None, place).items():
+        start, stop = spec.on(place.shard * slice_, (place.shard + 1) * slice_)
+        dtype = dtype_of(kind, o)
+        total += (stop - start) * {"fp32": wide, "bf16": 2, "8bit": 1}[dtype]
+        total += blocks_here(spec.flat, start, stop) * wide if dtype == "8bit" else 0
+    return total
 
 
 def _rule(piece: Piece, o: Optimization) -> str:
@@ -125,6 +129,11 @@ def traffic(p: Plan, rank: int = 0) -> dict[str, int]:
         sent[axis] += all_reduce_bytes(n, wide, size)
     for axis, size in (("shard", p.shard), ("tp", p.tp)):
         sent[axis] += sum(all_reduce_bytes(n, 8, size) for n in measures(p.config.optimizer, units))
+    kinds = sum(dtype_of(kind, p.config.optimizer) == "8bit" for kind in RULES[p.config.optimizer.optimizer].moments)
+    for f in units.values() if kinds else ():                           # the largest of each block
+        blocks = sum(prod(blocks_of(piece.shard.parameter.shape)) for piece in f.pieces)
+        for axis, size in (("shard", p.shard), ("tp", p.tp)):
+            sent[axis] += all_reduce_bytes(kinds * blocks, wide, size)
     if p.mesh.stage:
         sent["stage"] = _dealt(p, rank, units)
     return {**sent, "world": all_reduce_bytes(4, 8, p.world)}

@@ -78,3 +78,14 @@ def group_of(name: str, group: str, o: Optimization) -> ParameterGroup:
 def iterating(o: Optimization, dtype: str, device: str) -> str:
     """The dtype of Muon's iterations, and of what travels for them: the device's, but fp64 where all is."""
     return o.muon_ns_dtype or ("fp64" if dtype == "fp64" else "bf16" if device == "cuda" else "fp32")
+
+
+def dtype_of(kind: str, o: Optimization) -> str:
+    """In which a kind of moment is kept: fp32 stands for that of the gradients."""
+    return {"exp_avg": o.exp_avg_dtype, "exp_avg_slow": o.exp_avg_dtype, "exp_avg_sq": o.exp_avg_sq_dtype}.get(
+        kind, "fp32")
+
+
+def coded(o: Optimization) -> bool:
+    """Are weights or moments in fewer bytes than what they are computed in?"""
+    return o.main_params_dtype != "fp32" or any(dtype_of(kind, o) != "fp32" for kind in RULES[o.optimizer].moments)

@@ -27,7 +27,8 @@ class Run:
             at = plan.placement(spec.name)
             sharing = Sharing(plan.zero.level, wires[at.shard], wires[at.replicate], wires[at.holders], wires["tp"],
                               wires["stage"], buffers)
-            self.units[spec.name] = Unit(flat(spec, wires.place), TORCH_DTYPE[c.dtype], device, sharing)
+            self.units[spec.name] = Unit(flat(spec, wires.place), TORCH_DTYPE[c.dtype], device, sharing,
+                                         masters=c.optimizer.main_params_dtype == "fp32")
         self.decoder = Decoder(a, self.units, wires["tp"], seed=c.training.seed,
                                recompute=c.training.recompute_granularity, device=device, chunk=plan.head_chunk,
                                own=[i for own in stages.own.values() for i in own])
@@ -35,7 +36,8 @@ class Run:
         self.smaller: dict[int, list[Action]] = {}              # by the samples of a step, while those grow
         units = list(self.units.values())
         self.gate = Gate(units, c.optimizer.clip_grad, wires["world"], tells=wires.place.tp == 0)
-        self.updater = Updater(units, c.optimizer, {a.units for a in self.training if a.kind == "update"})
+        self.updater = Updater(units, c.optimizer, {a.units for a in self.training if a.kind == "update"},
+                               seed=c.training.seed)
         self.actions = UnitActions(self.units, wires, self.gate, self.updater)
         self.executor = Executor(self.decoder, wires, plan.parts, self.actions)
 

@@ -16,7 +16,7 @@ WITHOUT: dict[str, str] = {
         ddp-reduce-scatter-with-fp32-accumulation use-cpu-initialization no-initialization disable-msc fim-data
         use-distributed-data-parallel no-overlap-p2p-communication variable-seq-lengths use-tp-pp-dp-mapping
         disable-bf16-reduced-precision-matmul no-use-tokenizer-model-from-checkpoint-args universal-checkpoint
-        muon-split-qkv""",
+        muon-split-qkv use-precision-aware-optimizer""",
     "dropout and order of samples follow from --seed": "no-load-rng no-save-rng data-parallel-random-init",
     "sums and losses keep fp32 here": "grad-reduce-in-bf16 fp16-lm-cross-entropy no-fp32-allreduce",
     "the same function, said otherwise": """
@@ -101,9 +101,8 @@ REFUSED: dict[str, str] = {
         cpu-offloading-num-layers cpu-offloading-* cpu_torch_adam use-torch-optimizer-for-cpu-offload remote-device
         overlap-cpu-optimizer-d2h-h2d optimizer-offload-* fine-grained-activation-offloading offload-modules
         swap-attention""",
-    "masters and moments are fp32 here yet: others would round the update; leave it out": """
-        use-precision-aware-optimizer exp-avg-dtype exp-avg-sq-dtype main-params-dtype main-grads-dtype
-        use-bnb-optimizer reuse-fp32-param""",
+    "sums of gradients are fp32 here: others would round the update; leave it out": """
+        main-grads-dtype use-bnb-optimizer reuse-fp32-param""",
     "that optimizer is not here: the update would be another; write --optimizer adam, sgd, lion, lamb, ademamix, "
     "adafactor or muon": "shampoo-* soap-* sophia-* mup-* use-mup",
     "muon makes whole matrices orthogonal here, q, k and v apart, whatever --tp is; leave it out": """
@@ -161,8 +160,7 @@ REFUSED: dict[str, str] = {
 PLAIN: dict[str, tuple[str, ...]] = {
     "context-parallel-size": ("1",), "cp-comm-type": ("",), "expert-model-parallel-size": ("1",),
     "expert-tensor-parallel-size": ("1",), "num-experts": ("1", "0"), "mtp-num-layers": ("0",), "topk": ("1",),
-    "main-grads-dtype": ("fp32",), "main-params-dtype": ("fp32",), "exp-avg-dtype": ("fp32",),
-    "exp-avg-sq-dtype": ("fp32",), "ds-sequence-parallel-size": ("1",), "rope-type": ("rope",),
+    "main-grads-dtype": ("fp32",), "ds-sequence-parallel-size": ("1",), "rope-type": ("rope",),
     "rotary-scaling-factor": ("1", "1.0"), "softmax-type": ("vanilla",), "cpu-offloading-num-layers": ("0",),
     "expert-interval": ("",), "mlp-type": ("standard",), "moe-layer-freq": ("1",), "sample-rate": ("1", "1.0"),
     "mtp-loss-scaling-factor": ("",), "num-distributed-optimizer-instances": ("1",),

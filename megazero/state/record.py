@@ -44,14 +44,16 @@ def buffers_of(unit: Unit, moments: Moments) -> dict[str, Moment]:
 def slices(units: Iterable[Unit], moments: Moments) -> list[Slice]:
     """What this rank writes of its units."""
     return [s for u in units if u.owner for kind, own in buffers_of(u, moments).items()
-            if not own.factor or u.sharing.shard.rank == 0 for s in owned(own.flat, own.low, {kind: own.tensor})]
+            if not own.factor or u.sharing.shard.rank == 0 for s in owned(own.flat, own.low, {kind: own.numbers()})]
 
 
 def restore(reader: Reader, units: Iterable[Unit], moments: Moments) -> None:
     """Weights and those `moments` from a checkpoint, whatever layout wrote it. Raises UserError for damage."""
     for unit in units:
         for kind, own in buffers_of(unit, moments).items():
-            fill(reader, own.flat, own.low, {kind: own.tensor})
+            numbers = own.numbers()
+            fill(reader, own.flat, own.low, {kind: numbers})
+            own.take(numbers)
         unit.publish()
 
 

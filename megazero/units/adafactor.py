@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from megazero.plan import Box, Piece
-from megazero.units.formulas import CHUNK, Kernel
+from megazero.plan import CHUNK, Box, Piece
+from megazero.units.formulas import Kernel
 
 Tensor = torch.Tensor
 

@@ -14,14 +14,14 @@ from typing import Any, NamedTuple
 
 import torch
 
-from megazero.plan import Piece
+from megazero.plan import CHUNK, RULES, Piece, Tile, tiled
+from megazero.units.codes import InBlocks, Moment, agreed
 from megazero.units.unit import Unit
 
 Tensor = torch.Tensor
 Moments = Mapping[str, Tensor]
 Options = Mapping[str, Any]
 Moved = tuple[Tensor, dict[str, Tensor]]
-CHUNK = 1 << 22                         # elements at a time: what a formula needs while it runs is a few times as much
 
 
 def lion(g: Tensor, s: Moments, t: Tensor, o: Options) -> Moved:
@@ -59,8 +59,16 @@ def lamb(g: Tensor, s: Moments, t: Tensor, o: Options) -> Moved:
     return mean / first / ((square / second).sqrt() + o["eps"]), {"exp_avg": mean, "exp_avg_sq": square}
 
 
+def adam(g: Tensor, s: Moments, t: Tensor, o: Options) -> Moved:
+    """Kingma and Ba 2015 (Adam), algorithm 1."""
+    beta1, beta2 = o["betas"]
+    mean, square = torch.lerp(g, s["exp_avg"], beta1), torch.lerp(g * g, s["exp_avg_sq"], beta2)
+    root = (square / (1 - beta2**t)).sqrt() + o["eps"]
+    return mean / (1 - beta1**t) / root, {"exp_avg": mean, "exp_avg_sq": square}
+
+
 FORMULAS: Mapping[str, Callable[[Tensor, Moments, Tensor, Options], Moved]] = {
-    "lion": lion, "ademamix": ademamix, "lamb": lamb}
+    "adam": adam, "lion": lion, "ademamix": ademamix, "lamb": lamb}
 
 
 class Portion(NamedTuple):
@@ -113,10 +121,10 @@ class Formulas(Kernel):
 
     def __init__(self, groups: Sequence[dict[str, Any]], rule: str, options: dict[str, Any]) -> None:
         super().__init__(groups, options)
-        self.formula = FORMULAS[rule]
+        self.formula, self.measures = FORMULAS[rule], RULES[rule].scope == "statistics"
 
     def step(self, closure: Any = None) -> None:                # type: ignore[override]
-        go, ratios = self.found_inf == 0, self._ratios() if self.units else {}
+        go, ratios = self.found_inf == 0, self._ratios() if self.measures else {}
         for p, group in self.all():
             for w, g, moments, t in self._chunks(p):
                 direction, become = self._direction(w, g, moments, t, group)
@@ -140,8 +148,10 @@ class Formulas(Kernel):
 
     def _direction(self, w: Tensor, grad: Tensor, moments: Moments, t: Tensor, group: Options) -> Moved:
         """Decay included."""
-        direction, become = self.formula(self.gradient(grad), moments, t, group)
-        return direction + group["weight_decay"] * w, become
+        g, decay = self.gradient(grad), group["weight_decay"] * w
+        decoupled = group.get("decoupled_weight_decay", True)
+        direction, become = self.formula(g if decoupled else g + decay, moments, t, group)
+        return direction + decay if decoupled else direction, become
 
     def _chunks(self, p: Tensor) -> Iterator[tuple[Tensor, Tensor, Moments, Tensor]]:
         """(w, gradient, moments, t) of a slice, a piece at a time."""
@@ -152,3 +162,50 @@ class Formulas(Kernel):
             yield w[part], grad[part], {name: m[part] for name, m in state.items()}, self.count.double() + 1
 
 
+
+
+class Coded(Formulas):
+    """The same where weights or moments are in fewer bytes (codes.py). `kept` of units: their weights and moments."""
+
+    kept: Mapping[str, Mapping[str, Moment]]
+
+    def step(self, closure: Any = None) -> None:                # type: ignore[override]
+        go, ratios = self.found_inf == 0, self._ratios() if self.measures else {}
+        of = {id(part.piece): (p, group) for p, group in self.all() for part in [self.parts[p]]}
+        for unit in self.units:
+            kept = self.kept[unit.flat.name]
+            blocks = {kind: own for kind, own in kept.items() if isinstance(own, InBlocks)}
+            largest = {kind: own.nothing() for kind, own in blocks.items()}
+            if blocks:                                          # seen once before they are written
+                for tile, new in self._new(unit, of, ratios):
+                    for kind, own in blocks.items():
+                        own.note(largest[kind], tile, new[kind])
+                sizes = [len(x) for x in largest.values()]
+                both = agreed(torch.cat(list(largest.values())), next(iter(blocks.values())).ranks)
+                largest = dict(zip(largest, both.split(sizes), strict=True))
+            for tile, new in self._new(unit, of, ratios):
+                for kind, own in blocks.items():
+                    own.settle(largest[kind], tile, go)
+                for kind, moment in kept.items():
+                    moment.write(tile, new[kind], go, self.count)
+        self.count.add_(go)
+
+    def _new(self, unit: Unit, of: Mapping[int, tuple[Tensor, Options]],
+             ratios: Mapping[Tensor, Tensor]) -> Iterator[tuple[Tile, dict[str, Tensor]]]:
+        """What weights and moments become, tile by tile."""
+        for tile in tiled(unit.flat, unit.low, unit.high):
+            p, group = of[id(unit.flat.pieces[tile.piece])]
+            w, grad, moments, t = self._numbers(unit, tile)
+            direction, become = self._direction(w, grad, moments, t, group)
+            yield tile, {"weight": w - group["lr"] * ratios.get(p, 1) * direction, **become}
+
+    def _numbers(self, unit: Unit, tile: Tile) -> tuple[Tensor, Tensor, Moments, Tensor]:
+        wide = unit.grad_slice.dtype
+        numbers = {kind: own.read(tile).to(wide) for kind, own in self.kept[unit.flat.name].items()}
+        at = tile.start - unit.low
+        return numbers.pop("weight"), unit.grad_slice[at:at + tile.numel], numbers, self.count.double() + 1
+
+    def _chunks(self, p: Tensor) -> Iterator[tuple[Tensor, Tensor, Moments, Tensor]]:
+        unit, piece, _, _ = self.parts[p]
+        return (self._numbers(unit, tile) for tile in tiled(unit.flat, unit.low, unit.high)
+                if unit.flat.pieces[tile.piece] is piece)

@@ -65,7 +65,7 @@ class Gate:
     def __init__(self, units: Sequence[Unit], clip: float, world: Group, tells: bool) -> None:
         """`clip`: largest norm, 0 for any. `tells`: of ranks that know the same figures one tells them."""
         self.clip, self.world, self.tells = clip, world, tells
-        like = units[0].master if units else torch.zeros(0)     # none: there will be no steps
+        like = units[0].grad_slice if units else torch.zeros(0)         # none: there will be no steps
         self.wide, self.device = like.dtype, like.device
         owned = [(p.shard.parameter.name, u.grad_slice[a:b]) for u in units if u.owner
                  for p, a, b in u.pieces() if p.shard.owner]

@@ -93,9 +93,15 @@ def keep_mask(stream: int, rows: torch.Tensor, width: int, p: float, first: int 
     `rows` [n] are numbers of logical rows (sample and token, say), `first` the logical column of the first one here:
     element (row, column) is a hash of (stream, row, column), so any part of a mask equals that part of the whole.
     """
-    base = _mix(rows.to(torch.int64) ^ (stream & (1 << 62) - 1))
-    mixed = _mix(base[:, None] + torch.arange(first, first + width, dtype=torch.int64, device=rows.device))
-    return (mixed & 0xFFFFFF) >= int(p * (1 << 24))
+    return (hashed(stream, rows, width, first) & 0xFFFFFF) >= int(p * (1 << 24))
+
+
+def hashed(stream: int, rows: torch.Tensor, width: int, first: int = 0,
+           step: torch.Tensor | None = None) -> torch.Tensor:
+    """int64 [rows, width] of (stream, row, column), and of a `step` that the device counts."""
+    base = rows.to(torch.int64) ^ (stream & (1 << 62) - 1)
+    base = _mix(base if step is None else base ^ _mix(step.to(torch.int64) + 1))
+    return _mix(base[:, None] + torch.arange(first, first + width, dtype=torch.int64, device=rows.device))
 
 
 def _mix(x: torch.Tensor) -> torch.Tensor:

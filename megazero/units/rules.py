@@ -14,12 +14,14 @@ from typing import Any
 
 import torch
 
-from megazero.plan import EMA, RULES, Flat, Piece, group_of, iterating, moment_specs, spans
+from megazero.plan import EMA, RULES, Piece, coded, dtype_of, group_of, iterating, moment_specs, spans
 from megazero.settings import Optimization
 from megazero.units.adafactor import Adafactor
-from megazero.units.formulas import Formulas, Kernel, Portion
+from megazero.units.codes import ByChance, Moment, moment
+from megazero.units.formulas import Coded, Formulas, Kernel, Portion
 from megazero.units.gate import Verdict
 from megazero.units.muon import Muon
+from megazero.units.random import key
 from megazero.units.unit import TORCH_DTYPE, Unit
 
 Tensor = torch.Tensor
@@ -35,21 +37,6 @@ def _sgd(groups: list[dict[str, Any]], o: Optimization, fused: bool) -> torch.op
     return torch.optim.SGD(groups, momentum=o.sgd_momentum, fused=fused, foreach=False)
 
 
-def _lion(groups: list[dict[str, Any]], o: Optimization, fused: bool) -> torch.optim.Optimizer:
-    return Formulas(groups, "lion", {"betas": (o.lion_beta1, o.lion_beta2)})
-
-
-def _ademamix(groups: list[dict[str, Any]], o: Optimization, fused: bool) -> torch.optim.Optimizer:
-    return Formulas(groups, "ademamix", {
-        "betas": (o.adam_beta1, o.adam_beta2, o.ademamix_beta3), "eps": o.adam_eps, "alpha": o.ademamix_alpha,
-        "alpha_warmup": o.ademamix_alpha_warmup, "beta3_warmup": o.ademamix_beta3_warmup})
-
-
-def _lamb(groups: list[dict[str, Any]], o: Optimization, fused: bool) -> torch.optim.Optimizer:
-    return Formulas(groups, "lamb", {"betas": (o.adam_beta1, o.adam_beta2), "eps": o.adam_eps, "bias_correction": True,
-                                     "min_coeff": 0.0, "max_coeff": math.inf})
-
-
 def _muon(groups: list[dict[str, Any]], o: Optimization, fused: bool) -> torch.optim.Optimizer:
     return Muon(groups, {"momentum": o.muon_momentum, "nesterov": o.muon_nesterov, "ns_steps": o.muon_num_ns_steps,
                          "coefficients": o.muon_coefficient_type, "scale_mode": o.muon_scale_mode,
@@ -60,8 +47,24 @@ def _adafactor(groups: list[dict[str, Any]], o: Optimization, fused: bool) -> to
     return Adafactor(groups, {"beta2_decay": o.adafactor_decay, "d": o.adafactor_clip, "eps": (None, o.adafactor_eps)})
 
 
-KERNELS: Mapping[str, Make] = {"adam": _adam, "sgd": _sgd, "lion": _lion, "ademamix": _ademamix, "lamb": _lamb,
-                               "adafactor": _adafactor, "muon": _muon}
+KERNELS: Mapping[str, Make] = {"adam": _adam, "sgd": _sgd, "adafactor": _adafactor, "muon": _muon}
+# of formulas
+OPTIONS: Mapping[str, Callable[[Optimization], dict[str, Any]]] = {
+    "adam": lambda o: {"betas": (o.adam_beta1, o.adam_beta2), "eps": o.adam_eps,
+                       "decoupled_weight_decay": o.decoupled_weight_decay},
+    "lion": lambda o: {"betas": (o.lion_beta1, o.lion_beta2)},
+    "lamb": lambda o: {"betas": (o.adam_beta1, o.adam_beta2), "eps": o.adam_eps, "bias_correction": True,
+                       "min_coeff": 0.0, "max_coeff": math.inf},
+    "ademamix": lambda o: {"betas": (o.adam_beta1, o.adam_beta2, o.ademamix_beta3), "eps": o.adam_eps,
+                           "alpha": o.ademamix_alpha, "alpha_warmup": o.ademamix_alpha_warmup,
+                           "beta3_warmup": o.ademamix_beta3_warmup}}
+
+
+def made(rule: str, groups: list[dict[str, Any]], o: Optimization, fused: bool) -> torch.optim.Optimizer:
+    """The kernel of a rule."""
+    if coded(o):
+        return Coded(groups, rule, OPTIONS[rule](o))
+    return KERNELS[rule](groups, o, fused) if rule in KERNELS else Formulas(groups, rule, OPTIONS[rule](o))
 
 
 @dataclass(frozen=True)
@@ -92,29 +95,6 @@ def groups_of(o: Optimization, units: Iterable[Unit]) -> Groups:
                   [g.rate for g in found], lambda: [{"weight_decay": o.weight_decay * g.decayed} for g in found])
 
 
-@dataclass(frozen=True)
-class Moment:
-    """What is kept beside a unit's masters of one kind: the elements from `low` on of a buffer that is laid out as
-    `flat` says. A `factor` is whole on every rank."""
-
-    flat: Flat
-    low: int
-    tensor: Tensor
-    factor: bool = False
-
-    def part(self, start: int, stop: int) -> Tensor:
-        return self.tensor[start - self.low:stop - self.low]
-
-    def meets(self, start: int, stop: int) -> tuple[int, int]:
-        """What of [start, stop) is here."""
-        a, b = (min(max(at, self.low), self.low + len(self.tensor)) for at in (start, stop))
-        return a, b
-
-    def piece(self, name: str) -> Piece:
-        """Of the logical tensor of that name."""
-        return next(p for p in self.flat.pieces if p.shard.parameter.name == name)
-
-
 def precise(master: Tensor) -> bool:
     """Do torch's fused kernels compute in the precision of these masters?"""
     return not (master.is_cuda and master.dtype == torch.float64)
@@ -133,16 +113,17 @@ class Updater:
     """Changes masters. `state[unit][kind]` is what is kept beside them."""
 
     def __init__(self, units: Sequence[Unit], o: Optimization, together: Iterable[tuple[str, ...]],
-                 groups: Groups | None = None) -> None:
-        """`together`: the units of each update. `groups`: default, those of the settings."""
-        self.units, self.settings = {u.flat.name: u for u in units}, o
+                 groups: Groups | None = None, seed: int = 0) -> None:
+        """`together`: the units of each update. `groups`: default, those of the settings. `seed`: of what is rounded by
+        chance."""
+        self.units, self.settings, self.seed = {u.flat.name: u for u in units}, o, seed
         self.groups = groups or groups_of(o, units)
         self.state = {name: self._beside(u) for name, u in self.units.items()}
         self.steps: list[Tensor] = []
-        master = units[0].master if units else torch.zeros(0)
-        self.wide, self.fused = master.dtype, precise(master)
-        self.lr = torch.zeros(len(self.groups.rules), dtype=self.wide, device=master.device)
-        self.rates = torch.tensor(self.groups.rates, device=master.device)
+        like = units[0].grad_slice if units else torch.zeros(0)
+        self.wide, self.fused = like.dtype, precise(like)
+        self.lr = torch.zeros(len(self.groups.rules), dtype=self.wide, device=like.device)
+        self.rates = torch.tensor(self.groups.rates, device=like.device)
         self.kernels = {names: self._kernels([self.units[n] for n in names]) for names in together if names}
 
     def update(self, names: tuple[str, ...], verdict: Verdict, lr: Tensor) -> None:
@@ -169,7 +150,8 @@ class Updater:
         decay = self.settings.ema
         for name in names if decay is not None else ():
             mean, master = self.state[name][EMA].tensor, self.units[name].master
-            mean.copy_(torch.where(verdict.found_inf == 0, torch.lerp(master, mean, decay or 0.0), mean))
+            new = torch.lerp(master.to(mean.dtype), mean, decay or 0.0)
+            mean.copy_(torch.where(verdict.found_inf == 0, new, mean))
 
     def begin_means(self) -> None:
         """The means of the weights are the weights."""
@@ -182,19 +164,16 @@ class Updater:
         if self.settings.ema is None:
             yield
             return
-        self._exchange()
+        own = {}
+        for name, unit in self.units.items():
+            unit.updated()
+            own[name] = unit.master if unit.master is not unit.weight_slice else unit.master.clone()
+            unit.publish(self.state[name][EMA].tensor)
         try:
             yield
         finally:
-            self._exchange()
-
-    def _exchange(self) -> None:
-        for name, unit in self.units.items():
-            unit.updated()
-            mean, before = self.state[name][EMA].tensor, unit.master.clone()
-            unit.master.copy_(mean)
-            mean.copy_(before)
-            unit.publish()
+            for name, unit in self.units.items():
+                unit.publish(own[name])
 
     def set_steps(self, applied: int) -> None:
         """Continues after `applied` steps: Adam's bias correction counts from there."""
@@ -230,9 +209,9 @@ class Updater:
         """Zeros, from the start: a first step that is skipped leaves them so."""
         tensor, found = unit.sharing.tensor, dict[str, Moment]()
         place, ema = {"tp": (tensor.rank, tensor.size)}, self.settings.ema is not None
-        for kind, at in moment_specs(unit.flat, unit.size, self.groups.rule, ema, place).items():
-            start, stop = at.on(unit.low, unit.high)
-            found[kind] = Moment(at.flat, start, unit.master.new_zeros(stop - start), at.factor)
+        for kind, spec in moment_specs(unit.flat, unit.size, self.groups.rule, ema, place).items():
+            found[kind] = moment(spec, unit.grad_slice, unit.low, unit.high, dtype_of(kind, self.settings), kind,
+                                 self.seed, (unit.sharing.shard, tensor))
         return found
 
     def _kernels(self, units: Sequence[Unit]) -> list[torch.optim.Optimizer]:
@@ -243,21 +222,22 @@ class Updater:
         """Over views of our flat buffers, its state too; none, where this rank has nothing to do."""
         options, facts = self.groups.options(), RULES[rule]
         slices = [(i, part) for i, r in enumerate(self.groups.rules) if r == rule
-                  for part in self._slices(units, i, facts.scope == "element")]
+                  for part in self._slices(units, i, facts.scope == "element" and not coded(self.settings))]
         if not slices and facts.scope == "element":
             return
         params, parts = [], dict[Tensor, Portion]()
         for _, part in slices:
             a, b = part.start - part.unit.low, part.stop - part.unit.low
-            params.append(part.unit.master[a:b].detach().requires_grad_())              # so torch knows a parameter
+            weights = part.unit.master if not coded(self.settings) else part.unit.grad_slice
+            params.append(weights[a:b].detach().requires_grad_())                       # so torch knows a parameter
             params[-1].grad = part.unit.grad_slice[a:b]
             parts[params[-1]] = part
         groups = [{**given, "number": i, "params": [p for p, s in zip(params, slices, strict=True) if s[0] == i]}
                   for i, given in enumerate(options) if self.groups.rules[i] == rule]
-        kernel = KERNELS[rule]([g for g in groups if g["params"]] or groups[:1], self.settings, self.fused)
+        kernel = made(rule, [g for g in groups if g["params"]] or groups[:1], self.settings, self.fused)
         for group in kernel.param_groups:                       # given to the constructor, it would be read by the host
             group["lr"] = self.lr[group["number"]]
-        for p, part in parts.items():
+        for p, part in parts.items() if not isinstance(kernel, Coded) else ():
             kept = self.state[part.unit.flat.name]
             kernel.state[p] = {kind: kept[kind].part(part.start, part.stop)
                                for kind in facts.beside(len(part.piece.shard.parameter.shape))}
@@ -265,7 +245,10 @@ class Updater:
                 kernel.state[p]["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
         if isinstance(kernel, Kernel):
             kernel.count = torch.zeros((), dtype=torch.float32, device=self.lr.device)
-            kernel.parts, kernel.units = (parts, units) if facts.scope != "element" else ({}, ())
+            kernel.parts, kernel.units = parts, units
+        if isinstance(kernel, Coded):
+            kernel.kept = {unit.flat.name: {"weight": self._weights(unit), **{
+                kind: self.state[unit.flat.name][kind] for kind in facts.moments}} for unit in units}
         self.steps += [kernel.count] if isinstance(kernel, Kernel) else [s["step"] for s in kernel.state.values()]
         if isinstance(kernel, Adafactor):
             kernel.factors = {name: rows_and_columns for unit in units
@@ -274,6 +257,13 @@ class Updater:
             dtype = iterating(self.settings, "fp64" if self.wide == torch.float64 else "", self.lr.device.type)
             kernel.begin(lambda piece: self.groups.rule(piece) == rule, TORCH_DTYPE[dtype])
         yield kernel
+
+    def _weights(self, unit: Unit) -> Moment:
+        """The masters, as a kind of their own: in bf16 they are rounded by chance."""
+        if unit.master.dtype != torch.bfloat16:
+            return Moment(unit.flat, unit.low, unit.master)
+        streams = [key(self.seed, "weight", piece.shard.parameter.name) for piece in unit.flat.pieces]
+        return ByChance(unit.flat, unit.low, unit.master, streams=streams)
 
     def _factors(self, unit: Unit) -> dict[str, tuple[Tensor, Tensor]]:
         """Adafactor's, of each tensor that has them."""

@@ -87,11 +87,11 @@ class Unit:
     master          [high - low], fp32 (fp64 with fp64 weights): what the optimizer changes;
                     weight_slice itself if the dtypes agree
 
-    One that is not trained has no room for gradients, and its master is weight_slice.
+    One that is not trained has no room for gradients. Its master is weight_slice, and so it is without `masters`.
     """
 
     def __init__(self, flat: Flat, dtype: torch.dtype, device: torch.device, sharing: Sharing | None = None,
-                 trained: bool = True) -> None:
+                 trained: bool = True, masters: bool = True) -> None:
         self.flat, self.sharing, self.trained = flat, sharing or Sharing(), trained
         level, shard, ranks = (self.sharing.level, self.sharing.shard,
                                self.sharing.shard.size * self.sharing.replicate.size)
@@ -103,7 +103,8 @@ class Unit:
                       if level < 2 or not trained else None)
         self.weight_slice = self._slice(self.weights, dtype, device)
         self.grad_slice = self._slice(self.grads, wide, device)
-        self.master = self.weight_slice if dtype == wide or not trained else self._slice(None, wide, device)
+        own = dtype != wide and trained and masters
+        self.master = self._slice(None, wide, device) if own else self.weight_slice
         self._operands = {o.name: o for o in flat.operands}
         self._fresh: set[str] = set(self._operands)             # operands without a gradient yet in this sum
         self.published = 0                                      # how often the weights became others
@@ -144,11 +145,12 @@ class Unit:
                     here.copy_(drawn)
         self.publish()
 
-    def publish(self) -> None:
-        """Masters -> this rank's slice of the weights, after they changed.
+    def publish(self, source: Tensor | None = None) -> None:
+        """Masters, or a `source` like them, -> this rank's slice of the weights, after they changed.
         Other ranks see them with the next gather."""
-        if self.weight_slice is not self.master:
-            self.weight_slice.copy_(self.master)
+        source = self.master if source is None else source
+        if self.weight_slice is not source:
+            self.weight_slice.copy_(source)
         self._stale, self.published = True, self.published + 1
         if self.sharing.buffers.poison and self.weights is not None:
             self.weights[:self.low].fill_(torch.nan)
