@@ -16,7 +16,7 @@ from megazero.plan.moments import MomentSpec
 from megazero.plan.tiles import BLOCK
 from megazero.state import Reader
 from megazero.state.compare import checkpoints
-from megazero.units.codes import InBlocks, by_chance, moment, table
+from megazero.units.codes import InBlocks, by_chance, codebook, moment
 
 Tensor = torch.Tensor
 SHAPE = (7, 3 * BLOCK + 90)
@@ -24,13 +24,13 @@ SHAPE = (7, 3 * BLOCK + 90)
 
 @pytest.mark.parametrize("signed", [True, False])
 def test_a_byte_holds_numbers_of_seven_decades(signed: bool) -> None:
-    codes = table(signed, torch.zeros(0, dtype=torch.float64))
+    codes = codebook(signed, torch.zeros(0, dtype=torch.float64))
     assert len(codes) == 255 and codes.diff().gt(0).all() and codes[-1] == 1 and codes[127 if signed else 0] == 0
     assert not signed or torch.equal(codes, -codes.flip(0))
     x = torch.logspace(-7, 0, 10_000, dtype=torch.float64)[1:]
     decade = x.log10().ceil()                                   # 64 or 128 even steps in the highest, half as many in each below
     step = 0.9 * 10**decade / 2 ** (decade + (6 if signed else 7))
-    assert ((codes[:, None] - x).abs().amin(0) <= step * 0.55 + 1e-7).all()
+    assert ((codes[:, None] - x).abs().amin(0) <= step * 0.8 + 1e-7).all()              # the last step is one and a half: it ends at 1
 
 
 def test_by_chance_the_mean_is_what_it_was() -> None:

@@ -177,7 +177,7 @@ def agreed(largest: Tensor, ranks: Sequence[Group]) -> Tensor:
     return largest
 
 
-def table(signed: bool, like: Tensor) -> Tensor:
+def codebook(signed: bool, like: Tensor) -> Tensor:
     """255 numbers of [-1, 1], or 256 of [0, 1]: seven decades below 1, each with twice as many as the one before, and
     zero. The largest is 1, so that a block's largest stays what it is."""
     positive = [10.0**(decade - 6) * (0.1 + 0.9 * (i + 0.5) / n) for decade in range(7)
@@ -198,6 +198,6 @@ def moment(spec: MomentSpec, like: Tensor, low: int, high: int, dtype: str, kind
     if dtype == "8bit":
         signed = kind != "exp_avg_sq"
         return InBlocks(spec.flat, start, zeros.to(torch.uint8) + (127 if signed else 0),
-                        scales=like.new_zeros(blocks_here(spec.flat, start, stop)), table=table(signed, like),
+                        scales=like.new_zeros(blocks_here(spec.flat, start, stop)), table=codebook(signed, like),
                         ranks=ranks)
     return Moment(spec.flat, start, zeros, spec.factor)

@@ -60,7 +60,7 @@ OPTIONS: Mapping[str, Callable[[Optimization], dict[str, Any]]] = {
                            "beta3_warmup": o.ademamix_beta3_warmup}}
 
 
-def made(rule: str, groups: list[dict[str, Any]], o: Optimization, fused: bool) -> torch.optim.Optimizer:
+def kernel_of(rule: str, groups: list[dict[str, Any]], o: Optimization, fused: bool) -> torch.optim.Optimizer:
     """The kernel of a rule."""
     if coded(o):
         return Coded(groups, rule, OPTIONS[rule](o))
@@ -234,7 +234,7 @@ class Updater:
             parts[params[-1]] = part
         groups = [{**given, "number": i, "params": [p for p, s in zip(params, slices, strict=True) if s[0] == i]}
                   for i, given in enumerate(options) if self.groups.rules[i] == rule]
-        kernel = made(rule, [g for g in groups if g["params"]] or groups[:1], self.settings, self.fused)
+        kernel = kernel_of(rule, [g for g in groups if g["params"]] or groups[:1], self.settings, self.fused)
         for group in kernel.param_groups:                       # given to the constructor, it would be read by the host
             group["lr"] = self.lr[group["number"]]
         for p, part in parts.items() if not isinstance(kernel, Coded) else ():
