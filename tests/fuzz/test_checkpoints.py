@@ -21,6 +21,7 @@ from megazero.base.errors import UserError
 from megazero.plan.layout import Box
 from megazero.plan.progress import loss_scale
 from megazero.run.generate import build_from_checkpoint, logits
+from megazero.settings.config import Optimization
 from megazero.state.checkpoint import INDEX, Reader, facts, owned, text_checksum
 from megazero.state.compare import checkpoints
 from megazero.state.merge import merge
@@ -63,7 +64,7 @@ def use(folder: Path) -> dict[str, Any]:
     for key, (tensor, count) in assembled(reader.folder).items():
         assert bool((count == 1).all()) and torch.equal(tensor, found[key]), f"{key} is not what the files hold"
     resumed(reader.progress, loss_scale(model().config))
-    unfit(reader, model().plan.architecture, [p for u in model().plan.units for p in u.parameters], "adam", None)
+    unfit(reader, model().plan.architecture, [p for u in model().plan.units for p in u.parameters], Optimization(), None)
     again = Reader(out)
     assert not list(checkpoints(reader, again))
     assert all(torch.equal(again.read(*key).view(torch.uint8), found["/".join(key)].view(torch.uint8)) for key in reader.shapes)
