@@ -18,7 +18,7 @@ from megazero.plan.plan import Plan, resolve
 from megazero.plan.program import Part
 from megazero.plan.progress import LossScale, Progress, curve_of, loss_scale, progress_of
 from megazero.plan.rope import Llama3, Rotary
-from megazero.plan.rules import EMA, RULES, coded, dtype_of, group_of, iterating
+from megazero.plan.rules import EMA, RULES, coded, dtype_of, group_of, iterating, watched
 from megazero.plan.show import describe
 from megazero.plan.sizes import Sizes, ranks_asked, sizes
 from megazero.plan.sums import Reductions, Zero, ending

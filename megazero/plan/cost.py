@@ -18,7 +18,7 @@ from megazero.plan.mesh import all_reduce_bytes
 from megazero.plan.moments import moment_specs
 from megazero.plan.operations import Micro, Operation, distinct, table
 from megazero.plan.plan import Plan
-from megazero.plan.rules import RULES, dtype_of, group_of, iterating
+from megazero.plan.rules import RULES, dtype_of, group_of, iterating, watched
 from megazero.plan.tiles import blocks_here, blocks_of
 from megazero.settings import Optimization
 
@@ -136,7 +136,8 @@ def traffic(p: Plan, rank: int = 0) -> dict[str, int]:
             sent[axis] += all_reduce_bytes(kinds * blocks, wide, size)
     if p.mesh.stage:
         sent["stage"] = _dealt(p, rank, units)
-    return {**sent, "world": all_reduce_bytes(4, 8, p.world)}
+    seen = all_reduce_bytes(2 + 2 * len(p.units), 8, p.world) if watched(p.config) else 0
+    return {**sent, "world": all_reduce_bytes(4, 8, p.world) + seen}
 
 
 def measures(o: Optimization, units: Mapping[str, Flat]) -> list[int]:

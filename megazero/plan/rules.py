@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
-from megazero.settings import Optimization
+from megazero.settings import Config, Optimization
 
 # of parameters, as they lie in a flat buffer: decayed?
 GROUPS = {"matrix": True, "table": True, "positions": True, "vector": False}
@@ -89,3 +89,10 @@ def dtype_of(kind: str, o: Optimization) -> str:
 def coded(o: Optimization) -> bool:
     """Are weights or moments in fewer bytes than what they are computed in?"""
     return o.main_params_dtype != "fp32" or any(dtype_of(kind, o) != "fp32" for kind in RULES[o.optimizer].moments)
+
+
+def watched(c: Config) -> list[str]:
+    """What is logged of weights and gradients beside the loss."""
+    asked = {"params_norm": c.logging.log_params_norm, "num_zeros": c.logging.log_num_zeros_in_grad,
+             "update_ratio": c.logging.log_update_ratio}
+    return [what for what, wish in asked.items() if wish]

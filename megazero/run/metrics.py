@@ -115,10 +115,12 @@ class Metrics:
         seconds = sum(r["seconds"] for r in records) / len(records)
         rate = sum(r["tokens"] for r in records) / sum(r["seconds"] for r in records)
         flops = rate * self.flops
+        extra = "".join(f" | {words} {last[key]:{form}}" for key, words, form in (
+            ("params_norm", "params norm", ".3f"), ("num_zeros", "zeros", ",.0f")) if key in last)
         scale = f" | scale {last['loss_scale']:g}" if last["loss_scale"] != 1 else ""
         loss = sum(good) / len(good) if good else float("nan")
         return (f"step {last['step']:,}/{self.steps:,} | loss {loss:.4f} | norm {last['grad_norm']:.3f} | "
-                f"lr {last['lr']:.3e}{scale} | {rate:,.0f} tok/s | {flops / 1e12:.4g} TFLOP/s | "
+                f"lr {last['lr']:.3e}{scale}{extra} | {rate:,.0f} tok/s | {flops / 1e12:.4g} TFLOP/s | "
                 f"MFU {flops / self.peak:.1%} causal | {gib(last['memory_bytes'])} | "
                 f"{clock(seconds * (self.steps - last['step']))} left")
 

@@ -7,9 +7,9 @@ import torch
 from megazero.base import say
 from megazero.comm import Wires
 from megazero.model import Decoder
-from megazero.plan import Action, Plan, flat
+from megazero.plan import Action, Plan, flat, watched
 from megazero.run.executor import Executor
-from megazero.units import TORCH_DTYPE, Buffers, Gate, Sharing, Unit, UnitActions, Updater
+from megazero.units import TORCH_DTYPE, Buffers, Gate, Sharing, Unit, UnitActions, Updater, Watch
 
 Tensor = torch.Tensor
 
@@ -39,6 +39,8 @@ class Run:
         self.updater = Updater(units, c.optimizer, {a.units for a in self.training if a.kind == "update"},
                                seed=c.training.seed)
         self.actions = UnitActions(self.units, wires, self.gate, self.updater)
+        if asked := watched(c):
+            self.actions.watch = Watch(units, [u.name for u in plan.units], wires["world"], asked)
         self.executor = Executor(self.decoder, wires, plan.parts, self.actions)
 
     def initialise(self) -> None:

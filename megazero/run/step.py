@@ -62,8 +62,10 @@ class Step:
         turn = Turn(scale, run.plan.architecture.seq_length, lr, wish, batches=self.batches(good.step, good.samples))
         verdict = run.executor.train(run.training_at(good.samples), turn).verdict
         assert verdict is not None, "a program judges"
-        figures = later(torch.stack([
-            x.double() for x in (verdict.loss, verdict.norm, verdict.found_inf, verdict.stop, lr[0], scale)]))
+        watch = run.actions.watch
+        figures = later(torch.cat([torch.stack([
+            x.double() for x in (verdict.loss, verdict.norm, verdict.found_inf, verdict.stop, lr[0], scale)]),
+            *([] if watch is None else [watch.after()])]))
         settled = self.settle()
         samples = run.plan.batch_at(good.samples)
         self.pending = Pending(verdict, figures, samples, self.lap(), turn.witness)
@@ -94,14 +96,15 @@ class Step:
         if self.pending is None:
             return None
         done, self.pending = self.pending, None
-        loss, norm, found_inf, stop, lr, scale = done.figures()
+        loss, norm, found_inf, stop, lr, scale, *more = done.figures()
         skipped = found_inf != 0
         waited = self.lap() if last else 0.0
         before, self.progress = self.progress, self.progress.after(not skipped, done.samples)
         figures = {
             "step": self.progress.step, "loss": loss, "grad_norm": norm, "lr": lr, "loss_scale": scale,
             "skipped": skipped, "samples": self.progress.samples,
-            "tokens": done.samples * self.run.plan.architecture.seq_length, "seconds": done.seconds + waited}
+            "tokens": done.samples * self.run.plan.architecture.seq_length, "seconds": done.seconds + waited,
+            **(self.run.actions.watch.told(more) if self.run.actions.watch else {})}
         return Settled(figures, stop > 0, *(self._explain(done, before.loss_scale) if skipped else ()))
 
     def _explain(self, done: Pending, before: LossScale) -> tuple[str, str]:

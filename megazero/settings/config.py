@@ -317,6 +317,10 @@ class Logging:
 
     log_interval: int = option(10, "steps between lines on the screen", unit="steps")
     log_dir: str | None = option(None, "folder for metrics.jsonl and TensorBoard", unit="dir")
+    log_params_norm: bool = option(False, "the norm of all weights too, after each step")
+    log_num_zeros_in_grad: bool = option(False, "how many elements of each step's gradient are zero")
+    log_update_ratio: bool = option(False, "norm of each layer's update by that of its weights; a step holds masters "
+                                    "twice")
 
 
 @dataclass(frozen=True)

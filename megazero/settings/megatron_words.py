@@ -61,7 +61,7 @@ WITHOUT: dict[str, str] = {
         fused-linear fused-lm-head use-triton-* no-swiglu-fusion overlap-grad-reduce-impl use-mc2
         use-fused-* use-apex-* fused-attention no-fused-* use-liger-* use-cpp-*""",
     "the log has its own figures, in --log-dir": """
-        log-throughput log-progress log-params-norm log-num-zeros-in-grad log-memory-to-tensorboard log-energy
+        log-throughput log-progress log-memory-to-tensorboard log-energy
         log-timers-to-tensorboard log-batch-size-to-tensorboard log-validation-ppl-to-tensorboard log-straggler
         log-world-size-to-tensorboard no-log-loss-scale-to-tensorboard log-loss-scale-to-tensorboard
         log-learning-rate-to-tensorboard no-log-learning-rate-to-tensorboard log-optimizer-states-to-tensorboard

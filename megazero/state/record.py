@@ -29,7 +29,8 @@ from megazero.units import Moment, Unit
 Moments = Mapping[str, Mapping[str, Moment]]            # unit -> kind -> what is kept beside the unit's master
 # keys of a configuration that a run may change without a word
 SILENT = {"load", "save", "config", "check", "exit_interval", "log_interval", "log_dir", "save_interval", "ckpt_step",
-          "load_optim", "save_optim", "pretrained_checkpoint", "use_checkpoint_args", "exit_on_missing_checkpoint",
+          "load_optim", "save_optim", "log_params_norm", "log_num_zeros_in_grad", "log_update_ratio",
+          "pretrained_checkpoint", "use_checkpoint_args", "exit_on_missing_checkpoint",
           "world_size"}
 
 

@@ -9,6 +9,7 @@ from megazero.plan import Action
 from megazero.units.gate import Gate, Ruling
 from megazero.units.rules import Updater
 from megazero.units.unit import Unit
+from megazero.units.watch import Watch
 
 Tensor = torch.Tensor
 
@@ -38,6 +39,7 @@ class UnitActions:
 
     def __init__(self, units: Mapping[str, Unit], wires: Wires, gate: Gate, updater: Updater) -> None:
         self.units, self.wires, self.gate, self.updater = units, wires, gate, updater
+        self.watch: Watch | None = None                         # looks at gradients before an update
         self.under_way: dict[tuple[str, str], Work] = {}
         self.hold: Callable[[], None] = lambda: None            # called before an update: somebody may still copy state
         self.do: dict[str, Callable[[Action, Ruling], None]] = {
@@ -88,6 +90,8 @@ class UnitActions:
         verdict = ruling.verdict
         assert verdict is not None, "a program judges before it updates"
         self.hold()
+        if self.watch is not None:
+            self.watch.before()
         self._change(action.units, lambda: self.updater.update(action.units, verdict, ruling.lr))
 
     def _publish(self, action: Action, ruling: Ruling) -> None:
