@@ -19,7 +19,7 @@ FLOORS: dict[str, tuple[int, str]] = {
     "corpus": (1260, "tables sources verify edit preprocess"),
     "state": (1520, "tensor_files elsewhere checkpoint saving merge compare record logs"),
     "hf": (520, "files tokenizer convert"),
-    "run": (1545, "executor metrics run feed step loop failures ahead train launch generate"),
+    "run": (1555, "executor metrics run feed step loop failures ahead train launch generate"),
     "engine": (4400, "hidden sliced aliases keys words rates values blocks groups hooks passes engine optimizers checkpoints monitor full deepspeed_engine initialize zero names"),
     "elsewhere": (1800, "source names dcp megatron others deepspeed arrive leave gguf_file"),
 }

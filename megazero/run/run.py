@@ -9,7 +9,7 @@ from megazero.comm import Wires
 from megazero.model import Decoder
 from megazero.plan import Action, Plan, flat, watched
 from megazero.run.executor import Executor
-from megazero.units import TORCH_DTYPE, Buffers, Gate, Sharing, Unit, UnitActions, Updater, Watch
+from megazero.units import TORCH_DTYPE, Buffers, Gate, Sharing, Unit, UnitActions, Updater, WeightWatch
 
 Tensor = torch.Tensor
 
@@ -40,7 +40,7 @@ class Run:
                                seed=c.training.seed)
         self.actions = UnitActions(self.units, wires, self.gate, self.updater)
         if asked := watched(c):
-            self.actions.watch = Watch(units, [u.name for u in plan.units], wires["world"], asked)
+            self.actions.watch = WeightWatch(units, [u.name for u in plan.units], wires["world"], asked)
         self.executor = Executor(self.decoder, wires, plan.parts, self.actions)
 
     def initialise(self) -> None:

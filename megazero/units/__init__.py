@@ -6,4 +6,4 @@ from megazero.units.gate import FIGURES, Gate, Ruling, Verdict, later
 from megazero.units.random import fill_normal, keep_mask, key
 from megazero.units.rules import Groups, Updater
 from megazero.units.unit import TORCH_DTYPE, Buffers, Sharing, Unit, Weight, viewed
-from megazero.units.watch import Watch
+from megazero.units.watch import WeightWatch

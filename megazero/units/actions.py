@@ -9,7 +9,7 @@ from megazero.plan import Action
 from megazero.units.gate import Gate, Ruling
 from megazero.units.rules import Updater
 from megazero.units.unit import Unit
-from megazero.units.watch import Watch
+from megazero.units.watch import WeightWatch
 
 Tensor = torch.Tensor
 
@@ -39,7 +39,7 @@ class UnitActions:
 
     def __init__(self, units: Mapping[str, Unit], wires: Wires, gate: Gate, updater: Updater) -> None:
         self.units, self.wires, self.gate, self.updater = units, wires, gate, updater
-        self.watch: Watch | None = None                         # looks at gradients before an update
+        self.watch: WeightWatch | None = None                         # looks at gradients before an update
         self.under_way: dict[tuple[str, str], Work] = {}
         self.hold: Callable[[], None] = lambda: None            # called before an update: somebody may still copy state
         self.do: dict[str, Callable[[Action, Ruling], None]] = {

@@ -11,7 +11,7 @@ from megazero.units.unit import Unit
 Tensor = torch.Tensor
 
 
-class Watch:
+class WeightWatch:
     """One rank's part of it, step by step. Elements count on the rank that owns them."""
 
     def __init__(self, units: Sequence[Unit], names: Sequence[str], world: Group, asked: Sequence[str]) -> None:
