@@ -104,3 +104,15 @@ def test_from_torchtitan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     assert (c.model.ffn_hidden_size, c.model.num_query_groups, c.data.vocab_size, c.parallel.zero_stage, c.dtype) == (14336, 8, 128256, 3, "bf16")
     assert (c.optimizer.lr_decay_style, c.optimizer.lr_wsd_decay_iters, c.optimizer.min_lr, c.optimizer.weight_decay) == ("WSD", 800, 3e-5, 0.1)
     assert c.parallel.pipeline_schedule == "interleaved" and c.checkpoint.save == "outputs/checkpoint"
+
+
+@pytest.mark.parametrize("script, words", {
+    "TP=4; PP=2 ; H=$3\npython pretrain_gpt.py --tp $TP --pp ${PP} --hidden-size $H": "--tp 4 --pp 2 --hidden-size $3",
+    "H=1024 && F=$((H * 4))\nA=(\n  --ffn-hidden-size $(( $H * 8 / 3 ))\n  --heads ${N:-$((F/256))}   # (flash; or not)\n)\npython pretrain_gpt.py ${A[@]} --x $((F % 1000))":
+        "--ffn-hidden-size 2730 --heads 16 --x 96",
+    "W=$((GPUS*2))\npython pretrain_gpt.py --x $W --y $((1/0)) --z 'a;b && c'": "--x $((GPUS*2)) --y $((1/0)) --z a;b && c",
+    'if [ "$1" = x ]; then A+=(--moe); else A+=(--dense); fi\npython pretrain_gpt.py "${A[@]}" | tee log': "--moe --dense",
+    "cd /x && torchrun --nproc_per_node 8 pretrain_gpt.py --a \"b # c\" # d; e": "--a b # c",
+}.items())
+def test_a_line_may_hold_several_commands_and_sums(script: str, words: str) -> None:
+    assert " ".join(words_of_script(script)[0]) == words

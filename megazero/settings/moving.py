@@ -2,10 +2,12 @@
 from_torchtitan.py have in common, and how a launch script is read without running it. Pure.
 """
 
+import ast
 import json
+import operator
 import re
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from megazero.settings.command_line import flatten, leaves, parse
@@ -16,6 +18,11 @@ from megazero.settings.megatron_words import megatron_defaults
 NAME = r"[A-Za-z_][A-Za-z0-9_]*"
 ASSIGNMENT = re.compile(rf"(?:(?:export|local|declare(?: -\w+)?|readonly)\s+)?({NAME})(\+?)=(.*)", re.DOTALL)
 REFERENCE = re.compile(rf"\$(?:\{{({NAME}|\d)(?:\[[@*]\])?(?::?[-=]([^}}]*))?\}}|({NAME}|[\d@*]))")
+SUM = re.compile(r"\$\(\(([^()]*(?:\([^()]*\)[^()]*)*)\)\)")
+KEYWORDS = re.compile(r"(?:(?:then|do|else)\s+)+")
+OPERATIONS: Mapping[type, Callable[[int, int], int]] = {
+    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Mod: operator.mod,
+    ast.Div: operator.floordiv}
 LONGEST = 2**16             # letters of a variable or word: who doubles one often enough would fill the memory
 PROGRAM = re.compile(r"(?:.*/)?(?:pretrain|train|run_pretrain)\w*\.py")
 
@@ -27,7 +34,7 @@ def words_of_script(text: str) -> tuple[list[str], list[str]]:
     sets are put in, both branches of a condition are read; nothing is run. Raises ValueError where there is none."""
     variables: dict[str, list[str]] = {}
     found: tuple[list[str], list[str]] | None = None
-    for statement in _statements(text):
+    for statement in (_calculated(part, variables) for whole in _statements(text) for part in _parts(whole)):
         if match := ASSIGNMENT.fullmatch(statement):
             name, more, value = match.groups()
             words = shlex.split(value[1:-1] if value.startswith("(") else value, comments=True)
@@ -63,6 +70,61 @@ def _statements(text: str) -> Iterator[str]:
         yield waiting.strip()
 
 
+def _outside(text: str) -> Iterator[tuple[int, str, int]]:
+    """(place, letter, brackets open behind it) of what is in no quotation and no comment."""
+    quote, depth, at = "", 0, 0
+    while at < len(text):
+        c = text[at]
+        if c == "\\" and quote != "'":
+            at += 1
+        elif quote:
+            quote = "" if c == quote else quote
+        elif c in "'\"":
+            quote = c
+        elif c == "#" and (at == 0 or text[at - 1].isspace()):
+            at = text.find("\n", at) if "\n" in text[at:] else len(text)
+        else:
+            depth += (c in "({[") - (c in ")}]")
+            yield at, c, depth
+        at += 1
+
+
+def _parts(text: str) -> Iterator[str]:
+    """The commands of a line, which ; && || part, without keywords before them."""
+    start = 0
+    for at, c, depth in _outside(text):
+        if depth <= 0 and at >= start and (c == ";" or text[at:at + 2] in ("&&", "||")):
+            yield KEYWORDS.sub("", text[start:at].strip())
+            start = at + (1 if c == ";" else 2)
+    yield KEYWORDS.sub("", text[start:].strip())
+
+
+def _calculated(text: str, variables: Mapping[str, Sequence[str]]) -> str:
+    """With the values of $((...)), where all that it names is known."""
+    def value(match: re.Match[str]) -> str:
+        known = re.sub(rf"\$?\{{?({NAME})\}}?", lambda m: " ".join(variables.get(m[1], [m[0]])), match[1])
+        return str(number) if (number := _number(known)) is not None else match[0]
+
+    return SUM.sub(value, text)
+
+
+def _number(text: str) -> int | None:
+    """Of sums and products of whole numbers as the shell has them; None for anything else."""
+    def of(node: ast.AST) -> int:
+        if isinstance(node, ast.Constant) and type(node.value) is int and abs(node.value) < 2**63:
+            return node.value
+        if isinstance(node, ast.BinOp) and type(node.op) in OPERATIONS:
+            found = OPERATIONS[type(node.op)](of(node.left), of(node.right))
+            if abs(found) < 2**63:
+                return found
+        raise ValueError(text)
+
+    try:
+        return of(ast.parse(text.strip(), mode="eval").body) if len(text) < 200 else None
+    except (ValueError, SyntaxError, ZeroDivisionError, RecursionError):
+        return None
+
+
 def _open(text: str) -> bool:
     """Is a quotation or an array not closed yet?"""
     try:
@@ -70,7 +132,7 @@ def _open(text: str) -> bool:
     except ValueError:
         return True
     array = re.match(rf"\s*(?:\w+\s+)?{NAME}\+?=\(", text)
-    return bool(array) and text.rstrip()[-1:] != ")"
+    return bool(array) and next((depth for _, _, depth in reversed([*_outside(text)])), 0) > 0
 
 
 def _words(text: str) -> list[str]:
