@@ -187,8 +187,8 @@ def test_megatrons_defaults(words: str, dropout: float, activation: str, lag: bo
 def test_the_plan_says_where_megatron_would_differ() -> None:
     told = describe(resolved(f"{TINY} --lr-warmup-iters 2 --attention-dropout 0.2"))
     assert "dropout     0 on embeddings and blocks, 0.2 on attention" in told and "ffn 256 exact GELU" in told
-    assert told.splitlines()[-1] == ("Megatron-LM would have --hidden-dropout 0.1 --openai-gelu --lr-warmup-from-init (--megatron-defaults means all of "
-                                     "them); would count 27 ids of padding in the softmax")
+    assert told.splitlines()[-1] == ("Megatron-LM by default has --hidden-dropout 0.1 --openai-gelu --lr-warmup-from-init (--megatron-defaults takes what is "
+                                     "not said); would count 27 ids of padding in the softmax")
     same = describe(resolved(f"{TINY} --megatron-defaults --lr-warmup-iters 2".replace("--vocab-size 101", "--vocab-size 128")))
     assert "Megatron-LM" not in same
 

@@ -10,7 +10,7 @@ from megazero.base import DTYPES, Bar
 from megazero.data import Tokenizer, build_tokenizer
 from megazero.hf import export_folder, import_folder
 from megazero.plan import flags, parameter_count
-from megazero.settings import commands, option, run
+from megazero.settings import Config, commands, flatten, option, run
 from megazero.state import Reader
 
 
@@ -69,8 +69,9 @@ def tokenizer_flags(tokenizer: Tokenizer, folder: str) -> dict[str, object]:
 
 
 def command(values: dict[str, object]) -> str:
-    """Values as flags."""
-    said = {k: v for k, v in values.items() if v is not False and v is not None}
+    """Values as flags, where they are not what is so anyway."""
+    plain = flatten(Config())
+    said = {k: v for k, v in values.items() if v is not False and v is not None and plain.get(k) != v}
     return " ".join(f"--{k.replace('_', '-')}" + ("" if v is True else f" {v}") for k, v in said.items())
 
 

@@ -126,7 +126,7 @@ def _unlike(p: Plan) -> str:
     flags = [f"--{k.replace('_', '-')}" + ("" if v is True else f" {v:g}" if isinstance(v, float) else f" {v}")
              for k, v in others.items()]
     padding = ragged_rows(p.architecture.vocab_size, p.tp, p.architecture.pad_rows) * p.tp - p.architecture.vocab_size
-    told = [f"would have {' '.join(flags)} (--megatron-defaults means all of them)"] if flags else []
+    told = [f"by default has {' '.join(flags)} (--megatron-defaults takes what is not said)"] if flags else []
     told += [f"would count {padding} ids of padding in the softmax"] if padding else []
     if p.config.data.eod_mask_loss:
         told.append("would average micro-batches, not tokens, without --calculate-per-token-loss")
