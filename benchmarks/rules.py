@@ -19,8 +19,7 @@ from harness import planned, words
 from megazero.base import say
 from megazero.comm import connect
 from megazero.plan import Action
-from megazero.run import Run
-from megazero.run.metrics import seconds_of
+from megazero.run import Run, seconds_of
 from megazero.settings import option, parse, run
 from megazero.units import Ruling
 

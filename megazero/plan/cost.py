@@ -158,7 +158,7 @@ def _dealt(p: Plan, rank: int, units: Mapping[str, Flat]) -> int:
     waves = deal({name: (f, stored(f, p)) for name, f in units.items()}, ranks,
                  lambda piece: RULES[_rule(piece, o)].scope == "matrix")
     number = (place.replicate * ranks.shard + place.shard) * ranks.tp + place.tp
-    return bytes_sent(waves, ranks, number, DTYPES[iterating(o, p.config.dtype, p.device)].width)
+    return bytes_sent(waves, ranks, number, DTYPES[iterating(o.muon_ns_dtype, p.config.dtype, p.device)].width)
 
 
 def _partial(f: Flat, part: int, rank: int, cut: bool) -> int:

@@ -75,9 +75,9 @@ def group_of(name: str, group: str, o: Optimization) -> ParameterGroup:
     return ParameterGroup(rule, GROUPS[group] and not spared, rate)
 
 
-def iterating(o: Optimization, dtype: str, device: str) -> str:
-    """The dtype of Muon's iterations, and of what travels for them: the device's, but fp64 where all is."""
-    return o.muon_ns_dtype or ("fp64" if dtype == "fp64" else "bf16" if device == "cuda" else "fp32")
+def iterating(asked: str | None, dtype: str, device: str) -> str:
+    """The dtype of Muon's iterations, and of what travels for them: as asked, fp64 where all is, or the device's."""
+    return asked or ("fp64" if dtype == "fp64" else "bf16" if device == "cuda" else "fp32")
 
 
 def dtype_of(kind: str, o: Optimization) -> str:

@@ -5,14 +5,16 @@ Nothing is gathered: rows and columns are whole on every rank, and ranks that ho
 once in an update for all tensors together; a second sum measures the updates.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import prod
 from typing import Any
 
 import torch
 
 from megazero.plan import CHUNK, Box, Piece
-from megazero.units.formulas import Kernel
+from megazero.units.codes import Moment
+from megazero.units.formulas import Kernel, Portion
+from megazero.units.unit import Unit
 
 Tensor = torch.Tensor
 
@@ -21,7 +23,15 @@ class Adafactor(Kernel):
     """Options of a group: beta2_decay, d, eps (least second moment, default that of the dtype; least root mean square
     of a weight). `factors`: row and column means of tensors, by name."""
 
-    factors: Mapping[str, tuple[Tensor, Tensor]]
+    def begin(self, units: Sequence[Unit], parts: Mapping[Tensor, Portion], kept: Mapping[str, Mapping[str, Moment]],
+              has: Callable[[Piece], bool]) -> None:
+        super().begin(units, parts, kept, has)
+        self.factors: dict[str, tuple[Tensor, Tensor]] = {}
+        for own in kept.values():
+            rows, columns = ({} if kind not in own else {
+                p.shard.parameter.name: own[kind].part(p.start, p.stop).view(p.shard.parameter.shape)
+                for p in own[kind].flat.pieces} for kind in ("row_var", "col_var"))
+            self.factors |= {name: (rows[name], columns[name]) for name in rows}
 
     def step(self, closure: Any = None) -> None:                # type: ignore[override]
         options, t, go = dict(self.all()), self.count.double() + 1, self.found_inf == 0

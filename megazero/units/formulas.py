@@ -84,17 +84,21 @@ class Kernel(torch.optim.Optimizer):
     """A rule over slices, called as torch's fused kernels are: `found_inf` and `grad_scale` are read from the device,
     and a step that is not to be changes nothing.
 
-    Of a rule that must see more than elements: `parts` of slices, of the tensors of these `units`.
+    units       whose masters it changes             parts       of its slices, each of one tensor where it matters
+    count       of steps that were made
     """
 
     found_inf: Tensor
-    count: Tensor                       # of steps that were made
     grad_scale: Tensor | None = None
+    units: Sequence[Unit]
+    parts: Mapping[Tensor, Portion]
+    count: Tensor
 
-    def __init__(self, groups: Sequence[dict[str, Any]], options: dict[str, Any]) -> None:
-        super().__init__(groups, options)
-        self.parts: Mapping[Tensor, Portion] = {}
-        self.units: Sequence[Unit] = ()
+    def begin(self, units: Sequence[Unit], parts: Mapping[Tensor, Portion], kept: Mapping[str, Mapping[str, Moment]],
+              has: Callable[[Piece], bool]) -> None:
+        """`kept` of units: their weights and moments; `has`: is a piece this rule's?"""
+        self.units, self.parts = units, parts
+        self.count = torch.zeros((), dtype=torch.float32, device=units[0].grad_slice.device)
 
     def gradient(self, grad: Tensor) -> Tensor:
         """Unscaled and clipped; zeros in a step that is not to be."""
@@ -121,7 +125,8 @@ class Formulas(Kernel):
 
     def __init__(self, groups: Sequence[dict[str, Any]], rule: str, options: dict[str, Any]) -> None:
         super().__init__(groups, options)
-        self.formula, self.measures = FORMULAS[rule], RULES[rule].scope == "statistics"
+        self.formula, self.facts = FORMULAS[rule], RULES[rule]
+        self.measures = self.facts.scope == "statistics"
 
     def step(self, closure: Any = None) -> None:                # type: ignore[override]
         go, ratios = self.found_inf == 0, self._ratios() if self.measures else {}
@@ -165,9 +170,13 @@ class Formulas(Kernel):
 
 
 class Coded(Formulas):
-    """The same where weights or moments are in fewer bytes (codes.py). `kept` of units: their weights and moments."""
+    """The same where weights or moments are in fewer bytes (codes.py)."""
 
-    kept: Mapping[str, Mapping[str, Moment]]
+    def begin(self, units: Sequence[Unit], parts: Mapping[Tensor, Portion], kept: Mapping[str, Mapping[str, Moment]],
+              has: Callable[[Piece], bool]) -> None:
+        super().begin(units, parts, kept, has)
+        kinds = ("weight", *self.facts.moments)
+        self.kept = {name: {kind: own[kind] for kind in kinds} for name, own in kept.items()}
 
     def step(self, closure: Any = None) -> None:                # type: ignore[override]
         go, ratios = self.found_inf == 0, self._ratios() if self.measures else {}

@@ -12,8 +12,10 @@ from typing import Any
 import torch
 
 from megazero.comm import Work
-from megazero.plan import Box, Matrix, Piece, Ranks, Wave, deal
+from megazero.plan import Box, Matrix, Piece, Ranks, Wave, deal, iterating
+from megazero.units.codes import Moment
 from megazero.units.formulas import Kernel, Portion
+from megazero.units.unit import TORCH_DTYPE, Unit
 
 Tensor = torch.Tensor
 
@@ -45,17 +47,20 @@ def orthogonal(x: Tensor, steps: int, coefficients: str) -> Tensor:
 
 class Muon(Kernel):
     """Over the matrices of the units of one update. Options of a group: momentum, nesterov, ns_steps, coefficients,
-    scale_mode, extra_scale_factor."""
+    scale_mode, extra_scale_factor, ns_dtype."""
 
-    def begin(self, has: Callable[[Piece], bool], dtype: torch.dtype) -> None:
-        """When parts and units are known: `has` says which pieces are matrices, `dtype` is that of the iteration."""
-        sharing = self.units[0].sharing
-        self.group, self.dtype = sharing.stage, dtype
+    def begin(self, units: Sequence[Unit], parts: Mapping[Tensor, Portion], kept: Mapping[str, Mapping[str, Moment]],
+              has: Callable[[Piece], bool]) -> None:
+        super().begin(units, parts, kept, has)
+        sharing, like = units[0].sharing, units[0].grad_slice
+        dtype = "fp64" if like.dtype == torch.float64 else "fp32"
+        self.dtype = TORCH_DTYPE[iterating(self.param_groups[0]["ns_dtype"], dtype, like.device.type)]
+        self.group = sharing.stage
         self.ranks = Ranks(sharing.replicate.size, sharing.shard.size, sharing.tensor.size)
         assert self.group.size == self.ranks.all, "a stage is all ranks that share its units"
         self.waves = deal({u.flat.name: (u.flat, u.size) for u in self.units}, self.ranks, has)
         self.mine = {part.piece.shard.parameter.name: (p, part) for p, part in self.parts.items()}
-        self.none = torch.zeros(0, dtype=dtype, device=self.units[0].master.device)
+        self.none = torch.zeros(0, dtype=self.dtype, device=like.device)
 
     def step(self, closure: Any = None) -> None:                # type: ignore[override]
         options = dict(self.all())

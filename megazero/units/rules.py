@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from megazero.plan import EMA, RULES, Piece, coded, dtype_of, group_of, iterating, moment_specs, spans
+from megazero.plan import EMA, RULES, Piece, coded, dtype_of, group_of, moment_specs, spans
 from megazero.settings import Optimization
 from megazero.units.adafactor import Adafactor
 from megazero.units.codes import ByChance, Moment, moment
@@ -22,7 +22,7 @@ from megazero.units.formulas import Coded, Formulas, Kernel, Portion
 from megazero.units.gate import Verdict
 from megazero.units.muon import Muon
 from megazero.units.random import key
-from megazero.units.unit import TORCH_DTYPE, Unit
+from megazero.units.unit import Unit
 
 Tensor = torch.Tensor
 Make = Callable[[list[dict[str, Any]], Optimization, bool], torch.optim.Optimizer]
@@ -40,7 +40,7 @@ def _sgd(groups: list[dict[str, Any]], o: Optimization, fused: bool) -> torch.op
 def _muon(groups: list[dict[str, Any]], o: Optimization, fused: bool) -> torch.optim.Optimizer:
     return Muon(groups, {"momentum": o.muon_momentum, "nesterov": o.muon_nesterov, "ns_steps": o.muon_num_ns_steps,
                          "coefficients": o.muon_coefficient_type, "scale_mode": o.muon_scale_mode,
-                         "extra_scale_factor": o.muon_extra_scale_factor})
+                         "extra_scale_factor": o.muon_extra_scale_factor, "ns_dtype": o.muon_ns_dtype})
 
 
 def _adafactor(groups: list[dict[str, Any]], o: Optimization, fused: bool) -> torch.optim.Optimizer:
@@ -223,8 +223,8 @@ class Updater:
         options, facts = self.groups.options(), RULES[rule]
         slices = [(i, part) for i, r in enumerate(self.groups.rules) if r == rule
                   for part in self._slices(units, i, facts.scope == "element" and not coded(self.settings))]
-        if not slices and facts.scope == "element":
-            return
+        if not slices and facts.scope == "element" and not coded(self.settings):
+            return                                              # others wait for nobody
         params, parts = [], dict[Tensor, Portion]()
         for _, part in slices:
             a, b = part.start - part.unit.low, part.stop - part.unit.low
@@ -244,18 +244,9 @@ class Updater:
             if not isinstance(kernel, Kernel):                  # torch counts each by itself
                 kernel.state[p]["step"] = torch.zeros((), dtype=torch.float32, device=p.device)
         if isinstance(kernel, Kernel):
-            kernel.count = torch.zeros((), dtype=torch.float32, device=self.lr.device)
-            kernel.parts, kernel.units = parts, units
-        if isinstance(kernel, Coded):
-            kernel.kept = {unit.flat.name: {"weight": self._weights(unit), **{
-                kind: self.state[unit.flat.name][kind] for kind in facts.moments}} for unit in units}
+            held = {u.flat.name: {"weight": self._weights(u), **self.state[u.flat.name]} for u in units}
+            kernel.begin(units, parts, held, lambda piece: self.groups.rule(piece) == rule)
         self.steps += [kernel.count] if isinstance(kernel, Kernel) else [s["step"] for s in kernel.state.values()]
-        if isinstance(kernel, Adafactor):
-            kernel.factors = {name: rows_and_columns for unit in units
-                              for name, rows_and_columns in self._factors(unit).items()}
-        if isinstance(kernel, Muon):
-            dtype = iterating(self.settings, "fp64" if self.wide == torch.float64 else "", self.lr.device.type)
-            kernel.begin(lambda piece: self.groups.rule(piece) == rule, TORCH_DTYPE[dtype])
         yield kernel
 
     def _weights(self, unit: Unit) -> Moment:
@@ -264,13 +255,6 @@ class Updater:
             return Moment(unit.flat, unit.low, unit.master)
         streams = [key(self.seed, "weight", piece.shard.parameter.name) for piece in unit.flat.pieces]
         return ByChance(unit.flat, unit.low, unit.master, streams=streams)
-
-    def _factors(self, unit: Unit) -> dict[str, tuple[Tensor, Tensor]]:
-        """Adafactor's, of each tensor that has them."""
-        own = self.state[unit.flat.name]
-        rows, columns = ({p.shard.parameter.name: own[kind].part(p.start, p.stop).view(p.shard.parameter.shape)
-                          for p in (own[kind].flat.pieces if kind in own else ())} for kind in ("row_var", "col_var"))
-        return {name: (rows[name], columns[name]) for name in rows}
 
     def _slices(self, units: Sequence[Unit], number: int, joined: bool) -> Iterator[Portion]:
         """What this rank's slices hold of a group: tensor by tensor, or `joined` where they are neighbours."""
