@@ -1,4 +1,4 @@
-"""A pool of processes that import torch once and play the ranks of one test after another, over gloo on this machine."""
+"""A pool of processes, forked from one that has imported torch, which play the ranks of one test after another, over gloo on this machine."""
 
 import contextlib
 import faulthandler
@@ -25,8 +25,11 @@ class Pool:
     call starts fresh processes.
     """
 
-    def __init__(self) -> None:
-        self.context = multiprocessing.get_context("spawn")
+    def __init__(self, method: str = "forkserver") -> None:
+        """`method`: how processes begin. CUDA wants spawn."""
+        self.context: Any = multiprocessing.get_context(method)
+        if method == "forkserver":
+            self.context.set_forkserver_preload(["torch", "torch.distributed", "megazero.run"])
         self.workers: list[tuple[Any, Connection]] = []
 
     def run(self, world: int, function: Callable[..., Any], *arguments: Any, seconds: float = 120.0) -> list[Any]:

@@ -151,7 +151,7 @@ def test_nccl_in_a_world_of_one(dtype: torch.dtype) -> None:
     Row(pp=2, schedule="interleaved", virtual=2, layers=4, late=True)], ids=str)
 def test_two_ranks_on_one_device_equal_one_rank_on_the_cpu(row: Row) -> None:
     """Over gloo, which moves what is on the device through the host: NCCL refuses two ranks on one device."""
-    pool = Pool()
+    pool = Pool("spawn")
     try:
         compare(row, pool, tolerance=1e-11, device="cuda")      # the CPU and the device add up products in another order
     finally:

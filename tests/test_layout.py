@@ -9,7 +9,7 @@ import torch
 from support import SHAPES, TINY, resolved
 
 from megazero.plan.architecture import units
-from megazero.plan.layout import ALIGN, Box, Cut, Parameter, boxes, cuts, divisible, flat, intersect, shard, tiles
+from megazero.plan.layout import ALIGN, Box, Cut, Parameter, boxes, cuts, divisible, flat, intersect, shard, spans, tiles
 from megazero.plan.mesh import Mesh
 
 
@@ -73,9 +73,11 @@ def test_every_element_has_one_owner(shape: str, tp: int) -> None:
             layout = flat(unit, {"tp": (rank, tp)})
             sizes.add(layout.size)
             taken = np.zeros(layout.size, int)
+            groups = spans(layout, layout.size, lambda piece: piece.shard.parameter.group)
+            assert [a for _, a, _ in groups] == [0, *(b for _, _, b in groups[:-1])] and groups[-1][2] == layout.size
             for operand in layout.operands:
                 assert operand.start % ALIGN == 0
-                assert [g for g, a, b in layout.ranges if a <= operand.start and operand.stop <= b] == [operand.pieces[0].shard.parameter.group]
+                assert [g for g, a, b in groups if a <= operand.start and operand.stop <= b] == [operand.pieces[0].shard.parameter.group]
                 assert sum(p.shard.box.size[0] for p in operand.pieces) <= operand.shape[0]
                 taken[operand.start:operand.stop] += 1
             assert taken.max() == 1, "operands overlap"

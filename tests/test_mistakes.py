@@ -121,7 +121,6 @@ MISTAKES = {
     "an empty folder": Wrong(PRETRAIN, f"{BYTES} --load empty", "--load empty: holds no complete checkpoint.", lambda: os.mkdir("empty")),
     "a step that is not there": Wrong(PRETRAIN, f"{LOAD} --ckpt-step 3", "--ckpt-step 3: run holds steps 2, 4."),
     "another model": Wrong(PRETRAIN, f"{LOAD} --norm-epsilon 1e-3", "its epsilon is 1e-05, this model's 0.001"),
-    "another optimizer": Wrong(PRETRAIN, f"{LOAD} --optimizer sgd", "--optimizer sgd: "),
     "a file that is gone": Wrong(PRETRAIN, LOAD, f"{RANK}: is missing; load another with --ckpt-step 2.", lambda: os.remove(RANK)),
     "a file cut short": Wrong(PRETRAIN, LOAD, f"{RANK}: has 500 bytes instead of ", cut(RANK, 500)),
     "a damaged header": Wrong(PRETRAIN, LOAD, f"{RANK}: its header is damaged (checksum differs)", flip(RANK, 40)),
