@@ -9,7 +9,20 @@ import torch
 from support import SHAPES, TINY, resolved
 
 from megazero.plan.architecture import units
-from megazero.plan.layout import ALIGN, Box, Cut, Parameter, boxes, cuts, divisible, flat, intersect, shard, spans, tiles
+from megazero.plan.layout import (
+    ALIGN,
+    Box,
+    Cut,
+    Parameter,
+    boxes,
+    cuts,
+    divisible,
+    flat,
+    intersect,
+    shard,
+    spans,
+    tiles,
+)
 from megazero.plan.mesh import Mesh
 
 
