@@ -2,12 +2,13 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support import tool
 
 from megazero.plan import checks
-from megazero.settings import from_command_line, words_of_script
+from megazero.settings import from_command_line, from_configuration, words_of_script
 
 SCRIPT = r'''#!/bin/bash
 # Runs a model of 175B
@@ -116,3 +117,16 @@ def test_from_torchtitan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 }.items())
 def test_a_line_may_hold_several_commands_and_sums(script: str, words: str) -> None:
     assert " ".join(words_of_script(script)[0]) == words
+
+
+@pytest.mark.parametrize("kind, params, flags", [
+    ("AdamW", {"lr": 1e-3, "betas": [0.9, 0.95], "eps": 1e-8}, "--adam-beta1 0.9 --adam-beta2 0.95 --lr 0.001 --adam-eps 1e-08 --optimizer adam"),
+    ("Lion", {"lr": 1e-4, "betas": [0.8, 0.7]}, "--lion-beta1 0.8 --lion-beta2 0.7 --lr 0.0001 --optimizer lion"),
+    ("SGD", {"lr": 1e-2, "momentum": 0.5}, "--lr 0.01 --sgd-momentum 0.5 --optimizer sgd"),
+    ("Muon", {"lr": 1e-2, "muon_lr": 2e-2, "adam_lr": 1e-3, "momentum": 0.9, "weight_decay": 0.1},
+     "--muon-momentum 0.9 --lr 0.02 --lr-embedding 0.001 --lr-vectors 0.001 --weight-decay 0.1 --optimizer muon --muon-nesterov --muon-coefficient-type simple "
+     "--muon-scale-mode shape_scaling"),
+    ("Adafactor", {"lr": 1e-2, "beta2_decay": -0.7, "d": 2}, "--adafactor-decay -0.7 --adafactor-clip 2 --lr 0.01 --optimizer adafactor")])
+def test_each_rule_of_deepspeed_has_its_own_words(kind: str, params: dict[str, Any], flags: str) -> None:
+    found, rest = from_configuration({"optimizer": {"type": kind, "params": params}})
+    assert " ".join(found) == flags and not rest

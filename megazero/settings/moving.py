@@ -212,6 +212,12 @@ MORE_OF_DEEPSPEED: dict[tuple[str, ...], str] = {
     ("scheduler", "params", "warmup_num_steps"): "lr-warmup-iters", ("scheduler", "params", "warmup_max_lr"): "lr",
     ("scheduler", "params", "warmup_min_lr"): "lr-warmup-init",
     ("scheduler", "params", "total_num_steps"): "train-iters", ("steps_per_print",): "log-interval"}
+# words of a rule's params that mean another flag than those of others, and what its kind means besides
+OF_RULE: dict[str, dict[str, str]] = {
+    "lion": {"betas": "lion-beta1 lion-beta2"},
+    "muon": {"momentum": "muon-momentum", "muon_lr": "lr", "adam_lr": "lr-embedding lr-vectors"},
+    "adafactor": {"beta2_decay": "adafactor-decay", "d": "adafactor-clip"}}
+BESIDE_RULE = {"muon": "--muon-nesterov --muon-coefficient-type simple --muon-scale-mode shape_scaling"}
 CURVES = {"WarmupLR": "constant", "WarmupDecayLR": "linear", "WarmupCosineLR": "cosine"}
 
 
@@ -220,17 +226,19 @@ def from_configuration(said: Mapping[str, Any]) -> tuple[list[str], list[str]]:
     keys = dict(_paths(said))
     flags = flags_of_deepspeed(said, {})
     read = {tuple(word for word in path if word) for path in FROM_DEEPSPEED}
-    for path, flag in MORE_OF_DEEPSPEED.items():
-        value = keys.get(path)
-        if isinstance(value, int | float) and f"--{flag}" not in flags:
-            flags += [f"--{flag}", f"{value:g}" if isinstance(value, float) else str(value)]
-    for flag, beta in zip(("adam-beta1", "adam-beta2"), keys.get(("optimizer", "params", "betas")) or (), strict=False):
-        flags += [f"--{flag}", f"{beta:g}"]
     kind = str(keys.get(("optimizer", "type"), "")).lower()
+    own = {("optimizer", "params", word): flag for word, flag in OF_RULE.get(kind, {}).items()}
+    for path, flag in ({("optimizer", "params", "betas"): "adam-beta1 adam-beta2"} | own | {
+            path: flag for path, flag in MORE_OF_DEEPSPEED.items() if path not in own}).items():
+        values = value if isinstance(value := keys.get(path), list) else [value] * len(flag.split())
+        for name, number in zip(flag.split(), values, strict=False):
+            if isinstance(number, int | float) and f"--{name}" not in flags:
+                flags += [f"--{name}", f"{number:g}" if isinstance(number, float) else str(number)]
     flags += ["--optimizer", "adam" if kind.startswith("adam") else kind] if kind else []
+    flags += BESIDE_RULE.get(kind, "").split()
     curve = CURVES.get(str(keys.get(("scheduler", "type"))))
     flags += ["--lr-decay-style", curve] if curve else []
-    read |= {*MORE_OF_DEEPSPEED, ("optimizer", "type"), ("optimizer", "params", "betas"),
+    read |= {*MORE_OF_DEEPSPEED, *own, ("optimizer", "type"), ("optimizer", "params", "betas"),
              *([("scheduler", "type")] if curve else [])}
     return flags, [".".join(path) for path, value in keys.items()
                    if path not in read or value == "auto" or (path[-1] == "loss_scale" and not value)]
