@@ -77,8 +77,8 @@ def state(e: Any) -> dict[str, Any]:
             "lr": torch.tensor(e.get_lr(), dtype=torch.float64), "count": torch.tensor([e.global_steps, e.skipped_steps, e.global_samples])}
 
 
-def saved(folder: Path, level: int) -> dict[str, Any]:
-    e = made(level)
+def saved(folder: Path, level: int, **more: Any) -> dict[str, Any]:
+    e = made(level, **more)
     train(e, range(STEPS // 2))
     e.save_checkpoint(folder, client_state=CLIENT)
     before = state(e)
@@ -86,8 +86,8 @@ def saved(folder: Path, level: int) -> dict[str, Any]:
     return {"before": before, "after": state(e)}
 
 
-def resumed(folder: Path, level: int) -> dict[str, Any]:
-    e = made(level, seed=5)
+def resumed(folder: Path, level: int, **more: Any) -> dict[str, Any]:
+    e = made(level, seed=5, **more)
     train(e, range(1))                                          # what it had is gone
     path, client = e.load_checkpoint(folder)
     assert path == str(folder / f"global_step{STEPS // 2}")
@@ -113,6 +113,20 @@ def test_any_ranks_and_level_go_on_as_if_nothing_had_happened(tmp_path: Path, po
             equal(got["after"], want["after"])
             assert {k: v for k, v in got["client"].items() if k not in ("seen", "deep")} == {k: v for k, v in CLIENT.items() if k not in ("seen", "deep")}
             assert got["client"]["seen"].tolist() == [0, 1, 2, 3, 4] and got["client"]["deep"]["x"][0].shape == ()
+
+
+@pytest.mark.parametrize(("kind", "kinds"), [("Muon", {"momentum_buffer", "exp_avg", "exp_avg_sq"}), ("Adafactor", {"row_var", "col_var", "variance"})])
+def test_what_is_kept_otherwise_goes_on_too(kind: str, kinds: set[str], tmp_path: Path, pool: Pool) -> None:
+    more = {"optimizer": {"type": kind, "params": {"lr": 1e-2}}}
+    want = pool.run(2, with_optimizer, saved, tmp_path, 3, more)[0]
+    assert {name.split()[0] for name in want["before"]} == {"weight", "lr", "count", "step", *kinds}
+    for got in pool.run(3, with_optimizer, resumed, tmp_path, 1, more):
+        equal(got["before"], want["before"], 0)
+        equal(got["after"], want["after"])
+
+
+def with_optimizer(function: Callable[..., Any], folder: Path, level: int, more: dict[str, Any]) -> Any:
+    return function(folder, level, **more)
 
 
 def run(pool: Pool, world: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
