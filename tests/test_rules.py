@@ -15,6 +15,7 @@ from megazero.state import Reader
 from megazero.state.compare import checkpoints
 from megazero.state.merge import merge
 from megazero.units.formulas import FORMULAS
+from megazero.units.muon import SCALES, orthogonal
 
 Tensor = torch.Tensor
 LR, DECAY = 1e-2, 0.3
@@ -145,3 +146,16 @@ def test_rates_and_decay_go_by_name() -> None:
         rate = next((r for part, r in own.items() if part in name), 1e-3)
         decay = 0.0 if name in spared or g.dim() == 1 else 0.5
         assert torch.allclose(named(run)[name], before[name] - rate * (g + decay * before[name]), rtol=1e-15, atol=1e-17), name
+
+
+@pytest.mark.parametrize("shape", [(64, 256), (256, 64), (96, 100)])
+def test_an_iteration_is_torchs_as_far_as_bf16_goes(shape: tuple[int, int]) -> None:
+    """Eight bits, and singular values of a hundredth of the largest are stretched a hundred times over: a few per cent of an update. In float64 it
+    is what both come near."""
+    g = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    p = torch.nn.Parameter(torch.zeros(shape))
+    p.grad = g.clone()
+    torch.optim.Muon([p], lr=1.0, weight_decay=0.0, momentum=0.0, nesterov=False).step()
+    scale = SCALES["shape_scaling"](*shape)
+    exact, ours = (-scale * orthogonal(g.to(dtype), 5, "simple").double() for dtype in (torch.float64, torch.bfloat16))
+    assert (p.double() - exact).norm() <= 0.04 * exact.norm() and (ours - exact).norm() <= 0.04 * exact.norm()
