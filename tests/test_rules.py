@@ -49,7 +49,10 @@ def pool() -> Iterator[Pool]:
 
 # no biases on k: their gradient is rounding, whose sign is lion's whole update
 LAYOUTS = [Row(tp=2, dp=2, level=1, late=True, shape="gpt2-plain"), Row(dp=3, level=3, shape="llama"), Row(tp=2, dp=3, shape="mistral"),
-           Row(pp=2, dp=2, level=2, late=True, schedule="zb-h1", shape="llama-tied-scaled")]
+           Row(pp=2, dp=2, level=2, late=True, schedule="zb-h1", shape="llama-tied-scaled"),
+           Row(tp=2, pp=2, level=1, schedule="interleaved", virtual=2, layers=4, recompute="full", shape="llama"),
+           Row(dp=4, level=2, shard=2, schedule="gpipe", recompute="selective", late=True, every=2, shape="mistral"),
+           Row(pp=2, dp=2, level=3, schedule="breadth-first", virtual=2, layers=4, micro=3, dropout=0.1, keep=2, shape="llama-tied-scaled")]
 
 
 def in_turn(rules: list[str], some: int) -> list[Any]:

@@ -22,5 +22,5 @@ from megazero.plan.rules import EMA, RULES, coded, dtype_of, group_of, iterating
 from megazero.plan.show import describe
 from megazero.plan.sizes import Sizes, ranks_asked, sizes
 from megazero.plan.sums import Reductions, Zero, ending
-from megazero.plan.tiles import BLOCK, CHUNK, Tile, blocks_here, blocks_of, tiled
+from megazero.plan.tiles import BLOCK, Tile, blocks_here, blocks_of, tiled
 from megazero.plan.words import architecture_of, flags

@@ -7,7 +7,6 @@ from typing import NamedTuple
 from megazero.plan.layout import Flat, Shape
 
 BLOCK = 256             # successive elements of a tensor's last dimension that have one scale (--exp-avg-dtype 8bit)
-CHUNK = 1 << 22         # elements of a tile, where a row is not more already
 
 
 class Tile(NamedTuple):
@@ -35,8 +34,8 @@ class Tile(NamedTuple):
         return self.column // BLOCK, ceil((self.column + self.columns) / BLOCK)
 
 
-def tiled(f: Flat, low: int, high: int) -> Iterator[Tile]:
-    """What the slice [low, high) holds, in order."""
+def tiled(f: Flat, low: int, high: int, most: int = 1 << 62) -> Iterator[Tile]:
+    """What the slice [low, high) holds, in order, at most so many elements at a time where a row is not more."""
     block = 0
     for number, piece in enumerate(f.pieces):
         shape = piece.shard.parameter.shape
@@ -44,7 +43,7 @@ def tiled(f: Flat, low: int, high: int) -> Iterator[Tile]:
             first, rows, columns = 0, prod(box.size[:-1]), box.size[-1]
             for size, offset in zip(shape[:-1], box.offset[:-1], strict=True):
                 first = first * size + offset
-            step = max(CHUNK // columns, 1)
+            step = max(most // columns, 1)
             for row in range(0, rows, step):
                 tile = Tile(number, start + row * columns, first + row, min(step, rows - row), box.offset[-1], columns,
                             block)

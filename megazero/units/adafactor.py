@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from megazero.plan import CHUNK, Box, Piece
+from megazero.plan import Box, Piece
 from megazero.units.codes import Moment
 from megazero.units.formulas import Kernel, Portion
-from megazero.units.unit import Unit
+from megazero.units.unit import Unit, chunk
 
 Tensor = torch.Tensor
 
@@ -40,11 +40,11 @@ class Adafactor(Kernel):
         for name, (rows, columns) in self.factors.items():
             _, by_row, by_column = squares[name]
             for mean, total, count in ((rows, by_row, columns.shape[-1]), (columns, by_column, rows.shape[-1])):
-                mean.copy_(torch.where(go, torch.lerp(mean.double(), total / count, new).to(mean.dtype), mean))
+                torch.where(go, torch.lerp(mean.double(), total / count, new).to(mean.dtype), mean, out=mean)
         for p, part in self.parts.items():
             if _flat(part.piece):
                 variance, g = self.state[p]["variance"], self.gradient(self._grad(p))
-                variance.copy_(torch.where(go, torch.lerp(variance, g * g, new.to(g.dtype)), variance))
+                torch.where(go, torch.lerp(variance, g * g, new.to(g.dtype)), variance, out=variance)
         updates = self._lengths(options)
         for p, w, g, box in self._boxes():
             o, shape = options[p], self.parts[p].piece.shard.parameter.shape
@@ -53,7 +53,7 @@ class Adafactor(Kernel):
             rate = torch.minimum(o["lr"].double(), t.rsqrt()) * root["weight"].clamp(min=o["eps"][1])
             length = rate / (root["update"] / o["d"]).clamp(min=1)
             moved = w - o["lr"] * o["weight_decay"] * w - length.to(w.dtype) * self._update(p, g, box, o)
-            w.copy_(torch.where(go, moved, w))
+            torch.where(go, moved, w, out=w)
         self.count.add_(go)
 
     def _measure(self) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
@@ -104,9 +104,9 @@ class Adafactor(Kernel):
     def _boxes(self) -> Iterator[tuple[Tensor, Tensor, Tensor, Box]]:
         """(slice, weights, gradient, box) of what is here, a piece at a time, in its tensor's dimensions."""
         for p, part in self.parts.items():
-            grad = self._grad(p)
-            for low in range(part.start, part.stop, CHUNK):
-                for at, box in part.piece.boxes(low, min(low + CHUNK, part.stop)):
+            grad, size = self._grad(p), chunk(p.device)
+            for low in range(part.start, part.stop, size):
+                for at, box in part.piece.boxes(low, min(low + size, part.stop)):
                     here = slice(at - part.start, at - part.start + box.numel)
                     yield p, p.detach()[here].view(box.size), self.gradient(grad[here]).view(box.size), box
 

@@ -19,6 +19,7 @@ import torch
 from megazero.comm import Group
 from megazero.plan import BLOCK, Flat, MomentSpec, Piece, Tile, blocks_here, blocks_of, tiled
 from megazero.units.random import hashed, key
+from megazero.units.unit import chunk
 
 Tensor = torch.Tensor
 
@@ -56,7 +57,7 @@ class Moment:
     def write(self, tile: Tile, values: Tensor, go: Tensor, step: Tensor) -> None:
         """They become these values, if `go`; `step` counts what was written before."""
         now = self.read(tile)
-        now.copy_(torch.where(go, values, now))
+        torch.where(go, values.to(now.dtype), now, out=now)
 
     def numbers(self) -> Tensor:
         """All that is here, to be read, or filled and handed to `take`."""
@@ -75,7 +76,7 @@ class ByChance(Moment):
     def write(self, tile: Tile, values: Tensor, go: Tensor, step: Tensor) -> None:
         now, rows = self.part(tile.start, tile.start + tile.numel), torch.arange(tile.rows, device=values.device)
         noise = hashed(self.streams[tile.piece], tile.row + rows, tile.columns, tile.column, step).view(-1)
-        now.copy_(torch.where(go, by_chance(values, noise), now))
+        torch.where(go, by_chance(values, noise), now, out=now)
 
 
 def by_chance(x: Tensor, noise: Tensor) -> Tensor:
@@ -106,7 +107,7 @@ class InBlocks(Moment):
         scale, among = self._spread(tile), (self.table[1:] + self.table[:-1]) / 2
         codes = torch.bucketize(torch.where(scale > 0, values / scale, 0), among).to(torch.uint8)
         now = self.part(tile.start, tile.start + tile.numel)
-        now.copy_(torch.where(go, codes, now))
+        torch.where(go, codes, now, out=now)
 
     def nothing(self) -> Tensor:
         """The largest of each block of each tensor, on all ranks together: none yet."""
@@ -123,7 +124,7 @@ class InBlocks(Moment):
     def settle(self, largest: Tensor, tile: Tile, go: Tensor) -> None:
         """The scales of a tile become these, which all ranks agree on, if `go`."""
         now = self._scales(tile)
-        now.copy_(torch.where(go, self._meant(largest, tile), now))
+        torch.where(go, self._meant(largest, tile), now, out=now)
 
     def numbers(self) -> Tensor:
         out = self.scales.new_zeros(len(self.tensor))
@@ -143,7 +144,7 @@ class InBlocks(Moment):
 
     @cached_property
     def _tiles(self) -> list[Tile]:
-        return list(tiled(self.flat, self.low, self.low + len(self.tensor)))
+        return list(tiled(self.flat, self.low, self.low + len(self.tensor), chunk(self.tensor.device)))
 
     @cached_property
     def _sizes(self) -> list[int]:

@@ -14,9 +14,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from megazero.plan import CHUNK, RULES, Piece, Tile, tiled
+from megazero.plan import RULES, Piece, Tile, tiled
 from megazero.units.codes import InBlocks, Moment, agreed
-from megazero.units.unit import Unit
+from megazero.units.unit import Unit, chunk
 
 Tensor = torch.Tensor
 Moments = Mapping[str, Tensor]
@@ -135,7 +135,7 @@ class Formulas(Kernel):
                 direction, become = self._direction(w, g, moments, t, group)
                 new = w - group["lr"] * ratios.get(p, 1) * direction
                 for now, then in ((w, new), *((moments[name], value) for name, value in become.items())):
-                    now.copy_(torch.where(go, then, now))
+                    torch.where(go, then, now, out=now)
         self.count.add_(go)
 
     def _ratios(self) -> dict[Tensor, Tensor]:
@@ -162,8 +162,9 @@ class Formulas(Kernel):
         """(w, gradient, moments, t) of a slice, a piece at a time."""
         state, w, grad = self.state[p], p.detach(), p.grad
         assert grad is not None
-        for a in range(0, len(w), CHUNK):
-            part = slice(a, a + CHUNK)
+        size = chunk(p.device)
+        for a in range(0, len(w), size):
+            part = slice(a, a + size)
             yield w[part], grad[part], {name: m[part] for name, m in state.items()}, self.count.double() + 1
 
 
@@ -202,7 +203,7 @@ class Coded(Formulas):
     def _new(self, unit: Unit, of: Mapping[int, tuple[Tensor, Options]],
              ratios: Mapping[Tensor, Tensor]) -> Iterator[tuple[Tile, dict[str, Tensor]]]:
         """What weights and moments become, tile by tile."""
-        for tile in tiled(unit.flat, unit.low, unit.high):
+        for tile in tiled(unit.flat, unit.low, unit.high, chunk(unit.master.device)):
             p, group = of[id(unit.flat.pieces[tile.piece])]
             w, grad, moments, t = self._numbers(unit, tile)
             direction, become = self._direction(w, grad, moments, t, group)
@@ -216,5 +217,5 @@ class Coded(Formulas):
 
     def _chunks(self, p: Tensor) -> Iterator[tuple[Tensor, Tensor, Moments, Tensor]]:
         unit, piece, _, _ = self.parts[p]
-        return (self._numbers(unit, tile) for tile in tiled(unit.flat, unit.low, unit.high)
+        return (self._numbers(unit, tile) for tile in tiled(unit.flat, unit.low, unit.high, chunk(unit.master.device))
                 if unit.flat.pieces[tile.piece] is piece)

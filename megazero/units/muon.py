@@ -95,7 +95,7 @@ class Muon(Kernel):
         momentum, g = self.state[p]["momentum_buffer"], self.gradient(p.grad)
         now = torch.lerp(g, momentum, o["momentum"])
         moved = torch.lerp(g, now, o["momentum"]) if o["nesterov"] else now
-        momentum.copy_(torch.where(self.found_inf == 0, now, momentum))
+        torch.where(self.found_inf == 0, now, momentum, out=momentum)
         return moved.to(self.dtype)
 
     def _back(self, wave: Wave, arrived: Tensor, options: Mapping[Tensor, Any]) -> Work:
@@ -124,7 +124,7 @@ class Muon(Kernel):
             scale = o["extra_scale_factor"] * SCALES[o["scale_mode"]](rows, matrix.numel // rows)
             for start, box in matrix.held(self.group.rank, self.ranks):
                 w, update = _range(p.detach(), part, start, box), arrived[at:at + box.numel].to(p.dtype)
-                w.copy_(torch.where(go, w - o["lr"] * (scale * update + o["weight_decay"] * w), w))
+                torch.where(go, w - o["lr"] * (scale * update + o["weight_decay"] * w), w, out=w)
                 at += box.numel
 
     def _own(self, wave: Wave) -> Matrix | None:

@@ -151,7 +151,7 @@ class Updater:
         for name in names if decay is not None else ():
             mean, master = self.state[name][EMA].tensor, self.units[name].master
             new = torch.lerp(master.to(mean.dtype), mean, decay or 0.0)
-            mean.copy_(torch.where(verdict.found_inf == 0, new, mean))
+            torch.where(verdict.found_inf == 0, new, mean, out=mean)
 
     def begin_means(self) -> None:
         """The means of the weights are the weights."""

@@ -52,6 +52,11 @@ class Buffers:
         self.free[kind].append(buffer)
 
 
+def chunk(device: torch.device) -> int:
+    """Elements that our own kernels change at a time: on a CPU a cache holds what they need for so many."""
+    return 1 << 16 if device.type == "cpu" else 1 << 24
+
+
 def viewed(buffer: Tensor) -> bool:
     """Has another tensor its storage too?"""
     storage = buffer.untyped_storage()                          # which counts as one
