@@ -64,16 +64,14 @@ class Muon(Kernel):
 
     def step(self, closure: Any = None) -> None:                # type: ignore[override]
         options = dict(self.all())
-        there, back = list[Work](), list[Work]()
-        for i in range(len(self.waves) + 1):
-            if i < len(self.waves):
-                there.append(self._there(self.waves[i], options))
-            if i > 0:
-                back.append(self._back(self.waves[i - 1], there[i - 1].wait(), options))
-            if i > 1:
-                self._apply(self.waves[i - 2], back[i - 2].wait(), options)
-        if self.waves:
-            self._apply(self.waves[-1], back[-1].wait(), options)
+        going: tuple[Wave, Work] | None = None
+        coming: tuple[Wave, Work] | None = None
+        for wave in (*self.waves, (), ()):                      # one goes, one is iterated, one lands
+            gone = (wave, self._there(wave, options)) if wave else None
+            back = (going[0], self._back(going[0], going[1].wait())) if going else None
+            if coming:
+                self._apply(coming[0], coming[1].wait(), options)
+            going, coming = gone, back
         self.count.add_(self.found_inf == 0)
 
     def _there(self, wave: Wave, options: Mapping[Tensor, Any]) -> Work:
@@ -98,7 +96,7 @@ class Muon(Kernel):
         torch.where(self.found_inf == 0, now, momentum, out=momentum)
         return moved.to(self.dtype)
 
-    def _back(self, wave: Wave, arrived: Tensor, options: Mapping[Tensor, Any]) -> Work:
+    def _back(self, wave: Wave, arrived: Tensor) -> Work:
         """This rank's matrix of the wave is iterated, and travels back."""
         rank, own = self.group.rank, self._own(wave)
         back = [0] * self.ranks.all
