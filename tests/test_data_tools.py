@@ -92,6 +92,14 @@ def test_the_commands(tmp_path: Path) -> None:
     assert "dataset.py vrify: write inspect or" in tool("vrify", fails=True)
 
 
+def test_trace_takes_the_flags_as_the_run_does(tmp_path: Path) -> None:
+    """Megatron's defaults, one of which is an order of samples, and its words."""
+    flags = (f"--num-layers 1 --hidden-size 8 --num-attention-heads 1 --seq-length 12 --lr 1 --train-iters 9 --global-batch-size 4 --eval-iters 0 "
+             f"--tokenizer-type ByteTokenizer --train-data-path {written(tmp_path, TEXTS)}").split()
+    megatrons = tool("trace", "--step", 5, *flags, "--megatron-defaults", "--use-distributed-optimizer", "--sequence-parallel")
+    assert megatrons == tool("trace", "--step", 5, *flags, "--sample-order", "megatron") != tool("trace", "--step", 5, *flags)
+
+
 @pytest.mark.parametrize("order", ["keyed", "megatron"])
 def test_trace_names_the_documents_of_a_step(tmp_path: Path, order: str) -> None:
     prefix = written(tmp_path, TEXTS)

@@ -130,3 +130,20 @@ def test_a_line_may_hold_several_commands_and_sums(script: str, words: str) -> N
 def test_each_rule_of_deepspeed_has_its_own_words(kind: str, params: dict[str, Any], flags: str) -> None:
     found, rest = from_configuration({"optimizer": {"type": kind, "params": params}})
     assert " ".join(found) == flags and not rest
+
+
+def test_numbers_of_deepspeed_keep_their_digits_and_auto_is_listed() -> None:
+    found, rest = from_configuration({"gradient_clipping": 0.123456789, "optimizer": {"type": "AdamW", "params": {"lr": 0.000123456789, "betas": "auto"}}})
+    assert found == ["--clip-grad", "0.123456789", "--lr", "0.000123456789", "--optimizer", "adam"] and rest == ["optimizer.params.betas"]
+    assert from_configuration({"optimizer": {"params": {"betas": [0.9, 0.95123456789]}}})[0] == ["--adam-beta1", "0.9", "--adam-beta2", "0.95123456789"]
+
+
+def test_what_a_condition_sets_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Nothing is run, so no branch is known to be the one: the last counts, and that is said."""
+    monkeypatch.chdir(tmp_path)
+    script = 'SIZE=7b\nif [ "$SIZE" = 7b ]; then HS=64; LR=3e-4\nelse HS=128; LR=1e-4; fi\nL=2\ncase $X in\n a) ARGS+=(--bf16);;\nesac\n' \
+        "python pretrain_gpt.py --num-layers $L `# two` --hidden-size $HS --lr $LR ${ARGS[@]}\n"
+    (tmp_path / "m.sh").write_text(script)
+    code, told, error = tool(monkeypatch, capsys, "from_megatron.py", "m.sh")
+    assert code == 0 and "look at     HS, LR, ARGS: set within a condition" in told, error
+    assert words_of_script(script)[0] == "--num-layers 2 --hidden-size 128 --lr 1e-4 --bf16".split()

@@ -39,7 +39,7 @@ from megazero.data import (
     samples,
 )
 from megazero.plan import ranks_asked, resolve
-from megazero.settings import PRESETS, TOKENIZERS, Config, commands, hint, option, parse, run
+from megazero.settings import TOKENIZERS, Config, commands, option, run, with_flags_of_a_run
 
 PREFIX = "path of a dataset without .bin or .idx"
 
@@ -243,7 +243,7 @@ def excerpt(source: SampleSource, k: int, tokenizer: Tokenizer, characters: int)
 
 def main() -> None:
     if sys.argv[1:2] == ["trace"]:                      # alone in taking presets and Megatron's words
-        trace(parse(Trace, sys.argv[2:], prog="dataset.py trace", presets=PRESETS, elsewhere=hint))
+        trace(with_flags_of_a_run(Trace, sys.argv[2:], "dataset.py trace"))
         return
     commands("dataset.py", __doc__ or "", {
         "inspect": (Inspect, inspect), "stats": (Stats, stats), "show": (Show, show), "verify": (Verify, verify),

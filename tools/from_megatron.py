@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megazero.base import UserError, read_bytes, whole
-from megazero.settings import as_file, option, parse, run, words_of_script
+from megazero.settings import as_file, doubtful, option, parse, run, words_of_script
 
 
 @dataclass(frozen=True)
@@ -25,14 +25,15 @@ class Settings:
 def main() -> None:
     at = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     s = parse(Settings, sys.argv[1:at], prog="from_megatron.py")
-    words, launcher = sys.argv[at + 1:], list[str]()
+    words, launcher, unsure = sys.argv[at + 1:], list[str](), list[str]()
     if s.script is None and not words:
         raise UserError("from_megatron.py: name a script, or write the words after --.")
     if s.script is not None and words:
         raise UserError(f"from_megatron.py {s.script}: give a script or words after --, not both.")
     if s.script is not None:
         try:
-            words, launcher = words_of_script(read_bytes(Path(s.script)).decode())
+            script = read_bytes(Path(s.script)).decode()
+            (words, launcher), unsure = words_of_script(script), doubtful(script)
         except (OSError, ValueError) as error:
             raise UserError(f"{s.script}: {getattr(error, 'strerror', None) or error}; name a launch script, or write "
                             "its words after --.") from None
@@ -40,6 +41,9 @@ def main() -> None:
     with whole(Path(s.output)) as file:
         file.write(text.encode())
     print("\n".join(lines))
+    if unsure:
+        print(f"look at     {', '.join(unsure)}: set within a condition, which is not asked; all branches are read, "
+              "and the last one counts")
     print(f"wrote       {s.output}; look at the plan: python pretrain_gpt.py --config {s.output} --check")
 
 

@@ -2,7 +2,7 @@
 
 from megazero.settings.command_line import Option, build, commands, flatten, leaves, nearest, option, parse, run
 from megazero.settings.config import (
-    PRESETS, TOKENIZERS, Config, Data, Model, Optimization, Training, from_command_line, in_our_words)
-from megazero.settings.megatron import hint
+    PRESETS, TOKENIZERS, Config, Data, Model, Optimization, Training, from_command_line, in_our_words,
+    with_flags_of_a_run)
 from megazero.settings.megatron_words import REFUSED, RENAMED, WITHOUT, megatron_defaults
-from megazero.settings.moving import as_file, from_configuration, without_weights, words_of_script
+from megazero.settings.moving import as_file, doubtful, from_configuration, without_weights, words_of_script

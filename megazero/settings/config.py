@@ -8,7 +8,7 @@ or read.
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from megazero.base import DTYPES
 from megazero.pipeline import SCHEDULES
@@ -22,6 +22,8 @@ WSD_STYLES = ("linear", "cosine", "exponential", "minus_sqrt")
 TOKENIZERS = ("SentencePieceTokenizer", "Llama2Tokenizer", "GPT2BPETokenizer", "HuggingFaceTokenizer",
               "TiktokenTokenizer", "ByteTokenizer", "CharTokenizer", "NullTokenizer")
 
+
+T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Parallel:
@@ -404,6 +406,12 @@ def in_our_words(argv: Sequence[str] | None = None) -> Told:
 
 def from_command_line(argv: Sequence[str] | None = None) -> Config:
     """The configuration that a command line (default: the process's) asks for. Raises UserError."""
+    return with_flags_of_a_run(Config, argv, "pretrain_gpt.py")
+
+
+def with_flags_of_a_run(settings: type[T], argv: Sequence[str] | None, prog: str) -> T:
+    """Settings among which are those of a run, as a run takes them: Megatron's words and defaults too. Raises
+    UserError."""
     told = in_our_words(argv)
-    return parse(Config, told.argv, prog="pretrain_gpt.py", presets=PRESETS, elsewhere=hint, errors=told.errors(),
+    return parse(settings, told.argv, prog=prog, presets=PRESETS, elsewhere=hint, errors=told.errors(),
                  implied=lambda said: megatron_defaults(said) if said.get("megatron_defaults") else {})

@@ -299,8 +299,13 @@ def flags_of_deepspeed(said: Mapping[str, Any], given: Given) -> Words:
         if value is True:
             flags += [] if word in given or "bf16" in given or "fp16" in given else [f"--{word}"]
         elif isinstance(value, int | float) and not isinstance(value, bool) and word not in given and form(value):
-            flags += [f"--{word}", f"{value:g}" if isinstance(value, float) else str(value)]
+            flags += [f"--{word}", exactly(value)]
     return flags
+
+
+def exactly(number: float) -> str:
+    """As people write it, where that is the same number."""
+    return f"{number:g}" if isinstance(number, float) and float(f"{number:g}") == number else repr(number)
 
 
 def _split_file(args: Words, given: Given, told: Told) -> Words:

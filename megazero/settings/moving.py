@@ -12,14 +12,14 @@ from typing import Any
 
 from megazero.settings.command_line import flatten, leaves, parse
 from megazero.settings.config import PRESETS, Config, in_our_words
-from megazero.settings.megatron import FROM_DEEPSPEED, Told, flags_of_deepspeed, hint
+from megazero.settings.megatron import FROM_DEEPSPEED, Told, exactly, flags_of_deepspeed, hint
 from megazero.settings.megatron_words import megatron_defaults
 
 NAME = r"[A-Za-z_][A-Za-z0-9_]*"
 ASSIGNMENT = re.compile(rf"(?:(?:export|local|declare(?: -\w+)?|readonly)\s+)?({NAME})(\+?)=(.*)", re.DOTALL)
 REFERENCE = re.compile(rf"\$(?:\{{({NAME}|\d)(?:\[[@*]\])?(?::?[-=]([^}}]*))?\}}|({NAME}|[\d@*]))")
 SUM = re.compile(r"\$\(\(([^()]*(?:\([^()]*\)[^()]*)*)\)\)")
-KEYWORDS = re.compile(r"(?:(?:then|do|else)\s+)+")
+KEYWORDS = re.compile(r"(?:(?:then|do|else|[^\s()$\"'=]+\))\s+)+")
 OPERATIONS: Mapping[type, Callable[[int, int], int]] = {
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Mod: operator.mod,
     ast.Div: operator.floordiv}
@@ -34,6 +34,7 @@ def words_of_script(text: str) -> tuple[list[str], list[str]]:
     sets are put in, both branches of a condition are read; nothing is run. Raises ValueError where there is none."""
     variables: dict[str, list[str]] = {}
     found: tuple[list[str], list[str]] | None = None
+    text = re.sub(r"`\s*#[^`\n]*`", "", text)                  # a remark within a line that goes on
     for statement in (_calculated(part, variables) for whole in _statements(text) for part in _parts(whole)):
         if match := ASSIGNMENT.fullmatch(statement):
             name, more, value = match.groups()
@@ -52,6 +53,17 @@ def words_of_script(text: str) -> tuple[list[str], list[str]]:
     if found is None:
         raise ValueError("starts no program such as pretrain_gpt.py")
     return found
+
+
+def doubtful(text: str) -> list[str]:
+    """Variables that a script sets within a condition, where the last assignment counts and the condition does not."""
+    depth, found = 0, list[str]()
+    for line in text.splitlines():
+        words = re.split(r"[;\s]+", line.strip())
+        depth += sum(word in ("if", "case") for word in words[:1]) - sum(word in ("fi", "esac") for word in words)
+        inside = depth > 0 or words[0] in ("if", "case")
+        found += re.findall(rf"(?:^|[;\s])({NAME})\+?=", line) if inside else []
+    return list(dict.fromkeys(found))
 
 
 def _statements(text: str) -> Iterator[str]:
@@ -233,7 +245,7 @@ def from_configuration(said: Mapping[str, Any]) -> tuple[list[str], list[str]]:
         values = value if isinstance(value := keys.get(path), list) else [value] * len(flag.split())
         for name, number in zip(flag.split(), values, strict=False):
             if isinstance(number, int | float) and f"--{name}" not in flags:
-                flags += [f"--{name}", f"{number:g}" if isinstance(number, float) else str(number)]
+                flags += [f"--{name}", exactly(number)]
     flags += ["--optimizer", "adam" if kind.startswith("adam") else kind] if kind else []
     flags += BESIDE_RULE.get(kind, "").split()
     curve = CURVES.get(str(keys.get(("scheduler", "type"))))
