@@ -8,7 +8,7 @@ import pytest
 from support import tool
 
 from megazero.plan import checks
-from megazero.settings import from_command_line, from_configuration, words_of_script
+from megazero.settings import from_command_line, from_configuration, of_preprocessing, words_of_script
 
 SCRIPT = r'''#!/bin/bash
 # Runs a model of 175B
@@ -147,3 +147,9 @@ def test_what_a_condition_sets_is_named(tmp_path: Path, monkeypatch: pytest.Monk
     code, told, error = tool(monkeypatch, capsys, "from_megatron.py", "m.sh")
     assert code == 0 and "look at     HS, LR, ARGS: set within a condition" in told, error
     assert words_of_script(script)[0] == "--num-layers 2 --hidden-size 128 --lr 1e-4 --bf16".split()
+
+
+def test_preprocessing_takes_megatrons_words() -> None:
+    words = "--input a.jsonl --tokenizer-type GPTSentencePieceTokenizer --vocab v.json --dataset-impl mmap --log-interval=100 --partitions 1 --keep-newlines --append-eod"
+    assert of_preprocessing(words.split()) == (
+        "--input a.jsonl --tokenizer-type SentencePieceTokenizer --vocab-file v.json --append-eod".split(), "--dataset-impl mmap --log-interval 100 --partitions 1 --keep-newlines".split())

@@ -1,12 +1,19 @@
 """Text to a tokenized dataset; see --help and megazero/corpus/preprocess.py."""
 
-from megazero.base import UserError
+import sys
+
+from megazero.base import UserError, say
 from megazero.corpus import PreprocessSettings, preprocess
-from megazero.settings import parse, run
+from megazero.settings import of_preprocessing, parse, run
+
+ELSEWHERE = {"split-sentences": "is not here: documents are not cut into sentences here; leave it out"}
 
 
 def main() -> None:
-    settings = parse(PreprocessSettings, prog="preprocess_data.py")
+    argv, idle = of_preprocessing(sys.argv[1:])
+    settings = parse(PreprocessSettings, argv, prog="preprocess_data.py", elsewhere=ELSEWHERE.get)
+    if idle:
+        say(f"no effect   nothing to configure here: {' '.join(idle)}")
     try:
         for report in preprocess(settings):
             print(report)

@@ -5,4 +5,5 @@ from megazero.settings.config import (
     PRESETS, TOKENIZERS, Config, Data, Model, Optimization, Training, from_command_line, in_our_words,
     with_flags_of_a_run)
 from megazero.settings.megatron_words import REFUSED, RENAMED, WITHOUT, megatron_defaults
-from megazero.settings.moving import as_file, doubtful, from_configuration, without_weights, words_of_script
+from megazero.settings.moving import (
+    as_file, doubtful, from_configuration, of_preprocessing, without_weights, words_of_script)

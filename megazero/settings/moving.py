@@ -13,7 +13,7 @@ from typing import Any
 from megazero.settings.command_line import flatten, leaves, parse
 from megazero.settings.config import PRESETS, Config, in_our_words
 from megazero.settings.megatron import FROM_DEEPSPEED, Told, exactly, flags_of_deepspeed, hint
-from megazero.settings.megatron_words import megatron_defaults
+from megazero.settings.megatron_words import VALUES, megatron_defaults
 
 NAME = r"[A-Za-z_][A-Za-z0-9_]*"
 ASSIGNMENT = re.compile(rf"(?:(?:export|local|declare(?: -\w+)?|readonly)\s+)?({NAME})(\+?)=(.*)", re.DOTALL)
@@ -182,6 +182,30 @@ def _until_pipe(words: Sequence[str]) -> Iterator[str]:
         if re.match(r"[|;&]|\d?>", word):
             return
         yield word
+
+
+# ---- Megatron's preprocess_data.py
+
+IDLE = {"--dataset-impl": 1, "--log-interval": 1, "--partitions": 1, "--keep-sequential-samples": 0,
+        "--keep-newlines": 0}
+
+
+def of_preprocessing(argv: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(its words as ours, those without effect here)."""
+    ours, idle, types = list[str](), list[str](), VALUES["tokenizer-type"]
+    words = [part for word in argv for part in (word.split("=", 1) if word.startswith("--") else [word])]
+    at = 0
+    while at < len(words):
+        word = words[at].replace("_", "-") if words[at].startswith("--") else words[at]
+        if word in IDLE:
+            idle += words[at:at + 1 + IDLE[word]]
+            at += 1 + IDLE[word]
+            continue
+        before = ours[-1] if ours else ""
+        word = types.get(word, word) if before == "--tokenizer-type" else word
+        ours.append("--vocab-file" if word == "--vocab" else word)
+        at += 1
+    return ours, idle
 
 
 # ---- the file and the report
