@@ -270,3 +270,8 @@ def test_help_is_grouped_with_defaults() -> None:
     text = run("--help").stdout
     assert all(f"{group}:" in text for group in ("Parallelism", "Model", "Training", "Optimizer and learning rate", "Precision", "Checkpoints"))
     assert "(default: 0.999)" in text and "--tp RANKS" in text
+
+
+def test_flat_values_make_the_same_settings_again() -> None:
+    c = from_command_line("--num-layers 2 --hidden-size 8 --num-attention-heads 2 --seq-length 8 --lr 1 --data-path 0.3 a 0.7 b --train-iters 1".split())
+    assert build(Config, flatten(c)) == c

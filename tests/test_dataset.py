@@ -136,7 +136,7 @@ def test_too_few_tokens(tmp_path: Path) -> None:
         opened([prefix], "50,50", "valid")
     assert str(caught.value) == (
         f"{prefix}: --split 50,50 gives valid 8 of its 17 tokens (1 of 2 documents), one sample needs 9; "
-        "give it a larger share, more data or a smaller --seq-length.")
+        "give it a larger share, more data or a smaller --seq-length, or write --eval-iters 0.")
     with pytest.raises(UserError, match="one sample needs 9"):
         opened([make(tmp_path / "empty", [0, 0])])
     with pytest.raises(UserError, match="this is no dataset of tokens"):

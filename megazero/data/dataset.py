@@ -293,9 +293,10 @@ def _open_part(
     documents, first, last = _split_of(dataset, split, which, reading.megatron)
     if last - first <= s:
         asked = f"--split {split} gives {which}" if split else f"{which} has"
+        instead = "" if which == "train" else ", or write --eval-iters 0"
         raise UserError(f"{prefix}: {asked} {last - first} of its {dataset.token_count} tokens ({documents} of "
                         f"{dataset.document_count} documents), one sample needs {s + 1}; give it a larger share, "
-                        "more data or a smaller --seq-length.")
+                        f"more data or a smaller --seq-length{instead}.")
     order: Order = ChunkOrder(last - first, s, reading.seed, reading.shuffle)
     if reading.megatron:
         order = MegatronOrder(dataset.sequence_lengths(*_sequences(dataset, split, which)), s, reading.seed, count)

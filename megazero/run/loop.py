@@ -94,6 +94,9 @@ class Loop:
         t, k, (_, valid, test) = self.run.config.training, self.run.config.checkpoint, self.feed.splits
         at = self.step.progress.step
         end = at if t.skip_train else self.run.plan.train_iters
+        if at > end:
+            self.run.say(f"nothing     to train: it begins at step {at:,}, and the run ends at step {end:,}; give a "
+                         "larger --train-iters (or --train-samples), or --finetune to begin at step 0")
         if at >= end:                                           # nothing to train: what is the loss of these weights?
             self.evaluations(valid)
         self.step.lap()

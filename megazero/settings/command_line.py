@@ -117,10 +117,15 @@ def build(cls: type[T], values: Mapping[str, Any]) -> T:
 
 def _nested(cls: type[T], values: Mapping[str, Any]) -> T:
     hints = typing.get_type_hints(cls)
-    chosen = {f.name: _nested(hints[f.name], values) if is_dataclass(hints[f.name]) else values[f.name]
+    chosen = {f.name: _nested(hints[f.name], values) if is_dataclass(hints[f.name]) else _frozen(values[f.name])
               for f in fields(cls)  # type: ignore[arg-type]
               if is_dataclass(hints[f.name]) or f.name in values}
     return cls(**chosen)
+
+
+def _frozen(value: Any) -> Any:
+    """Lists of a file are tuples of settings."""
+    return tuple(value) if isinstance(value, list) else value
 
 
 def flatten(settings: Any) -> dict[str, Any]:
