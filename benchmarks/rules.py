@@ -104,7 +104,7 @@ def main() -> None:
         for kind, (update, _) in kinds.items():
             seconds = seconds_of(update, torch.device(c.device))
             times[kind] += [seconds] if turn > 1 else []
-    own = {ours_: theirs for theirs, ours_ in OWN.items()} | {"adafactor": "torch adafactor"}
+    own = {ours_: theirs for theirs, ours_ in OWN.items()}
     rows = {}
     for kind, found in times.items():
         ratios = {peer: median(a / b for a, b in zip(found, times[peer], strict=True))

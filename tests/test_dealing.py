@@ -15,7 +15,7 @@ from megazero.units.muon import COEFFICIENTS, orthogonal
 def test_every_matrix_arrives_whole_and_goes_back_to_all(shape: str, ranks: Ranks) -> None:
     plan = resolved(f"{TINY} {SHAPES[shape]} --num-attention-heads 8 --kv-channels 8 --tp {ranks.tp} --dp {ranks.replicate * ranks.shard} --global-batch-size 192 "
                     f"--optimizer muon {f'--zero-stage 1 --zero-shard-size {ranks.shard}' if ranks.shard > 1 else ''}", ranks.all)
-    units = {name: (f, stored(f, plan)) for name, f in flats(plan, 0).items()}
+    units = [(f, stored(f, plan)) for f in flats(plan, 0).values()]
     waves = deal(units, ranks, lambda piece: piece.shard.parameter.group == "matrix")
     matrices = [m for wave in waves for m in wave]
     names = [p.name for u in plan.units for p in u.parameters if p.group == "matrix"]

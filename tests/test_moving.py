@@ -112,6 +112,7 @@ def test_from_torchtitan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     "H=1024 && F=$((H * 4))\nA=(\n  --ffn-hidden-size $(( $H * 8 / 3 ))\n  --heads ${N:-$((F/256))}   # (flash; or not)\n)\npython pretrain_gpt.py ${A[@]} --x $((F % 1000))":
         "--ffn-hidden-size 2730 --heads 16 --x 96",
     "W=$((GPUS*2))\npython pretrain_gpt.py --x $W --y $((1/0)) --z 'a;b && c'": "--x $((GPUS*2)) --y $((1/0)) --z a;b && c",
+    'sudo -E python pretrain_gpt.py --name "what to do then" --lr 1': "--name what to do then --lr 1",
     'if [ "$1" = x ]; then A+=(--moe); else A+=(--dense); fi\npython pretrain_gpt.py "${A[@]}" | tee log': "--moe --dense",
     "cd /x && torchrun --nproc_per_node 8 pretrain_gpt.py --a \"b # c\" # d; e": "--a b # c",
 }.items())

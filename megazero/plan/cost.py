@@ -155,7 +155,7 @@ def measures(o: Optimization, units: Mapping[str, Flat]) -> list[int]:
 def _dealt(p: Plan, rank: int, units: Mapping[str, Flat]) -> int:
     o, place = p.config.optimizer, p.mesh.place(rank)
     ranks = Ranks(p.dp // p.shard, p.shard, p.tp)
-    waves = deal({name: (f, stored(f, p)) for name, f in units.items()}, ranks,
+    waves = deal([(f, stored(f, p)) for f in units.values()], ranks,
                  lambda piece: RULES[_rule(piece, o)].scope == "matrix")
     number = (place.replicate * ranks.shard + place.shard) * ranks.tp + place.tp
     return bytes_sent(waves, ranks, number, DTYPES[iterating(o.muon_ns_dtype, p.config.dtype, p.device)].width)

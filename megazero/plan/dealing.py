@@ -1,6 +1,6 @@
 """Whole logical matrices of which ranks hold pieces, dealt out for work that needs all of one at once. Pure."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from heapq import heapify, heapreplace
@@ -34,12 +34,10 @@ class Ranks:
 class Matrix:
     """A logical tensor of two dimensions, or more: then all but the first are one.
 
-    unit, name, shape       whose it is
-    holds                   (which of the ranks that hold all together, where in its flat buffer, box, does it count?)
-    worker                  the rank that is given all of it
+    holds       (which of the ranks that hold all together, where in its unit's buffer, box, does it count?)
+    worker      the rank that is given all of it
     """
 
-    unit: str
     name: str
     shape: tuple[int, ...]
     holds: tuple[tuple[int, int, Box, bool], ...]
@@ -73,10 +71,10 @@ class Matrix:
 Wave = tuple[Matrix, ...]
 
 
-def deal(units: Mapping[str, tuple[Flat, int]], ranks: Ranks, has: Callable[[Piece], bool]) -> list[Wave]:
-    """Matrices of units (name -> layout, stored size), those that `has` says, dealt by FLOPs: the largest first, each
+def deal(units: Iterable[tuple[Flat, int]], ranks: Ranks, has: Callable[[Piece], bool]) -> list[Wave]:
+    """Matrices of units (layout, stored size), those that `has` says, dealt by FLOPs: the largest first, each
     to whoever has least to do. They travel in waves, at most one for each worker."""
-    found = sorted((m for name, (f, size) in units.items() for m in _matrices(name, f, size, ranks, has)),
+    found = sorted((m for f, size in units for m in _matrices(f, size, ranks, has)),
                    key=lambda m: -m.flops)
     load = [(0, rank) for rank in range(ranks.all)]
     heapify(load)
@@ -101,7 +99,7 @@ def _fitting(wave: Sequence[Matrix], room: int) -> Iterator[Wave]:
     yield tuple(part)
 
 
-def _matrices(unit: str, f: Flat, size: int, ranks: Ranks, has: Callable[[Piece], bool]) -> Iterator[Matrix]:
+def _matrices(f: Flat, size: int, ranks: Ranks, has: Callable[[Piece], bool]) -> Iterator[Matrix]:
     step = size // ranks.shard
     for piece in filter(has, f.pieces):
         p, holds = piece.shard.parameter, []
@@ -111,7 +109,7 @@ def _matrices(unit: str, f: Flat, size: int, ranks: Ranks, has: Callable[[Piece]
             for s in range(other.start // step, -(-other.stop // step)):
                 holds += [(s * ranks.tp + tp, at, box, other.shard.owner)
                           for at, box in other.boxes(s * step, (s + 1) * step)]
-        yield Matrix(unit, p.name, p.shape, tuple(holds))
+        yield Matrix(p.name, p.shape, tuple(holds))
 
 
 def bytes_sent(waves: Sequence[Wave], ranks: Ranks, rank: int, width: int) -> int:

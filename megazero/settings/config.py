@@ -227,8 +227,8 @@ class Optimization:
     muon_extra_scale_factor: float = option(1.0, "and by this; 0.2 with spectral is as large as adam's updates")
     muon_ns_dtype: str | None = option(None, "dtype of the iterations; default bf16 on CUDA, fp32 on CPU, fp64 with "
                                        "--dtype fp64", choices=("bf16", "fp32", "fp64"))
-    exp_avg_dtype: str = option("fp32", "dtype of means of gradients; bf16 is rounded by chance, 8bit has a scale for "
-                                "each 256 elements", choices=("fp32", "bf16", "8bit"))
+    exp_avg_dtype: str = option("fp32", "dtype of means of gradients of adam, lion, lamb, ademamix; bf16 is rounded by "
+                                "chance, 8bit has a scale for each 256 elements", choices=("fp32", "bf16", "8bit"))
     exp_avg_sq_dtype: str = option("fp32", "the same of means of squares", choices=("fp32", "bf16", "8bit"))
     main_params_dtype: str = option("fp32", "dtype of master weights; bf16: none beside those of --bf16, which are "
                                     "rounded by chance", choices=("fp32", "bf16"))

@@ -19,7 +19,7 @@ NAME = r"[A-Za-z_][A-Za-z0-9_]*"
 ASSIGNMENT = re.compile(rf"(?:(?:export|local|declare(?: -\w+)?|readonly)\s+)?({NAME})(\+?)=(.*)", re.DOTALL)
 REFERENCE = re.compile(rf"\$(?:\{{({NAME}|\d)(?:\[[@*]\])?(?::?[-=]([^}}]*))?\}}|({NAME}|[\d@*]))")
 SUM = re.compile(r"\$\(\(([^()]*(?:\([^()]*\)[^()]*)*)\)\)")
-KEYWORDS = re.compile(r"(?:(?:then|do|else|[^\s()$\"'=]+\))\s+)+")
+KEYWORDS = re.compile(r"^(?:(?:then|do|else|[^\s()$\"'=]+\))\s+)+")
 OPERATIONS: Mapping[type, Callable[[int, int], int]] = {
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Mod: operator.mod,
     ast.Div: operator.floordiv}

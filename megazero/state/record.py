@@ -131,7 +131,7 @@ def unfit(reader: Reader, a: Architecture, parameters: Sequence[Parameter], o: O
         return errors
     wanted = {(kind, p.name): shape for p in parameters
               for kind, shape in tensors_of(p.shape, group_of(p.name, p.group, o).rule).items()}
-    return (_wrong_optimizer(reader, o.optimizer, {kind: None for kind, _ in wanted})
+    return (_wrong_optimizer(reader, o.optimizer, dict.fromkeys(kind for kind, _ in wanted))
             or _wrong_tokenizer(reader, tokenizer) or mismatches(reader, wanted))
 
 

@@ -58,7 +58,7 @@ class Muon(Kernel):
         self.group = sharing.stage
         self.ranks = Ranks(sharing.replicate.size, sharing.shard.size, sharing.tensor.size)
         assert self.group.size == self.ranks.all, "a stage is all ranks that share its units"
-        self.waves = deal({u.flat.name: (u.flat, u.size) for u in self.units}, self.ranks, has)
+        self.waves = deal([(u.flat, u.size) for u in self.units], self.ranks, has)
         self.mine = {part.piece.shard.parameter.name: (p, part) for p, part in self.parts.items()}
         self.none = torch.zeros(0, dtype=self.dtype, device=like.device)
 
