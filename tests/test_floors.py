@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS: dict[str, tuple[int, str]] = {
     "base": (650, "errors text dtypes disk memory strict lease"),
     "pipeline": (750, "schedule timeline weighing split"),
-    "settings": (1800, "command_line megatron_words megatron config moving"),
+    "settings": (2050, "command_line megatron_words megatron config script moving"),
     "plan": (4340, "rules devices layout moments tiles dealing mesh sizes progress action sums program verify rope architecture words operations checks plan cost family facets families show"),
     "comm": (1360, "marks group shared gloo nccl fake late ports rendezvous told wires"),
     "units": (1725, "random unit gate codes formulas adafactor muon rules watch actions"),

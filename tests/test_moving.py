@@ -1,6 +1,7 @@
 """Launches of other programs as files of this one's words: tools/from_megatron.py, from_deepspeed.py, from_torchtitan.py."""
 
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +9,7 @@ import pytest
 from support import tool
 
 from megazero.plan import checks
-from megazero.settings import from_command_line, from_configuration, of_preprocessing, words_of_script
+from megazero.settings import from_command_line, from_configuration, launch_of, of_preprocessing
 
 SCRIPT = r'''#!/bin/bash
 # Runs a model of 175B
@@ -36,6 +37,11 @@ torchrun --nproc_per_node $GPUS_PER_NODE --nnodes=$NUM_NODES pretrain_gpt.py \
     --tensor-model-parallel-size 8 --pipeline-model-parallel-size $PP --tensorboard-dir "${CHECKPOINT_PATH}/logs" \
     --vocab-file $VOCAB_FILE --merge-file merges.txt --data-path 0.5 $DATA 0.5 other --split 9,1,0 2>&1 | tee log.txt
 '''
+
+
+def words_of_script(text: str) -> tuple[list[str], list[str]]:
+    launch = launch_of(text)
+    return launch.words, launch.launcher
 
 
 def test_a_script_is_read_and_not_run(tmp_path: Path) -> None:
@@ -139,15 +145,56 @@ def test_numbers_of_deepspeed_keep_their_digits_and_auto_is_listed() -> None:
     assert from_configuration({"optimizer": {"params": {"betas": [0.9, 0.95123456789]}}})[0] == ["--adam-beta1", "0.9", "--adam-beta2", "0.95123456789"]
 
 
-def test_what_a_condition_sets_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Nothing is run, so no branch is known to be the one: the last counts, and that is said."""
+# what bash itself gives the program is what we read
+KNOWN = [
+    'SIZE=7b\nif [ "$SIZE" = 7b ]; then HS=64; LR=3e-4\nelse HS=128; LR=1e-4; fi\npython pretrain_gpt.py --hidden-size $HS --lr $LR',
+    'SIZE=13b\nif [[ $SIZE == 7b ]]; then\n  HS=64\nelif [[ $SIZE == 13* && -n "$SIZE" ]]; then\n  HS=128\nelse\n  HS=256\nfi\npython pretrain_gpt.py --h $HS',
+    'case "medium" in\n small) L=2;;\n medium|large)\n  L=4\n  H=8 ;;\n *) L=9;;\nesac\npython pretrain_gpt.py --l $L --h $H',
+    'M=x; case $M in a) L=1;; b) L=2;; *) L=3;; esac; python pretrain_gpt.py --l $L',
+    'A=(--a 1)\nfalse && A+=(--b 2)\ntrue && A+=(--c "3 4")\n[ 2 -gt 3 ] || A+=(--d)\n! [ -z "" ] || A+=(--e)\npython pretrain_gpt.py "${A[@]}"',
+    'MOE=${MOE:-false}\nARGS="--x 1"\nif [ $MOE = true ]; then\n  ARGS="$ARGS --moe"\n  if [ 1 = 1 ]; then ARGS+=" --y"; fi\nfi\nARGS+=" --z"\npython pretrain_gpt.py $ARGS',
+    'N=4; (( N > 2 )) && TP=2\nif (( N % 3 == 0 )); then PP=3; else PP=1; fi\npython pretrain_gpt.py --tp $TP --pp $PP',
+    'export A=1 B=2\nC=3 D=4\nCUDA_DEVICE_MAX_CONNECTIONS=1 python pretrain_gpt.py --a $A --b $B --c $C --d $D',
+    'DIR=/a; DIR+=/b; N="x#1"\npython pretrain_gpt.py --save ${DIR}/c --name $N # no',
+    'A=1\nif [ "$A" -ne 1 -o "$A" -lt 2 ]; then B=1; else B=2; fi\nif test $A = 1 &&\n   [ $B = 1 ]\nthen\n  C=3\nfi\npython pretrain_gpt.py --b $B --c $C',
+    "cat <<EOT > /dev/null\nit isn't (here\nEOT\npython pretrain_gpt.py --x 1",
+    'run() {\n  python pretrain_gpt.py --x "$V" --y \\\n --z\n}\nV="1 2"\nfunction other {\n  V=3\n}\nfor i in 1; do V="1 2"; done\npython pretrain_gpt.py --x "$V"',
+    'if [ a = b ]; then\n  python pretrain_gpt.py --no\nelse\n  python pretrain_gpt.py --yes\nfi',
+]
+
+
+@pytest.mark.parametrize("script", KNOWN)
+def test_a_script_gives_the_words_that_bash_gives(script: str) -> None:
+    told = subprocess.run(["bash", "-c", "python() { printf '%s\\n' \"$@\"; }\n" + script], capture_output=True, text=True, check=True)
+    launch = launch_of(script)
+    assert launch.words == told.stdout.splitlines()[1:] and not launch.doubts
+
+
+@pytest.mark.parametrize("script, words, doubts", [
+    ('case $X in\n a) ARGS+=(--bf16);;\nesac\npython pretrain_gpt.py --lr 1 ${ARGS[@]}', "--lr 1 --bf16", {"ARGS": "$X is a"}),
+    ('if [ -f a.txt ]; then A=1; B=2; else A=3; B=2; fi\nW=$A\npython pretrain_gpt.py --lr $W --x $B', "--lr 3 --x 2",
+     {"A": "not [ -f a.txt ]", "B": "[ -f a.txt ]"}),
+    ('if [ -z "$PORT" ]; then PORT=1; fi\npython pretrain_gpt.py --lr 1', "--lr 1", {}),
+    ('L=1\n[ "$1" = big ] && L=9\nif [ $L = 9 ]; then H=8; else H=4; fi\npython pretrain_gpt.py --l $L --h $H', "--l 9 --h 4",
+     {"L": '[ "$1" = big ]', "H": "not [ $L = 9 ]"}),
+    ('N=$(nproc --all)\nif [ $N -gt 4 ]; then T=4; else T=1; fi\npython pretrain_gpt.py --w "$N" --t $T', "--w $(nproc --all) --t 1", {"T": "not [ $N -gt 4 ]"}),
+])
+def test_what_only_the_machine_knows_is_in_doubt(script: str, words: str, doubts: dict[str, str]) -> None:
+    launch = launch_of(script)
+    assert " ".join(launch.words) == words and launch.doubts == doubts
+
+
+def test_from_megatron_says_what_is_in_doubt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
-    script = 'SIZE=7b\nif [ "$SIZE" = 7b ]; then HS=64; LR=3e-4\nelse HS=128; LR=1e-4; fi\nL=2\ncase $X in\n a) ARGS+=(--bf16);;\nesac\n' \
-        "python pretrain_gpt.py --num-layers $L `# two` --hidden-size $HS --lr $LR ${ARGS[@]}\n"
-    (tmp_path / "m.sh").write_text(script)
+    (tmp_path / "m.sh").write_text('if [ -d /data ]; then B=2; else B=4; fi\npython pretrain_gpt.py --lr 1\n'
+                                   'torchrun --nproc_per_node 8 pretrain_gpt.py --micro-batch-size $B --lr 1e-3 $MORE --bf16 $EXTRA --save `pwd`/x\n')
     code, told, error = tool(monkeypatch, capsys, "from_megatron.py", "m.sh")
-    assert code == 0 and "look at     HS, LR, ARGS: set within a condition" in told, error
-    assert words_of_script(script)[0] == "--num-layers 2 --hidden-size 128 --lr 1e-4 --bf16".split()
+    lines = told.splitlines()
+    assert code == 0, error
+    assert "in doubt    B is set where not [ -d /data ], which only your machine knows; taken as if it were so" in lines
+    assert "in doubt    m.sh starts 2 programs; the last one is taken" in lines and "needs       8 ranks" in lines
+    assert [line for line in lines if line.startswith("fill in")] == ["fill in     $MORE", "fill in     $EXTRA", "fill in     --save `pwd`/x"]
+    assert from_command_line(["--config", "run.toml"]).dtype == "bf16"
 
 
 def test_preprocessing_takes_megatrons_words() -> None:

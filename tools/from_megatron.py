@@ -4,14 +4,14 @@
     python tools/from_megatron.py [--output run.toml] -- --num-layers 24 --hidden-size 1024 ...
 
 A script is read, not run: the words of the last command that starts a training program, with the variables that the
-script sets. What nobody says has Megatron's defaults (--megatron-defaults)."""
+script sets and the conditions on them. What nobody says has Megatron's defaults (--megatron-defaults)."""
 
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from megazero.base import UserError, read_bytes, whole
-from megazero.settings import as_file, doubtful, option, parse, run, words_of_script
+from megazero.settings import Launch, as_file, launch_of, option, parse, run
 
 
 @dataclass(frozen=True)
@@ -25,33 +25,35 @@ class Settings:
 def main() -> None:
     at = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     s = parse(Settings, sys.argv[1:at], prog="from_megatron.py")
-    words, launcher, unsure = sys.argv[at + 1:], list[str](), list[str]()
-    if s.script is None and not words:
+    launch = Launch(sys.argv[at + 1:], [], {}, 1)
+    if s.script is None and not launch.words:
         raise UserError("from_megatron.py: name a script, or write the words after --.")
-    if s.script is not None and words:
+    if s.script is not None and launch.words:
         raise UserError(f"from_megatron.py {s.script}: give a script or words after --, not both.")
     if s.script is not None:
         try:
-            script = read_bytes(Path(s.script)).decode()
-            (words, launcher), unsure = words_of_script(script), doubtful(script)
+            launch = launch_of(read_bytes(Path(s.script)).decode())
         except (OSError, ValueError) as error:
             raise UserError(f"{s.script}: {getattr(error, 'strerror', None) or error}; name a launch script, or write "
                             "its words after --.") from None
-    text, lines = as_file(words, ranks_of(launcher))
+    text, lines = as_file(launch.words, ranks_of(launch.launcher))
     with whole(Path(s.output)) as file:
         file.write(text.encode())
     print("\n".join(lines))
-    if unsure:
-        print(f"look at     {', '.join(unsure)}: set within a condition, which is not asked; all branches are read, "
-              "and the last one counts")
+    for name, asked in launch.doubts.items():
+        print(f"in doubt    {name} is set where {asked}, which only your machine knows; taken as if it were so")
+    if launch.programs > 1:
+        print(f"in doubt    {s.script} starts {launch.programs} programs; the last one is taken")
     print(f"wrote       {s.output}; look at the plan: python pretrain_gpt.py --config {s.output} --check")
 
 
 def ranks_of(launcher: list[str]) -> int | None:
-    """Of torchrun's words, where they are numbers."""
+    """Of the words of torchrun or deepspeed, where they are numbers; one node where none are counted."""
     words = [part for word in launcher for part in word.replace("_", "-").split("=", 1)]
-    counts = [words[i + 1] for flag in ("--nproc-per-node", "--nnodes") for i, w in enumerate(words[:-1]) if w == flag]
-    return int(counts[0]) * int(counts[1]) if len(counts) == 2 and all(map(str.isdecimal, counts)) else None
+    said = dict(zip(words, words[1:], strict=False))
+    each, nodes = (next((said[flag] for flag in flags if flag in said), None)
+                   for flags in (("--nproc-per-node", "--num-gpus"), ("--nnodes", "--num-nodes")))
+    return int(each) * int(nodes or 1) if each and each.isdecimal() and (nodes or "1").isdecimal() else None
 
 
 if __name__ == "__main__":

@@ -6,4 +6,5 @@ from megazero.settings.config import (
     with_flags_of_a_run)
 from megazero.settings.megatron_words import REFUSED, RENAMED, WITHOUT, megatron_defaults
 from megazero.settings.moving import (
-    as_file, doubtful, from_configuration, of_preprocessing, without_weights, words_of_script)
+    as_file, from_configuration, of_preprocessing, without_weights)
+from megazero.settings.script import Launch, launch_of

@@ -1,188 +1,16 @@
 """Launches of other programs, as a file of this program's words: what tools/from_megatron.py, from_deepspeed.py and
-from_torchtitan.py have in common, and how a launch script is read without running it. Pure.
+from_torchtitan.py have in common. Pure.
 """
 
-import ast
 import json
-import operator
 import re
-import shlex
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from megazero.settings.command_line import flatten, leaves, parse
 from megazero.settings.config import PRESETS, Config, in_our_words
-from megazero.settings.megatron import FROM_DEEPSPEED, Told, exactly, flags_of_deepspeed, hint
+from megazero.settings.megatron import FROM_DEEPSPEED, Told, exactly, flags_of_deepspeed, grouped_words, hint
 from megazero.settings.megatron_words import VALUES, megatron_defaults
-
-NAME = r"[A-Za-z_][A-Za-z0-9_]*"
-ASSIGNMENT = re.compile(rf"(?:(?:export|local|declare(?: -\w+)?|readonly)\s+)?({NAME})(\+?)=(.*)", re.DOTALL)
-REFERENCE = re.compile(rf"\$(?:\{{({NAME}|\d)(?:\[[@*]\])?(?::?[-=]([^}}]*))?\}}|({NAME}|[\d@*]))")
-SUM = re.compile(r"\$\(\(([^()]*(?:\([^()]*\)[^()]*)*)\)\)")
-KEYWORDS = re.compile(r"^(?:(?:then|do|else|[^\s()$\"'=]+\))\s+)+")
-OPERATIONS: Mapping[type, Callable[[int, int], int]] = {
-    ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Mod: operator.mod,
-    ast.Div: operator.floordiv}
-LONGEST = 2**16             # letters of a variable or word: who doubles one often enough would fill the memory
-PROGRAM = re.compile(r"(?:.*/)?(?:pretrain|train|run_pretrain)\w*\.py")
-
-
-# ---- a script of bash
-
-def words_of_script(text: str) -> tuple[list[str], list[str]]:
-    """(the words of the last command that starts a training program, those of its launcher). Variables that the script
-    sets are put in, both branches of a condition are read; nothing is run. Raises ValueError where there is none."""
-    variables: dict[str, list[str]] = {}
-    found: tuple[list[str], list[str]] | None = None
-    text = re.sub(r"`\s*#[^`\n]*`", "", text)                  # a remark within a line that goes on
-    for statement in (_calculated(part, variables) for whole in _statements(text) for part in _parts(whole)):
-        if match := ASSIGNMENT.fullmatch(statement):
-            name, more, value = match.groups()
-            words = shlex.split(value[1:-1] if value.startswith("(") else value, comments=True)
-            given = [part for word in words for part in _expanded(word, variables)]
-            if not value.startswith("("):
-                given = [" ".join(given)] if given else [""]
-            variables[name] = [*variables.get(name, []), *given] if more else given
-            _bounded(variables[name], f"the variable {name}")
-            continue
-        words = [part for word in _words(statement) for part in _expanded(word, variables)]
-        words = [part for word in words for part in (_words(word) if re.search(r"\.py\s", word) else [word])]
-        at = next((i for i, word in enumerate(words) if PROGRAM.fullmatch(word)), None)
-        if at is not None:
-            found = list(_until_pipe(words[at + 1:])), words[:at]
-    if found is None:
-        raise ValueError("starts no program such as pretrain_gpt.py")
-    return found
-
-
-def doubtful(text: str) -> list[str]:
-    """Variables that a script sets within a condition, where the last assignment counts and the condition does not."""
-    depth, found = 0, list[str]()
-    for line in text.splitlines():
-        words = re.split(r"[;\s]+", line.strip())
-        depth += sum(word in ("if", "case") for word in words[:1]) - sum(word in ("fi", "esac") for word in words)
-        inside = depth > 0 or words[0] in ("if", "case")
-        found += re.findall(rf"(?:^|[;\s])({NAME})\+?=", line) if inside else []
-    return list(dict.fromkeys(found))
-
-
-def _statements(text: str) -> Iterator[str]:
-    """Lines that belong together: to the end of a quotation, of an array, of what a backslash continues."""
-    waiting = ""
-    for line in text.splitlines():
-        bare = line.strip()
-        if bare.startswith("#") or not bare and not waiting:
-            continue
-        waiting += bare[:-1] + " " if bare.endswith("\\") else bare + "\n"
-        if bare.endswith("\\") or _open(waiting):
-            continue
-        yield waiting.strip().rstrip(";")
-        waiting = ""
-    if waiting.strip():
-        yield waiting.strip()
-
-
-def _outside(text: str) -> Iterator[tuple[int, str, int]]:
-    """(place, letter, brackets open behind it) of what is in no quotation and no comment."""
-    quote, depth, at = "", 0, 0
-    while at < len(text):
-        c = text[at]
-        if c == "\\" and quote != "'":
-            at += 1
-        elif quote:
-            quote = "" if c == quote else quote
-        elif c in "'\"":
-            quote = c
-        elif c == "#" and (at == 0 or text[at - 1].isspace()):
-            at = text.find("\n", at) if "\n" in text[at:] else len(text)
-        else:
-            depth += (c in "({[") - (c in ")}]")
-            yield at, c, depth
-        at += 1
-
-
-def _parts(text: str) -> Iterator[str]:
-    """The commands of a line, which ; && || part, without keywords before them."""
-    start = 0
-    for at, c, depth in _outside(text):
-        if depth <= 0 and at >= start and (c == ";" or text[at:at + 2] in ("&&", "||")):
-            yield KEYWORDS.sub("", text[start:at].strip())
-            start = at + (1 if c == ";" else 2)
-    yield KEYWORDS.sub("", text[start:].strip())
-
-
-def _calculated(text: str, variables: Mapping[str, Sequence[str]]) -> str:
-    """With the values of $((...)), where all that it names is known."""
-    def value(match: re.Match[str]) -> str:
-        known = re.sub(rf"\$?\{{?({NAME})\}}?", lambda m: " ".join(variables.get(m[1], [m[0]])), match[1])
-        return str(number) if (number := _number(known)) is not None else match[0]
-
-    return SUM.sub(value, text)
-
-
-def _number(text: str) -> int | None:
-    """Of sums and products of whole numbers as the shell has them; None for anything else."""
-    def of(node: ast.AST) -> int:
-        if isinstance(node, ast.Constant) and type(node.value) is int and abs(node.value) < 2**63:
-            return node.value
-        if isinstance(node, ast.BinOp) and type(node.op) in OPERATIONS:
-            found = OPERATIONS[type(node.op)](of(node.left), of(node.right))
-            if abs(found) < 2**63:
-                return found
-        raise ValueError(text)
-
-    try:
-        return of(ast.parse(text.strip(), mode="eval").body) if len(text) < 200 else None
-    except (ValueError, SyntaxError, ZeroDivisionError, RecursionError):
-        return None
-
-
-def _open(text: str) -> bool:
-    """Is a quotation or an array not closed yet?"""
-    try:
-        shlex.split(text, comments=True)
-    except ValueError:
-        return True
-    array = re.match(rf"\s*(?:\w+\s+)?{NAME}\+?=\(", text)
-    return bool(array) and next((depth for _, _, depth in reversed([*_outside(text)])), 0) > 0
-
-
-def _words(text: str) -> list[str]:
-    try:
-        return shlex.split(text, comments=True)
-    except ValueError:
-        return text.split()
-
-
-def _expanded(word: str, variables: Mapping[str, Sequence[str]]) -> list[str]:
-    """The words that a word becomes; what nobody set stays as $NAME."""
-    def value(match: re.Match[str]) -> str:
-        name = match[1] or match[3]
-        if name in variables:
-            return " ".join(variables[name])
-        return match[2] if match[2] is not None else ("" if name in "@*" else f"${name}")
-
-    whole = REFERENCE.fullmatch(word)
-    for _ in range(8):                                          # of variables that name variables
-        now = REFERENCE.sub(value, word)
-        if now == word:
-            break
-        word = now
-        _bounded([word], "a word")
-    return _words(word) if whole or re.search(r"\s--\w", word) else [word]
-
-
-def _bounded(words: Sequence[str], what: str) -> None:
-    if sum(map(len, words)) > LONGEST:
-        raise ValueError(f"gives {what} more than {LONGEST:,} letters")
-
-
-def _until_pipe(words: Sequence[str]) -> Iterator[str]:
-    for word in words:
-        if re.match(r"[|;&]|\d?>", word):
-            return
-        yield word
-
 
 # ---- Megatron's preprocess_data.py
 
@@ -222,14 +50,20 @@ def as_file(argv: Sequence[str], ranks: int | None = None, defaults: bool = True
 
 
 def _without_variables(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """The flags whose values are known, and those that are not."""
-    flags: list[list[str]] = []
-    for word in argv:
-        if word.startswith("--") or not flags:
-            flags.append([])
-        flags[-1].append(word)
-    unknown = [flag for flag in flags if any("$" in word for word in flag)]
-    return [word for flag in flags if flag not in unknown for word in flag], [" ".join(flag) for flag in unknown]
+    """The flags whose values are known, and those that are not: a flag with its value, or what stands by itself."""
+    takes = {o.flag: None if o.many else 0 if o.kind is bool else 1 for group in leaves(Config).values() for o in group}
+    kept, unknown = list[str](), list[str]()
+    for word, args in grouped_words(argv):
+        count = takes.get(f"--{word}")
+        own = args if count is None else args[:count]
+        flag = [f"--{word}"] if word else []
+        if any("$" in arg or "`" in arg for arg in own):
+            unknown.append(" ".join(flag + own))
+        else:
+            kept += [*flag, *own]
+        for arg in args[len(own):]:
+            (unknown if "$" in arg or "`" in arg else kept).append(arg)
+    return kept, unknown
 
 
 def _report(argv: Sequence[str], told: Told) -> list[str]:
