@@ -235,11 +235,11 @@ def test_damaged_files_are_named_and_another_step_is_offered(damage: str, words:
 def test_what_does_not_fit_is_listed(tmp_path: Path) -> None:
     folder = saved(tmp_path)
     for words, told in {
-        "--hidden-size 96": "its hidden is 64, this model's 96",
-        "--num-layers 3": "its layers is 2, this model's 3",
+        "--hidden-size 96": "--hidden-size 64 .now --hidden-size 96",
+        "--num-layers 3": "--num-layers 2 .now --num-layers 3",
         "--ckpt-step 9": "--ckpt-step 9: .* holds steps 3",
         f"--load {folder} --ckpt-step 9": "--ckpt-step 9: .* is the folder of step 3 alone",
-        "--vocab-size 102": "its vocab size is 101, this model's 102",
+        "--vocab-size 102": "--vocab-size 101 .now --vocab-size 102",
     }.items():
         with pytest.raises(UserError, match=told):
             train(f"{TINY} --load {tmp_path} {words}")

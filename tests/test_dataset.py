@@ -135,7 +135,7 @@ def test_too_few_tokens(tmp_path: Path) -> None:
     with pytest.raises(UserError) as caught:
         opened([prefix], "50,50", "valid")
     assert str(caught.value) == (
-        f"{prefix}: --split 50,50 gives valid 8 of its 17 tokens (1 of 2 documents), one sample needs 9; "
+        f"--data-path: {prefix}: --split 50,50 gives valid 8 of its 17 tokens (1 of 2 documents), one sample needs 9; "
         "give it a larger share, more data or a smaller --seq-length, or write --eval-iters 0.")
     with pytest.raises(UserError, match="one sample needs 9"):
         opened([make(tmp_path / "empty", [0, 0])])

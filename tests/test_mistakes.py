@@ -87,7 +87,8 @@ MISTAKES = {
     "shards of nothing": Wrong(PRETRAIN, f"{BYTES} --dp 4 --zero-stage 1 --zero-shard-size 3 --check",
                                "--zero-shard-size 3: must divide the data-parallel size 4; write one of 1, 2, 4."),
     # datasets
-    "no dataset": Wrong(PRETRAIN, f"{BYTES} --data-path nothing", "nothing.idx: cannot be read (No such file or directory)"),
+    "weights behind": Wrong(PRETRAIN, f"{BYTES} --data-path a 0.3 b 0.7", "--data-path a 0.3 b 0.7: a weight stands before its dataset, as `0.3 A 0.7 B`, and 0.3"),
+    "no dataset": Wrong(PRETRAIN, f"{BYTES} --data-path nothing", "--data-path: nothing.idx: cannot be read (No such file or directory)"),
     "a dataset with its ending": Wrong(PRETRAIN, f"{BYTES} --data-path data.bin", "name a dataset by its path without .bin or .idx."),
     "weights for some": Wrong(PRETRAIN, f"{BYTES} --data-path 0.3 data tiny", "--data-path 0.3 data tiny: give a weight before every dataset"),
     "a weight of nothing": Wrong(PRETRAIN, f"{BYTES} --data-path 0 data 1 tiny", "the weight 0 is not a positive number"),
@@ -120,7 +121,7 @@ MISTAKES = {
                                    lambda: (os.remove(RANK), os.symlink("rank-00000.safetensors", RANK))),
     "an empty folder": Wrong(PRETRAIN, f"{BYTES} --load empty", "--load empty: holds no complete checkpoint.", lambda: os.mkdir("empty")),
     "a step that is not there": Wrong(PRETRAIN, f"{LOAD} --ckpt-step 3", "--ckpt-step 3: run holds steps 2, 4."),
-    "another model": Wrong(PRETRAIN, f"{LOAD} --norm-epsilon 1e-3", "its epsilon is 1e-05, this model's 0.001"),
+    "another model": Wrong(PRETRAIN, f"{LOAD} --norm-epsilon 1e-3", "with --norm-epsilon 1e-05 (now --norm-epsilon 0.001); write those flags, or --use-checkpoint-args"),
     "a file that is gone": Wrong(PRETRAIN, LOAD, f"{RANK}: is missing; load another with --ckpt-step 2.", lambda: os.remove(RANK)),
     "a file cut short": Wrong(PRETRAIN, LOAD, f"{RANK}: has 500 bytes instead of ", cut(RANK, 500)),
     "a damaged header": Wrong(PRETRAIN, LOAD, f"{RANK}: its header is damaged (checksum differs)", flip(RANK, 40)),

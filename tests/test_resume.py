@@ -1,5 +1,6 @@
 """Stopped and resumed equals never stopped, to the last bit."""
 
+import json
 import os
 import signal
 import subprocess
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from pool import _free_port
-from support import ROOT, byte_dataset, lines, train
+from support import ROOT, byte_dataset, lines, tool, train
 
 from megazero.base.errors import UserError
 from megazero.run import loop
@@ -266,10 +267,27 @@ def test_the_model_may_be_as_the_checkpoint_says(tmp_path: Path, capsys: pytest.
     words = f"{WORDS} --data-path {byte_dataset(tmp_path)} --lr-warmup-iters 0"
     train(f"{words} --swiglu --num-query-groups 2 --train-iters 1 --save {tmp_path / 'ck'}")
     other = words.replace("--hidden-size 64", "--hidden-size 128").replace("--num-layers 2", "--num-layers 3")
-    with pytest.raises(UserError, match="its hidden is 64, this model's 128"):
+    with pytest.raises(UserError, match="--hidden-size 64 .now --hidden-size 128"):
         train(f"{other} --load {tmp_path / 'ck'} --train-iters 2")
     capsys.readouterr()
     train(f"{other} --load {tmp_path / 'ck'} --use-checkpoint-args --train-iters 2")
     assert "2 layers x 64, 4 heads x 16 over 2 kv heads, ffn 128 SwiGLU" in capsys.readouterr().out
     with pytest.raises(UserError, match="--use-checkpoint-args: needs --load, the folder of the checkpoint."):
         train(f"{other} --use-checkpoint-args")
+
+
+def test_the_checkpoint_brings_its_tokenizer_and_flags_keep_what_changes_no_weights(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "letters.json").write_text(json.dumps([*"abcdef "]))
+    (tmp_path / "a.jsonl").write_text('{"text": "abc def"}\n' * 60)
+    data = f"--data-path {tmp_path / 'd_text_document'} --seq-length 16 --micro-batch-size 1 --eval-iters 0 --lr 1e-3"
+    kept = f"--tokenizer-type CharTokenizer --tokenizer-model {tmp_path / 'letters.json'}"
+    words = f"--input {tmp_path / 'a.jsonl'} --output-prefix {tmp_path / 'd'} {kept} --no-append-eod"
+    assert tool(monkeypatch, capsys, "preprocess_data.py", *words.split())[0] == 0
+    train(f"{data} {kept} --num-layers 1 --hidden-size 16 --num-attention-heads 2 --position-embedding-type rope --train-iters 1 --save {tmp_path / 'ck'}")
+    capsys.readouterr()
+    (tmp_path / "letters.json").unlink()
+    train(f"{data.replace('16', '8', 1)} --load {tmp_path / 'ck'} --use-checkpoint-args --hidden-dropout 0.1 --train-iters 2")
+    told = capsys.readouterr().out
+    assert "vocabulary 7" in told and "1 samples x 8 = 8 tokens" in told and "dropout     0.1 on embeddings" in told

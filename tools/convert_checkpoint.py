@@ -10,11 +10,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from convert_hf import command, tokenizer_flags
+from convert_hf import command
 from pickled import namespace, save, save_distributed, save_torch_dist
 from restricted import load, load_metadata
 
 from megazero.base import DTYPES, Bar, UserError, draft_of, whole
+from megazero.data import named_by
 from megazero.elsewhere import (
     LINEAR,
     Distributed,
@@ -112,7 +113,7 @@ def as_decoder(a: Architecture, rows: list[NamedRow], source: Source, s: Import)
                             Bar())
     values: dict[str, object] = {"load": s.output, "finetune": not moments, **flags(a)}
     if tokenizer:
-        values |= tokenizer_flags(tokenizer, f"{s.output}/tokenizer")
+        values |= named_by(tokenizer, f"{s.output}/tokenizer")
     return bool(moments), f"{parameter_count(a):,} parameters", command(values)
 
 

@@ -1,16 +1,14 @@
 """Checkpoints to Hugging Face folders and back: python tools/convert_hf.py export|import --help"""
 
-import shlex
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from megazero.base import DTYPES, Bar
-from megazero.data import Tokenizer, build_tokenizer
+from megazero.data import named_by
 from megazero.hf import export_folder, import_folder
 from megazero.plan import flags, parameter_count
-from megazero.settings import Config, commands, flatten, option, run
+from megazero.settings import Config, commands, flagged, flatten, option, run
 from megazero.state import Reader
 
 
@@ -50,7 +48,7 @@ def import_(s: Import) -> None:
     print(f"imported {s.input} to {s.output}: {parameter_count(a):,} parameters, {with_}")
     values: dict[str, object] = {"load": s.output, "finetune": True, **flags(a)}
     if tokenizer:
-        values |= tokenizer_flags(tokenizer, f"{s.output}/tokenizer")
+        values |= named_by(tokenizer, f"{s.output}/tokenizer")
         values["vocab_size"] = a.vocab_size if a.vocab_size > tokenizer.vocab_size else False
         if a.vocab_size < tokenizer.vocab_size:
             print(f"its tokenizer has {tokenizer.vocab_size:,} ids, its weights {a.vocab_size:,}: it can be exported "
@@ -58,21 +56,11 @@ def import_(s: Import) -> None:
     print(f"train on with: {command(values)}")
 
 
-def tokenizer_flags(tokenizer: Tokenizer, folder: str) -> dict[str, object]:
-    """Those that make the same tokenizer of the files in the folder."""
-    files: dict[str, Any] = {flag: f"{folder}/{name}" for flag, name in tokenizer.needs.items()}
-    kind, specials = type(tokenizer).__name__, tokenizer.special_tokens
-    plain = build_tokenizer(kind, **files, special_tokens=specials)
-    end = "" if tokenizer.eod in (None, plain.eod) else tokenizer.decode([tokenizer.eod or 0])
-    return {"tokenizer_type": kind, **files, "special_tokens": shlex.join(specials) or False,
-            "eod_token": shlex.quote(end) if end else False}
-
-
 def command(values: dict[str, object]) -> str:
     """Values as flags, where they are not what is so anyway."""
     plain = flatten(Config())
-    said = {k: v for k, v in values.items() if v is not False and v is not None and plain.get(k) != v}
-    return " ".join(f"--{k.replace('_', '-')}" + ("" if v is True else f" {v}") for k, v in said.items())
+    said = {k: v for k, v in values.items() if v is not False and v is not None and v != () and plain.get(k) != v}
+    return " ".join(flagged(k, v) for k, v in said.items())
 
 
 if __name__ == "__main__":

@@ -10,4 +10,4 @@ from megazero.data.sidecar import MANY, check_sidecar, miscounts, read_sidecar, 
 from megazero.data.splits import configured_tokenizer, evaluated, samples
 from megazero.data.tokenizer_base import END_OF_TEXT, IDENTITY, Tokenizer, is_text, told
 from megazero.data.tokenizers import (
-    TYPES, build_tokenizer, characters_of, kept_files, load_tokenizer, same_tokenizer, tokenizer_in)
+    TYPES, build_tokenizer, characters_of, kept_files, load_tokenizer, named_by, same_tokenizer, tokenizer_in)

@@ -17,7 +17,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from megazero.base import UserError
+from megazero.base import UserError, naming
 from megazero.data.indexed import IndexedDataset
 from megazero.data.megatron_order import MegatronBlend, MegatronOrder, blend_counts
 from megazero.data.order import (
@@ -218,9 +218,10 @@ def open_stages(
     assert which in SPLITS, which
     named = [(first, *parse_paths(words, flag)) for first, words in stages]
     prefixes = named[0][1] if len(named) == 1 else list(dict.fromkeys(p for _, own, _ in named for p in own))
-    known = [check_sidecar(prefix, vocab_size, tokenizer) for prefix in prefixes]
     counts = _counts(named[0][2], len(prefixes), reading, split is not None)
-    parts = [_open_part(*one, split, which, reading) for one in zip(prefixes, known, counts, strict=True)]
+    with naming(flag):
+        known = [check_sidecar(prefix, vocab_size, tokenizer) for prefix in prefixes]
+        parts = [_open_part(*one, split, which, reading) for one in zip(prefixes, known, counts, strict=True)]
     if reading.megatron:
         return Samples(which, parts, _megatron_blend(named[0][2], parts, reading), vocab_size)
     blends = [Blend(weights or [parts[prefixes.index(p)].count for p in own]) for _, own, weights in named]
@@ -259,6 +260,9 @@ def parse_paths(words: Sequence[str], flag: str = "--data-path") -> tuple[list[s
         raise UserError(f"{flag} is empty: name a dataset by its path without .bin or .idx.")
     numbers = [_number(word) for word in words[::2]]
     if all(number is None for number in numbers):
+        if behind := next((word for word in words[1::2] if _number(word) is not None), None):
+            raise UserError(f"{flag} {' '.join(words)}: a weight stands before its dataset, as `0.3 A 0.7 B`, and "
+                            f"{behind} stands behind one.")
         return list(words), None
     if len(words) % 2 or None in numbers:
         raise UserError(f"{flag} {' '.join(words)}: give a weight before every dataset, or before none.")

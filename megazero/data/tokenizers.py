@@ -412,6 +412,15 @@ def same_tokenizer(a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
     return all(a["files"].get(name) == b["files"].get(name) for name in names)
 
 
+def named_by(tokenizer: Tokenizer, folder: str | Path) -> dict[str, Any]:
+    """The fields of a configuration that make the same tokenizer of the files in this folder."""
+    files: dict[str, Any] = {field: f"{folder}/{name}" for field, name in tokenizer.needs.items()}
+    kind, specials = type(tokenizer).__name__, tokenizer.special_tokens
+    plain = build_tokenizer(kind, **files, special_tokens=specials)
+    end = None if tokenizer.eod in (None, plain.eod) else tokenizer.decode([tokenizer.eod or 0])
+    return {"tokenizer_type": kind, **files, "special_tokens": tuple(specials), "eod_token": end}
+
+
 def characters_of(texts: Iterable[str]) -> list[str]:
     """The characters that occur, sorted: what a CharTokenizer's JSON file holds."""
     found: set[str] = set()

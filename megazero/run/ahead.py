@@ -10,7 +10,7 @@ import torch
 
 from megazero.base import UserError, gib, printable, read_bytes
 from megazero.comm import own_device
-from megazero.data import Tokenizer, configured_tokenizer
+from megazero.data import Tokenizer, configured_tokenizer, load_tokenizer, named_by
 from megazero.hf import outlook
 from megazero.plan import Plan, Progress, describe, flags, loss_scale, memory, named
 from megazero.run.feed import Splits, open_splits
@@ -20,6 +20,7 @@ from megazero.state import INDEX, Reader, complete, foreign, resumed, unfit
 NCCL = 128 << 20        # bytes of a communicator's buffers, about: nobody has measured them here
 TOKENIZER = ("tokenizer_model", "vocab_file", "merge_file")
 DATA = ("data_path", "train_data_path", "valid_data_path", "test_data_path", "data_args_path", "data_schedule")
+UNBOUND = ("seq_length", "init_method_std", "attention_dropout", "hidden_dropout")      # what changes no weights
 KNOWN = {"GPT2BPETokenizer": 50257, "Llama2Tokenizer": 32000}           # ids of the files that a type usually has
 
 
@@ -37,7 +38,12 @@ def begun(config: Config) -> Config:
         config = replace(config, checkpoint=k)
     if not k.use_checkpoint_args or k.load is None or config.check and not os.path.exists(k.load):
         return config
-    return build(Config, {**flatten(config), **flags(Reader(k.load, k.ckpt_step).architecture)})
+    reader, said, plain = Reader(k.load, k.ckpt_step), flatten(config), flatten(Config())
+    own = {name: said[name] for name in UNBOUND if said[name] != plain[name]}
+    folder, kept = reader.folder.parent / "tokenizer", reader.index["tokenizer"]
+    kept = kept if config.data.tokenizer_type is None and not config.data.mock_data and folder.is_dir() else None
+    return build(Config, {**said, **flags(reader.architecture), **own,
+                          **(named_by(load_tokenizer(kept, folder), folder) if kept else {})})
 
 
 def preview(config: Config, world: int, rank: int, here: bool) -> list[str]:

@@ -1,6 +1,7 @@
 """What the user says."""
 
-from megazero.settings.command_line import Option, build, commands, flatten, leaves, nearest, option, parse, run
+from megazero.settings.command_line import (
+    Option, build, commands, flagged, flatten, leaves, nearest, option, parse, run)
 from megazero.settings.config import (
     PRESETS, TOKENIZERS, Config, Data, Model, Optimization, Training, from_command_line, in_our_words,
     with_flags_of_a_run)

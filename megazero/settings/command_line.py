@@ -15,6 +15,7 @@ import argparse
 import difflib
 import itertools
 import re
+import shlex
 import sys
 import types
 import typing
@@ -191,6 +192,15 @@ def _alike(word: str, other: str) -> bool:
     slips = [difflib.SequenceMatcher(None, a, b).ratio() > 0.7 for a, b in zip(parts, others, strict=False)]
     return (re.findall(r"\d+", word) == re.findall(r"\d+", other)
             and ("".join(parts) == "".join(others) or len(parts) == len(others) and all(slips)))
+
+
+def flagged(name: str, value: Any) -> str:
+    """A field's value as a command line says it."""
+    flag = "--" + name.replace("_", "-")
+    if value is None or value is False:
+        return f"no {flag}"
+    words = value if isinstance(value, (list, tuple)) else [value]
+    return flag if value is True else " ".join([flag, *(shlex.quote(str(word)) for word in words)])
 
 
 def commands(prog: str, doc: str, table: Mapping[str, tuple[type[Any], Callable[[Any], None]]]) -> None:

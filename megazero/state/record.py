@@ -17,11 +17,12 @@ from megazero.plan import (
     Plan,
     Progress,
     curve_of,
+    flags,
     group_of,
     sizes,
     tensors_of,
 )
-from megazero.settings import Config, Optimization, build, flatten
+from megazero.settings import Config, Optimization, build, flagged, flatten
 from megazero.state.checkpoint import Reader, Slice, fill, mismatches, owned
 from megazero.state.saving import Writer
 from megazero.units import Moment, Unit
@@ -120,19 +121,26 @@ def save_tokenizer(folder: Path, tokenizer: Tokenizer | None) -> None:
 
 def unfit(reader: Reader, a: Architecture, parameters: Sequence[Parameter], o: Optimization | None,
           tokenizer: Tokenizer | None) -> list[str]:
-    """Why a checkpoint is not of this model: a sentence for each field of the architecture, and for the first of the
-    weights. Where it fits and the run goes on with the optimizer's state: why that or the tokenizer is another."""
-    then, now = asdict(reader.architecture), asdict(a)
-    different = [f"--load {reader.folder}: its {key.replace('_', ' ')} is {then[key]}, this model's {value}; "
-                 "give the flags it was trained with."
-                 for key, value in now.items() if key not in FREE and then[key] != value]
-    errors = [*different, *mismatches(reader, {("weight", p.name): p.shape for p in parameters})]
+    """Why a checkpoint is not of this model: by the flags that tell the two apart, else by the first of the weights.
+    Where it fits and the run goes on with the optimizer's state: why that or the tokenizer is another."""
+    errors = _other_model(reader, a) or mismatches(reader, {("weight", p.name): p.shape for p in parameters})
     if errors or o is None:
         return errors
     wanted = {(kind, p.name): shape for p in parameters
               for kind, shape in tensors_of(p.shape, group_of(p.name, p.group, o).rule).items()}
     return (_wrong_optimizer(reader, o.optimizer, dict.fromkeys(kind for kind, _ in wanted))
             or _wrong_tokenizer(reader, tokenizer) or mismatches(reader, wanted))
+
+
+def _other_model(reader: Reader, a: Architecture) -> list[str]:
+    """The flags that a checkpoint was trained with and this run is not, in one sentence; it may be none."""
+    theirs = reader.architecture
+    alike = replace(theirs, **{key: getattr(a, key) for key in FREE})
+    then, now = flags(alike), flags(a)
+    other = [f"{flagged(key, value)} (now {flagged(key, now.get(key))})" for key, value in then.items()
+             if now.get(key) != value]
+    return [f"--load {reader.folder}: is of another model, with {', '.join(other)}; write those flags, or "
+            "--use-checkpoint-args."] if other and alike != a else []
 
 
 def _wrong_optimizer(reader: Reader, optimizer: str, kinds: Iterable[str]) -> list[str]:
