@@ -71,6 +71,17 @@ def test_a_required_option_must_be_given() -> None:
         parse(Settings, [])
 
 
+def test_a_wrong_choice_is_not_missing_too_and_quoted_pairs_are_told() -> None:
+    @dataclass(frozen=True)
+    class Settings:
+        """A tool."""
+        to: str = option(help="whose format", choices=("a", "b"))
+    with pytest.raises(UserError) as error:
+        parse(Settings, ["--to", "c", "--to 3"])
+    assert error.value.sentences == ("'--to 3': is one word; leave out the quotation marks around a flag and its value.",
+                                     "--to c: must be one of a, b.")
+
+
 # Each wrong command line (appended to one that works), and what is said.
 WRONG = {
     "--num-layer 3": "--num-layer: no such flag (did you mean --num-layers?).",

@@ -115,7 +115,6 @@ def test_configuration_to_samples(tmp_path: Path) -> None:
     ("--mock-data --position-embedding-type none --reset-position-ids", "--reset-position-ids: has no effect with"),
     ("--data-path x --sample-order megatron --no-shuffle", "--no-shuffle: cannot be combined with --sample-order megatron"),
     ("--data-schedule x --sample-order megatron", "--data-schedule x: cannot be combined with --sample-order megatron"),
-    ("--mock-data --sample-order megatron", "--sample-order megatron: has no effect with --mock-data"),
 ])
 def test_mistakes(words: str, said: str) -> None:
     with pytest.raises(UserError) as caught:

@@ -315,8 +315,8 @@ def test_nanogpt_and_torchtitan_load_what_leaves(tmp_path: Path, convert: Call) 
     assert all(torch.equal(t, titan.state_dict()[n]) for n, t in state.items())
     assert sorted(p.name for p in (tmp_path / "a").iterdir()) == ["ckpt.pt"] and not (tmp_path / "b" / "scratch").exists()
     assert convert("export", "--load", tmp_path / "llama", "--output", tmp_path / "c", "--to", "dcp", "--dtype", "bf16")[0] == 0
-    for to, source, sentence in (("nanogpt", "llama", "that format cannot say this model: its ffn is 88, there 128"),
-                                 ("dcp", "nano", "its norm is LayerNorm, there RMSNorm")):
+    for to, source, sentence in (("nanogpt", "llama", "that format cannot say this model: --ffn-hidden-size 88, there --ffn-hidden-size 128"),
+                                 ("dcp", "nano", "--normalization LayerNorm, there --normalization RMSNorm")):
         code, _, err = convert("export", "--load", tmp_path / source, "--output", tmp_path / "no", "--to", to)
         assert code == 2 and sentence in err and not (tmp_path / "no").exists(), err
 

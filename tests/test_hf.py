@@ -93,10 +93,10 @@ def test_training_goes_on_from_an_import_with_the_flags_it_names(
 
 
 @pytest.mark.parametrize("words, reason", [
-    ("--qk-layernorm --swiglu --normalization RMSNorm --position-embedding-type rope", "qk norm is head, llama has none"),
-    ("--position-embedding-type rope --swiglu", "activation is swiglu, starcoder2 has gelu_tanh"),
-    ("--num-query-groups 2", "kv heads is 2, gpt2 has 4"),
-    ("--swiglu", "activation is swiglu, gpt2 has gelu_tanh"),
+    ("--qk-layernorm --swiglu --normalization RMSNorm --position-embedding-type rope", "--qk-layernorm, llama has no --qk-layernorm"),
+    ("--position-embedding-type rope --swiglu", "--normalization LayerNorm, llama has --normalization RMSNorm"),
+    ("--num-query-groups 2", "--num-query-groups 2, gpt2 has --num-query-groups 4"),
+    ("--swiglu", "--swiglu, gpt2 has no --swiglu"),
     ("--position-embedding-type none", "gpt2 needs positions.weight")])
 def test_what_no_family_can_express_is_said(words: str, reason: str) -> None:
     a = built(f"--num-layers 1 --hidden-size 32 --num-attention-heads 4 --seq-length 8 --vocab-size 9 --lr 1 --mock-data --train-iters 1 "

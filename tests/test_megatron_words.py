@@ -118,6 +118,8 @@ def test_a_configuration_of_deepspeed_says_what_no_flag_says(tmp_path: Path) -> 
     path.write_text('{"train_micro_batch_size_per_gpu": 2, "gradient_clipping": 0.5, "zero_optimization": {"stage": 2}, "bf16": {"enabled": true}}')
     c = from_command_line(f"{TINY} --deepspeed --deepspeed_config {path} --clip-grad 0.25".split())
     assert (c.training.micro_batch_size, c.optimizer.clip_grad, c.parallel.zero_stage, c.dtype) == (2, 0.25, 2, "bf16")
+    told = in_our_words(f"--deepspeed_config {path} --clip-grad 0.25 --micro-batch-size 2.0".split()).renamed
+    assert told[1:] == [f"--deepspeed_config {path}: --clip-grad 0.25 counts, not its 0.5"]
     path.write_text("{")
     with pytest.raises(UserError, match="is not JSON"):
         from_command_line(f"{TINY} --deepspeed --deepspeed_config {path}".split())

@@ -139,6 +139,13 @@ def test_each_rule_of_deepspeed_has_its_own_words(kind: str, params: dict[str, A
     assert " ".join(found) == flags and not rest
 
 
+def test_deepspeeds_warm_up_is_logarithmic_unless_it_says_linear() -> None:
+    for kind, params, told in (("WarmupLR", {}, True), ("WarmupDecayLR", {"warmup_type": "log"}, True), ("WarmupLR", {"warmup_type": "linear"}, False),
+                               ("WarmupCosineLR", {}, False)):
+        rest = from_configuration({"scheduler": {"type": kind, "params": params}})[1]
+        assert any("scheduler.params.warmup_type" in key for key in rest) == told, (kind, rest)
+
+
 def test_numbers_of_deepspeed_keep_their_digits_and_auto_is_listed() -> None:
     found, rest = from_configuration({"gradient_clipping": 0.123456789, "optimizer": {"type": "AdamW", "params": {"lr": 0.000123456789, "betas": "auto"}}})
     assert found == ["--clip-grad", "0.123456789", "--lr", "0.000123456789", "--optimizer", "adam"] and rest == ["optimizer.params.betas"]
@@ -195,6 +202,9 @@ def test_from_megatron_says_what_is_in_doubt(tmp_path: Path, monkeypatch: pytest
     assert "in doubt    m.sh starts 2 programs; the last one is taken" in lines and "needs       8 ranks" in lines
     assert [line for line in lines if line.startswith("fill in")] == ["fill in     $MORE", "fill in     $EXTRA", "fill in     --save `pwd`/x"]
     assert from_command_line(["--config", "run.toml"]).dtype == "bf16"
+    (tmp_path / "b.sh").write_text("torchrun pretrain_bert.py --lr 1 --deepspeed --deepspeed_config made.json")
+    code, told, error = tool(monkeypatch, capsys, "from_megatron.py", "b.sh")
+    assert code == 0 and "b.sh starts pretrain_bert.py: this program trains decoders on text, and no bert;" in told and "missing" not in told
 
 
 def test_preprocessing_takes_megatrons_words() -> None:

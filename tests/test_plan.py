@@ -147,11 +147,11 @@ def test_the_plan_says_what_a_run_can_be_exported_as_or_what_is_in_the_way() -> 
         return next(line for line in describe(resolved(f"{TINY} {words}")).splitlines() if line.startswith("export"))[12:]
     none = f"to no Hugging Face family known here ({', '.join(FAMILIES)}): "
     expected = {"gpt2": "to Hugging Face as gpt2", "gpt2-plain": "to Hugging Face as gpt2", "llama": "to Hugging Face as llama",
-                "llama-tied-scaled": f"{none}rotary is", "qwen": "to Hugging Face as qwen3", "mistral": "to Hugging Face as mistral", "relu2": f"{none}",
+                "llama-tied-scaled": f"{none}--rotary-percent 0.5, llama has --rotary-percent 1.0", "qwen": "to Hugging Face as qwen3", "mistral": "to Hugging Face as mistral", "relu2": f"{none}",
                 "yarn-kinds": f"{none}", "dynamic": "to Hugging Face as gpt_neox", "gemma": f"{none}", "olmo": "to Hugging Face as olmo2", "neox": f"{none}", "opt": f"{none}"}
     for shape, words in SHAPES.items():
         assert told(words).startswith(expected[shape]), told(words)
-    assert told("--num-query-groups 2") == f"{none}kv heads is 2, gpt2 has 4"
+    assert told("--num-query-groups 2") == f"{none}--num-query-groups 2, gpt2 has --num-query-groups 4"
 
 
 def test_patterns_of_layers_are_megatrons() -> None:

@@ -6,12 +6,15 @@
 A script is read, not run: the words of the last command that starts a training program, with the variables that the
 script sets and the conditions on them. What nobody says has Megatron's defaults (--megatron-defaults)."""
 
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from megazero.base import UserError, read_bytes, whole
 from megazero.settings import Launch, as_file, launch_of, option, parse, run
+
+OTHERS = re.compile(r"bert|t5|ict|vision|retro|mamba|hybrid|vlm|multimodal|dino|llava|clip|sft|rlhf|dpo")
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,7 @@ class Settings:
 def main() -> None:
     at = sys.argv.index("--") if "--" in sys.argv else len(sys.argv)
     s = parse(Settings, sys.argv[1:at], prog="from_megatron.py")
-    launch = Launch(sys.argv[at + 1:], [], {}, 1)
+    launch = Launch(sys.argv[at + 1:], [], {}, "pretrain_gpt.py", 1)
     if s.script is None and not launch.words:
         raise UserError("from_megatron.py: name a script, or write the words after --.")
     if s.script is not None and launch.words:
@@ -42,6 +45,9 @@ def main() -> None:
     print("\n".join(lines))
     for name, asked in launch.doubts.items():
         print(f"in doubt    {name} is set where {asked}, which only your machine knows; taken as if it were so")
+    if other := OTHERS.search(Path(launch.program).name):
+        print(f"in doubt    {s.script} starts {launch.program}: this program trains decoders on text, and no "
+              f"{other[0]}; what its words say of one is planned")
     if launch.programs > 1:
         print(f"in doubt    {s.script} starts {launch.programs} programs; the last one is taken")
     print(f"wrote       {s.output}; look at the plan: python pretrain_gpt.py --config {s.output} --check")

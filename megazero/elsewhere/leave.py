@@ -6,7 +6,7 @@ holds one of them at a time.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import fields
+from dataclasses import fields, replace
 from functools import partial
 from math import ceil, prod
 from pathlib import Path
@@ -27,7 +27,7 @@ from megazero.elsewhere.names import (
     their_shape,
 )
 from megazero.elsewhere.source import Lazy, Tensors, side_by_side
-from megazero.plan import FREE, Architecture, Llama3, shapes
+from megazero.plan import FREE, Architecture, Llama3, Rotary, shapes, told_apart
 from megazero.state import Reader
 
 Tensor = torch.Tensor
@@ -81,8 +81,7 @@ def cannot_say(a: Architecture, format_: str, says: str, **fixed: Any) -> None:
     or as a decoder has them that does not name them."""
     wanted = {f.name: fixed.get(f.name, f.default) for f in fields(Architecture)
               if f.name in fixed or f.name not in (*FREE, *SIZES.split(), *says.split())}
-    wrong = [f"its {key.replace('_', ' ')} is {getattr(a, key)}, there {value}" for key, value in wanted.items()
-             if getattr(a, key) != value]
+    wrong = [f"{mine}, there {theirs}" for mine, theirs in told_apart(a, replace(a, **wanted))]
     if wrong:
         raise UserError(f"--to {format_}: that format cannot say this model: {'; '.join(wrong)}.")
 
@@ -98,10 +97,10 @@ def nanogpt_rows(a: Architecture) -> tuple[list[NamedRow], dict[str, Any]]:
 
 def torchtitan_rows(a: Architecture) -> list[NamedRow]:
     """Raises UserError."""
-    turns = a.rotary is not None and a.rotary.channels == a.head_dim
+    turns = replace(a.rotary, channels=a.head_dim) if a.rotary else Rotary(10000.0, a.head_dim)
     cannot_say(a, "dcp", "qkv_bias tied", qk_norm="none" if a.qk_norm == "none" else "head", norm="RMSNorm",
                norm_bias=False, activation="swiglu", bias=False, o_bias=False,
-               rotary=a.rotary if turns else "of whole heads")
+               rotary=turns)
     return named_rows(TORCHTITAN, a)
 
 

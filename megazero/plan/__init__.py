@@ -23,4 +23,4 @@ from megazero.plan.show import describe
 from megazero.plan.sizes import Sizes, ranks_asked, sizes
 from megazero.plan.sums import Reductions, Zero, ending
 from megazero.plan.tiles import BLOCK, Tile, blocks_here, blocks_of, tiled
-from megazero.plan.words import architecture_of, flags
+from megazero.plan.words import architecture_of, flags, told_apart

@@ -375,7 +375,10 @@ def _idle(c: Config) -> Iterator[Check]:
          ("initial_loss_scale", "min_loss_scale", "loss_scale_window", "hysteresis")),
         (c.parallel.zero_stage >= 1, "--zero-stage 1, 2 or 3", c.parallel, ("overlap_param_gather",)),
         (not d.mock_data, "data of its own, for --mock-data is given", d,
-         ("data_path", "data_args_path", "train_data_path", "valid_data_path", "test_data_path", "data_schedule")),
+         ("data_path", "data_args_path", "train_data_path", "valid_data_path", "test_data_path", "data_schedule",
+          "sample_order")),
+        (not c.training.step_batch_size_schedule, "a batch of its own, for --step-batch-size-schedule says it",
+         c.training, ("global_batch_size",)),
         ((d.data_path or d.data_args_path) and not d.mock_data, "--data-path", d, ("split",)),
         (d.tokenizer_type is not None, "--tokenizer-type", d, ("tokenizer_model", "vocab_file", "merge_file")),
         (k.save is not None, "--save", k, ("save_interval", "keep_last", "async_save", "save_optim")),
@@ -470,7 +473,6 @@ def _order(c: Config, world: int) -> Iterator[Check]:
     yield (megatron and d.data_schedule,
            f"--data-schedule {d.data_schedule}: cannot be combined with --sample-order megatron, whose samples depend "
            "on the whole run; choose one.")
-    yield megatron and d.mock_data, "--sample-order megatron: has no effect with --mock-data; leave it out."
 
 
 def _files(c: Config, world: int) -> Iterator[Check]:

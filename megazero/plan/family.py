@@ -15,8 +15,7 @@ from typing import Any, NamedTuple
 
 from megazero.base import UserError, faults, said
 from megazero.plan.architecture import FREE, Architecture, units
-from megazero.plan.rope import Rotary
-from megazero.plan.words import ARCHITECTURE, FIELDS, impossible
+from megazero.plan.words import ARCHITECTURE, FIELDS, impossible, told_apart
 
 REQUIRED = object()                     # a key that config.json must have
 Values = Mapping[str, Any]
@@ -170,13 +169,13 @@ def obstacles(a: Architecture, family: Family) -> list[str]:
     """What keeps this family from expressing this architecture exactly;
     biases it has beyond the model's are no obstacle."""
     try:
-        back, told = expressed(to_config(a, family), family), vars(a)
+        back = expressed(to_config(a, family), family)
     except UserError as error:                                  # a number that config.json cannot say
         return [sentence.removeprefix("config.json: ").rstrip(".") for sentence in error.sentences]
-    different = [f"{k.replace('_', ' ')} is {_shown(told[k])}, {family.model_type} has {_shown(v)}"
-                 for k, v in vars(back).items() if k not in FREE and told[k] != v and not (k.endswith("bias") and v)]
-    if different:
-        return different
+    back = replace(back, **{k: getattr(a, k) for k, v in vars(back).items() if k.endswith("bias") and v})
+    if different := told_apart(a, back):
+        return [f"{mine}, {family.model_type} has {theirs}" for mine, theirs in different]
+    assert replace(back, **{k: getattr(a, k) for k in FREE}) == a, "flags tell the two apart, or they are one"
     ours = shapes(one := single(a))
     theirs = [name for row in rows(one, family) for name in row.ours]
     homeless = [f"{family.model_type} has no place for {n}" for n in ours if n not in theirs]
@@ -193,10 +192,3 @@ def beyond(a: Architecture, family: Family) -> int:
     """How many biases the family has beyond the model's, in a layer."""
     ours = shapes(single(a))
     return sum(n not in ours for row in rows(single(a), family) for n in row.ours)
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, Rotary):
-        stretched = f", {value.scaling.rope_type} by {value.scaling.factor:g}" if value.scaling else ""
-        return f"{value.channels} channels on base {value.base:g}{stretched}"
-    return " ".join(value) or "local" if isinstance(value, tuple) else str(value)

@@ -10,9 +10,9 @@ from math import isfinite
 from typing import Any
 
 from megazero.base import Form, UserError, checked, made
-from megazero.plan.architecture import KINDS, Architecture
+from megazero.plan.architecture import FREE, KINDS, Architecture
 from megazero.plan.rope import SCALINGS, Rotary, Scaling
-from megazero.settings import Config, Model
+from megazero.settings import Config, Model, flagged
 
 SIZE = range(1, 2**31)
 ACTIVATIONS = {                         # activation -> the flags that say it
@@ -239,6 +239,13 @@ def flags(a: Architecture) -> dict[str, Any]:
         "untie_embeddings_and_output_weights": not a.tied, "init_method_std": a.init_std,
         "attention_dropout": a.attention_dropout, "hidden_dropout": a.hidden_dropout,
     }
+
+
+def told_apart(a: Architecture, b: Architecture) -> list[tuple[str, str]]:
+    """Two models by the flags in which they differ: (the first's, the second's). What changes no weights aside."""
+    one, other = (flags(x) for x in (a, replace(b, **{key: getattr(a, key) for key in FREE})))
+    both = [(flagged(name, one.get(name)), flagged(name, other.get(name))) for name in dict.fromkeys((*one, *other))]
+    return [(mine, theirs) for mine, theirs in both if mine != theirs]
 
 
 # ---- what an index says

@@ -99,7 +99,8 @@ def parse(
             errors.append(f"--model {model}: no such preset{nearest(model, presets)}; there are {', '.join(presets)}.")
     values = {**preset, **from_file, **given}
     values = {**implied(values), **values}
-    missing = [o.flag for o in options.values() if o.name not in values and o.field.default is MISSING]
+    missing = [o.flag for o in options.values() if o.name not in values and o.field.default is MISSING
+               and not any(sentence.startswith(f"{o.flag} ") for sentence in errors)]
     errors += [f"{flag} is missing: {_help_of(options, flag)}" for flag in missing]
     if errors:
         raise UserError(*errors)
@@ -293,6 +294,8 @@ def _read_flags(
 
 def _unknown(word: str, flags: list[str], elsewhere: Elsewhere) -> str:
     """What to say of a word that no flag takes."""
+    if word.startswith("--") and re.search(r"\s", word):
+        return f"{word!r}: is one word; leave out the quotation marks around a flag and its value."
     if word.startswith("--") and (hint := elsewhere(word[2:])):
         return f"{word} {hint}."
     return (f"{word}: no such flag{nearest(word, flags)}." if word.startswith("-")

@@ -282,12 +282,23 @@ def _deepspeed_config(args: Words, given: Given, told: Told) -> Words:
     if text is None:
         return []
     try:
-        flags = flags_of_deepspeed(json.loads(text), given)
+        flags, every = (flags_of_deepspeed(json.loads(text), beside) for beside in (given, {}))
     except (ValueError, AttributeError):
         _tell(told.missing, "is not JSON of names and values", "deepspeed_config", args)
         return []
     told.renamed.append(f"--deepspeed_config {path}: says {' '.join(flags) or 'what the flags say'}")
+    for word, there in grouped_words(every):
+        if word in given and _value(given[word]) != _value(there):
+            told.renamed.append(f"--deepspeed_config {path}: --{word} {' '.join(given[word])} counts, not its "
+                                f"{' '.join(there)}")
     return flags
+
+
+def _value(args: Words) -> float | str:
+    try:
+        return float(" ".join(args))
+    except ValueError:
+        return " ".join(args)
 
 
 def flags_of_deepspeed(said: Mapping[str, Any], given: Given) -> Words:
@@ -408,6 +419,7 @@ SPECIAL: dict[str, Special] = {
     "num-distributed-optimizer-instances": _instances, "group-query-attention": _groups, "attention-head-type": _heads,
     "num-layers-per-virtual-pipeline-stage": _virtual, "num-virtual-stages-per-pipeline-rank": _virtual_stages,
     "no-position-embedding": _no_positions, "train-tokens": _of_tokens("train-samples"),
+    "max-tokens": _of_tokens("train-samples"),
     "lr-decay-tokens": _of_tokens("lr-decay-samples"), "lr-warmup-tokens": _of_tokens("lr-warmup-samples"),
     **{word: _padded(word) for word in ("pad-vocab-size-to", "padded-vocab-size")},
     "deepspeed_config": _deepspeed_config,

@@ -108,26 +108,28 @@ REFUSED: dict[str, str] = {
     "muon makes whole matrices orthogonal here, q, k and v apart, whatever --tp is; leave it out": """
         muon-no-split-qkv muon-tp-mode muon-qkv-split-mode""",
     "what is no matrix has adam beside muon here; leave it out": "muon-scalar-optimizer",
-    "that loss is not here: the loss is the mean of each token's cross entropy": """
+    "that loss is not here: the loss is the mean of each token's cross entropy; leave it out": """
         goldfish-loss goldfish-* mtp-* use-kl-loss loss-on-targets-only label-smoothing z-loss-* ce-* kd kd-*
         reweight-loss-based-on-position-frequency noise-density mask-prob short-seq-prob""",
     "that activation is not here: the MLP would compute another function; write --swiglu, --geglu, --squared-relu, "
     "--relu, --openai-gelu or nothing for GELU": """
         xielu quick-geglu glu-activation activation-func-clamp-value glu-linear-offset gelu-tanh-*
         activation-func-*""",
-    "that attention is not here: its scores would be others": """
+    "that attention is not here: its scores would be others; leave it out, and write --position-embedding-type rope "
+    "where it was to say positions": """
         softmax-type multi-latent-attention q-lora-rank kv-lora-rank qk-head-dim
         qk-pos-emb-head-dim v-head-dim mscale mscale-all-dim cache-mla-latents qk-l2-norm qk-clip* attention-output-gate
         experimental-attention-variant dsa-* linear-attention-* relative-attention-* use-alibi alibi-*
         use-attn-* no-weight-absorption""",
-    "those positions are not here: each token would stand elsewhere": """
+    "those positions are not here: each token would stand elsewhere; write --position-embedding-type rope, "
+    "learned_absolute or none": """
         rotary-interleaved rotary-scaling-factor rope-type mrope-section yarn-* long-rope-*""",
-    "that layer is not here: it would compute another function": """
+    "that layer is not here: it would compute another function; leave it out for a model without it": """
         embed-layernorm apply-residual-connection-post-layernorm fp32-residual-connection hybrid-* mamba-*
         is-hybrid-model disable-mamba-mem-eff-path heterogeneous-* retro-* post-norm
         output-logits-multiplier embedding-multiplier-* residual-scale-* scale-depth scale-embedding
         parallel-attention parallel-layernorm use-post-layernorm""",
-    "the weights would begin otherwise": """
+    "the weights would begin otherwise; leave it out, --init-method-std is here": """
         init-method-xavier-uniform embedding-init-method-std embedding-weights-in-fp32 init-method-std-*
         perform-init-*""",
     "weight decay is constant here: it would change with the steps; leave it out":
@@ -137,8 +139,8 @@ REFUSED: dict[str, str] = {
         "iterations-to-skip skip-train-iteration-range decrease-batch-size-if-needed sample-rate",
     "batches are a number of samples here, each of --seq-length tokens; write --micro-batch-size":
         "use-dynamic-batch-size max-tokens-per-gpu use-packed-sequence packing-* sft sft-* reset-* pack-*",
-    "all weights but those of --decoupled-lr follow one --lr here": "head-lr-mult",
-    "this program trains decoders on text": """
+    "is --lr-head here, which is the rate itself; write --lr x the factor": "head-lr-mult",
+    "this program trains decoders on text; leave it out": """
         bert-* ict-* biencoder-* vision-* dino-* swin-* img-h img-w patch-dim num-channels num-classes mask-type
         mask-factor iter-per-epoch classes-fraction data-per-class-fraction titles-data-path evidence-data-path
         query-in-block-prob use-one-sent-docs retriever-* block-data-path embedding-path indexer-* encoder-num-layers
@@ -201,6 +203,12 @@ RENAMED: dict[str, tuple[str, str]] = {
     "no-yarn-correction-range-round-to-int": ("--yarn-untruncated", "is --yarn-untruncated"),
     "muon-use-nesterov": ("--muon-nesterov", "is --muon-nesterov"),
     "load-tag": ("--ckpt-step {}", "is --ckpt-step"),
+    "tensor-parallel-size": ("--tensor-model-parallel-size {}", "is --tensor-model-parallel-size"),
+    "pipeline-parallel-size": ("--pipeline-model-parallel-size {}", "is --pipeline-model-parallel-size"),
+    "learning-rate": ("--lr {}", "is --lr"), "max-steps": ("--train-iters {}", "is --train-iters"),
+    "lr-warmup": ("--lr-warmup-iters {}", "is --lr-warmup-iters"),
+    "warmup-steps": ("--lr-warmup-iters {}", "is --lr-warmup-iters"),
+    "warmup-iters": ("--lr-warmup-iters {}", "is --lr-warmup-iters"),
     "tiktoken-special-tokens": ("--special-tokens {}", "is --special-tokens"),
 }
 

@@ -41,7 +41,7 @@ def of_preprocessing(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 def as_file(argv: Sequence[str], ranks: int | None = None, defaults: bool = True) -> tuple[str, list[str]]:
     """(the text of a run.toml, lines of a report) of a command line of Megatron's words, with its `defaults`. Raises
     UserError for values that cannot be."""
-    told = in_our_words(argv)
+    told = in_our_words([*argv, "--check"])                     # files that are not on this machine are no mistake
     kept, open_ = _without_variables(told.argv)
     config = parse(Config, kept, presets=PRESETS, elsewhere=hint,
                    implied=megatron_defaults if defaults else lambda said: {})
@@ -106,12 +106,17 @@ def from_configuration(said: Mapping[str, Any]) -> tuple[list[str], list[str]]:
                 flags += [f"--{name}", exactly(number)]
     flags += ["--optimizer", "adam" if kind.startswith("adam") else kind] if kind else []
     flags += BESIDE_RULE.get(kind, "").split()
-    curve = CURVES.get(str(keys.get(("scheduler", "type"))))
+    schedule = str(keys.get(("scheduler", "type")))
+    curve = CURVES.get(schedule)
     flags += ["--lr-decay-style", curve] if curve else []
+    warm = ("scheduler", "params", "warmup_type")
+    logarithmic = schedule in ("WarmupLR", "WarmupDecayLR") and keys.get(warm, "log") != "linear"
     read |= {*MORE_OF_DEEPSPEED, *own, ("optimizer", "type"), ("optimizer", "params", "betas"),
-             *([("scheduler", "type")] if curve else [])}
-    return flags, [".".join(path) for path, value in keys.items()
-                   if path not in read or value == "auto" or (path[-1] == "loss_scale" and not value)]
+             *([("scheduler", "type")] if curve else []), *([] if logarithmic else [warm])}
+    rest = [".".join(path) for path, value in keys.items()
+            if path not in read or value == "auto" or (path[-1] == "loss_scale" and not value)]
+    unsaid = logarithmic and warm not in keys
+    return flags, rest + ([f"{'.'.join(warm)} = log (warm-up is linear here)"] if unsaid else [])
 
 
 def _paths(said: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], Any]]:

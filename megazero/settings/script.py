@@ -40,12 +40,14 @@ class Launch:
     """The words of the last command that starts a training program, and those of its launcher.
 
     doubts      variables that these words come from -> the conditions under which they have these values
+    program     its name
     programs    how many commands start one
     """
 
     words: list[str]
     launcher: list[str]
     doubts: dict[str, str]
+    program: str
     programs: int
 
 
@@ -168,7 +170,8 @@ class _Reader:
         at = next((i for i, word in enumerate(given) if PROGRAM.fullmatch(word)), None)
         if at is not None:
             doubts = {name: why for word in words for name, why in self.doubts_of(word).items()}
-            self.found.append(Launch([*_until_pipe(given[at + 1:])], given[:at], doubts, len(self.found) + 1))
+            self.found.append(Launch([*_until_pipe(given[at + 1:])], given[:at], doubts, given[at],
+                                     len(self.found) + 1))
         return None if self.asking else True
 
     def set(self, name: str, now: list[str], live: Verdict, source: Sequence[str]) -> None:

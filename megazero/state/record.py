@@ -10,19 +10,18 @@ from typing import Any
 from megazero.base import UserError, printable, whole
 from megazero.data import Tokenizer, same_tokenizer
 from megazero.plan import (
-    FREE,
     Architecture,
     LossScale,
     Parameter,
     Plan,
     Progress,
     curve_of,
-    flags,
     group_of,
     sizes,
     tensors_of,
+    told_apart,
 )
-from megazero.settings import Config, Optimization, build, flagged, flatten
+from megazero.settings import Config, Optimization, build, flatten
 from megazero.state.checkpoint import Reader, Slice, fill, mismatches, owned
 from megazero.state.saving import Writer
 from megazero.units import Moment, Unit
@@ -134,13 +133,9 @@ def unfit(reader: Reader, a: Architecture, parameters: Sequence[Parameter], o: O
 
 def _other_model(reader: Reader, a: Architecture) -> list[str]:
     """The flags that a checkpoint was trained with and this run is not, in one sentence; it may be none."""
-    theirs = reader.architecture
-    alike = replace(theirs, **{key: getattr(a, key) for key in FREE})
-    then, now = flags(alike), flags(a)
-    other = [f"{flagged(key, value)} (now {flagged(key, now.get(key))})" for key, value in then.items()
-             if now.get(key) != value]
+    other = [f"{then} (now {now})" for then, now in told_apart(reader.architecture, a)]
     return [f"--load {reader.folder}: is of another model, with {', '.join(other)}; write those flags, or "
-            "--use-checkpoint-args."] if other and alike != a else []
+            "--use-checkpoint-args."] if other else []
 
 
 def _wrong_optimizer(reader: Reader, optimizer: str, kinds: Iterable[str]) -> list[str]:
