@@ -1,5 +1,6 @@
 """Checkpoints made one, compared and exported: the same bytes whatever layout they come from, and nothing half done."""
 
+import json
 import os
 import re
 import signal
@@ -311,3 +312,26 @@ def test_a_plot_of_losses_that_are_none(tmp_path: Path, monkeypatch: pytest.Monk
         (tmp_path / "metrics.jsonl").write_text("".join(f'{{"step": {i}, "loss": {loss}}}\n' for i, loss in enumerate(losses, 1)))
         code, out, err = tool(monkeypatch, capsys, "plot_loss.py", *words)
         assert said in out + err and (code in (0, None)) == (said in out), (losses, code, out, err)
+
+
+def test_a_run_that_went_on_is_compared_where_both_have_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, steps in (("a", {1: 5.0, 2: 4.0, 3: float("nan"), 4: 2.0}), ("b", {3: 3.0, 4: 2.5, 5: 1.0})):
+        (tmp_path / name).write_text("".join(json.dumps({"step": step, "loss": loss}) + "\n" for step, loss in steps.items()))
+    code, told, _ = tool(monkeypatch, capsys, "compare_runs.py", tmp_path / "a", tmp_path / "b")
+    assert code == 1 and [line.strip() for line in told.splitlines()] == [
+        "first difference   step 3 train loss: nan against 3.0", "then, the largest  step 4 train loss: 2.0 against 2.5, 0.2 of the larger",
+        "step 1 train: there against not there", "step 2 train: there against not there", "step 5 train: not there against there", "5 differences"]
+
+
+def test_importers_say_whose_a_folder_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    train("--num-layers 1 --hidden-size 16 --num-attention-heads 2 --seq-length 8 --micro-batch-size 1 --mock-data --vocab-size 16 --lr 1e-3 --eval-iters 0 "
+          f"--train-iters 1 --save {tmp_path / 'ours'}")
+    (tmp_path / "nano").mkdir()
+    (tmp_path / "nano" / "ckpt.pt").write_bytes(b"")
+    for name, folder, words in (
+        ("convert_hf.py", "ours", "is a checkpoint of this program already; train on with --load"),
+        ("convert_checkpoint.py", "ours", "is a checkpoint of this program already; train on with --load"),
+        ("convert_checkpoint.py", "ours/step-00000001", "is a checkpoint of this program already; train on with --load"),
+        ("convert_hf.py", "nano", "is a checkpoint of nanoGPT; import it: python tools/convert_checkpoint.py import")):
+        code, _, error = tool(monkeypatch, capsys, name, "import", "--input", tmp_path / folder, "--output", tmp_path / "out")
+        assert code == 2 and words in error and len(error.splitlines()) == 1, (name, folder, error)

@@ -18,7 +18,7 @@ from megazero.state import OF_DTYPE, Reader, check, checkpoints, merge, report
 class Inspect:
     """Prints what a checkpoint holds; reads the headers of its files alone."""
 
-    load: str = option(help="folder of checkpoints", unit="dir")
+    load: str = option(help="folder of checkpoints", unit="dir", word=True)
     ckpt_step: int | None = option(None, "step to look at; default: the newest", unit="step")
 
 
@@ -26,7 +26,7 @@ class Inspect:
 class Verify:
     """Reads a whole checkpoint and checks every checksum, and that its boxes cover every tensor."""
 
-    load: str = option(help="folder of checkpoints", unit="dir")
+    load: str = option(help="folder of checkpoints", unit="dir", word=True)
     ckpt_step: int | None = option(None, "step to read; default: the newest", unit="step")
 
 
@@ -35,7 +35,7 @@ class Merge:
     """Writes a checkpoint as one file into a new folder, which loads like any other:
     its weights, or with --optimizer all of it."""
 
-    load: str = option(help="folder of checkpoints", unit="dir")
+    load: str = option(help="folder of checkpoints", unit="dir", word=True)
     output: str = option(help="new folder to write", unit="dir")
     ckpt_step: int | None = option(None, "step to merge; default: the newest", unit="step")
     optimizer: bool = option(False, "the optimizer's state too, so that training can go on from it")

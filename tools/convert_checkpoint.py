@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from convert_hf import command
+from convert_hf import command, own
 from pickled import namespace, save, save_distributed, save_torch_dist
 from restricted import load, load_metadata
 
@@ -80,6 +80,8 @@ class Import:
 def import_(s: Import) -> None:
     found = recognised(Path(s.input))
     if found is None:
+        if error := own(s.input):
+            raise error
         there = "holds no checkpoint that is known here" if Path(s.input).exists() else "is not there"
         raise UserError(f"--input {s.input}: {there}; name the folder of one step.")
     kind, path = found
@@ -139,6 +141,7 @@ def titans(source: Source, s: Import) -> Found:
     """Of torchtitan's names, or of Hugging Face's."""
     if s.hf_config is None and "tok_embeddings.weight" in source.weights:
         a, rows = of_torchtitan(source, s.num_attention_heads, s.rotary_base, s.norm_epsilon, s.seq_length)
+        print(f"assumed     --norm-epsilon {a.epsilon:g} --seq-length {a.seq_length}, which its files do not say")
         return a, rows, source
     return hugging_faces(source, s)
 

@@ -4,12 +4,12 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from megazero.base import DTYPES, Bar
+from megazero.base import DTYPES, Bar, UserError
 from megazero.data import named_by
 from megazero.hf import export_folder, import_folder
 from megazero.plan import flags, parameter_count
 from megazero.settings import Config, commands, flagged, flatten, option, run
-from megazero.state import Reader
+from megazero.state import INDEX, Reader, foreign
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,8 @@ def export(s: Export) -> None:
 
 
 def import_(s: Import) -> None:
+    if not (Path(s.input) / "config.json").exists() and (error := own(s.input) or foreign(Path(s.input), "--input")):
+        raise error
     a, tokenizer = import_folder(Path(s.input), Path(s.output), told=Bar())
     with_ = type(tokenizer).__name__ if tokenizer else "no tokenizer"
     print(f"imported {s.input} to {s.output}: {parameter_count(a):,} parameters, {with_}")
@@ -54,6 +56,13 @@ def import_(s: Import) -> None:
             print(f"its tokenizer has {tokenizer.vocab_size:,} ids, its weights {a.vocab_size:,}: it can be exported "
                   "and sampled from, but to train on, give it a tokenizer without the ids that were added")
     print(f"train on with: {command(values)}")
+
+
+def own(folder: str) -> UserError | None:
+    """That a folder holds a checkpoint of this program, which nobody need import."""
+    if not Reader.finds(Path(folder)) and not (Path(folder) / INDEX).exists():
+        return None
+    return UserError(f"--input {folder}: is a checkpoint of this program already; train on with --load {folder}.")
 
 
 def command(values: dict[str, object]) -> str:

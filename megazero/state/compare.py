@@ -26,7 +26,8 @@ ROUNDINGS = 8               # of the largest element: what sums in another order
 @dataclass(frozen=True)
 class Difference:
     """A place, what stands there on both sides, and how far apart that is: relative to the larger value or the size of
-    the tensor; infinity where there is nothing to measure. `rounding`: sums in another order explain as much."""
+    the tensor; infinity where there is nothing to measure. `rounding`: sums in another order explain as much.
+    `lacking`: one side has not come there."""
 
     where: str
     a: Any
@@ -34,6 +35,7 @@ class Difference:
     far: float = math.inf
     more: str = ""
     rounding: bool = False
+    lacking: bool = False
 
     def __str__(self) -> str:
         far = f", {self.far:.3g} of the larger" if self.far < math.inf else ""
@@ -91,14 +93,14 @@ def log_lines(path: Path) -> dict[tuple[int, str], dict[str, Any]]:
 
 
 def logs(a: Path, b: Path, tolerance: float = 0.0) -> Iterator[Difference]:
-    """Where two logs differ, in the order of the first."""
+    """Where two logs differ: in what both hold, then what one of them lacks (a run that went on has not the steps
+    before)."""
     one, two = log_lines(a), log_lines(b)
-    for step, split in sorted({*one, *two}):
-        where, left, right = f"step {step} {split}", one.get((step, split)), two.get((step, split))
-        if left is None or right is None:
-            yield Difference(where, there(left), there(right))
-        else:
-            yield from plain(where, left, right, tolerance)
+    for step, split in sorted(one.keys() & two.keys()):
+        yield from plain(f"step {step} {split}", one[step, split], two[step, split], tolerance)
+    for step, split in sorted(one.keys() ^ two.keys()):
+        key = (step, split)
+        yield Difference(f"step {step} {split}", there(one.get(key)), there(two.get(key)), lacking=True)
 
 
 # ---- checkpoints
@@ -201,7 +203,7 @@ def summary(found: Iterable[Difference], most: int = 5) -> list[str]:
     every = list(found)
     if not every:
         return []
-    largest = sorted(every[1:], key=lambda d: (d.rounding, -d.far))[:most]
+    largest = sorted(every[1:], key=lambda d: (d.lacking, d.rounding, -d.far))[:most]
     return [f"first difference   {every[0]}",
             *(f"{'then, the largest' if i == 0 else '':<18} {d}" for i, d in enumerate(largest)),
             f"{len(every):,} difference{'s' if len(every) > 1 else ''}" + _explained(sum(d.rounding for d in every))]

@@ -157,8 +157,12 @@ def _wrong_tokenizer(reader: Reader, tokenizer: Tokenizer | None) -> list[str]:
 
 def changed(saved: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """What the configuration says otherwise than the one that was saved: nothing fails silently."""
-    return [printable(f"--{k.replace('_', '-')} was {saved[k]}, is {v}")
+    return [printable(f"--{k.replace('_', '-')} was {_said(saved[k])}, is {_said(v)}")
             for k, v in now.items() if k not in SILENT and k in saved and saved[k] != v]
+
+
+def _said(value: Any) -> Any:
+    return "not given" if value is None or value == [] else value
 
 
 def jumps(saved: Mapping[str, Any], now: Plan, at: Progress) -> list[str]:
