@@ -178,7 +178,7 @@ class Optimization:
     """Optimizer and learning rate."""
 
     optimizer: str = option("adam", "adam has decoupled decay (AdamW); sgd has momentum; muon is of matrices, with "
-                            "adam for the rest",
+                            "adam for the rest; adafactor's --lr is relative to the size of each weight",
                             choices=("adam", "sgd", "lion", "lamb", "ademamix", "adafactor", "muon"))
     lr: float | None = option(None, "highest learning rate")
     lr_embedding: float | None = option(None, "that of embedding and learned positions, on the same curve")
