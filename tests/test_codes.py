@@ -54,7 +54,7 @@ def coded(numbers: Tensor, tp: int, slices: int) -> list[tuple[tuple[int, ...], 
         step = cuts(laid.size, slices)[-1] // slices
         low = step * place.shard
         own = moment(MomentSpec(laid, 0, step * slices), torch.zeros(0, dtype=torch.float64), low, low + step, "8bit", "exp_avg", 1,
-                     (wires["shard"], wires["tp"]))
+                     (wires["shard"], wires["tp"]), lambda count, dtype: torch.zeros(count, dtype=dtype))
         assert isinstance(own, InBlocks)
         given = own.numbers()
         boxes = [(at - low, box) for piece in laid.pieces for at, box in piece.boxes(low, low + step)]
@@ -127,7 +127,7 @@ def test_a_step_that_is_skipped_leaves_every_bit(words: str) -> None:
     held = [t.clone() for u in run.units.values() for own in run.updater.state[u.flat.name].values() for t in (own.tensor, getattr(own, "scales", own.tensor))]
     for unit in run.units.values():
         unit.grad_slice.fill_(torch.nan)
-    for kernel in (kernel for kernels in run.updater.kernels.values() for kernel in kernels):
+    for kernel in (kernel for spans in run.updater.kernels.values() for kernels in spans.values() for kernel in kernels):
         kernel.found_inf = torch.ones(())                                                                   # type: ignore[attr-defined]
         kernel.step()
     assert all(torch.equal(before[name], w) for name, w in named(run).items()) and kept(run, next(iter(run.units.values())))

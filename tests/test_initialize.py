@@ -296,10 +296,10 @@ def test_one_cycle_moves_the_first_beta_of_adam() -> None:
     e = small({**SMALL, "scheduler": cycle})[0]
     seen = []
     for _ in range(3):
-        seen.append((e.get_lr()[0], *e.get_mom()[0], *(g["betas"][0] for ks in e.core.updater.kernels.values() for k in ks for g in k.param_groups)))
+        seen.append((e.get_lr()[0], *e.get_mom()[0], *(g["betas"][0] for ks in e.core.updater.kernels.values() for k in ks[None] for g in k.param_groups)))
         move(e)
     assert [s[:3] for s in seen] == [pytest.approx((0.1, 0.8, 0.99)), pytest.approx((0.2, 0.85, 0.99)), pytest.approx((0.3, 0.8, 0.99))]
-    assert next(iter(e.core.updater.kernels.values()))[0].param_groups[0]["betas"] == pytest.approx((0.8, 0.99))
+    assert next(iter(e.core.updater.kernels.values()))[None][0].param_groups[0]["betas"] == pytest.approx((0.8, 0.99))
     e = small({**SMALL, "scheduler": cycle, "optimizer": {"type": "SGD", "params": {"lr": 0.1, "momentum": 0.5}}})[0]
     move(e)
     assert e.get_mom() == [0.5] and e.get_lr() == pytest.approx([0.2])

@@ -217,7 +217,7 @@ SCRIPTS = {
     "megatron_gpt3-175b": ((31, 2, 1, 0), [], ""),
     "megatron_llama3-8b_fp8": ((51, 2, 20, 4), ["--fp8-format"], ""),
     "megatron_mixtral-8x7b": ((42, 2, 8, 7), ["--num-experts"], ""),
-    "pai_llama2-70b": ((51, 6, 19, 7), ["--cpu-offloading", "--fp8-format"], ""),
+    "pai_llama2-70b": ((51, 7, 20, 5), ["--cpu-offloading", "--fp8-format"], ""),
     "slime_qwen3-4b_sft": ((17, 0, 10, 2), ["--use-dynamic-batch-size"], ""),
     "swiss-ai_apertus-8b": ((59, 3, 22, 4), ["--xielu", "--goldfish-loss"], ""),
 }

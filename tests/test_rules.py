@@ -97,7 +97,7 @@ def test_a_step_that_is_skipped_leaves_every_bit(rule: str) -> None:
     unit = run.units["layers.0"]
     before = {what: own.clone() for what, own in kept(run, unit).items()}
     unit.grad_slice.fill_(torch.nan)
-    for kernel in (kernel for kernels in run.updater.kernels.values() for kernel in kernels):
+    for kernel in (kernel for spans in run.updater.kernels.values() for kernels in spans.values() for kernel in kernels):
         kernel.found_inf = torch.ones(())                                                                   # type: ignore[attr-defined]
         kernel.step()
     for what, now in kept(run, unit).items():

@@ -11,6 +11,7 @@ from math import inf
 from megazero.pipeline import SCHEDULES, ends_as_layers, from_layout
 from megazero.plan.architecture import block, units
 from megazero.plan.devices import DEVICES, named
+from megazero.plan.homes import PAGE
 from megazero.plan.rules import RATES, rates_of
 from megazero.plan.sizes import ramp_of, sizes
 from megazero.plan.words import architecture, ffn_size, pattern, stretches, turns
@@ -19,7 +20,8 @@ from megazero.settings import Config, nearest
 
 def checks(config: Config, world: int) -> list[str]:
     """A sentence for every way in which the configuration cannot run on `world` ranks."""
-    parts = (_sizes, _model, _layout, _batches, _schedule, _precision, _data, _order, _files, _groups, _bytes, _unused)
+    parts = (_sizes, _model, _layout, _batches, _schedule, _precision, _data, _order, _files, _groups, _bytes, _homes,
+             _unused)
     found = [sentence for part in parts for wrong, sentence in part(config, world) if wrong]
     return list(dict.fromkeys(found))
 
@@ -332,6 +334,9 @@ def _unused(c: Config, world: int) -> Iterator[Check]:
         (p.zero_stage >= 2, "--zero-stage 2 or 3", p, ("reduce_every",)),
         (p.zero_stage == 3, "--zero-stage 3", p, ("keep_weights",)),
         (d.tokenizer_type is not None, "--tokenizer-type", d, ("eod_token", "special_tokens")),
+        (c.offload.offload_optimizer != "none", "--offload-optimizer", c.offload, ("offload_fraction",)),
+        (c.offload.offload_optimizer == "disk", "--offload-optimizer disk", c.offload,
+         ("offload_dir", "offload_buffer_size", "offload_queue_depth", "offload_block_size")),
     ]
     return _without(rows)
 
@@ -409,6 +414,23 @@ def _bytes(c: Config, world: int) -> Iterator[Check]:
     yield (o.main_params_dtype != "fp32" and c.dtype != "bf16",
            f"--main-params-dtype {o.main_params_dtype}: needs --bf16, whose weights it leaves without masters; this "
            f"run is {c.dtype}.")
+
+
+def _homes(c: Config, world: int) -> Iterator[Check]:
+    """Where state is."""
+    o = c.offload
+    disk = o.offload_optimizer == "disk"
+    yield (not 0 <= o.offload_fraction <= 1,
+           f"--offload-fraction {o.offload_fraction:g}: must be between 0 and 1.")
+    yield o.offload_buffer_size < PAGE, f"--offload-buffer-size {o.offload_buffer_size}: must be at least {PAGE} bytes."
+    yield o.offload_queue_depth < 1, f"--offload-queue-depth {o.offload_queue_depth}: must be at least 1."
+    yield (o.offload_block_size < PAGE or o.offload_block_size % PAGE,
+           f"--offload-block-size {o.offload_block_size}: must be a multiple of {PAGE} bytes, as disks have them.")
+    yield (disk and o.offload_dir is None,
+           "--offload-optimizer disk: needs --offload-dir, a folder on a disk of this machine.")
+    yield (disk and c.checkpoint.async_save,
+           "--async-save: cannot be combined with --offload-optimizer disk: it would copy to memory what is on disk "
+           "for want of it; leave it out.")
 
 
 def _precision(c: Config, world: int) -> Iterator[Check]:

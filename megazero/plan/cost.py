@@ -13,12 +13,12 @@ from megazero.pipeline import KINDS
 from megazero.plan.action import Action
 from megazero.plan.architecture import wide_tokens
 from megazero.plan.dealing import Ranks, bytes_sent, deal
-from megazero.plan.layout import Flat, Piece, Shape, cuts, flat, ragged_rows
+from megazero.plan.homes import MASTER, UNDER_WAY, rule_of, state_of
+from megazero.plan.layout import Flat, Shape, cuts, flat, ragged_rows
 from megazero.plan.mesh import all_reduce_bytes
-from megazero.plan.moments import moment_specs
 from megazero.plan.operations import Micro, Operation, distinct, table
 from megazero.plan.plan import Plan
-from megazero.plan.rules import RULES, dtype_of, group_of, iterating, watched
+from megazero.plan.rules import RULES, dtype_of, iterating, watched
 from megazero.plan.tiles import blocks_here, blocks_of
 from megazero.settings import Optimization
 
@@ -44,15 +44,18 @@ def memory(p: Plan, rank: int = 0) -> dict[str, int]:
     """Bytes on one rank by category, as they are between actions. Of what an operation needs while it runs only logits
     are counted: a chunk, and what of it exists in fp32 too."""
     level, a, m, units, program = p.zero.level, p.architecture, micro(p, rank), flats(p, rank), p.training(rank)
+    homes = p.homes(rank)
+    masters = sum(home.kinds[MASTER].bytes for home in homes.values() if MASTER in home.kinds)
     whole, beside = sum(stored(f, p) for f in units.values()), sum(_kept(f, p, rank, m.wide) for f in units.values())
     part, width, full = whole // p.shard, m.width, m.wide       # full: masters, gradients and moments
     chunk = min(m.tokens, p.head_chunk) if len(p.stages) - 1 in p.stages_of(rank).own else 0
     rows = ragged_rows(a.vocab_size, p.tp, a.pad_rows)
     return {
         "weights": (part if level == 3 else whole) * width,
-        "master weights": part * 4 if width == 2 and p.config.optimizer.main_params_dtype == "fp32" else 0,
+        "master weights": (part * 4 - masters if width == 2 and p.config.optimizer.main_params_dtype == "fp32" else 0),
         "gradients": (part if level >= 2 else whole) * full,
-        "optimizer": beside,
+        "optimizer": beside - sum(home.bytes for home in homes.values()) + masters,
+        **({"pieces under way": UNDER_WAY * max(home.largest for home in homes.values())} if homes else {}),
         "gathered weights": borrowed(program, units, p, "gather", "release") * width if level == 3 else 0,
         "gradient sums": borrowed(program, units, p, "open", "land") * full if level >= 2 else 0,
         "activations": peak(program, table(a, m), m.share * a.hidden * width),
@@ -64,18 +67,15 @@ def memory(p: Plan, rank: int = 0) -> dict[str, int]:
 
 def _kept(f: Flat, p: Plan, rank: int, wide: int) -> int:
     """Bytes that the optimizer keeps beside a unit on one rank."""
-    size, place, total = stored(f, p), p.mesh.place(rank), 0
-    slice_, o = size // p.shard, p.config.optimizer
-    for kind, spec in moment_specs(f, size, lambda piece: _rule(piece, o), o.ema is not None, place).items():
-        start, stop = spec.on(place.shard * slice_, (place.shard + 1) * slice_)
-        dtype = dtype_of(kind, o)
-        total += (stop - start) * {"fp32": wide, "bf16": 2, "8bit": 1}[dtype]
-        total += blocks_here(spec.flat, start, stop) * wide if dtype == "8bit" else 0
-    return total
+    found = state_of(f, stored(f, p), p.mesh.place(rank), p.shard, wide, p.config.optimizer)
+    blocks = sum(blocks_here(f, k.start, k.stop) for kind, k in found.items()
+                 if dtype_of(kind, p.config.optimizer) == "8bit")
+    return sum(k.bytes for k in found.values()) + blocks * wide
 
 
-def _rule(piece: Piece, o: Optimization) -> str:
-    return group_of(piece.shard.parameter.name, piece.shard.parameter.group, o).rule
+def on_disk(p: Plan, rank: int = 0) -> int:
+    """Bytes that one rank keeps on disk, in whole pages. A step reads and writes each of them once."""
+    return sum(home.file_bytes for home in p.homes(rank).values())
 
 
 def borrowed(program: list[Action], units: Mapping[str, Flat], p: Plan, take: str, give: str) -> int:
@@ -127,15 +127,16 @@ def traffic(p: Plan, rank: int = 0) -> dict[str, int]:
     for axis, cut, size in (("tp", False, p.tp), ("kv", True, p.mesh.kv)):
         n = sum(_partial(f, stored(f, p) // p.shard, slice_, cut) for f in units.values())
         sent[axis] += all_reduce_bytes(n, wide, size)
+    together = [{name: units[name] for name in a.units} for a in p.training(rank) if a.kind == "update"]
     for axis, size in (("shard", p.shard), ("tp", p.tp)):
-        sent[axis] += sum(all_reduce_bytes(n, 8, size) for n in measures(p.config.optimizer, units))
+        sent[axis] += sum(all_reduce_bytes(n, 8, size) for own in together for n in measures(p.config.optimizer, own))
     kinds = sum(dtype_of(kind, p.config.optimizer) == "8bit" for kind in RULES[p.config.optimizer.optimizer].moments)
     for f in units.values() if kinds else ():                           # the largest of each block
         blocks = sum(prod(blocks_of(piece.shard.parameter.shape)) for piece in f.pieces)
         for axis, size in (("shard", p.shard), ("tp", p.tp)):
             sent[axis] += all_reduce_bytes(kinds * blocks, wide, size)
     if p.mesh.stage:
-        sent["stage"] = _dealt(p, rank, units)
+        sent["stage"] = sum(_dealt(p, rank, own) for own in together)
     seen = all_reduce_bytes(2 + 2 * len(p.units), 8, p.world) if watched(p.config) else 0
     return {**sent, "world": all_reduce_bytes(4, 8, p.world) + seen}
 
@@ -156,7 +157,7 @@ def _dealt(p: Plan, rank: int, units: Mapping[str, Flat]) -> int:
     o, place = p.config.optimizer, p.mesh.place(rank)
     ranks = Ranks(p.dp // p.shard, p.shard, p.tp)
     waves = deal([(f, stored(f, p)) for f in units.values()], ranks,
-                 lambda piece: RULES[_rule(piece, o)].scope == "matrix")
+                 lambda piece: RULES[rule_of(piece, o)].scope == "matrix")
     number = (place.replicate * ranks.shard + place.shard) * ranks.tp + place.tp
     return bytes_sent(waves, ranks, number, DTYPES[iterating(o.muon_ns_dtype, p.config.dtype, p.device)].width)
 

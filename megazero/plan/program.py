@@ -5,7 +5,7 @@ look only at which part reads and writes which unit, so every schedule has every
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -57,8 +57,8 @@ class Span(NamedTuple):
     last: int
 
 
-def training(passes: Sequence[Pass], stages: Stages, zero: Zero) -> list[Action]:
-    """One training step of one rank, whose passes these are."""
+def training(passes: Sequence[Pass], stages: Stages, zero: Zero, homes: Collection[str] = ()) -> list[Action]:
+    """One training step of one rank, whose passes these are; `homes`: units whose state is elsewhere."""
     turns: Counter[int] = Counter()
     uses: list[Use] = []
     posted = 0
@@ -74,7 +74,7 @@ def training(passes: Sequence[Pass], stages: Stages, zero: Zero) -> list[Action]
     reductions = Reductions(Counter(s.unit for s in sums), zero)
     units = dict.fromkeys(u for use in uses for u in use.reads)         # as the next forward pass needs them
     program = woven(uses, weights(uses, zero), sums, reductions)
-    return [*program, *reductions.finish(stages.tied), *ending(list(units))]
+    return [*program, *reductions.finish(stages.tied), *ending(list(units), homes)]
 
 
 def evaluation(stages: Stages, zero: Zero) -> list[Action]:

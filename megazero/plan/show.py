@@ -4,7 +4,7 @@ from megazero.base import gib
 from megazero.pipeline import SCHEDULES, Costs
 from megazero.plan.architecture import Architecture, parameter_count
 from megazero.plan.checks import remarks
-from megazero.plan.cost import memory, traffic
+from megazero.plan.cost import memory, on_disk, traffic
 from megazero.plan.families import FAMILIES, nearest_family
 from megazero.plan.layout import ragged_rows
 from megazero.plan.operations import flops_per_token
@@ -28,6 +28,7 @@ def describe(p: Plan) -> str:
         "precision": f"{c.dtype}, recompute {c.training.recompute_granularity}",
         "compute": _compute(p),
         "memory": _memory(p),
+        "disk": _disk(p),
         "groups": "; ".join(p.mesh.describe()) if p.world > 1 else "",
         "wire": _wire(p) if p.world > 1 else "",
         "dropout": f"{c.model.hidden_dropout:g} on embeddings and blocks, {c.model.attention_dropout:g} on attention",
@@ -112,6 +113,13 @@ def _memory(p: Plan) -> str:
     fullest = max(needs, key=lambda rank: sum(needs[rank].values()))
     which = f" on rank {fullest}, no more on others" if p.pp > 1 else " per rank"
     return f"{gib(sum(needs[fullest].values()))}{which}: {_listed(needs[fullest])}"
+
+
+def _disk(p: Plan) -> str:
+    """Of the rank that keeps most there."""
+    most = max(on_disk(p, rank) for rank in range(0, p.world, p.world // p.pp))
+    return most and (f"{gib(most)} of masters and moments per rank in {p.config.offload.offload_dir}, read and written "
+                     f"once a step: {2 * most / 1e9:.2g} s of a disk that moves 1 GB/s") or ""
 
 
 def _wire(p: Plan) -> str:

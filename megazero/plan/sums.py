@@ -1,8 +1,9 @@
 """ZeRO: what data-parallel ranks share, and a step's sums of gradients on their way."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 from megazero.plan.action import Action
 
@@ -87,8 +88,12 @@ class Reductions:
         return begin if most else [*begin, Action("settle", units=(self.replicating.pop(),))]
 
 
-def ending(units: Sequence[str]) -> list[Action]:
-    """How a step ends when its sums are there: what has one home and one rule is one kernel call."""
-    together = tuple(units)
+def ending(units: Sequence[str], homes: Collection[str] = ()) -> list[Action]:
+    """How a step ends when its sums are there: neighbours whose state is here are one kernel call; those whose state is
+    elsewhere (`homes`) are updated one by one."""
+    together: list[tuple[str, ...]] = []
+    for elsewhere, run in groupby(units, lambda name: name in homes):
+        names = tuple(run)
+        together += [(name,) for name in names] if elsewhere else [names]
     return [Action("finish", way="tp"), Action("finish", way="kv"), Action("judge"),
-            Action("update", units=together), Action("publish", units=together)]
+            *(Action(kind, units=names) for names in together or [()] for kind in ("update", "publish"))]

@@ -53,6 +53,7 @@ def preview(config: Config, world: int, rank: int, here: bool) -> list[str]:
     tokenizer = None if gone.keys() & set(TOKENIZER) else configured_tokenizer(config)
     device = named(config.parallel.device)
     kind = choose_device(config).type if device is None else "cuda"
+    at_home(config, kind)
     plan = Plan.of(config, world, vocabulary(config, tokenizer), kind)
     if config.parallel.pipeline_program:
         plan = programmed(plan, config.parallel.pipeline_program)
@@ -129,7 +130,8 @@ def checkpoint_ahead(plan: Plan, tokenizer: Tokenizer | None) -> Reader | None:
 
 def folders_ahead(config: Config) -> list[str]:
     """Folders that the run could not write to."""
-    folders = (("--save", config.checkpoint.save), ("--log-dir", config.logging.log_dir))
+    folders = (("--save", config.checkpoint.save), ("--log-dir", config.logging.log_dir),
+               ("--offload-dir", config.offload.offload_dir))
     return [f"{flag} {folder}: is not a folder that can be written to; name another." for flag, folder in folders
             if folder is not None and not writable(Path(folder))]
 
@@ -186,6 +188,14 @@ def writable(folder: Path) -> bool:
     while not os.path.exists(folder):
         folder = folder.parent
     return os.path.isdir(folder) and os.access(folder, os.W_OK | os.X_OK)
+
+
+def at_home(config: Config, kind: str) -> None:
+    """Raises UserError where state cannot be kept as asked on such a device."""
+    asked = config.offload.offload_optimizer
+    if asked != "none" and kind == "cuda":
+        raise UserError(f"--offload-optimizer {asked}: is not here on CUDA yet, for runs on a CPU alone; leave it out, "
+                        "and share masters and moments with --zero-stage 1.")
 
 
 def programmed(plan: Plan, file: str) -> Plan:

@@ -1,6 +1,7 @@
 """One rank of a run: its parts, as the plan says."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 
@@ -9,7 +10,7 @@ from megazero.comm import Wires
 from megazero.model import Decoder
 from megazero.plan import Action, Plan, flat, watched
 from megazero.run.executor import Executor
-from megazero.units import TORCH_DTYPE, Buffers, Gate, Sharing, Unit, UnitActions, Updater, WeightWatch
+from megazero.units import TORCH_DTYPE, Buffers, Disk, Gate, Resident, Sharing, Unit, UnitActions, Updater, WeightWatch
 
 Tensor = torch.Tensor
 
@@ -22,13 +23,18 @@ class Run:
         self.plan, self.config, self.device, self.wires = plan, plan.config, device, wires
         a, c = plan.architecture, plan.config
         stages, buffers = plan.stages_of(wires.rank), Buffers(poison=wires.late)
+        homes, self.home = plan.homes(wires.rank), Resident()
+        if homes:
+            o = c.offload
+            self.home = Disk(Path(o.offload_dir or "."), homes, o.offload_queue_depth, o.offload_block_size,
+                             poison=wires.late)
         self.units: dict[str, Unit] = {}
         for spec in plan.units_of(wires.rank):
             at = plan.placement(spec.name)
             sharing = Sharing(plan.zero.level, wires[at.shard], wires[at.replicate], wires[at.holders], wires["tp"],
                               wires["stage"], buffers)
             self.units[spec.name] = Unit(flat(spec, wires.place), TORCH_DTYPE[c.dtype], device, sharing,
-                                         masters=c.optimizer.main_params_dtype == "fp32")
+                                         masters=c.optimizer.main_params_dtype == "fp32", home=self.home)
         self.decoder = Decoder(a, self.units, wires["tp"], seed=c.training.seed,
                                recompute=c.training.recompute_granularity, device=device, chunk=plan.head_chunk,
                                own=[i for own in stages.own.values() for i in own])

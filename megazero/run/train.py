@@ -16,6 +16,7 @@ from megazero.comm import Wires, before_cuda, connect, environment
 from megazero.data import Tokenizer, configured_tokenizer
 from megazero.plan import EMA, Plan, Progress, checks, describe, flops_per_token, ranks_asked, written
 from megazero.run.ahead import (
+    at_home,
     begun,
     choose_device,
     fresh_moments,
@@ -63,6 +64,7 @@ def main(config: Config, words: Sequence[str] = ()) -> None:
         return
     before_cuda(config.parallel.pipeline_model_parallel_size > 1)
     device = choose_device(config)
+    at_home(config, device.type)
     tokenizer = configured_tokenizer(config)
     plan = Plan.of(config, world, vocabulary(config, tokenizer), device.type)
     if config.parallel.pipeline_program:

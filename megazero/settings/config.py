@@ -237,6 +237,23 @@ class Optimization:
 
 
 @dataclass(frozen=True)
+class Offload:
+    """Where state is at home between updates."""
+
+    offload_optimizer: str = option("none", "masters and moments: none, on the device; cpu, in the host's memory (on a "
+                                    "CPU that is where they are); disk, in files of --offload-dir",
+                                    choices=("none", "cpu", "disk"))
+    offload_fraction: float = option(1.0, "how much of them: the first units of the forward pass stay, since nothing "
+                                     "would hide their update", unit="fraction")
+    offload_dir: str | None = option(None, "folder for --offload-optimizer disk, on a disk of this machine; files "
+                                     "there have no names and end with the run", unit="dir")
+    offload_buffer_size: int = option(2**28, "most bytes of a piece that is read, changed and written at once; three "
+                                      "are under way", unit="bytes")
+    offload_queue_depth: int = option(4, "reads and writes of a disk under way at a time")
+    offload_block_size: int = option(2**23, "bytes of each", unit="bytes")
+
+
+@dataclass(frozen=True)
 class Precision:
     """Precision."""
 
@@ -341,6 +358,7 @@ class Config:
     training: Training = Training()
     optimizer: Optimization = Optimization()
     precision: Precision = Precision()
+    offload: Offload = Offload()
     data: Data = Data()
     checkpoint: Checkpoint = Checkpoint()
     logging: Logging = Logging()

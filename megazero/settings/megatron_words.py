@@ -76,6 +76,8 @@ WITHOUT: dict[str, str] = {
         check-for-spiky-loss check-for-large-grads test-mode enable-msprobe profile-*
         check-weight-hash-across-dp-replicas-interval""",
     "said by --deepspeed_config": "deepspeed",
+    "masters and moments at home elsewhere have one kernel": """
+        optimizer-offload-policy cpu_torch_adam use-torch-optimizer-for-cpu-offload overlap-cpu-optimizer-d2h-h2d""",
     "every layer is computed again by itself": "recompute-method recompute-num-layers",
     "a signal stops a run: SIGTERM with --exit-signal-handler": "kill-switch-path",
     "memory alone: --recompute-granularity says what is computed again": """
@@ -95,12 +97,10 @@ REFUSED: dict[str, str] = {
     "8-bit products are not here yet: they round what bf16 keeps; write --bf16 alone": """
         fp8-* no-fp8-* fp4-* first-last-layers-bf16 num-layers-at-start-in-bf16 num-layers-at-end-in-bf16 fp8
         te-precision-config-file kitchen-* transformer-engine-*""",
-    "optimizer state and activations cannot leave the device yet: it takes more of its memory; leave it out, and share "
-    "with --zero-stage": """
-        optimizer-cpu-offload optimizer-offload-fraction optimizer-offload-policy cpu-offloading cpu-optimizer
-        cpu-offloading-num-layers cpu-offloading-* cpu_torch_adam use-torch-optimizer-for-cpu-offload remote-device
-        overlap-cpu-optimizer-d2h-h2d optimizer-offload-* fine-grained-activation-offloading offload-modules
-        swap-attention""",
+    "activations and weights cannot leave the device yet: it takes more of its memory; leave it out, and write "
+    "--recompute-granularity full": """
+        cpu-offloading cpu-offloading-num-layers cpu-offloading-* remote-device fine-grained-activation-offloading
+        offload-modules swap-attention""",
     "sums of gradients are fp32 here: others would round the update; leave it out": """
         main-grads-dtype use-bnb-optimizer reuse-fp32-param""",
     "that optimizer is not here: the update would be another; write --optimizer adam, sgd, lion, lamb, ademamix, "
@@ -203,6 +203,9 @@ RENAMED: dict[str, tuple[str, str]] = {
     "no-yarn-correction-range-round-to-int": ("--yarn-untruncated", "is --yarn-untruncated"),
     "muon-use-nesterov": ("--muon-nesterov", "is --muon-nesterov"),
     "load-tag": ("--ckpt-step {}", "is --ckpt-step"),
+    "optimizer-cpu-offload": ("--offload-optimizer cpu", "is --offload-optimizer cpu"),
+    "cpu-optimizer": ("--offload-optimizer cpu", "is --offload-optimizer cpu"),
+    "optimizer-offload-fraction": ("--offload-fraction {}", "is --offload-fraction"),
     "tensor-parallel-size": ("--tensor-model-parallel-size {}", "is --tensor-model-parallel-size"),
     "pipeline-parallel-size": ("--pipeline-model-parallel-size {}", "is --pipeline-model-parallel-size"),
     "learning-rate": ("--lr {}", "is --lr"), "max-steps": ("--train-iters {}", "is --train-iters"),

@@ -49,13 +49,15 @@ Tensor = torch.Tensor
 
 @dataclass(frozen=True)
 class Slice:
-    """Owned elements of one logical tensor: `kind` is weight or the name of a moment."""
+    """Owned elements of one logical tensor: `kind` is weight or the name of a moment. `load`: gives them, where they
+    are not in `tensor` now."""
 
     kind: str
     name: str
     full: tuple[int, ...]
     box: Box
     tensor: Tensor
+    load: Callable[[], Tensor] | None = None
 
     @property
     def key(self) -> str:

@@ -31,7 +31,8 @@ Moments = Mapping[str, Mapping[str, Moment]]            # unit -> kind -> what i
 SILENT = {"load", "save", "config", "check", "exit_interval", "log_interval", "log_dir", "save_interval", "ckpt_step",
           "load_optim", "save_optim", "log_params_norm", "log_num_zeros_in_grad", "log_update_ratio",
           "pretrained_checkpoint", "use_checkpoint_args", "exit_on_missing_checkpoint",
-          "world_size"}
+          "world_size", "offload_optimizer", "offload_fraction", "offload_dir", "offload_buffer_size",
+          "offload_queue_depth", "offload_block_size"}
 
 
 # ---- tensors
@@ -43,19 +44,27 @@ def buffers_of(unit: Unit, moments: Moments) -> dict[str, Moment]:
 
 
 def slices(units: Iterable[Unit], moments: Moments) -> list[Slice]:
-    """What this rank writes of its units."""
-    return [s for u in units if u.owner for kind, own in buffers_of(u, moments).items()
+    """What this rank writes of its units. What is at home elsewhere comes when its turn does."""
+    return [_from_home(u, s) for u in units if u.owner for kind, own in buffers_of(u, moments).items()
             if not own.factor or u.sharing.shard.rank == 0 for s in owned(own.flat, own.low, {kind: own.numbers()})]
+
+
+def _from_home(unit: Unit, s: Slice) -> Slice:
+    name, home, t = unit.flat.name, unit.home, s.tensor
+    if name not in home.homes or s.kind not in home.homes[name].kinds:
+        return s
+    return replace(s, load=lambda: home.copy(name, s.kind, int(t.storage_offset()), t.numel()).view(t.shape))
 
 
 def restore(reader: Reader, units: Iterable[Unit], moments: Moments) -> None:
     """Weights and those `moments` from a checkpoint, whatever layout wrote it. Raises UserError for damage."""
     for unit in units:
-        for kind, own in buffers_of(unit, moments).items():
-            numbers = own.numbers()
-            fill(reader, own.flat, own.low, {kind: numbers})
-            own.take(numbers)
-        unit.publish()
+        with unit.home.present(unit.flat.name):
+            for kind, own in buffers_of(unit, moments).items():
+                numbers = own.numbers()
+                fill(reader, own.flat, own.low, {kind: numbers})
+                own.take(numbers)
+            unit.publish()
 
 
 # ---- words

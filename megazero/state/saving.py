@@ -156,7 +156,7 @@ def planned(kind: str, name: str, full: tuple[int, ...], dtype: torch.dtype) -> 
 
 
 def on_host(slice_: Slice) -> Tensor:
-    return slice_.tensor.detach().to("cpu")
+    return slice_.load() if slice_.load else slice_.tensor.detach().to("cpu")
 
 
 def write(target: Path, slices: Sequence[Slice], header: Mapping[str, Any], rank: int = 0, group: Group | None = None,

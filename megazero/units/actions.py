@@ -96,8 +96,11 @@ class UnitActions:
 
     def _publish(self, action: Action, ruling: Ruling) -> None:
         def publish() -> None:
-            for name in action.units:
-                self.units[name].publish()
+            for unit in (self.units[name] for name in action.units):
+                if unit.away:                                   # its pieces were published one by one
+                    unit.changed()
+                else:
+                    unit.publish()
 
         self._change(action.units, publish)
 

@@ -9,7 +9,7 @@ bf16    rounded up or down by chance, so that what is smaller than a step of bf1
 So the bits are the same however a tensor is cut.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from math import prod
@@ -189,16 +189,15 @@ def codebook(signed: bool, like: Tensor) -> Tensor:
 
 
 def moment(spec: MomentSpec, like: Tensor, low: int, high: int, dtype: str, kind: str, seed: int,
-           ranks: Sequence[Group]) -> Moment:
+           ranks: Sequence[Group], zeros: Callable[[int, torch.dtype], Tensor]) -> Moment:
     """Zeros of a kind, of a rank whose slice of the unit is [low, high) and whose numbers are like these."""
     start, stop = spec.on(low, high)
-    zeros = like.new_zeros(stop - start)
     if dtype == "bf16":
         streams = [key(seed, kind, piece.shard.parameter.name) for piece in spec.flat.pieces]
-        return ByChance(spec.flat, start, zeros.bfloat16(), streams=streams)
+        return ByChance(spec.flat, start, zeros(stop - start, torch.bfloat16), streams=streams)
     if dtype == "8bit":
         signed = kind != "exp_avg_sq"
-        return InBlocks(spec.flat, start, zeros.to(torch.uint8) + (127 if signed else 0),
+        return InBlocks(spec.flat, start, zeros(stop - start, torch.uint8).fill_(127 if signed else 0),
                         scales=like.new_zeros(blocks_here(spec.flat, start, stop)), table=codebook(signed, like),
                         ranks=ranks)
-    return Moment(spec.flat, start, zeros, spec.factor)
+    return Moment(spec.flat, start, zeros(stop - start, like.dtype), spec.factor)

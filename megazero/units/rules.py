@@ -8,8 +8,9 @@ rate and step on the host.
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from megazero.units.random import key
 from megazero.units.unit import Unit
 
 Tensor = torch.Tensor
+Span = tuple[int, int]                  # elements of a unit's buffer
 Make = Callable[[list[dict[str, Any]], Optimization, bool], torch.optim.Optimizer]
 
 
@@ -124,7 +126,8 @@ class Updater:
         self.wide, self.fused = like.dtype, precise(like)
         self.lr = torch.zeros(len(self.groups.rules), dtype=self.wide, device=like.device)
         self.rates = torch.tensor(self.groups.rates, device=like.device)
-        self.kernels = {names: self._kernels([self.units[n] for n in names]) for names in together if names}
+        self.kernels = {names: {span: self._kernels([self.units[n] for n in names], span) for span in self._cut(names)}
+                        for names in together if names}
 
     def update(self, names: tuple[str, ...], verdict: Verdict, lr: Tensor) -> None:
         """Updates the masters of these units, or leaves every bit as it was. `lr` [rates]; one is that of all."""
@@ -135,28 +138,57 @@ class Updater:
             for name in names:
                 self.units[name].grad_slice.mul_(factor)
         options = self.groups.options()
-        kernel: Any
-        for kernel in self.kernels[names]:
-            for group in kernel.param_groups:
-                group.update(options[group["number"]])
-            if self.wide != torch.float64:
-                kernel.grad_scale = (1 / verdict.factor).float()
-            with torch.no_grad():
-                if self.fused or isinstance(kernel, Kernel):
-                    kernel.found_inf = verdict.found_inf
-                    kernel.step()
-                else:
-                    plainly(kernel, verdict.found_inf)
-        decay = self.settings.ema
-        for name in names if decay is not None else ():
-            mean, master = self.state[name][EMA].tensor, self.units[name].master
-            new = torch.lerp(master.to(mean.dtype), mean, decay or 0.0)
+        if any(name in self.units[name].home.homes for name in names) and verdict.found_inf != 0:
+            return                                              # nothing need come, to go as it was
+        for span in self._here(names):
+            for kernel in self.kernels[names][span]:
+                self._step(kernel, options, verdict)
+            for unit in (self.units[name] for name in names):
+                a, b = (0, unit.high - unit.low) if span is None else (span[0] - unit.low, span[1] - unit.low)
+                self._follow(unit, a, b, verdict)
+
+    def _cut(self, names: tuple[str, ...]) -> Sequence[Span | None]:
+        """The pieces in which these units change, one after another; None: as they are."""
+        unit = self.units[names[0]]
+        return unit.home.homes[names[0]].pieces if len(names) == 1 and names[0] in unit.home.homes else (None,)
+
+    def _here(self, names: tuple[str, ...]) -> Iterator[Span | None]:
+        """The same, with each here in its turn."""
+        if self._cut(names) != (None,):
+            yield from self.units[names[0]].home.through(names[0])
+            return
+        with ExitStack() as stack:
+            for name in names:
+                stack.enter_context(self.units[name].home.present(name))
+            yield None
+
+    def _step(self, kernel: Any, options: Sequence[Mapping[str, Any]], verdict: Verdict) -> None:
+        for group in kernel.param_groups:
+            group.update(options[group["number"]])
+        if self.wide != torch.float64:
+            kernel.grad_scale = (1 / verdict.factor).float()
+        with torch.no_grad():
+            if self.fused or isinstance(kernel, Kernel):
+                kernel.found_inf = verdict.found_inf
+                kernel.step()
+            else:
+                plainly(kernel, verdict.found_inf)
+
+    def _follow(self, unit: Unit, a: int, b: int, verdict: Verdict) -> None:
+        """What follows from masters [a, b) of a slice: their mean, and the weights where masters do not stay here."""
+        name, decay = unit.flat.name, self.settings.ema
+        if decay is not None:
+            mean = self.state[name][EMA].tensor[a:b]
+            new = torch.lerp(unit.master[a:b].to(mean.dtype), mean, decay)
             torch.where(verdict.found_inf == 0, new, mean, out=mean)
+        if unit.away:
+            unit.weight_slice[a:b].copy_(unit.master[a:b])
 
     def begin_means(self) -> None:
         """The means of the weights are the weights."""
         for name, unit in self.units.items():
-            self.state[name][EMA].tensor.copy_(unit.master)
+            with unit.home.present(name):
+                self.state[name][EMA].tensor.copy_(unit.master)
 
     @contextmanager
     def means(self) -> Iterator[None]:
@@ -167,13 +199,15 @@ class Updater:
         own = {}
         for name, unit in self.units.items():
             unit.updated()
-            own[name] = unit.master if unit.master is not unit.weight_slice else unit.master.clone()
-            unit.publish(self.state[name][EMA].tensor)
+            with unit.home.present(name):
+                own[name] = unit.master if unit.master is not unit.weight_slice else unit.master.clone()
+                unit.publish(self.state[name][EMA].tensor)
         try:
             yield
         finally:
             for name, unit in self.units.items():
-                unit.publish(own[name])
+                with unit.home.present(name):
+                    unit.publish(own[name])
 
     def set_steps(self, applied: int) -> None:
         """Continues after `applied` steps: Adam's bias correction counts from there."""
@@ -210,19 +244,21 @@ class Updater:
         tensor, found = unit.sharing.tensor, dict[str, Moment]()
         place, ema = {"tp": (tensor.rank, tensor.size)}, self.settings.ema is not None
         for kind, spec in moment_specs(unit.flat, unit.size, self.groups.rule, ema, place).items():
+            zeros = partial(unit.home.zeros, unit.flat.name, kind, device=unit.grad_slice.device)
             found[kind] = moment(spec, unit.grad_slice, unit.low, unit.high, dtype_of(kind, self.settings), kind,
-                                 self.seed, (unit.sharing.shard, tensor))
+                                 self.seed, (unit.sharing.shard, tensor), zeros)
         return found
 
-    def _kernels(self, units: Sequence[Unit]) -> list[torch.optim.Optimizer]:
+    def _kernels(self, units: Sequence[Unit], span: Span | None) -> list[torch.optim.Optimizer]:
         """One for each rule that the groups have."""
-        return [kernel for rule in dict.fromkeys(self.groups.rules) for kernel in self._kernel(units, rule)]
+        return [kernel for rule in dict.fromkeys(self.groups.rules) for kernel in self._kernel(units, rule, span)]
 
-    def _kernel(self, units: Sequence[Unit], rule: str) -> Iterator[torch.optim.Optimizer]:
-        """Over views of our flat buffers, its state too; none, where this rank has nothing to do."""
+    def _kernel(self, units: Sequence[Unit], rule: str, span: Span | None) -> Iterator[torch.optim.Optimizer]:
+        """Over views of our flat buffers, or of a piece of one, its state too; none, where this rank has nothing to do.
+        """
         options, facts = self.groups.options(), RULES[rule]
         slices = [(i, part) for i, r in enumerate(self.groups.rules) if r == rule
-                  for part in self._slices(units, i, facts.scope == "element" and not coded(self.settings))]
+                  for part in self._slices(units, i, facts.scope == "element" and not coded(self.settings), span)]
         if not slices and facts.scope == "element" and not coded(self.settings):
             return                                              # others wait for nobody
         params, parts = [], dict[Tensor, Portion]()
@@ -256,13 +292,15 @@ class Updater:
         streams = [key(self.seed, "weight", piece.shard.parameter.name) for piece in unit.flat.pieces]
         return ByChance(unit.flat, unit.low, unit.master, streams=streams)
 
-    def _slices(self, units: Sequence[Unit], number: int, joined: bool) -> Iterator[Portion]:
-        """What this rank's slices hold of a group: tensor by tensor, or `joined` where they are neighbours."""
+    def _slices(self, units: Sequence[Unit], number: int, joined: bool, span: Span | None) -> Iterator[Portion]:
+        """What this rank's slices, or a piece of one, hold of a group: tensor by tensor, or `joined` where they are
+        neighbours."""
         for unit in units:
             reach = (spans(unit.flat, unit.size, self.groups.number) if joined else
                      [(self.groups.number(piece), piece.start, piece.stop) for piece in unit.flat.pieces])
             first = {piece.start: piece for piece in unit.flat.pieces}
             for i, start, stop in reach:
-                a, b = max(start, unit.low), min(stop, unit.high)
+                low, high = span or (unit.low, unit.high)
+                a, b = max(start, low), min(stop, high)
                 if i == number and a < b:
                     yield Portion(unit, first[start], a, b)

@@ -16,7 +16,8 @@ import torch
 
 from megazero.base import DTYPES
 from megazero.comm import Alone, Group, Work
-from megazero.plan import Box, Flat, Operand, Piece, Shard, cuts
+from megazero.plan import MASTER, Box, Flat, Operand, Parameter, Piece, Shard, cuts
+from megazero.units.homes import Resident
 from megazero.units.random import fill_normal, key
 
 TORCH_DTYPE: dict[str, torch.dtype] = {name: getattr(torch, d.torch) for name, d in DTYPES.items()}
@@ -93,11 +94,12 @@ class Unit:
                     weight_slice itself if the dtypes agree
 
     One that is not trained has no room for gradients. Its master is weight_slice, and so it is without `masters`.
+    `home`: where master and moments are between updates; who reads them elsewhere asks for them (`home.present`).
     """
 
     def __init__(self, flat: Flat, dtype: torch.dtype, device: torch.device, sharing: Sharing | None = None,
-                 trained: bool = True, masters: bool = True) -> None:
-        self.flat, self.sharing, self.trained = flat, sharing or Sharing(), trained
+                 trained: bool = True, masters: bool = True, home: Resident | None = None) -> None:
+        self.flat, self.sharing, self.trained, self.home = flat, sharing or Sharing(), trained, home or Resident()
         level, shard, ranks = (self.sharing.level, self.sharing.shard,
                                self.sharing.shard.size * self.sharing.replicate.size)
         wide = torch.float64 if dtype == torch.float64 else torch.float32
@@ -109,7 +111,8 @@ class Unit:
         self.weight_slice = self._slice(self.weights, dtype, device)
         self.grad_slice = self._slice(self.grads, wide, device)
         own = dtype != wide and trained and masters
-        self.master = self._slice(None, wide, device) if own else self.weight_slice
+        self.master = (self.home.zeros(flat.name, MASTER, self.high - self.low, wide, device) if own
+                       else self.weight_slice)
         self._operands = {o.name: o for o in flat.operands}
         self._fresh: set[str] = set(self._operands)             # operands without a gradient yet in this sum
         self.published = 0                                      # how often the weights became others
@@ -121,6 +124,11 @@ class Unit:
     def _slice(self, whole: Tensor | None, dtype: torch.dtype, device: torch.device) -> Tensor:
         return (torch.zeros(self.high - self.low, dtype=dtype, device=device) if whole is None
                 else whole[self.low:self.high])
+
+    @property
+    def away(self) -> bool:
+        """Is the master elsewhere between updates?"""
+        return self.master is not self.weight_slice and self.flat.name in self.home.homes
 
     def __contains__(self, operand: str) -> bool:
         return operand in self._operands
@@ -137,18 +145,21 @@ class Unit:
 
     def initialise(self, seed: int) -> None:
         """Draws this rank's masters from (seed, name, element index), then publishes them."""
-        for piece in self.flat.pieces:
-            p = piece.shard.parameter
-            for start, box in piece.boxes(self.low, self.high):
-                out = self.master[start - self.low:start - self.low + box.numel]
-                if p.std == 0:
-                    out.fill_(p.mean)
-                else:
-                    here = out.view(box.size)
-                    drawn = torch.empty_like(here, device="cpu") if out.is_cuda else here
-                    fill_normal(drawn, key(seed, p.name), p.shape, box, p.mean, p.std)
-                    here.copy_(drawn)
-        self.publish()
+        with self.home.present(self.flat.name):
+            for piece in self.flat.pieces:
+                for start, box in piece.boxes(self.low, self.high):
+                    self._draw(piece.shard.parameter, seed, start - self.low, box)
+            self.publish()
+
+    def _draw(self, p: Parameter, seed: int, at: int, box: Box) -> None:
+        out = self.master[at:at + box.numel]
+        if p.std == 0:
+            out.fill_(p.mean)
+            return
+        here = out.view(box.size)
+        drawn = torch.empty_like(here, device="cpu") if out.is_cuda else here
+        fill_normal(drawn, key(seed, p.name), p.shape, box, p.mean, p.std)
+        here.copy_(drawn)
 
     def publish(self, source: Tensor | None = None) -> None:
         """Masters, or a `source` like them, -> this rank's slice of the weights, after they changed.
@@ -156,6 +167,10 @@ class Unit:
         source = self.master if source is None else source
         if self.weight_slice is not source:
             self.weight_slice.copy_(source)
+        self.changed()
+
+    def changed(self) -> None:
+        """This rank's slice of the weights is another."""
         self._stale, self.published = True, self.published + 1
         if self.sharing.buffers.poison and self.weights is not None:
             self.weights[:self.low].fill_(torch.nan)

@@ -27,15 +27,18 @@ class WeightWatch:
             counts = [(part == 0).sum() for u in self.units for part in _owned(u, u.grad_slice)]
             self.zeros = torch.stack(counts).sum().double() if counts else torch.zeros((), dtype=torch.float64)
         if "update_ratio" in self.asked:
-            self.masters = {u.flat.name: u.master.clone() for u in self.units}
+            for u in self.units:
+                with u.home.present(u.flat.name):
+                    self.masters[u.flat.name] = u.master.clone()
 
     def after(self) -> Tensor:
         """float64 [2 + 2 units]: squares of weights, zeros, squares of each unit's update and weights, of all ranks."""
         squares: dict[str, tuple[Tensor, Tensor]] = {}
         for u in self.units:
             u.updated()
-            own = _squares(_owned(u, u.master))
-            moved = u.master - self.masters[u.flat.name] if "update_ratio" in self.asked else u.master[:0]
+            with u.home.present(u.flat.name):
+                own = _squares(_owned(u, u.master))
+                moved = u.master - self.masters[u.flat.name] if "update_ratio" in self.asked else u.master[:0]
             squares[u.flat.name] = _squares(_owned(u, moved)) if len(moved) else torch.zeros_like(own), own
         self.masters = {}
         nothing = torch.zeros((), dtype=torch.float64, device=next((u.master.device for u in self.units), None))
