@@ -166,7 +166,7 @@ def test_files_that_say_the_data_in_others_words(tmp_path: Path) -> None:
     assert said("TRAIN: 1 0:1 a", "V1: 1 0:1 b\nV2: 2 0:1 c") == "--train-data-path 1 a --valid-data-path 1 b 2 c".split()
     assert said("TRAIN: 1 0:0.9 a, 1 0:0.8 b") == ["each dataset is cut elsewhere, where --split cuts all alike; cut them before"]
     assert said("TRAIN: a b") == ["is not lines such as `TRAIN: 0.3 0:0.95 PREFIX, ...`"]
-    assert in_our_words("--check --train-weighted-split-paths-path no".split()).argv == "--check --data-path no".split()
+    assert in_our_words("--check --train-weighted-split-paths-path no".split()).argv == "--check --data-args-path no".split()
     (tmp_path / "t").write_text('{"train": ["0.5", "a", "0.5", "b"], "valid": ["c"], "test": null}')
     assert in_our_words(["--per-split-data-args-path", str(tmp_path / "t")]).argv == "--train-data-path 0.5 a 0.5 b --valid-data-path c".split()
 

@@ -88,6 +88,8 @@ MISTAKES = {
                                "--zero-shard-size 3: must divide the data-parallel size 4; write one of 1, 2, 4."),
     # datasets
     "weights behind": Wrong(PRETRAIN, f"{BYTES} --data-path a 0.3 b 0.7", "--data-path a 0.3 b 0.7: a weight stands before its dataset, as `0.3 A 0.7 B`, and 0.3"),
+    "a dataset by its file": Wrong(PRETRAIN, f"{BYTES} --data-path x.bin", "--data-path: x.bin.idx: cannot be read (No such file or directory); write x, without its suffix."),
+    "text for a dataset": Wrong(PRETRAIN, f"{BYTES} --data-path a.jsonl", "make a dataset of it first, with tools/preprocess_data.py."),
     "no dataset": Wrong(PRETRAIN, f"{BYTES} --data-path nothing", "--data-path: nothing.idx: cannot be read (No such file or directory)"),
     "a dataset with its ending": Wrong(PRETRAIN, f"{BYTES} --data-path data.bin", "name a dataset by its path without .bin or .idx."),
     "weights for some": Wrong(PRETRAIN, f"{BYTES} --data-path 0.3 data tiny", "--data-path 0.3 data tiny: give a weight before every dataset"),
@@ -142,7 +144,7 @@ MISTAKES = {
     "a model that has no family": Wrong(HF, "export --load odd --output hf", "--load: no Hugging Face family known here"),
     "export over something": Wrong(HF, "export --load run --output odd", "--output odd: "),
     "export of a damaged file": Wrong(HF, "export --load run --output hf", "are damaged (checksum differs)", damage(RANK)),
-    "import of no model": Wrong(HF, "import --input odd --output in", "config.json: "),
+    "import of no model": Wrong(HF, "import --input odd --output in", "--input odd: is a checkpoint of this program already; train on with --load odd."),
     "import of another family": Wrong(HF, "import --input model --output in", "config.json: model_type bert is not known here; there are",
                                       lambda: (os.mkdir("model"), write("model/config.json", json.dumps({"model_type": "bert"}))())),
     "import without weights": Wrong(HF, "import --input model --output in", "--input model: holds no model.safetensors",

@@ -119,7 +119,7 @@ def test_from_torchtitan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
         "--ffn-hidden-size 2730 --heads 16 --x 96",
     "W=$((GPUS*2))\npython pretrain_gpt.py --x $W --y $((1/0)) --z 'a;b && c'": "--x $((GPUS*2)) --y $((1/0)) --z a;b && c",
     'sudo -E python pretrain_gpt.py --name "what to do then" --lr 1': "--name what to do then --lr 1",
-    'if [ "$1" = x ]; then A+=(--moe); else A+=(--dense); fi\npython pretrain_gpt.py "${A[@]}" | tee log': "--moe --dense",
+    'if [ "$1" = x ]; then A+=(--moe); else A+=(--dense); fi\npython pretrain_gpt.py "${A[@]}" | tee log': "--moe",
     "cd /x && torchrun --nproc_per_node 8 pretrain_gpt.py --a \"b # c\" # d; e": "--a b # c",
 }.items())
 def test_a_line_may_hold_several_commands_and_sums(script: str, words: str) -> None:
@@ -166,6 +166,9 @@ KNOWN = [
     'A=1\nif [ "$A" -ne 1 -o "$A" -lt 2 ]; then B=1; else B=2; fi\nif test $A = 1 &&\n   [ $B = 1 ]\nthen\n  C=3\nfi\npython pretrain_gpt.py --b $B --c $C',
     "cat <<EOT > /dev/null\nit isn't (here\nEOT\npython pretrain_gpt.py --x 1",
     'run() {\n  python pretrain_gpt.py --x "$V" --y \\\n --z\n}\nV="1 2"\nfunction other {\n  V=3\n}\nfor i in 1; do V="1 2"; done\npython pretrain_gpt.py --x "$V"',
+    'add() { ARGS+=("$@"); }; add --swiglu\nadd --bf16 --lr "1 2"\nrun() { if [ "$1" = a ]; then\n  python pretrain_gpt.py "$2" "${ARGS[@]}"\nfi\n}\nrun b --no; run a --yes',
+    'L=""\nL=${L:-6}; unset K; K=${K-7}\nCMD="pretrain_gpt.py --l $L"\necho $CMD > /dev/null\nset_it() {\n  case "$1" in\n    big) H=8;;\n    *) H=4;;\n  esac\n}\n'
+    'set_it big\npython $CMD --h $H --k $K',
     'if [ a = b ]; then\n  python pretrain_gpt.py --no\nelse\n  python pretrain_gpt.py --yes\nfi',
 ]
 
@@ -174,17 +177,23 @@ KNOWN = [
 def test_a_script_gives_the_words_that_bash_gives(script: str) -> None:
     told = subprocess.run(["bash", "-c", "python() { printf '%s\\n' \"$@\"; }\n" + script], capture_output=True, text=True, check=True)
     launch = launch_of(script)
-    assert launch.words == told.stdout.splitlines()[1:] and not launch.doubts
+    assert launch.words == told.stdout.splitlines()[1:] and not launch.doubts and launch.programs == 1
 
 
 @pytest.mark.parametrize("script, words, doubts", [
     ('case $X in\n a) ARGS+=(--bf16);;\nesac\npython pretrain_gpt.py --lr 1 ${ARGS[@]}', "--lr 1 --bf16", {"ARGS": "$X is a"}),
-    ('if [ -f a.txt ]; then A=1; B=2; else A=3; B=2; fi\nW=$A\npython pretrain_gpt.py --lr $W --x $B', "--lr 3 --x 2",
-     {"A": "not [ -f a.txt ]", "B": "[ -f a.txt ]"}),
+    ('if [ -f a.txt ]; then A=1; B=2; else A=3; B=2; fi\nW=$A\npython pretrain_gpt.py --lr $W --x $B', "--lr 1 --x 2",
+     {"A": "[ -f a.txt ]", "B": "[ -f a.txt ]"}),
     ('if [ -z "$PORT" ]; then PORT=1; fi\npython pretrain_gpt.py --lr 1', "--lr 1", {}),
-    ('L=1\n[ "$1" = big ] && L=9\nif [ $L = 9 ]; then H=8; else H=4; fi\npython pretrain_gpt.py --l $L --h $H', "--l 9 --h 4",
-     {"L": '[ "$1" = big ]', "H": "not [ $L = 9 ]"}),
-    ('N=$(nproc --all)\nif [ $N -gt 4 ]; then T=4; else T=1; fi\npython pretrain_gpt.py --w "$N" --t $T', "--w $(nproc --all) --t 1", {"T": "not [ $N -gt 4 ]"}),
+    ('L=1\n[ "$1" = big ] && L=9\nif [ $L = 9 ]; then H=8; else H=4; fi\npython pretrain_gpt.py --l $L --h $H', "--l 9 --h 8",
+     {"L": '[ "$1" = big ]', "H": "[ $L = 9 ]"}),
+    ('N=$(nproc --all)\nif [ $N -gt 4 ]; then T=4; else T=1; fi\npython pretrain_gpt.py --w "$N" --t $T', "--w $(nproc --all) --t 4", {"T": "[ $N -gt 4 ]"}),
+    ('S=$2\nif [ $S = 7B ]; then H=8; F=9\nelif [ $S = 13B ]; then H=16; F=17\nelse H=1; fi\nif [ $S = 13B ]; then F=1; fi\npython pretrain_gpt.py --h $H --f $F --s $S',
+     "--h 8 --f 9 --s 7B", {"H": "[ $S = 7B ]", "F": "[ $S = 7B ]", "$2": "7B, for that is what [ $S = 7B ] asks"}),
+    ('case $MODE in\n a|b) L=1;;\n c) L=2; H=3;;\nesac\npython pretrain_gpt.py --l $L --mode $MODE $H', "--l 1 --mode a $H",
+     {"L": "$MODE is a|b", "$MODE": "a, for that is what $MODE is a|b asks"}),
+    ('for lr in 1e-3 2e-3; do\n  SEED=$((SEED0+1))\n  python pretrain_gpt.py --lr $lr --save run_${lr}_x${host}_y\ndone', "--lr 1e-3 --save run_1e-3_x${host}_y",
+     {"$lr": "1e-3, the first that the loop has of 1e-3 2e-3"}),
 ])
 def test_what_only_the_machine_knows_is_in_doubt(script: str, words: str, doubts: dict[str, str]) -> None:
     launch = launch_of(script)
@@ -198,10 +207,21 @@ def test_from_megatron_says_what_is_in_doubt(tmp_path: Path, monkeypatch: pytest
     code, told, error = tool(monkeypatch, capsys, "from_megatron.py", "m.sh")
     lines = told.splitlines()
     assert code == 0, error
-    assert "in doubt    B is set where not [ -d /data ], which only your machine knows; taken as if it were so" in lines
+    assert "in doubt    [ -d /data ], which only your machine knows, is taken as so: it sets B" in lines
     assert "in doubt    m.sh starts 2 programs; the last one is taken" in lines and "needs       8 ranks" in lines
     assert [line for line in lines if line.startswith("fill in")] == ["fill in     $MORE", "fill in     $EXTRA", "fill in     --save `pwd`/x"]
     assert from_command_line(["--config", "run.toml"]).dtype == "bf16"
+    (tmp_path / "c.sh").write_text('S=$1\nLR=${11}\ncat <<EOT > $S.json\n{"train_batch_size": 64, "fp16": {"enabled": true, "initial_scale_power": 11}}\nEOT\n'
+                                   'srun bash -c "torchrun pretrain_gpt.py --num-layers $S --deepspeed --deepspeed_config $S.json --lr $LR --use-flash-attn --$EXTRA"\n')
+    code, told, error = tool(monkeypatch, capsys, "from_megatron.py", "c.sh", "--", *"4 b c d e f g h i j 1e-3".split())
+    c = from_command_line(["--config", "run.toml"])
+    assert code == 0 and "fill in     --$EXTRA" in told and "behind --" not in told, error
+    code, told, error = tool(monkeypatch, capsys, "from_megatron.py", "c.sh", "--output", "d.toml")
+    assert code == 0 and "fill in     what c.sh is called with, behind --: from_megatron.py c.sh -- ARGUMENT ..." in told, error
+    (tmp_path / "n.sh").write_text("python nemo_pretraining.py model.num_layers=2")
+    assert "n.sh: starts nemo_pretraining.py, whose words are not Megatron-LM's, and no program such as pretrain_gpt.py" in tool(
+        monkeypatch, capsys, "from_megatron.py", "n.sh")[2]
+    assert (c.model.num_layers, c.training.global_batch_size, c.dtype, c.precision.initial_loss_scale, c.optimizer.lr) == (4, 64, "fp16", 2048, 1e-3)
     (tmp_path / "b.sh").write_text("torchrun pretrain_bert.py --lr 1 --deepspeed --deepspeed_config made.json")
     code, told, error = tool(monkeypatch, capsys, "from_megatron.py", "b.sh")
     assert code == 0 and "b.sh starts pretrain_bert.py: this program trains decoders on text, and no bert;" in told and "missing" not in told

@@ -419,7 +419,11 @@ def _opened(path: str) -> Numbers:
         return bytes_of(path)
     except OSError as error:
         near = sorted(glob(f"{escape(path.removesuffix('.idx'))}_*.idx")) if path.endswith(".idx") else []
+        prefix, end = path.removesuffix(".idx"), Path(path.removesuffix(".idx")).suffix
         hint = (f"did you mean {near[0].removesuffix('.idx')}?" if near
+                else f"write {prefix.removesuffix(end)}, without its suffix." if end in (".bin", ".idx")
+                else "make a dataset of it first, with tools/preprocess_data.py." if end in (".jsonl", ".json", ".txt")
+                else "a weight and its dataset are two words." if "," in Path(path).name
                 else "name a dataset by its path without .bin or .idx.")
         raise UserError(f"{path}: cannot be read ({error.strerror or error}); {hint}") from None
 

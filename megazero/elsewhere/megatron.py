@@ -132,8 +132,9 @@ def legacy_source(folder: Path, read: Read) -> Source:
     if all(state for stage in states for state in stage):
         for kind in states[0][0]:
             kinds[kind] = _of_stages([[rank[kind] for rank in stage] for stage in states], words, folder)
-    notes = [] if len(kinds) > 1 else ["its optimizer's state is not in its ranks' files, or not in an order that is "
-                                       "known here: it stays behind"]
+    there = any("optimizer" in of for of in ranks.values()) or next(folder.glob("mp_rank_*/distrib_optim.pt"), None)
+    notes = [] if len(kinds) > 1 or not there else [
+        "its optimizer's state is not in its ranks' files, or not in an order that is known here: it stays behind"]
     weights, moments = kinds.pop("weight") | kinds.pop("master", {}), kinds
     step = first.get("iteration", 0)
     return Source(folder, weights, moments, words, step if isinstance(step, int) else 0,

@@ -14,8 +14,9 @@ import torch
 from megazero.base import Lease, UserError, printable, say, unwritable
 from megazero.comm import Wires, before_cuda, connect, environment
 from megazero.data import Tokenizer, configured_tokenizer
-from megazero.plan import EMA, Plan, Progress, checks, describe, flops_per_token, ranks_asked, written
+from megazero.plan import EMA, Plan, Progress, checks, describe, flags, flops_per_token, ranks_asked, written
 from megazero.run.ahead import (
+    UNBOUND,
     at_home,
     begun,
     choose_device,
@@ -157,7 +158,9 @@ def start(run: Run, splits: Splits, reader: Reader | None, record: Record | None
         run.say(f"loaded      {reader.folder}{': weights alone' if fresh else ''}"
                 f"{f', moments begin afresh: {why}' if why else ''}")
         # also where it follows
-        before = reader.index["config"] | {"global_batch_size": reader.index["layout"].get("global_batch_size")}
+        model = flags(reader.architecture).keys() - UNBOUND     # fits, however it was said
+        before = {key: value for key, value in reader.index["config"].items() if key not in model} | {
+            "global_batch_size": reader.index["layout"].get("global_batch_size")}
         now = flatten(config) | {"global_batch_size": run.plan.global_batch}
         for line in [*changed(before, now), *([] if k.finetune else jumps(before, run.plan, reader.progress))]:
             run.say(f"changed     {line}")

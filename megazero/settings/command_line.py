@@ -19,7 +19,7 @@ import shlex
 import sys
 import types
 import typing
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -280,7 +280,8 @@ def _read_flags(
             _add(group, o)
     given, unknown = parser.parse_known_args(argv)
     flags = [s for a in parser._actions for s in a.option_strings]
-    errors = [_unknown(word.split("=")[0], flags, elsewhere)
+    switches = {s for a in parser._actions if a.nargs == 0 for s in a.option_strings}
+    errors = [_unknown(word.split("=")[0], flags, elsewhere, argv[argv.index(word) - 1], switches)
               for word in unknown if word.startswith("--") or not _after_unknown(word, unknown)]
     values: dict[str, Any] = {}
     for name, value in vars(given).items():
@@ -292,8 +293,11 @@ def _read_flags(
     return values, errors
 
 
-def _unknown(word: str, flags: list[str], elsewhere: Elsewhere) -> str:
-    """What to say of a word that no flag takes."""
+def _unknown(word: str, flags: list[str], elsewhere: Elsewhere, before: str, switches: Collection[str]) -> str:
+    """What to say of a word that no flag takes; `before` it stands a word that may be one of `switches`."""
+    if not word.startswith("-") and before in switches:
+        plain = before.removeprefix("--no-").removeprefix("--")
+        return f"{before} {word}: takes no value; write --{plain}, or --no-{plain}."
     if word.startswith("--") and re.search(r"\s", word):
         return f"{word!r}: is one word; leave out the quotation marks around a flag and its value."
     if word.startswith("--") and (hint := elsewhere(word[2:])):

@@ -6,7 +6,7 @@ or read.
 """
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -414,12 +414,13 @@ PRESETS: dict[str, dict[str, Any]] = {
                        no_rope_freq="4", rotary_base=5e6, untie_embeddings_and_output_weights=False, seq_length=65536),
 }
 
-def in_our_words(argv: Sequence[str] | None = None) -> Told:
-    """A command line of this program, or of Megatron-LM, in this program's words (default: the process's)."""
+def in_our_words(argv: Sequence[str] | None = None, files: Mapping[str, str] | None = None) -> Told:
+    """A command line of this program, or of Megatron-LM, in this program's words (default: the process's). `files`:
+    texts by path, beside those of the disk."""
     known = {"help"}
     for o in (o for group in leaves(Config).values() for o in group):
         known |= {o.flag[2:], *o.field.metadata["alias"], *(["no-" + o.flag[2:]] if o.kind is bool else [])}
-    return ours(sys.argv[1:] if argv is None else argv, known)
+    return ours(sys.argv[1:] if argv is None else argv, known, files)
 
 
 def from_command_line(argv: Sequence[str] | None = None) -> Config:

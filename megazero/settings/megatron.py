@@ -31,12 +31,14 @@ class Told:
     renamed     what is said otherwise now, a sentence each
     without     reason -> words that have no effect here
     missing     what is not here -> words that ask for it
+    files       texts by path, of files that need not be on the disk
     """
 
     argv: Words = field(default_factory=list)
     renamed: list[str] = field(default_factory=list)
     without: dict[str, list[str]] = field(default_factory=dict)
     missing: dict[str, list[str]] = field(default_factory=dict)
+    files: Mapping[str, str] = field(default_factory=dict)
 
     def notes(self) -> list[str]:
         """To be told at start."""
@@ -57,6 +59,7 @@ def _listed(table: Mapping[str, str]) -> tuple[dict[str, str], list[tuple[str, s
     return exact, begins
 
 
+ALWAYS = "always so here"
 EFFECTLESS, ABSENT = _listed(WITHOUT), _listed(REFUSED)
 
 
@@ -65,10 +68,10 @@ def _row(word: str, table: tuple[dict[str, str], list[tuple[str, str]]]) -> str 
     return exact.get(word) or next((row for start, row in begins if word.startswith(start)), None)
 
 
-def ours(argv: Sequence[str], known: set[str]) -> Told:
+def ours(argv: Sequence[str], known: set[str], files: Mapping[str, str] | None = None) -> Told:
     """A command line in this program's words. `known`: its flags, without dashes; what neither it nor the tables know
-    stays as it is, for the parser to complain of."""
-    told, given = Told(), list(grouped_words(argv))
+    stays as it is, for the parser to complain of. `files`: texts by path, beside those of the disk."""
+    told, given = Told(files=files or {}), list(grouped_words(argv))
     values = dict(given)
     for word, args in given:
         word = word if word in known or _row(word, ABSENT) or "_" not in word else word.replace("_", "-")
@@ -83,7 +86,9 @@ def ours(argv: Sequence[str], known: set[str]) -> Told:
             told.argv += [word for part in new.split() for word in (args if part == "{}" else [part])]
             told.renamed.append(f"--{_shown(word, args)}: {what}")
         elif (reason := _row(word, EFFECTLESS)) is not None:
-            _tell(told.without, reason, word, args)
+            lost = [arg for arg in args if "$" in arg and reason == ALWAYS]     # it takes no value: they are others'
+            _tell(told.without, reason, word, [arg for arg in args if arg not in lost])
+            told.argv += lost
         elif (missing := _row(word, ABSENT)) is not None:
             _tell(told.missing, missing, word, args)
         else:
@@ -96,7 +101,7 @@ def grouped_words(argv: Sequence[str]) -> Iterator[tuple[str, Words]]:
     """(word, what stands behind it) of each flag; ("", ...) for what stands before the first."""
     word, args = "", Words()
     for part in argv:
-        if re.match(r"--[A-Za-z]", part):
+        if re.match(r"--[A-Za-z$]", part):
             if word or args:
                 yield word, args
             word, equals, value = part[2:].partition("=")
@@ -252,6 +257,8 @@ def _of_tokens(now: str) -> Special:
     def samples(args: Words, given: Given, told: Told) -> Words:
         word = now.replace("samples", "tokens")
         tokens, length = _number({"n": [a.replace(",", "") for a in args]}, "n"), _number(given, "seq-length")
+        if now in given and word == "train-tokens" and tokens and length:   # both end a run: the first that is reached
+            return []
         if now in given or now.replace("samples", "iters") in given:
             _tell(told.without, f"said by --{now} or its steps", word, args)
             return []
@@ -294,6 +301,14 @@ def _deepspeed_config(args: Words, given: Given, told: Told) -> Words:
     return flags
 
 
+def _deepspeed(args: Words, given: Given, told: Told) -> Words:
+    """A flag of Megatron-DeepSpeed; with a file, that of transformers' Trainer."""
+    if args:
+        return _deepspeed_config(args, given, told)
+    _tell(told.without, "said by --deepspeed_config", "deepspeed", args)
+    return []
+
+
 def _value(args: Words) -> float | str:
     try:
         return float(" ".join(args))
@@ -311,6 +326,9 @@ def flags_of_deepspeed(said: Mapping[str, Any], given: Given) -> Words:
             flags += [] if word in given or "bf16" in given or "fp16" in given else [f"--{word}"]
         elif isinstance(value, int | float) and not isinstance(value, bool) and word not in given and form(value):
             flags += [f"--{word}", exactly(value)]
+    power = blocks["fp16"].get("initial_scale_power")
+    if isinstance(power, int) and not blocks["fp16"].get("loss_scale") and "initial-loss-scale" not in given:
+        flags += ["--initial-loss-scale", exactly(2.0**power)]
     return flags
 
 
@@ -350,7 +368,7 @@ def _weighted(args: Words, given: Given, told: Told) -> Words:
     flags = [f"{name}-weighted-split-paths-path" for name in ("train", "valid")]
     text, other = (_read(flag, given.get(flag, []), given, told) if flag in given else "" for flag in flags)
     if text is None or other is None:
-        return ["--data-path", *args]
+        return ["--data-args-path", *args]                      # a file, of which nothing more is known
     try:
         train, valid = _ranges(text), _ranges(other)
     except ValueError:
@@ -384,6 +402,8 @@ def _told_by_train(args: Words, given: Given, told: Told) -> Words:
 def _read(word: str, args: Words, given: Given, told: Told) -> str | None:
     """The text of a file that a word names; None, and told, where there is none: no mistake under --check."""
     path = " ".join(args)
+    if path in told.files:
+        return told.files[path]
     try:
         return read_bytes(Path(path)).decode()
     except (OSError, ValueError):
@@ -422,7 +442,7 @@ SPECIAL: dict[str, Special] = {
     "max-tokens": _of_tokens("train-samples"),
     "lr-decay-tokens": _of_tokens("lr-decay-samples"), "lr-warmup-tokens": _of_tokens("lr-warmup-samples"),
     **{word: _padded(word) for word in ("pad-vocab-size-to", "padded-vocab-size")},
-    "deepspeed_config": _deepspeed_config,
+    "deepspeed_config": _deepspeed_config, "deepspeed": _deepspeed,
     "window-size": _window, "position-embedding-type": _positions, "no-bias-gelu-fusion": _exact_gelu,
     "deepspeed-config": _deepspeed_config, "per-split-data-args-path": _split_file,
     "train-weighted-split-paths-path": _weighted, "valid-weighted-split-paths-path": _told_by_train,
@@ -430,7 +450,12 @@ SPECIAL: dict[str, Special] = {
 
 
 def _implied(given: Given, told: Told) -> Iterator[str]:
-    """What Megatron means where nothing is said."""
+    """What Megatron means where nothing is said, or two words say it."""
+    tokens, length, samples = (_number(given, word) for word in ("train-tokens", "seq-length", "train-samples"))
+    if tokens and length and samples:
+        told.renamed.append(f"--train-tokens {tokens}, --train-samples {samples}: the first that is reached ends the "
+                            "run")
+        yield from ("--train-samples", str(min(tokens // length, samples)))
     if "tokenizer-type" not in given and "vocab-file" in given and "merge-file" in given:
         told.renamed.append("--vocab-file --merge-file: are files of --tokenizer-type GPT2BPETokenizer")
         yield from ("--tokenizer-type", "GPT2BPETokenizer")

@@ -59,7 +59,7 @@ WITHOUT: dict[str, str] = {
         sharp-enabled-group disable-symmetric-registration qknorm-impl mem-efficient-ln onnx-safe
         use-rotary-pos-emb-fusion use-ascend-mc2 symmetric-ar-type
         fused-linear fused-lm-head use-triton-* no-swiglu-fusion overlap-grad-reduce-impl use-mc2
-        use-fused-* use-apex-* fused-attention no-fused-* use-liger-* use-cpp-*""",
+        attn-implementation use-fused-* use-apex-* fused-attention no-fused-* use-liger-* use-cpp-*""",
     "the log has its own figures, in --log-dir": """
         log-throughput log-progress log-memory-to-tensorboard log-energy
         log-timers-to-tensorboard log-batch-size-to-tensorboard log-validation-ppl-to-tensorboard log-straggler
@@ -75,7 +75,6 @@ WITHOUT: dict[str, str] = {
         memory-snapshot-path run-workload-inspector-server rerun-mode error-injection-rate error-injection-type
         check-for-spiky-loss check-for-large-grads test-mode enable-msprobe profile-*
         check-weight-hash-across-dp-replicas-interval""",
-    "said by --deepspeed_config": "deepspeed",
     "masters and moments at home elsewhere have one kernel": """
         optimizer-offload-policy cpu_torch_adam use-torch-optimizer-for-cpu-offload overlap-cpu-optimizer-d2h-h2d""",
     "every layer is computed again by itself": "recompute-method recompute-num-layers",
@@ -104,7 +103,7 @@ REFUSED: dict[str, str] = {
     "sums of gradients are fp32 here: others would round the update; leave it out": """
         main-grads-dtype use-bnb-optimizer reuse-fp32-param""",
     "that optimizer is not here: the update would be another; write --optimizer adam, sgd, lion, lamb, ademamix, "
-    "adafactor or muon": "shampoo-* soap-* sophia-* mup-* use-mup",
+    "adafactor or muon": "shampoo-* soap-* sophia-*",
     "muon makes whole matrices orthogonal here, q, k and v apart, whatever --tp is; leave it out": """
         muon-no-split-qkv muon-tp-mode muon-qkv-split-mode""",
     "what is no matrix has adam beside muon here; leave it out": "muon-scalar-optimizer",
@@ -154,6 +153,12 @@ REFUSED: dict[str, str] = {
         use-checkpoint-opt_param-scheduler use-checkpoint-opt-param-scheduler no-load-lr-state""",
     "there is one format of checkpoints here, which tools/checkpoint.py converts; leave it out": "ckpt-convert-*",
     "is --config here, whose keys are the flags": "yaml-cfg",
+    "is said by --global-batch-size here: --micro-batch-size x that x data-parallel ranks; write the product":
+        "gradient-accumulation-steps",
+    "is --zero-stage 3 here; write that": "fsdp",
+    "is --bf16, --fp16 or --dtype here; write one": "precision mixed-precision torch-dtype",
+    "ranks are those that torchrun starts; leave it out": "gpus devices num-gpus num-nodes nproc-per-node",
+    "rates that follow a width are not here: each weight would have its own; leave it out": "use-mup mup-*",
     "a tokenizer is named by --tokenizer-type and --tokenizer-model here; write those": "patch-tokenizer-type",
     "the vocabulary's size is --vocab-size here; write the sum": "extra-vocab-size",
 }
@@ -206,6 +211,18 @@ RENAMED: dict[str, tuple[str, str]] = {
     "optimizer-cpu-offload": ("--offload-optimizer cpu", "is --offload-optimizer cpu"),
     "cpu-optimizer": ("--offload-optimizer cpu", "is --offload-optimizer cpu"),
     "optimizer-offload-fraction": ("--offload-fraction {}", "is --offload-fraction"),
+    "per-device-train-batch-size": ("--micro-batch-size {}", "is --micro-batch-size"),
+    "max-grad-norm": ("--clip-grad {}", "is --clip-grad"), "output-dir": ("--save {}", "is --save"),
+    "lr-scheduler-type": ("--lr-decay-style {}", "is --lr-decay-style"),
+    "warmup-ratio": ("--lr-warmup-fraction {}", "is --lr-warmup-fraction"),
+    "gradient-checkpointing": ("--recompute-granularity full", "is --recompute-granularity full"),
+    "zero-optimization-stage": ("--zero-stage {}", "is --zero-stage"),
+    "n-layer": ("--num-layers {}", "is --num-layers"),
+    "n-head": ("--num-attention-heads {}", "is --num-attention-heads"),
+    "n-embd": ("--hidden-size {}", "is --hidden-size"), "hidden-dim": ("--hidden-size {}", "is --hidden-size"),
+    "tensor-parallel": ("--tensor-model-parallel-size {}", "is --tensor-model-parallel-size"),
+    "tensor-model-parallel": ("--tensor-model-parallel-size {}", "is --tensor-model-parallel-size"),
+    "pipeline-parallel": ("--pipeline-model-parallel-size {}", "is --pipeline-model-parallel-size"),
     "tensor-parallel-size": ("--tensor-model-parallel-size {}", "is --tensor-model-parallel-size"),
     "pipeline-parallel-size": ("--pipeline-model-parallel-size {}", "is --pipeline-model-parallel-size"),
     "learning-rate": ("--lr {}", "is --lr"), "max-steps": ("--train-iters {}", "is --train-iters"),

@@ -38,10 +38,11 @@ def of_preprocessing(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 
 # ---- the file and the report
 
-def as_file(argv: Sequence[str], ranks: int | None = None, defaults: bool = True) -> tuple[str, list[str]]:
-    """(the text of a run.toml, lines of a report) of a command line of Megatron's words, with its `defaults`. Raises
-    UserError for values that cannot be."""
-    told = in_our_words([*argv, "--check"])                     # files that are not on this machine are no mistake
+def as_file(argv: Sequence[str], ranks: int | None = None, defaults: bool = True,
+            files: Mapping[str, str] | None = None) -> tuple[str, list[str]]:
+    """(the text of a run.toml, lines of a report) of a command line of Megatron's words, with its `defaults`; `files`:
+    texts by path, which need not be on the disk. Raises UserError for values that cannot be."""
+    told = in_our_words([*argv, "--check"], files)              # files that are not on this machine are no mistake
     kept, open_ = _without_variables(told.argv)
     config = parse(Config, kept, presets=PRESETS, elsewhere=hint,
                    implied=megatron_defaults if defaults else lambda said: {})
@@ -57,7 +58,7 @@ def _without_variables(argv: Sequence[str]) -> tuple[list[str], list[str]]:
         count = takes.get(f"--{word}")
         own = args if count is None else args[:count]
         flag = [f"--{word}"] if word else []
-        if any("$" in arg or "`" in arg for arg in own):
+        if any("$" in arg or "`" in arg for arg in [word, *own]):
             unknown.append(" ".join(flag + own))
         else:
             kept += [*flag, *own]
@@ -104,19 +105,26 @@ def from_configuration(said: Mapping[str, Any]) -> tuple[list[str], list[str]]:
         for name, number in zip(flag.split(), values, strict=False):
             if isinstance(number, int | float) and f"--{name}" not in flags:
                 flags += [f"--{name}", exactly(number)]
-    flags += ["--optimizer", "adam" if kind.startswith("adam") else kind] if kind else []
+    every = (option for group in leaves(Config).values() for option in group)
+    rules = next(option.field.metadata["choices"] for option in every if option.name == "optimizer")
+    rule = "adam" if kind == "adamw" else kind
+    flags += ["--optimizer", rule] if rule in rules else []
     flags += BESIDE_RULE.get(kind, "").split()
     schedule = str(keys.get(("scheduler", "type")))
     curve = CURVES.get(schedule)
     flags += ["--lr-decay-style", curve] if curve else []
     warm = ("scheduler", "params", "warmup_type")
     logarithmic = schedule in ("WarmupLR", "WarmupDecayLR") and keys.get(warm, "log") != "linear"
-    read |= {*MORE_OF_DEEPSPEED, *own, ("optimizer", "type"), ("optimizer", "params", "betas"),
+    read |= {*MORE_OF_DEEPSPEED, *own, ("optimizer", "params", "betas"), ("fp16", "initial_scale_power"),
+             *([("optimizer", "type")] if rule in rules else []),
              *([("scheduler", "type")] if curve else []), *([] if logarithmic else [warm])}
     rest = [".".join(path) for path, value in keys.items()
             if path not in read or value == "auto" or (path[-1] == "loss_scale" and not value)]
-    unsaid = logarithmic and warm not in keys
-    return flags, rest + ([f"{'.'.join(warm)} = log (warm-up is linear here)"] if unsaid else [])
+    rest += [f"{'.'.join(warm)} = log (warm-up is linear here)"] if logarithmic and warm not in keys else []
+    micro, more = keys.get(("train_micro_batch_size_per_gpu",)), keys.get(("gradient_accumulation_steps",))
+    if isinstance(micro, int) and isinstance(more, int) and more > 1 and "--global-batch-size" not in flags:
+        rest.append(f"train_batch_size (write --global-batch-size: {micro * more} x data-parallel ranks)")
+    return flags, rest
 
 
 def _paths(said: Mapping[str, Any]) -> Iterator[tuple[tuple[str, ...], Any]]:
@@ -132,8 +140,10 @@ def _needs(config: Config, ranks: int | None) -> list[str]:
     p, d, k = config.parallel, config.data, config.checkpoint
     least = p.tensor_model_parallel_size * p.pipeline_model_parallel_size
     batch = config.training.global_batch_size
-    told = [f"{ranks or least} ranks" + ("" if ranks else f", or a multiple: --tp {p.tensor_model_parallel_size} x "
-                                         f"--pp {p.pipeline_model_parallel_size}")
+    count = ranks or least
+    told = [f"{count} rank{'s' if count > 1 else ''}"
+            + ("" if ranks else f", or a multiple: --tp {p.tensor_model_parallel_size} x "
+                                f"--pp {p.pipeline_model_parallel_size}")
             + (f", for {batch} samples a step" if batch else "")]
     data = (*d.data_path, *d.train_data_path, *d.valid_data_path, *d.test_data_path)
     prefixes = without_weights(data)

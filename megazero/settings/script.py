@@ -1,14 +1,15 @@
 """Launch scripts of bash, read without running anything: which words does the training program get?
 
 Variables, arrays, sums, defaults (`${A:-1}`) and conditions on what the script itself sets are followed as the shell
-would. Where a condition asks what only the machine knows (a file, the environment, an argument), all of its branches
-are read, and what they set is in doubt. Pure.
+would, functions are called with their arguments, here-documents kept. Where a condition asks what only the machine
+knows (a file, the environment, an argument), its first branch is taken as if it held, for all that it sets together;
+so is the first turn of a loop. What depends on that is in doubt, and told. Pure.
 """
 
 import ast
 import operator
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
@@ -16,12 +17,17 @@ NAME = r"[A-Za-z_][A-Za-z0-9_]*"
 DECLARED = re.compile(r"(?:export|local|readonly|declare|typeset)\s+(?:-\w+\s+)*")
 ARRAY = re.compile(rf"({NAME})(\+?)=\((.*)\)", re.DOTALL)
 SCALAR = re.compile(rf"({NAME})(\+?)=(.*)", re.DOTALL)
-REFERENCE = re.compile(rf"\$(?:\{{({NAME}|\d)(?:\[[@*]\])?(?::?[-=]([^}}]*))?\}}|({NAME}|[\d@*]))")
+REFERENCE = re.compile(rf"\$(?:\{{({NAME}|\d+|[@*])(?:\[[@*]\])?(?::?[-=]([^}}]*))?\}}|({NAME}|[\d@*]))")
 SUM = re.compile(r"\$\(\(([^()]*(?:\([^()]*\)[^()]*)*)\)\)")
 KEYWORD = re.compile(r"(if|elif|then|else|fi|case|esac|do|done|for|while|until|\{|\}|!)(?=\s|$)\s*")
-FUNCTION = re.compile(rf"(?:function\s+{NAME}\s*(?:\(\))?|{NAME}\s*\(\))\s*")
+FUNCTION = re.compile(rf"(?:function\s+({NAME})\s*(?:\(\))?|({NAME})\s*\(\))\s*\{{(.*)\}}\s*", re.DOTALL)
+BEGINS = re.compile(rf"\s*(?:function\s+{NAME}\s*(?:\(\))?|{NAME}\s*\(\))\s*(\{{|$)")
+LOOP = re.compile(rf"for\s+({NAME})\s+in\s+(.*)", re.DOTALL)
+TOLD = ("echo", "printf", "cat", "tee", "ls", "cp", "mkdir", "trap", "alias")      # commands that start nothing
 ARM = re.compile(r"\(?([^()\s][^()]*?)\s*\)\s*(?!\))")
-HERE = re.compile(r"<<-?\s*[\"']?(\w+)")
+HERE = re.compile(r"<<-?\s*([\"']?)(\w+)[\"']?")
+INTO = re.compile(r">\s*([^\s<>|;&]+)")
+DEEPEST = 20                # functions that call each other
 PROGRAM = re.compile(r"(?:.*/)?(?:pretrain|train|run_pretrain)\w*\.py")
 LONGEST = 2**16             # letters of a variable or word: who doubles one often enough would fill the memory
 OPERATIONS: Mapping[type, Callable[[int, int], int]] = {
@@ -42,6 +48,7 @@ class Launch:
     doubts      variables that these words come from -> the conditions under which they have these values
     program     its name
     programs    how many commands start one
+    files       what the script itself writes -> its text
     """
 
     words: list[str]
@@ -49,11 +56,12 @@ class Launch:
     doubts: dict[str, str]
     program: str
     programs: int
+    files: Mapping[str, str] = field(default_factory=dict)
 
 
-def launch_of(text: str) -> Launch:
-    """Raises ValueError for a script that starts no training program."""
-    return _Reader().read(text)
+def launch_of(text: str, arguments: Sequence[str] = ()) -> Launch:
+    """`arguments`: what the script is called with. Raises ValueError for a script that starts no training program."""
+    return _Reader().read(text, arguments)
 
 
 @dataclass
@@ -64,10 +72,13 @@ class _Branches:
     value: str | None = None            # of a case
     arm: bool = False                   # of a case: are we in one of its arms?
     now: Verdict = False
-    before: Verdict = False
+    before: bool = False
+    doubtful: bool = False              # does what it asks hang on what is in doubt?
 
     def enter(self, holds: Verdict) -> None:
-        self.now, self.before, self.arm = _both(holds, _not(self.before)), _either(self.before, holds), True
+        """A branch begins. One that may be taken is: those behind it are not, then."""
+        self.now = False if self.before else None if self.doubtful and holds else holds
+        self.before, self.arm = self.before or holds is not False, True
 
 
 @dataclass
@@ -78,15 +89,40 @@ class _Reader:
     status: Verdict = True              # of the last command
     asking: bool = False                # between `if` and `then`
     asked: str = ""                     # the last test
+    doubted: bool = False               # did the last test hang on what is in doubt?
+    equal: tuple[str, str] | None = None        # what the last test holds for: a variable that nobody set, a value
     found: list[Launch] = field(default_factory=list)
+    functions: dict[str, str] = field(default_factory=dict)
+    files: dict[str, str] = field(default_factory=dict)
+    depth: int = 0
+    other: str = ""                     # a program of which nothing is known here
 
-    def read(self, text: str) -> Launch:
-        for statement in _statements(text):
-            for joint, part in _parts(statement):
-                self.command(joint, part)
+    def read(self, text: str, arguments: Sequence[str]) -> Launch:
+        self.called(text, arguments)
+        for body in [] if self.found else self.functions.values():      # called by what nobody reads here
+            self.called(body, arguments)
         if not self.found:
-            raise ValueError("starts no program such as pretrain_gpt.py")
+            other = f"starts {self.other}, whose words are not Megatron-LM's, and no" if self.other else "starts no"
+            raise ValueError(f"{other} program such as pretrain_gpt.py")
         return self.found[-1]
+
+    def called(self, text: str, arguments: Sequence[str]) -> None:
+        """What a script, or a function, does that is called with these arguments."""
+        before = {name: self.variables.pop(name) for name in [*self.variables] if name.isdecimal() or name == "@"}
+        self.variables |= {str(i): [word] for i, word in enumerate(arguments, 1)} | {"@": [*arguments]}
+        open_, self.open, self.depth = self.open, [], self.depth + 1
+        if self.depth > DEEPEST:
+            raise ValueError(f"has functions that call each other more than {DEEPEST} deep")
+        for statement, here in _statements(text):
+            function = "\n" in statement and FUNCTION.fullmatch(statement)
+            for joint, part in [(";", statement)] if function else _parts(statement):
+                self.command(joint, part)
+            if here and (into := INTO.search(statement)):
+                self.files[self.value_of(_bare(into[1]))] = self.value_of(here[1]) if here[0] else here[1]
+        self.open, self.depth = open_, self.depth - 1
+        for name in [name for name in self.variables if name.isdecimal() or name == "@"]:
+            del self.variables[name]
+        self.variables |= before
 
     def command(self, joint: str, text: str) -> None:
         """One command, behind `;`, `&&`, `||` or `;;`."""
@@ -106,20 +142,28 @@ class _Reader:
     def keywords(self, text: str) -> tuple[str, bool]:
         """(what stands behind the keywords of conditions and loops, an exclamation mark among them?)"""
         inverted = False
+        if match := FUNCTION.fullmatch(text):
+            self.functions[match[1] or match[2]] = match[3]
+            return "", False
         while text:
             case = self.open[-1] if self.open and self.open[-1].value is not None else None
             if case and not case.arm and (match := ARM.match(text)):
                 held = [fnmatchcase(case.value or "", _bare(pattern)) for pattern in match[1].split("|")]
                 case.asked = f"{case.asked.partition(' is ')[0]} is {match[1]}"
+                name = _unset(case.value or "")
                 case.enter(True if match[1] == "*" else None if _unknown(case.value or "") else any(held))
+                if case.now is None and name and not set(match[1]) & set("*?["):
+                    self.assume(name, _bare(match[1].split("|")[0]), case.asked)
             elif match := KEYWORD.match(text):
                 inverted |= match[1] == "!"
                 self.keyword(match[1], text[match.end():])
                 if match[1] in ("for", "while", "until"):
+                    if loop := LOOP.fullmatch(text):
+                        self.turn(loop[1], [part for word in _split(loop[2]) for part in self.expanded(word)])
                     return "", False
                 if match[1] == "case":
                     match = re.match(r"case\s+\S+\s+in\b\s*", text) or match
-            elif not (match := FUNCTION.match(text)):
+            else:
                 break
             text = text[match.end():]
         return text, inverted
@@ -129,19 +173,33 @@ class _Reader:
             self.open.append(_Branches(rest))
         elif word == "case":
             asked = _bare(rest.partition(" in")[0].strip())
-            doubted = any(self.doubts_of(asked))
-            self.open.append(_Branches(asked, asked if doubted else self.value_of(asked)))
+            self.open.append(_Branches(asked, self.value_of(asked), doubtful=bool(self.doubts_of(asked))))
         elif self.open and word == "elif":
             self.open[-1].asked = rest
         elif self.open and word == "then":
+            self.open[-1].doubtful |= self.doubted
             self.open[-1].enter(self.status)
+            if self.open[-1].now is None and self.equal:
+                self.assume(*self.equal, self.open[-1].asked)
         elif self.open and word == "else":
             self.open[-1].asked = f"not {self.open[-1].asked}"
             self.open[-1].enter(True)
         elif self.open and word in ("fi", "esac"):
             self.open.pop()
         if word in ("if", "elif", "then", "else", "fi", "esac"):
-            self.status, self.asking = True, word in ("if", "elif")
+            self.status, self.asking, self.equal, self.doubted = True, word in ("if", "elif"), None, False
+
+    def assume(self, name: str, value: str, asked: str) -> None:
+        """A variable that nobody set is what a condition holds for, here and later."""
+        self.variables[name] = [value]
+        self.doubts[name] = {f"${name}": f"{value}, for that is what {asked} asks"}
+
+    def turn(self, name: str, values: Sequence[str]) -> None:
+        """The first of a loop."""
+        if values:
+            self.variables[name] = [values[0]]
+            self.doubts[name] = {f"${name}": f"{values[0]}, the first that the loop has of {' '.join(values)}"
+                                 } if len(values) > 1 else {}
 
     def carried_out(self, text: str, live: Verdict) -> Verdict:
         """Does the command succeed? What it sets is set."""
@@ -162,16 +220,20 @@ class _Reader:
             value = " ".join([*before, ""]) if len(before) > 1 else "".join(before)
             self.set(match[1], [value + self.value_of(match[3])], live, [match[3], f"${match[1]}" if match[2] else ""])
             words = words[1:]
-        return True if not words or declared else self.program(words)
+        if words and words[0] in self.functions and not declared:
+            self.called(self.functions[words[0]], [part for word in words[1:] for part in self.expanded(word)])
+            return None if self.asking else True
+        return True if not words or declared or words[0] in TOLD else self.program(words)
 
     def program(self, words: Sequence[str]) -> Verdict:
         given = [part for word in words for part in self.expanded(word)]
         given = [part for word in given for part in (_split(word) if re.search(r"\.py\s", word) else [word])]
         at = next((i for i, word in enumerate(given) if PROGRAM.fullmatch(word)), None)
+        self.other = next((word for word in given if word.endswith(".py")), self.other)
         if at is not None:
             doubts = {name: why for word in words for name, why in self.doubts_of(word).items()}
             self.found.append(Launch([*_until_pipe(given[at + 1:])], given[:at], doubts, given[at],
-                                     len(self.found) + 1))
+                                     len(self.found) + 1, self.files))
         return None if self.asking else True
 
     def set(self, name: str, now: list[str], live: Verdict, source: Sequence[str]) -> None:
@@ -185,9 +247,14 @@ class _Reader:
             doubts[name] = "; ".join(b.asked for b in self.open if b.now is None) or self.asked
         self.variables[name], self.doubts[name] = now, doubts
 
-    def doubts_of(self, word: str) -> dict[str, str]:
-        names = (match[1] or match[3] for match in REFERENCE.finditer(word))
-        return {doubted: why for name in names for doubted, why in self.doubts.get(name, {}).items()}
+    def doubts_of(self, word: str, seen: Collection[str] = ()) -> dict[str, str]:
+        names = {match[1] or match[3] for match in REFERENCE.finditer(word)} - {*seen}
+        found: dict[str, str] = {}
+        for name in sorted(names):
+            found |= self.doubts.get(name, {})
+            for value in self.variables.get(name, []) if "$" in " ".join(self.variables.get(name, [])) else []:
+                found |= self.doubts_of(value, {*seen, *names})
+        return found
 
     # ---- values
 
@@ -195,6 +262,8 @@ class _Reader:
         """The words that a word becomes; what nobody set stays as $NAME."""
         match = REFERENCE.fullmatch(word)
         parts = self.variables.get(match[1] or match[3], []) if match else []
+        if match and (match[1] or match[3]) in ("@", "*"):
+            return [*self.variables.get("@", [])]
         if len(parts) > 1:
             return [p for part in parts for p in (_split(part) if part.startswith("--") else [part])]
         value = self.value_of(word)
@@ -203,9 +272,10 @@ class _Reader:
     def value_of(self, word: str) -> str:
         def value(match: re.Match[str]) -> str:
             name = match[1] or match[3]
-            if name in self.variables:
+            name = "@" if name == "*" else name
+            if name in self.variables and (match[2] is None or self.variables[name] != [""]):
                 return " ".join(self.variables[name])
-            return match[2] if match[2] is not None else ("" if name in "@*" else f"${name}")
+            return match[2] if match[2] is not None else match[0]
 
         for _ in range(8):                                      # of variables that name variables
             now = REFERENCE.sub(value, word)
@@ -251,7 +321,10 @@ class _Reader:
     def one(self, words: list[str]) -> Verdict:
         """A single test."""
         values = [self.value_of(word) for word in words]
-        if any(map(_unknown, values)) or any(map(self.doubts_of, words)):
+        if len(values) == 3 and values[1] in ("=", "==") and (name := _unset(values[0])) and not _unknown(values[2]):
+            self.equal = name, values[2]
+        self.doubted |= any(map(self.doubts_of, words))
+        if any(map(_unknown, values)):
             return None
         match values:
             case [value]:
@@ -291,6 +364,12 @@ def _unknown(value: str) -> bool:
     return "$" in value or "`" in value
 
 
+def _unset(value: str) -> str:
+    """The variable that it is and nobody set, or nothing."""
+    match = REFERENCE.fullmatch(value)
+    return (match[1] or match[3]) if match and match[2] is None else ""
+
+
 def _bare(word: str) -> str:
     """Without quotation marks around it."""
     word = word.strip()
@@ -299,24 +378,35 @@ def _bare(word: str) -> str:
 
 # ---- letters
 
-def _statements(text: str) -> Iterator[str]:
-    """Lines that belong together: to the end of a quotation, of an array, of what a backslash continues."""
-    waiting, here = "", ""
+def _statements(text: str) -> Iterator[tuple[str, tuple[bool, str] | None]]:
+    """Lines that belong together: to the end of a quotation, of an array, of a function, of what a backslash continues;
+    and the here-document behind them: (are its variables put in?, text)."""
+    waiting, here, lines = "", None, list[str]()
     for line in re.sub(r"`\s*#[^`\n]*`", "", text).splitlines():    # a remark within a line that goes on
         bare = line.strip()
-        if here:
-            here = "" if bare == here else here
+        if here is not None:
+            if bare == here[2]:
+                yield _ended(waiting), (not here[1], "\n".join(lines) + "\n")
+                waiting, here, lines = "", None, []
+            else:
+                lines.append(line)
             continue
         if bare.startswith("#") or not bare and not waiting:
             continue
         waiting += bare[:-1] + " " if bare.endswith("\\") else bare + "\n"
         if bare.endswith(("\\", "&&", "||")) or _open(waiting):
             continue
-        here = match[1] if (match := HERE.search(waiting)) and "<<<" not in waiting else ""
-        yield waiting.strip().rstrip(";") if not waiting.strip().endswith(";;") else waiting.strip()
-        waiting = ""
+        here = HERE.search(waiting) if "<<<" not in waiting and not BEGINS.match(waiting) else None
+        if here is None:
+            yield _ended(waiting), None
+            waiting = ""
     if waiting.strip():
-        yield waiting.strip()
+        yield waiting.strip(), None
+
+
+def _ended(statement: str) -> str:
+    statement = statement.strip()
+    return statement if statement.endswith(";;") else statement.rstrip(";")
 
 
 def _outside(text: str) -> Iterator[tuple[int, str, int]]:
@@ -381,11 +471,14 @@ def _split(text: str) -> list[str]:
 
 
 def _open(text: str) -> bool:
-    """Is a quotation or an array not closed yet?"""
+    """Is a quotation, an array or a function not closed yet?"""
     try:
         letters = [*_outside(text)]
     except ValueError:
         return True
+    if BEGINS.match(text):
+        braces = [c for _, c, _ in letters if c in "{}"]
+        return not braces or braces.count("{") > braces.count("}")
     array = re.match(rf"\s*(?:\w+\s+)?{NAME}\+?=\(", text)
     return bool(array) and bool(letters) and letters[-1][2] > 0
 

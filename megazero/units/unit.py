@@ -9,7 +9,7 @@ Data-parallel ranks cut each flat buffer into equal slices (layout.cuts). The Ze
 keeps only its slice; whole buffers of the others are borrowed for as long as the program (program.py) needs them.
 """
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -17,6 +17,7 @@ import torch
 from megazero.base import DTYPES
 from megazero.comm import Alone, Group, Work
 from megazero.plan import MASTER, Box, Flat, Operand, Parameter, Piece, Shard, cuts
+from megazero.units.buffers import Buffers, viewed
 from megazero.units.homes import Resident
 from megazero.units.random import fill_normal, key
 
@@ -25,43 +26,9 @@ Tensor = torch.Tensor
 Begin = Callable[[], Callable[[], None]]         # starts something, and returns what ends it
 
 
-class Buffers:
-    """Whole buffers that units borrow, each kind for units laid out alike. Made when first needed, and kept:
-    a step in the steady state allocates nothing. `poison` fills what is given back with NaN,
-    so that a late reader shows (tests)."""
-
-    def __init__(self, poison: bool = False) -> None:
-        self.poison = poison
-        self.free: dict[Hashable, list[Tensor]] = {}
-        self.bytes = 0                                          # of all that were made
-
-    def take(self, kind: Hashable, size: int, like: Tensor) -> Tensor:
-        free = self.free.setdefault(kind, [])
-        if free:
-            return free.pop()
-        made = like.new_zeros(size)                             # zeros: nothing ever writes between the operands
-        self.bytes += made.nbytes
-        return made
-
-    def lose(self, buffer: Tensor) -> None:
-        """It is somebody else's from now on."""
-        self.bytes -= buffer.nbytes
-
-    def give(self, kind: Hashable, buffer: Tensor, flat: Flat) -> None:
-        for o in flat.operands if self.poison else ():
-            buffer[o.start:o.stop].fill_(torch.nan)
-        self.free[kind].append(buffer)
-
-
 def chunk(device: torch.device) -> int:
     """Elements that our own kernels change at a time: on a CPU a cache holds what they need for so many."""
     return 1 << 16 if device.type == "cpu" else 1 << 24
-
-
-def viewed(buffer: Tensor) -> bool:
-    """Has another tensor its storage too?"""
-    storage = buffer.untyped_storage()                          # which counts as one
-    return torch._C._storage_Use_Count(storage._cdata) > 2
 
 
 @dataclass(frozen=True)
