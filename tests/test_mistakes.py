@@ -88,10 +88,9 @@ MISTAKES = {
                                "--zero-shard-size 3: must divide the data-parallel size 4; write one of 1, 2, 4."),
     # datasets
     "weights behind": Wrong(PRETRAIN, f"{BYTES} --data-path a 0.3 b 0.7", "--data-path a 0.3 b 0.7: a weight stands before its dataset, as `0.3 A 0.7 B`, and 0.3"),
-    "a dataset by its file": Wrong(PRETRAIN, f"{BYTES} --data-path x.bin", "--data-path: x.bin.idx: cannot be read (No such file or directory); write x, without its suffix."),
     "text for a dataset": Wrong(PRETRAIN, f"{BYTES} --data-path a.jsonl", "make a dataset of it first, with tools/preprocess_data.py."),
     "no dataset": Wrong(PRETRAIN, f"{BYTES} --data-path nothing", "--data-path: nothing.idx: cannot be read (No such file or directory)"),
-    "a dataset with its ending": Wrong(PRETRAIN, f"{BYTES} --data-path data.bin", "name a dataset by its path without .bin or .idx."),
+    "a dataset with its ending": Wrong(PRETRAIN, f"{BYTES} --data-path data.bin", "write data, without its suffix."),
     "weights for some": Wrong(PRETRAIN, f"{BYTES} --data-path 0.3 data tiny", "--data-path 0.3 data tiny: give a weight before every dataset"),
     "a weight of nothing": Wrong(PRETRAIN, f"{BYTES} --data-path 0 data 1 tiny", "the weight 0 is not a positive number"),
     "less than one sample": Wrong(PRETRAIN, f"{BYTES} --data-path tiny --split 1", "one sample needs 17"),
