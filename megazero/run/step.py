@@ -31,6 +31,7 @@ class Pending:
     samples: int
     seconds: float
     witness: Mapping[str, Tensor]
+    home: Mapping[str, float]           # what state at home elsewhere took on its way
 
 
 class Settled(NamedTuple):
@@ -68,7 +69,7 @@ class Step:
             *([] if watch is None else [watch.after()])]))
         settled = self.settle()
         samples = run.plan.batch_at(good.samples)
-        self.pending = Pending(verdict, figures, samples, self.lap(), turn.witness)
+        self.pending = Pending(verdict, figures, samples, self.lap(), turn.witness, run.home.told())
         return settled
 
     def lap(self) -> float:
@@ -104,7 +105,7 @@ class Step:
             "step": self.progress.step, "loss": loss, "grad_norm": norm, "lr": lr, "loss_scale": scale,
             "skipped": skipped, "samples": self.progress.samples,
             "tokens": done.samples * self.run.plan.architecture.seq_length, "seconds": done.seconds + waited,
-            **(self.run.actions.watch.told(more) if self.run.actions.watch else {})}
+            **(self.run.actions.watch.told(more) if self.run.actions.watch else {}), **done.home}
         return Settled(figures, stop > 0, *(self._explain(done, before.loss_scale) if skipped else ()))
 
     def _explain(self, done: Pending, before: LossScale) -> tuple[str, str]:

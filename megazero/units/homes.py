@@ -104,6 +104,10 @@ class Resident:
         """[count] elements of a kind that is elsewhere, from its `start`-th on."""
         raise AssertionError(f"{kind} of {unit} is here")
 
+    def told(self) -> dict[str, float]:
+        """What the log says of the way home, since this was asked last."""
+        return {}
+
 
 class Disk(Resident):
     """The units of a rank that are at home on disk.
@@ -133,6 +137,7 @@ class Disk(Resident):
         self.coming: dict[tuple[str, Span], list[Future[None]]] = {}
         self.going: dict[tuple[str, Span], list[Future[None]]] = {}
         self.torn: UserError | None = None
+        self.before: dict[str, float] = {}
 
     def zeros(self, unit: str, kind: str, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         kept = self.homes[unit].kinds.get(kind) if unit in self.homes else None
@@ -171,6 +176,11 @@ class Disk(Resident):
             self._leave(key)
         for key in pieces:
             self._gone(key)
+
+    def told(self) -> dict[str, float]:
+        now = {"disk_seconds": self.seconds, "disk_bytes": float(self.read + self.written)}
+        since, self.before = {name: value - self.before.get(name, 0) for name, value in now.items()}, now
+        return since
 
     def settle(self) -> None:
         """Returns when nothing is being read or written."""
