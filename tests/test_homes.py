@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from pool import Pool
-from support import ROOT, SHAPES, TINY, built, lines, resolved, stepping, train
+from support import ROOT, SHAPES, TINY, built, lines, resolved, stepping, tool, train
 from test_parity import Row, compare
 
 from megazero.base import UserError
@@ -252,3 +252,13 @@ def test_settings_that_cannot_be(tmp_path: Path) -> None:
 def test_on_a_cpu_the_hosts_memory_is_where_things_are(tmp_path: Path) -> None:
     plain, cpu = (memory(resolved(f"{TINY} --bf16 {words}")) for words in ("", "--offload-optimizer cpu"))
     assert plain == cpu and not torch.cuda.is_available()
+
+
+def test_a_disk_is_measured_as_it_is_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    code, told, error = tool(monkeypatch, capsys, "disk_speed.py", tmp_path, "--size", 2**23)
+    rows = [line.split() for line in told.splitlines()[2:-1]]
+    assert code == 0 and len(rows) == 10 and all(float(x) > 0 for row in rows for x in row), error
+    best = max(rows, key=lambda row: float(row[4]))
+    assert f"write --offload-queue-depth {best[0]} --offload-block-size {best[1]}: {best[4]} GB/s" in told and not list(tmp_path.iterdir())
+    assert tool(monkeypatch, capsys, "disk_speed.py", tmp_path / "file" / "x")[0] == 2
+    assert "--size 5: must be at least 8388608" in tool(monkeypatch, capsys, "disk_speed.py", tmp_path, "--size", 5)[2]
