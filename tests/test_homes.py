@@ -17,8 +17,8 @@ from support import ROOT, SHAPES, TINY, built, lines, resolved, stepping, tool, 
 from test_parity import Row, compare
 
 from megazero.base import UserError
-from megazero.plan import MASTER, PAGE
-from megazero.plan.cost import memory, on_disk, traffic
+from megazero.plan import GRADIENT, GRADIENTS, MASTER, PAGE, PUBLISHED, STATE, WEIGHTS
+from megazero.plan.cost import disk_traffic, memory, on_disk
 from megazero.state.checkpoint import Reader, complete
 from megazero.state.compare import checkpoints
 from megazero.units.homes import Disk, File
@@ -34,26 +34,34 @@ def pool() -> Iterator[Pool]:
 SMALL = "--num-layers 4 --hidden-size 64 --num-attention-heads 4 --seq-length 16 --micro-batch-size 1 --global-batch-size 12 --mock-data --vocab-size 301 " \
     "--lr 1e-2 --lr-warmup-iters 1 --train-iters 4 --eval-iters 1 --eval-interval 2 --weight-decay 0.1 --save-interval 2"
 LLAMA = "--swiglu --normalization RMSNorm --position-embedding-type rope --disable-bias-linear --num-query-groups 2"
-# ranks, layout, the rest; every value of a column meets those of the others as often as rows allow
+STATES, SUMS, SLICES = (f"--offload-{what} disk" for what in ("optimizer", "gradients", "weights"))
+ALL = f"{STATES} {SUMS} {SLICES}"
+# ranks, layout, homes, the rest; every value of a column meets those of the others as often as rows allow
 ROWS = [
-    (1, "", "--bf16 --optimizer adam"), (1, "", "--fp16 --initial-loss-scale 1e12 --optimizer sgd --offload-fraction 0.4"),
-    (2, "--zero-stage 1", "--bf16 --optimizer ademamix --ema 0.9 --recompute-granularity full"),
-    (2, "--zero-stage 3", "--fp16 --initial-loss-scale 1e13 --optimizer adam --clip-grad 0.5"), (2, "--tp 2", "--bf16 --optimizer muon"),
-    (4, "--tp 2 --zero-stage 2 --reduce-every 2", f"--bf16 --optimizer lion {LLAMA}"),
-    (2, "--pp 2 --pipeline-schedule zb-h1", f"--bf16 --optimizer lamb {LLAMA}"), (4, "--pp 2 --zero-stage 3", "--fp16 --optimizer adafactor --lr 1e-3"),
-    (4, "--dp 4 --zero-stage 2 --zero-shard-size 2", "--bf16 --exp-avg-dtype bf16 --exp-avg-sq-dtype 8bit --main-params-dtype bf16"),
-    (2, "--zero-stage 1", "--dtype fp64 --optimizer adam --hidden-dropout 0.1"), (3, "--zero-stage 2", "--dtype fp32 --optimizer muon --ema 0.5"),
-    (2, "--pp 2 --num-virtual-stages-per-pipeline-rank 2 --pipeline-schedule interleaved", "--bf16 --exp-avg-dtype bf16 --exp-avg-sq-dtype bf16 --offload-fraction 0.5"),
+    (1, "", STATES, "--bf16 --optimizer adam"), (1, "", f"{STATES} --offload-fraction 0.4", "--fp16 --initial-loss-scale 1e12 --optimizer sgd"),
+    (2, "--zero-stage 1", STATES, "--bf16 --optimizer ademamix --ema 0.9 --recompute-granularity full"),
+    (2, "--zero-stage 3", ALL, "--fp16 --initial-loss-scale 1e13 --optimizer adam --clip-grad 0.5"), (2, "--tp 2", STATES, "--bf16 --optimizer muon"),
+    (4, "--tp 2 --zero-stage 2 --reduce-every 2", f"{STATES} {SUMS}", f"--bf16 --optimizer lion {LLAMA}"),
+    (2, "--pp 2 --pipeline-schedule zb-h1", STATES, f"--bf16 --optimizer lamb {LLAMA}"), (4, "--pp 2 --zero-stage 3", ALL, "--fp16 --optimizer adafactor --lr 1e-3"),
+    (4, "--dp 4 --zero-stage 2 --zero-shard-size 2", f"{STATES} {SUMS}", "--bf16 --exp-avg-dtype bf16 --exp-avg-sq-dtype 8bit --main-params-dtype bf16"),
+    (2, "--zero-stage 1", STATES, "--dtype fp64 --optimizer adam --hidden-dropout 0.1"), (3, "--zero-stage 2", f"{STATES} {SUMS}", "--dtype fp32 --optimizer muon --ema 0.5"),
+    (2, "--pp 2 --num-virtual-stages-per-pipeline-rank 2 --pipeline-schedule interleaved", f"{STATES} --offload-fraction 0.5",
+     "--bf16 --exp-avg-dtype bf16 --exp-avg-sq-dtype bf16"),
+    (1, "--zero-stage 3 --keep-weights 2", ALL, "--dtype fp32 --optimizer adam --ema 0.9"), (2, "--zero-stage 3", f"{SUMS} {SLICES}", "--dtype fp64 --optimizer lamb"),
+    (4, "--tp 2 --pp 2 --zero-stage 3", f"{SUMS} {SLICES}", f"--bf16 --optimizer adam {LLAMA} --log-params-norm --log-num-zeros-in-grad --log-update-ratio"),
+    (4, "--dp 4 --zero-stage 3 --zero-shard-size 2", ALL, "--bf16 --optimizer muon"),
+    (2, "--zero-stage 3", SLICES, "--bf16 --optimizer sgd --main-params-dtype fp32"), (2, "--zero-stage 2", SUMS, "--fp16 --initial-loss-scale 1e13"),
 ]
 
 
-@pytest.mark.parametrize("ranks, layout, rest", [pytest.param(*row, marks=() if i in (1, 2, 4, 7, 8) else pytest.mark.full) for i, row in enumerate(ROWS)])
-def test_the_same_bits_as_in_memory(ranks: int, layout: str, rest: str, pool: Pool, tmp_path: Path) -> None:
+@pytest.mark.parametrize("ranks, layout, homes, rest", [
+    pytest.param(*row, marks=() if i in (1, 2, 4, 7, 8, 12, 14, 15) else pytest.mark.full) for i, row in enumerate(ROWS)])
+def test_the_same_bits_as_in_memory(ranks: int, layout: str, homes: str, rest: str, pool: Pool, tmp_path: Path) -> None:
     """Steps, skipped ones among them, evaluations by means, checkpoints on the way; then one that goes on from the other's."""
-    disk = f"--offload-optimizer disk --offload-dir {tmp_path / 'home'} --offload-buffer-size 100000 --offload-block-size 8192"
-    words, extra = f"{SMALL} {layout} {rest}", re.findall(r"--offload-fraction \S+", rest)
-    plain = words.replace(extra[0], "") if extra else words
-    pool.run(ranks, train, f"{plain} --save {tmp_path / 'a'}", tmp_path / "la")
+    disk = f"{homes} --offload-dir {tmp_path / 'home'} --offload-buffer-size 100000 --offload-block-size 8192"
+    disk = disk if STATES in homes else disk.replace("--offload-buffer-size 100000 ", "")
+    words = f"{SMALL} {layout} {rest}"
+    pool.run(ranks, train, f"{words} --save {tmp_path / 'a'}", tmp_path / "la")
     pool.run(ranks, train, f"{words} {disk} --save {tmp_path / 'b'}", tmp_path / "lb")
     names = ("step", "loss", "grad_norm", "skipped", "split")
     assert [{n: r.get(n) for n in names} for r in lines(tmp_path / "la")] == [{n: r.get(n) for n in names} for r in lines(tmp_path / "lb")]
@@ -67,21 +75,23 @@ def test_the_same_bits_as_in_memory(ranks: int, layout: str, rest: str, pool: Po
 
 
 @pytest.mark.parametrize("row", [
-    Row(tp=2, dp=2, level=1, late=True, shape="gpt2-plain", optimizer="adam --adam-eps 1e-5"), Row(dp=3, level=3, late=True, shape="llama", optimizer="muon"),
-    Row(pp=2, dp=2, level=2, late=True, schedule="zb-h1", shape="llama-tied-scaled", optimizer="lamb --adam-eps 1e-5"),
+    Row(tp=2, dp=2, level=1, late=True, shape="gpt2-plain", optimizer="adam"), Row(dp=3, level=3, late=True, shape="llama", optimizer="muon"),
+    Row(pp=2, dp=2, level=2, late=True, schedule="zb-h1", shape="llama-tied-scaled", optimizer="lamb"),
     Row(tp=2, pp=2, level=1, late=True, schedule="interleaved", virtual=2, layers=4, recompute="full", shape="llama", optimizer="sgd")])
 def test_nobody_reads_what_is_not_here(row: Row, pool: Pool, tmp_path: Path) -> None:
     """Under `late` what has left is NaN, and an update runs when somebody asks: one rank in memory is equalled all the same."""
-    words = f"{row.optimizer} --offload-optimizer disk --offload-dir {tmp_path} --offload-buffer-size 50000"
-    compare(Row(**{**vars(row), "optimizer": words}), pool)
+    homes = {0: STATES, 1: STATES, 2: f"{STATES} {SUMS}", 3: ALL}[row.level]
+    compare(Row(**{**vars(row), "extra": f"{homes} --offload-dir {tmp_path} --offload-buffer-size 50000"}), pool)
 
 
-@pytest.mark.parametrize("words", ["--bf16", "--bf16 --optimizer muon --ema 0.9", "--fp16 --optimizer sgd --offload-fraction 0.6", "--dtype fp64 --optimizer ademamix",
-                                   "--bf16 --exp-avg-dtype 8bit --exp-avg-sq-dtype bf16"])
-def test_bytes_are_those_of_the_plan(words: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("words, homes", [
+    ("--bf16", STATES), ("--bf16 --optimizer muon --ema 0.9 --zero-stage 2", f"{STATES} {SUMS}"), ("--fp16 --optimizer sgd", f"{STATES} --offload-fraction 0.6"),
+    ("--dtype fp64 --optimizer ademamix --zero-stage 3", ALL), ("--bf16 --exp-avg-dtype 8bit --exp-avg-sq-dtype bf16", STATES),
+    ("--bf16 --zero-stage 3 --reduce-every 2 --keep-weights 2 --global-batch-size 6", ALL), ("--dtype fp32 --zero-stage 3 --optimizer lion", f"{SUMS} {SLICES}")])
+def test_bytes_are_those_of_the_plan(words: str, homes: str, tmp_path: Path) -> None:
     words = f"{TINY} {SHAPES['llama']} {words}"
-    alone = words.replace(" --offload-fraction 0.6", "")
-    run = built(f"{words} --offload-optimizer disk --offload-dir {tmp_path} --offload-buffer-size 40000")
+    size = " --offload-buffer-size 40000" if STATES in homes else ""
+    run = built(f"{words} {homes} --offload-dir {tmp_path}{size}")
     plan, home = run.plan, run.home
     assert isinstance(home, Disk) and home.used == on_disk(plan) > 0 and os.fstat(home.file.number).st_size == home.used
     run.initialise()
@@ -91,16 +101,20 @@ def test_bytes_are_those_of_the_plan(words: str, tmp_path: Path) -> None:
         step.start()
     step.settle(last=True)
     home.settle()
-    assert (home.read - before[0], home.written - before[1]) == (3 * home.used, 3 * home.used)
-    masters = sum(u.master.nbytes for u in run.units.values() if u.master is not u.weight_slice and not u.away)
-    kept = sum(m.nbytes for name, own in run.updater.state.items() for kind, m in own.items() if name not in home.homes or kind not in home.homes[name].kinds)
-    pieces = 3 * max(home.largest for home in plan.homes(0).values())
-    told = memory(plan)
-    assert (told["master weights"], told["optimizer"], told["pieces under way"]) == (masters, kept, pieces)
-    plain = memory(resolved(alone))
+    read, written = disk_traffic(plan)
+    assert (home.read - before[0], home.written - before[1]) == (3 * read, 3 * written)
+    units = run.units.values()
+    masters = sum(u.master.nbytes for u in units if u.master is not u.weight_slice and not u.away)
+    kept = sum(m.nbytes for name, own in run.updater.state.items() for kind, m in own.items() if not home.has(name, kind))
+    weights = sum(u.weight_slice.nbytes for u in units if not (home.has(u.flat.name, PUBLISHED) or u.master is u.weight_slice and home.has(u.flat.name, MASTER)))
+    sums = sum(u.grad_slice.nbytes for u in units if not home.has(u.flat.name, GRADIENT))
+    told, plain = memory(plan), memory(resolved(words))
+    assert (told["weights"], told["master weights"], told["gradients"], told["optimizer"]) == (weights, masters, sums, kept)
     gone = sum(home.bytes for home in plan.homes(0).values())
-    assert told["master weights"] + told["optimizer"] == plain["master weights"] + plain["optimizer"] - gone
-    assert traffic(plan)["world"] == run.wires.line.sent.get("world", 0) // 3 == 0
+    names = ("weights", "master weights", "gradients", "optimizer")
+    assert sum(told[name] for name in names) == sum(plain[name] for name in names) - gone
+    most = {what: max((h.largest for (_, w), h in plan.homes(0).items() if w == what), default=0) for what in (STATE, GRADIENTS, WEIGHTS)}
+    assert told["pieces under way"] == 3 * most[STATE] + most[GRADIENTS] + 2 * most[WEIGHTS]
 
 
 def test_a_piece_is_whole_pages_and_covers_the_slice_once(tmp_path: Path) -> None:
@@ -108,13 +122,13 @@ def test_a_piece_is_whole_pages_and_covers_the_slice_once(tmp_path: Path) -> Non
         plan = resolved(f"{TINY} --bf16 --zero-stage {zero} --offload-optimizer disk --offload-dir {tmp_path} --offload-buffer-size {size}", 2)
         for rank in (0, 1):
             homes = plan.homes(rank)
-            assert list(homes) == [u.name for u in plan.units_of(rank)]
+            assert list(homes) == [(u.name, STATE) for u in plan.units_of(rank)]
             for home in homes.values():
                 assert home.pieces[0][0] == home.kinds[MASTER].start and home.pieces[-1][1] == home.kinds[MASTER].stop
                 assert all(a[1] == b[0] and (a[1] - a[0]) % PAGE == 0 for a, b in zip(home.pieces, home.pieces[1:], strict=False))
                 assert home.largest <= max(size, 12 * PAGE)
     half = resolved(f"{TINY} --bf16 --offload-optimizer disk --offload-dir {tmp_path} --offload-fraction 0.5").homes(0)
-    assert half and "embedding" not in half and "head" in half
+    assert half and ("embedding", STATE) not in half and ("head", STATE) in half
     assert not resolved(f"{TINY} --bf16 --offload-optimizer disk --offload-dir {tmp_path} --offload-fraction 0").homes(0)
 
 
@@ -149,7 +163,7 @@ def test_a_disk_that_fails_ends_the_run_and_nothing_torn_is_saved(what: str, num
     words = f"{SMALL} --bf16 --save {tmp_path / 'ck'} --offload-optimizer disk --offload-dir {tmp_path} --offload-buffer-size 100000 --train-iters 50 --save-interval 1"
     with pytest.raises(UserError) as error:
         train(words)
-    assert error.value.sentences == (f"--offload-dir {tmp_path}: masters and moments cannot be read or written there ({os.strerror(number)}); nothing is saved of "
+    assert error.value.sentences == (f"--offload-dir {tmp_path}: what is at home there cannot be read or written ({os.strerror(number)}); nothing is saved of "
                                      "this step. Go on from the last checkpoint, with another folder if that disk fails.",)
     found = complete(tmp_path / "ck")
     for _, path in found:
@@ -173,10 +187,10 @@ def test_torn_state_is_given_to_nobody(tmp_path: Path, monkeypatch: pytest.Monke
             raise OSError(errno.EIO, "Input/output error")
 
     monkeypatch.setattr(Broken, "fault", staticmethod(fault))
-    with pytest.raises(UserError, match="Input/output error"), home.present("layers.0"):
+    with pytest.raises(UserError, match="Input/output error"), home.present("layers.0", STATE):
         pass
     monkeypatch.setattr(Broken, "fault", staticmethod(lambda kind, count: None))
-    for ask in (lambda: home.present("layers.1").__enter__(), lambda: home.copy("layers.1", MASTER, 0, 8), lambda: next(home.through("head"))):
+    for ask in (lambda: home.present("layers.1", STATE).__enter__(), lambda: home.copy("layers.1", MASTER, 0, 8), lambda: next(home.through("head"))):
         with pytest.raises(UserError, match="nothing is saved of this step"):
             ask()
 
@@ -195,7 +209,7 @@ def test_a_full_disk_is_told_at_start(tmp_path: Path, monkeypatch: pytest.Monkey
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "posix_fallocate", full)
-    with pytest.raises(UserError, match=rf"--offload-dir {tmp_path}: has no room for [\d,]+ bytes of masters and moments of a rank \(No space left on device\); name"):
+    with pytest.raises(UserError, match=rf"--offload-dir {tmp_path}: has no room for the [\d,]+ bytes of a rank \(No space left on device\); name"):
         train(f"{SMALL} --bf16 --offload-optimizer disk --offload-dir {tmp_path}")
     assert not list(tmp_path.iterdir())
 
@@ -242,6 +256,8 @@ def test_settings_that_cannot_be(tmp_path: Path) -> None:
         f"--offload-optimizer disk --offload-dir {tmp_path} --offload-queue-depth 0": "--offload-queue-depth 0: must be at least 1.",
         "--offload-dir x": "--offload-dir x: has no effect without --offload-optimizer disk.",
         "--offload-fraction 0.5": "--offload-fraction 0.5: has no effect without --offload-optimizer.",
+        f"--offload-gradients disk --offload-dir {tmp_path} --zero-stage 1": "--offload-gradients disk: is of slices, which --zero-stage 2 and 3 have; write one.",
+        f"--offload-weights disk --offload-dir {tmp_path} --zero-stage 2": "--offload-weights disk: is of slices, which --zero-stage 3 has; write that.",
         "--offload-optimizer nvme": "--offload-optimizer nvme: must be one of none, cpu, disk",
         f"--offload-optimizer disk --offload-dir {tmp_path / 'file' / 'x'}": f"--offload-dir {tmp_path / 'file' / 'x'}: is not a folder that can be written to; name",
     }.items():

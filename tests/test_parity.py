@@ -20,6 +20,7 @@ from support import SHAPES, resolved, stepping
 
 from megazero.comm.wires import connect
 from megazero.pipeline.schedule import SCHEDULES
+from megazero.plan import GRADIENTS
 from megazero.run.run import Run
 from megazero.state import checkpoint
 
@@ -92,9 +93,12 @@ def play(words: str, world: int, backend: str, device: str = "cpu") -> Result:
 
 def held(run: Run, buffer: str) -> list[tuple[str, Any, torch.Tensor]]:
     """What this rank's slices hold of each logical tensor."""
-    for unit in run.units.values():
-        unit.updated()
-    return [(s.name, s.box, s.tensor.to("cpu", copy=True)) for u in run.units.values() for _, s in checkpoint.held(u.flat, u.low, {buffer: getattr(u, buffer)})]
+    found = []
+    for u in run.units.values():
+        u.updated()
+        with u.present(), u.home.present(u.flat.name, GRADIENTS, changed=False):
+            found += [(s.name, s.box, s.tensor.to("cpu", copy=True)) for _, s in checkpoint.held(u.flat, u.low, {buffer: getattr(u, buffer)})]
+    return found
 
 
 @cache

@@ -17,6 +17,8 @@ from megazero.plan.sizes import ramp_of, sizes
 from megazero.plan.words import architecture, ffn_size, pattern, stretches, turns
 from megazero.settings import Config, nearest
 
+OFFLOADED = ("offload_optimizer", "offload_gradients", "offload_weights")
+
 
 def checks(config: Config, world: int) -> list[str]:
     """A sentence for every way in which the configuration cannot run on `world` ranks."""
@@ -335,7 +337,7 @@ def _unused(c: Config, world: int) -> Iterator[Check]:
         (p.zero_stage == 3, "--zero-stage 3", p, ("keep_weights",)),
         (d.tokenizer_type is not None, "--tokenizer-type", d, ("eod_token", "special_tokens")),
         (c.offload.offload_optimizer != "none", "--offload-optimizer", c.offload, ("offload_fraction",)),
-        (c.offload.offload_optimizer == "disk", "--offload-optimizer disk", c.offload,
+        (any(getattr(c.offload, name) == "disk" for name in OFFLOADED), "--offload-optimizer disk", c.offload,
          ("offload_dir", "offload_buffer_size", "offload_queue_depth", "offload_block_size")),
     ]
     return _without(rows)
@@ -418,8 +420,13 @@ def _bytes(c: Config, world: int) -> Iterator[Check]:
 
 def _homes(c: Config, world: int) -> Iterator[Check]:
     """Where state is."""
-    o = c.offload
-    disk = o.offload_optimizer == "disk"
+    o, level = c.offload, c.parallel.zero_stage
+    on_disk = [f"--{name.replace('_', '-')} disk" for name in OFFLOADED if getattr(o, name) == "disk"]
+    disk = on_disk[0] if on_disk else ""
+    yield (o.offload_gradients != "none" and level < 2,
+           f"--offload-gradients {o.offload_gradients}: is of slices, which --zero-stage 2 and 3 have; write one.")
+    yield (o.offload_weights != "none" and level < 3,
+           f"--offload-weights {o.offload_weights}: is of slices, which --zero-stage 3 has; write that.")
     yield (not 0 <= o.offload_fraction <= 1,
            f"--offload-fraction {o.offload_fraction:g}: must be between 0 and 1.")
     yield o.offload_buffer_size < PAGE, f"--offload-buffer-size {o.offload_buffer_size}: must be at least {PAGE} bytes."
@@ -427,10 +434,10 @@ def _homes(c: Config, world: int) -> Iterator[Check]:
     yield (o.offload_block_size < PAGE or o.offload_block_size % PAGE,
            f"--offload-block-size {o.offload_block_size}: must be a multiple of {PAGE} bytes, as disks have them.")
     yield (disk and o.offload_dir is None,
-           "--offload-optimizer disk: needs --offload-dir, a folder on a disk of this machine.")
+           f"{disk}: needs --offload-dir, a folder on a disk of this machine.")
     yield (disk and c.checkpoint.async_save,
-           "--async-save: cannot be combined with --offload-optimizer disk: it would copy to memory what is on disk "
-           "for want of it; leave it out.")
+           f"--async-save: cannot be combined with {disk}: it would copy to memory what is on disk for want of it; "
+           "leave it out.")
 
 
 def _precision(c: Config, world: int) -> Iterator[Check]:

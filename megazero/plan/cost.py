@@ -13,7 +13,7 @@ from megazero.pipeline import KINDS
 from megazero.plan.action import Action
 from megazero.plan.architecture import wide_tokens
 from megazero.plan.dealing import Ranks, bytes_sent, deal
-from megazero.plan.homes import MASTER, UNDER_WAY, rule_of, state_of
+from megazero.plan.homes import GRADIENTS, MASTER, STATE, UNDER_WAY, WEIGHTS, rule_of, state_of, under_way
 from megazero.plan.layout import Flat, Shape, cuts, flat, ragged_rows
 from megazero.plan.mesh import all_reduce_bytes
 from megazero.plan.operations import Micro, Operation, distinct, table
@@ -45,17 +45,19 @@ def memory(p: Plan, rank: int = 0) -> dict[str, int]:
     are counted: a chunk, and what of it exists in fp32 too."""
     level, a, m, units, program = p.zero.level, p.architecture, micro(p, rank), flats(p, rank), p.training(rank)
     homes = p.homes(rank)
-    masters = sum(home.kinds[MASTER].bytes for home in homes.values() if MASTER in home.kinds)
+    gone = Counter({what: sum(home.bytes for (_, kind), home in homes.items() if kind == what) for what in UNDER_WAY})
+    masters = sum(home.kinds[MASTER].bytes for (_, what), home in homes.items()
+                  if what == STATE and MASTER in home.kinds)
     whole, beside = sum(stored(f, p) for f in units.values()), sum(_kept(f, p, rank, m.wide) for f in units.values())
     part, width, full = whole // p.shard, m.width, m.wide       # full: masters, gradients and moments
     chunk = min(m.tokens, p.head_chunk) if len(p.stages) - 1 in p.stages_of(rank).own else 0
     rows = ragged_rows(a.vocab_size, p.tp, a.pad_rows)
     return {
-        "weights": (part if level == 3 else whole) * width,
+        "weights": (part if level == 3 else whole) * width - gone[WEIGHTS],
         "master weights": (part * 4 - masters if width == 2 and p.config.optimizer.main_params_dtype == "fp32" else 0),
-        "gradients": (part if level >= 2 else whole) * full,
-        "optimizer": beside - sum(home.bytes for home in homes.values()) + masters,
-        **({"pieces under way": UNDER_WAY * max(home.largest for home in homes.values())} if homes else {}),
+        "gradients": (part if level >= 2 else whole) * full - gone[GRADIENTS],
+        "optimizer": beside - gone[STATE] + masters,
+        **({"pieces under way": under_way(homes)} if homes else {}),
         "gathered weights": borrowed(program, units, p, "gather", "release") * width if level == 3 else 0,
         "gradient sums": borrowed(program, units, p, "open", "land") * full if level >= 2 else 0,
         "activations": peak(program, table(a, m), m.share * a.hidden * width),
@@ -74,8 +76,37 @@ def _kept(f: Flat, p: Plan, rank: int, wide: int) -> int:
 
 
 def on_disk(p: Plan, rank: int = 0) -> int:
-    """Bytes that one rank keeps on disk, in whole pages. A step reads and writes each of them once."""
+    """Bytes that one rank keeps on disk, in whole pages."""
     return sum(home.file_bytes for home in p.homes(rank).values())
+
+
+def disk_traffic(p: Plan, rank: int = 0) -> tuple[int, int]:
+    """Bytes that one rank reads from its disk, and writes there, in a training step."""
+    homes, units, read, written = p.homes(rank), flats(p, rank), 0, 0
+    size = {key: home.file_bytes for key, home in homes.items()}
+    for a in p.training(rank):
+        for unit in a.units or (units if a.kind in ("judge", "finish") else ()):
+            state, sums, weights = (size.get((unit, what), 0) for what in (STATE, GRADIENTS, WEIGHTS))
+            if a.kind == "land":
+                read, written = read + sums * (a.micro > 0), written + sums
+            elif a.kind in ("replicate", "tie") or a.kind == "finish" and _finishes(p, rank, units[unit], a.way):
+                many = 2 if a.kind == "finish" else 1
+                read, written = read + sums * many, written + sums
+            elif a.kind == "judge":
+                read += sums
+            elif a.kind == "gather":
+                read += weights
+            elif a.kind == "update":
+                changed = sums * (p.config.dtype == "fp64")     # where they are clipped in place
+                read, written = read + state + sums + weights, written + state + weights + changed
+    return read, written
+
+
+def _finishes(p: Plan, rank: int, f: Flat, way: str) -> bool:
+    """Must tensor-parallel ranks add something of a unit's gradient?"""
+    slice_ = p.mesh.place(rank).dp % p.shard
+    several = (p.mesh.kv if way == "kv" else p.tp) > 1
+    return several and _partial(f, stored(f, p) // p.shard, slice_, way == "kv") > 0
 
 
 def borrowed(program: list[Action], units: Mapping[str, Flat], p: Plan, take: str, give: str) -> int:

@@ -1,8 +1,10 @@
-"""Where masters and moments are at home between two updates: in memory, or on disk. Pure.
+"""Where a rank's slices are at home while nobody uses them: in memory, or on disk. Pure.
 
-Of a unit at home on disk a rank holds in memory what an update has under way: a piece being read, one being changed,
-one being written. A piece is a range of the rank's slice, of all that is kept there; it is the whole slice where a rule
-looks at more than one element at a time, or its blocks do.
+STATE       masters and moments. An update has three pieces of them in memory: one being read, one being changed, one
+            being written. A piece is a range of the rank's slice, of all that is kept there; it is the whole slice
+            where a rule looks at more than one element at a time, or its blocks do
+GRADIENTS   the sum of a step (from level 2): written when it lands, read to be added to, judged and used
+WEIGHTS     the slice that is gathered (level 3): read when it is, one unit ahead of its use, written by an update
 """
 
 from collections.abc import Mapping
@@ -17,8 +19,9 @@ from megazero.plan.rules import RULES, coded, dtype_of, group_of
 from megazero.settings import Config, Optimization
 
 PAGE = 4096                 # bytes, and elements: files are read and written in whole pages, of any dtype
-UNDER_WAY = 3               # pieces
-MASTER = "weight"
+MASTER, GRADIENT, PUBLISHED = "weight", "gradient", "published"
+STATE, GRADIENTS, WEIGHTS = "state", "gradients", "weights"
+UNDER_WAY = {STATE: 3, GRADIENTS: 1, WEIGHTS: 2}            # pieces in memory at a time
 Span = tuple[int, int]      # elements of a unit's buffer
 
 
@@ -39,7 +42,7 @@ class StateRange:
 
 @dataclass(frozen=True)
 class Home:
-    """A unit at home on disk: kinds that are there, and the pieces that its slice is changed in, one after another."""
+    """What of a unit is at home on disk: kinds that are there, and the pieces in which it comes, one after another."""
 
     kinds: Mapping[str, StateRange]
     pieces: tuple[Span, ...]
@@ -81,24 +84,38 @@ def state_of(f: Flat, size: int, place: Coordinates, shard: int, wide: int, o: O
     return out
 
 
-def homes(units: Mapping[str, Flat], dp: int, shard: int, place: Coordinates, c: Config) -> dict[str, Home]:
-    """The units of a rank, in the order of the forward pass, that are at home on disk: the last of them, such that
-    --offload-fraction of their elements are."""
+Homes = dict[tuple[str, str], Home]         # (unit, which of the three)
+
+
+def homes(units: Mapping[str, Flat], dp: int, shard: int, place: Coordinates, c: Config) -> Homes:
+    """What of the units of a rank, in the order of the forward pass, is at home on disk; of states the last ones, such
+    that --offload-fraction of their elements are."""
     o, offload = c.optimizer, c.offload
-    if offload.offload_optimizer != "disk":
-        return {}
     width = DTYPES[c.dtype].width
     wide, sizes = 8 if width == 8 else 4, {name: cuts(f.size, dp)[-1] for name, f in units.items()}
-    stays, before, out = (1 - offload.offload_fraction) * sum(sizes.values()), 0, dict[str, Home]()
+    stays, before, out = (1 - offload.offload_fraction) * sum(sizes.values()), 0, Homes()
+    own = width == 2 and o.main_params_dtype == "fp32"
     for name, f in units.items():
         low, high = (sizes[name] // shard * (place.shard + i) for i in (0, 1))
+        if offload.offload_weights == "disk":
+            out[name, WEIGHTS] = Home({PUBLISHED if own else MASTER: StateRange(low, high, width)}, ((low, high),))
+        if offload.offload_gradients == "disk":
+            out[name, GRADIENTS] = Home({GRADIENT: StateRange(low, high, wide)}, ((low, high),))
+        if offload.offload_optimizer != "disk":
+            continue
         kinds = {kind: k for kind, k in state_of(f, sizes[name], place, shard, wide, o).items() if k.apart and k.bytes}
-        if width == 2 and o.main_params_dtype == "fp32":
+        if own:
             kinds[MASTER] = StateRange(low, high, wide)
         if kinds and high > low and before >= stays - 1e-6 * sum(sizes.values()):
-            out[name] = Home(kinds, _pieces(low, high, kinds, o, offload.offload_buffer_size))
+            out[name, STATE] = Home(kinds, _pieces(low, high, kinds, o, offload.offload_buffer_size))
         before += sizes[name]
     return out
+
+
+def under_way(found: Homes) -> int:
+    """Bytes in memory, at most, of what is at home on disk."""
+    return sum(count * max((home.largest for (_, kind), home in found.items() if kind == what), default=0)
+               for what, count in UNDER_WAY.items())
 
 
 def _pieces(low: int, high: int, kinds: Mapping[str, StateRange], o: Optimization, most: int) -> tuple[Span, ...]:

@@ -10,7 +10,7 @@ from megazero.pipeline import Load, Loads, Pass, by_cost, ends_as_layers, from_l
 from megazero.plan.action import Action, read_programs
 from megazero.plan.architecture import Architecture, head_chunk, parts, units
 from megazero.plan.checks import checks
-from megazero.plan.homes import Home, homes
+from megazero.plan.homes import Homes, homes
 from megazero.plan.layout import UnitSpec, flat, joined
 from megazero.plan.mesh import Mesh
 from megazero.plan.operations import Micro, distinct, table
@@ -132,8 +132,8 @@ class Plan(Sizes):
         """The units that one rank holds."""
         return tuple(u for u in self.units if self.mesh.place(rank).pp in self.holders[u.name])
 
-    def homes(self, rank: int) -> dict[str, Home]:
-        """The units of one rank whose masters and moments are at home on disk."""
+    def homes(self, rank: int) -> Homes:
+        """What of the units of one rank is at home on disk."""
         place = self.mesh.place(rank)
         return homes({u.name: flat(u, place) for u in self.units_of(rank)}, self.dp, self.shard, place, self.config)
 
@@ -148,7 +148,8 @@ class Plan(Sizes):
         if self.programs:
             return list(self.programs[place])
         if place not in self._made:
-            self._made[place] = training(self.passes[place], self.stages_of(rank), self.zero, self.homes(rank))
+            self._made[place] = training(self.passes[place], self.stages_of(rank), self.zero,
+                                         {unit for unit, _ in self.homes(rank)})
         return list(self._made[place])
 
     @cached_property

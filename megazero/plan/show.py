@@ -4,7 +4,7 @@ from megazero.base import gib
 from megazero.pipeline import SCHEDULES, Costs
 from megazero.plan.architecture import Architecture, parameter_count
 from megazero.plan.checks import remarks
-from megazero.plan.cost import memory, on_disk, traffic
+from megazero.plan.cost import disk_traffic, memory, on_disk, traffic
 from megazero.plan.families import FAMILIES, nearest_family
 from megazero.plan.layout import ragged_rows
 from megazero.plan.operations import flops_per_token
@@ -117,9 +117,12 @@ def _memory(p: Plan) -> str:
 
 def _disk(p: Plan) -> str:
     """Of the rank that keeps most there."""
-    most = max(on_disk(p, rank) for rank in range(0, p.world, p.world // p.pp))
-    return most and (f"{gib(most)} of masters and moments per rank in {p.config.offload.offload_dir}, read and written "
-                     f"once a step: {2 * most / 1e9:.2g} s of a disk that moves 1 GB/s") or ""
+    fullest = max(range(0, p.world, p.world // p.pp), key=lambda rank: on_disk(p, rank))
+    if not (most := on_disk(p, fullest)):
+        return ""
+    read, written = disk_traffic(p, fullest)
+    return (f"{gib(most)} per rank in {p.config.offload.offload_dir}; a step reads {gib(read)} and writes "
+            f"{gib(written)}: {(read + written) / 1e9:.2g} s of a disk that moves 1 GB/s")
 
 
 def _wire(p: Plan) -> str:

@@ -192,10 +192,12 @@ def writable(folder: Path) -> bool:
 
 def at_home(config: Config, kind: str) -> None:
     """Raises UserError where state cannot be kept as asked on such a device."""
-    asked = config.offload.offload_optimizer
-    if asked != "none" and kind == "cuda":
-        raise UserError(f"--offload-optimizer {asked}: is not here on CUDA yet, for runs on a CPU alone; leave it out, "
-                        "and share masters and moments with --zero-stage 1.")
+    names = ("offload_optimizer", "offload_gradients", "offload_weights")
+    asked = [f"--{name.replace('_', '-')} {home}" for name in names
+             if (home := getattr(config.offload, name)) != "none"]
+    if asked and kind == "cuda":
+        raise UserError(f"{asked[0]}: is not here on CUDA yet, for runs on a CPU alone; leave it out, and share state "
+                        "with --zero-stage.")
 
 
 def programmed(plan: Plan, file: str) -> Plan:

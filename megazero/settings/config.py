@@ -243,10 +243,14 @@ class Offload:
     offload_optimizer: str = option("none", "masters and moments: none, on the device; cpu, in the host's memory (on a "
                                     "CPU that is where they are); disk, in files of --offload-dir",
                                     choices=("none", "cpu", "disk"))
+    offload_gradients: str = option("none", "the sums of a step's gradients, slices of them (--zero-stage 2 or 3)",
+                                    choices=("none", "cpu", "disk"))
+    offload_weights: str = option("none", "the slices of the weights (--zero-stage 3), masters of fp32 among them",
+                                  choices=("none", "cpu", "disk"))
     offload_fraction: float = option(1.0, "how much of them: the first units of the forward pass stay, since nothing "
                                      "would hide their update", unit="fraction")
-    offload_dir: str | None = option(None, "folder for --offload-optimizer disk, on a disk of this machine; files "
-                                     "there have no names and end with the run", unit="dir")
+    offload_dir: str | None = option(None, "folder for what is at home on disk, on a disk of this machine; files there "
+                                     "have no names and end with the run", unit="dir")
     offload_buffer_size: int = option(2**28, "most bytes of a piece that is read, changed and written at once; three "
                                       "are under way", unit="bytes")
     offload_queue_depth: int = option(4, "reads and writes of a disk under way at a time")

@@ -31,8 +31,8 @@ Moments = Mapping[str, Mapping[str, Moment]]            # unit -> kind -> what i
 SILENT = {"load", "save", "config", "check", "exit_interval", "log_interval", "log_dir", "save_interval", "ckpt_step",
           "load_optim", "save_optim", "log_params_norm", "log_num_zeros_in_grad", "log_update_ratio",
           "pretrained_checkpoint", "use_checkpoint_args", "exit_on_missing_checkpoint",
-          "world_size", "offload_optimizer", "offload_fraction", "offload_dir", "offload_buffer_size",
-          "offload_queue_depth", "offload_block_size"}
+          "world_size", "offload_optimizer", "offload_gradients", "offload_weights", "offload_fraction", "offload_dir",
+          "offload_buffer_size", "offload_queue_depth", "offload_block_size"}
 
 
 # ---- tensors
@@ -51,7 +51,7 @@ def slices(units: Iterable[Unit], moments: Moments) -> list[Slice]:
 
 def _from_home(unit: Unit, s: Slice) -> Slice:
     name, home, t = unit.flat.name, unit.home, s.tensor
-    if name not in home.homes or s.kind not in home.homes[name].kinds:
+    if not home.has(name, s.kind):
         return s
     return replace(s, load=lambda: home.copy(name, s.kind, int(t.storage_offset()), t.numel()).view(t.shape))
 
@@ -59,7 +59,7 @@ def _from_home(unit: Unit, s: Slice) -> Slice:
 def restore(reader: Reader, units: Iterable[Unit], moments: Moments) -> None:
     """Weights and those `moments` from a checkpoint, whatever layout wrote it. Raises UserError for damage."""
     for unit in units:
-        with unit.home.present(unit.flat.name):
+        with unit.present():
             for kind, own in buffers_of(unit, moments).items():
                 numbers = own.numbers()
                 fill(reader, own.flat, own.low, {kind: numbers})

@@ -1,11 +1,12 @@
 """What a program says to units, done: the same for our decoder's executor and for an engine's hooks."""
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 
 import torch
 
 from megazero.comm import Group, Wires, Work
-from megazero.plan import Action
+from megazero.plan import GRADIENTS, WEIGHTS, Action
 from megazero.units.gate import Gate, Ruling
 from megazero.units.rules import Updater
 from megazero.units.unit import Unit
@@ -41,6 +42,7 @@ class UnitActions:
         self.units, self.wires, self.gate, self.updater = units, wires, gate, updater
         self.watch: WeightWatch | None = None                         # looks at gradients before an update
         self.under_way: dict[tuple[str, str], Work] = {}
+        self.here = {name: ExitStack() for name in units}       # sums that others add to, until they have
         self.hold: Callable[[], None] = lambda: None            # called before an update: somebody may still copy state
         self.do: dict[str, Callable[[Action, Ruling], None]] = {
             "gather": lambda a, _: units[a.unit].gather(), "release": lambda a, _: units[a.unit].release(),
@@ -66,20 +68,31 @@ class UnitActions:
 
     def _begin(self, what: str, unit: str, group: Group) -> None:
         about = unit if what == "replicate" else ""             # stages of a pipeline number their units each their way
+        self.here[unit].enter_context(self.units[unit].home.present(unit, GRADIENTS))
         self.under_way[what, unit] = group.all_reduce(self.units[unit].grad_slice, about=about)
 
     def _settle(self, action: Action, ruling: Ruling) -> None:
         for what in ("replicate", "tie"):
             if (what, action.unit) in self.under_way:
                 self.under_way.pop((what, action.unit)).wait()
+                self.here[action.unit].close()
 
     def _finish(self, action: Action, ruling: Ruling) -> None:
         """What tensor-parallel ranks see in part is added, all units in one message: over `tp` what every rank holds
         whole, over `kv` shared key-value heads."""
-        parts = [part for unit in self.units.values() for part in unit.partial(cut=action.way == "kv")]
-        if parts and self.wires[action.way].size > 1:
-            total = self.wires[action.way].all_reduce(torch.cat(parts)).wait()
-            torch._foreach_copy_(parts, total.split([len(p) for p in parts]))
+        if self.wires[action.way].size == 1:
+            return
+        found = [(unit, parts) for unit in self.units.values() if (parts := unit.partial(cut=action.way == "kv"))]
+        seen = []
+        for unit, parts in found:
+            with unit.home.present(unit.flat.name, GRADIENTS, changed=False):
+                seen.append(torch.cat(parts))
+        for (unit, parts), total in zip(found, self._added(seen, action.way), strict=True):
+            with unit.home.present(unit.flat.name, GRADIENTS):
+                torch._foreach_copy_(parts, total.split([len(p) for p in parts]))
+
+    def _added(self, seen: Sequence[Tensor], way: str) -> Sequence[Tensor]:
+        return (self.wires[way].all_reduce(torch.cat([*seen])).wait().split([len(x) for x in seen]) if seen else ())
 
     # ---- the verdict, and what follows from it
 
@@ -97,9 +110,10 @@ class UnitActions:
     def _publish(self, action: Action, ruling: Ruling) -> None:
         def publish() -> None:
             for unit in (self.units[name] for name in action.units):
-                if unit.away:                                   # its pieces were published one by one
+                if unit.away or unit.master is unit.weight_slice:       # published piece by piece, or as it is
                     unit.changed()
-                else:
+                    continue
+                with unit.home.present(unit.flat.name, WEIGHTS, needed=False):
                     unit.publish()
 
         self._change(action.units, publish)

@@ -5,11 +5,13 @@ undoes loss scale, token count and clipping (`grad_scale`), so a step needs no w
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
 
 from megazero.comm import Group
+from megazero.plan import GRADIENTS
 from megazero.units.unit import Unit
 
 Tensor = torch.Tensor
@@ -67,10 +69,16 @@ class Gate:
         self.clip, self.world, self.tells = clip, world, tells
         like = units[0].grad_slice if units else torch.zeros(0)         # none: there will be no steps
         self.wide, self.device = like.dtype, like.device
-        owned = [(p.shard.parameter.name, u.grad_slice[a:b]) for u in units if u.owner
-                 for p, a, b in u.pieces() if p.shard.owner]
-        pieces = [(name, part) for name, grad in owned for part in ([grad] if grad.is_cuda else grad.split(NORM))]
-        self.names, self._pieces = [name for name, _ in pieces], [part for _, part in pieces]
+        self.names: list[str] = []                              # of the pieces whose norms are taken
+        self._pieces: list[tuple[Unit | None, list[Tensor]]] = []   # those at home elsewhere by unit, others together
+        for u in (u for u in units if u.owner):
+            parts = [(p.shard.parameter.name, part) for p, a, b in u.pieces() if p.shard.owner
+                     for part in ([u.grad_slice[a:b]] if u.grad_slice.is_cuda else u.grad_slice[a:b].split(NORM))]
+            elsewhere = u if (u.flat.name, GRADIENTS) in u.home.homes else None
+            if elsewhere or not self._pieces or self._pieces[-1][0] is not None:
+                self._pieces.append((elsewhere, []))
+            self._pieces[-1][1].extend(part for _, part in parts)
+            self.names += [name for name, _ in parts]
         self._none = torch.zeros(0, dtype=torch.float64, device=self.device)
 
     def figures(self, ruling: Ruling) -> Tensor:
@@ -81,8 +89,8 @@ class Gate:
     def judge(self, ruling: Ruling) -> Verdict:
         """One reduction: squares of owned gradients, the figures that ranks told, and who was asked to stop, so that
         all stop after the same step. The factor makes the gradients those of the mean over valid tokens."""
-        norms = (torch.stack(torch._foreach_norm(self._pieces, 2, dtype=self.wide)).double()
-                 if self._pieces else self._none)
+        each = [norm for unit, parts in self._pieces for norm in self._norms(unit, parts)]
+        norms = torch.stack(each).double() if each else self._none
         squares = norms.square().sum()
         mine = torch.stack((squares, *self.figures(ruling), torch.full_like(squares, bool(ruling.wish()))))
         if ruling.trace is not None:
@@ -97,6 +105,11 @@ class Gate:
         found = ~(norm.isfinite() & loss.isfinite() & (astray == 0))
         return Verdict(loss=loss / tokens, norm=norm, found_inf=found.float(), factor=factor, norms=norms, stop=stops,
                        astray=astray.float())
+
+
+    def _norms(self, unit: Unit | None, parts: list[Tensor]) -> Sequence[Tensor]:
+        with unit.home.present(unit.flat.name, GRADIENTS, changed=False) if unit else nullcontext():
+            return torch._foreach_norm(parts, 2, dtype=self.wide) if parts else ()
 
 
 def _differ(ranks: Tensor, traces: Tensor, squares: Tensor) -> Tensor:

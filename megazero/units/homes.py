@@ -12,7 +12,7 @@ import mmap
 import os
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -21,10 +21,11 @@ from typing import NamedTuple
 import torch
 
 from megazero.base import UserError, unwritable
-from megazero.plan import PAGE, Home
+from megazero.plan import PAGE, STATE, Homes
 
 Tensor = torch.Tensor
 Span = tuple[int, int]                  # elements of a unit's buffer
+Key = tuple[tuple[str, str], Span]      # (unit, STATE or another), a piece
 
 
 class File:
@@ -85,7 +86,14 @@ class Room(NamedTuple):
 class Resident:
     """Masters and moments are at home where they are used."""
 
-    homes: Mapping[str, Home] = {}
+    homes: Homes = {}
+
+    def has(self, unit: str, kind: str) -> bool:
+        """Is this kind elsewhere?"""
+        return False
+
+    def ahead(self, unit: str, what: str) -> None:
+        """Begins to read what `present` is asked for later."""
 
     def zeros(self, unit: str, kind: str, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """A tensor [count] of a kind: without memory behind it if its home is elsewhere."""
@@ -96,8 +104,9 @@ class Resident:
         raise AssertionError(f"{unit} is here")
 
     @contextmanager
-    def present(self, unit: str) -> Iterator[None]:
-        """Within, all of a unit's state is here; what is written there stays."""
+    def present(self, unit: str, what: str, changed: bool = True, needed: bool = True) -> Iterator[None]:
+        """Within, STATE, GRADIENTS or WEIGHTS of a unit are here. What is written there stays, if it is `changed`; what
+        was there before comes, if it is `needed`."""
         yield
 
     def copy(self, unit: str, kind: str, start: int, count: int) -> Tensor:
@@ -115,12 +124,13 @@ class Disk(Resident):
     seconds     that somebody waited for the disk       read, written       bytes so far
     """
 
-    def __init__(self, folder: Path, homes: Mapping[str, Home], depth: int, block: int, flag: str = "--offload-dir",
+    def __init__(self, folder: Path, homes: Homes, depth: int, block: int, flag: str = "--offload-dir",
                  poison: bool = False) -> None:
         """`poison`: what is not here is NaN instead of no memory, so that a late reader shows (tests). Raises
         UserError."""
         self.homes, self.block, self.poison, self.where = dict(homes), block, poison, f"{flag} {folder}"
-        self.order = [(unit, piece) for unit, home in homes.items() for piece in home.pieces]
+        self.order: list[Key] = [(of, piece) for of, home in homes.items() if of[1] == STATE for piece in home.pieces]
+        self.kinds = {(of[0], kind): kept for of, home in homes.items() for kind, kept in home.kinds.items()}
         self.places = {key: i for i, key in enumerate(self.order)}
         size = sum(home.file_bytes for home in homes.values())
         try:
@@ -128,19 +138,19 @@ class Disk(Resident):
             self.file = File(folder, size)
         except OSError as error:
             full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-            raise UserError(f"{self.where}: has no room for {size:,} bytes of masters and moments of a rank "
+            raise UserError(f"{self.where}: has no room for the {size:,} bytes of a rank "
                             f"({os.strerror(error.errno or 0)}); name a folder of a larger disk, or a smaller "
                             "--offload-fraction." if full else f"{self.where}: {unwritable(error)}.") from None
         self.pool = ThreadPoolExecutor(depth, "offload")
-        self.rooms: dict[str, dict[str, Room]] = {unit: {} for unit in homes}
+        self.rooms: dict[tuple[str, str], Room] = {}           # (unit, kind)
         self.used, self.read, self.written, self.seconds = 0, 0, 0, 0.0
-        self.coming: dict[tuple[str, Span], list[Future[None]]] = {}
-        self.going: dict[tuple[str, Span], list[Future[None]]] = {}
+        self.coming: dict[Key, list[Future[None]]] = {}
+        self.going: dict[Key, list[Future[None]]] = {}
         self.torn: UserError | None = None
         self.before: dict[str, float] = {}
 
     def zeros(self, unit: str, kind: str, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        kept = self.homes[unit].kinds.get(kind) if unit in self.homes else None
+        kept = self.kinds.get((unit, kind))
         if kept is None:
             return super().zeros(unit, kind, count, dtype, device)
         assert count == kept.stop - kept.start and dtype.itemsize == kept.width, (unit, kind, count, dtype)
@@ -148,7 +158,7 @@ class Disk(Resident):
         with suppress(OSError):                                 # a kernel without them
             memory.madvise(mmap.MADV_HUGEPAGE)                  # pages come back four times as fast
         tensor = torch.frombuffer(memory, dtype=dtype, count=count)
-        self.rooms[unit][kind] = Room(tensor, memory, self.used, kept.start)
+        self.rooms[unit, kind] = Room(tensor, memory, self.used, kept.start)
         self.used += len(memory)
         return tensor
 
@@ -156,28 +166,41 @@ class Disk(Resident):
 
     def through(self, unit: str) -> Iterator[Span]:
         """The next one is read, and the one before written, meanwhile."""
-        for piece in self.homes[unit].pieces:
-            at = self.places[unit, piece]
-            for key in self.order[at:at + 2]:
-                self._bring(key)
-            self._arrive((unit, piece))
-            yield piece
-            self._leave((unit, piece))
+        for key in self._keys(unit, STATE):
+            at = self.places[key]
+            for other in self.order[at:at + 2]:
+                self._bring(other)
+            self._arrive(key)
+            yield key[1]
+            self._leave(key)
             if at:
                 self._gone(self.order[at - 1])
 
-    @contextmanager
-    def present(self, unit: str) -> Iterator[None]:
-        pieces = [(unit, piece) for piece in self.homes[unit].pieces] if unit in self.homes else []
-        for key in pieces:
+    def has(self, unit: str, kind: str) -> bool:
+        return (unit, kind) in self.kinds
+
+    def ahead(self, unit: str, what: str) -> None:
+        for key in self._keys(unit, what):
             self._bring(key)
-        for key in pieces:
-            self._arrive(key)
+
+    @contextmanager
+    def present(self, unit: str, what: str, changed: bool = True, needed: bool = True) -> Iterator[None]:
+        keys = self._keys(unit, what)
+        for key in keys if needed else ():
+            self._bring(key)
+        for key in keys:
+            if needed:
+                self._arrive(key)
+            else:
+                self._gone(key)                                 # what is still being written
         yield
-        for key in pieces:
-            self._leave(key)
-        for key in pieces:
+        for key in keys:
+            self._leave(key, changed)
+        for key in keys:
             self._gone(key)
+
+    def _keys(self, unit: str, what: str) -> list[Key]:
+        return [((unit, what), piece) for piece in self.homes[unit, what].pieces] if (unit, what) in self.homes else []
 
     def told(self) -> dict[str, float]:
         now = {"disk_seconds": self.seconds, "disk_bytes": float(self.read + self.written)}
@@ -194,30 +217,31 @@ class Disk(Resident):
 
     def copy(self, unit: str, kind: str, start: int, count: int) -> Tensor:
         self.settle()
-        room = self.rooms[unit][kind]
+        room = self.rooms[unit, kind]
         width = room.tensor.element_size()
         a, b = start * width // PAGE * PAGE, -(-(start + count) * width // PAGE) * PAGE
         memory = mmap.mmap(-1, b - a)
         self._done(self._blocks(self.file.read, memory, 0, b - a, room.at + a))
         return torch.frombuffer(memory, dtype=room.tensor.dtype)[start - a // width:][:count]
 
-    def _bring(self, key: tuple[str, Span]) -> None:
+    def _bring(self, key: Key) -> None:
         if key in self.coming:
             return
         self._gone(key)
         self.coming[key] = [work for room, a, b in self._ranges(key)
                             for work in self._blocks(self.file.read, room.memory, a, b, room.at + a)]
 
-    def _arrive(self, key: tuple[str, Span]) -> None:
+    def _arrive(self, key: Key) -> None:
         self._done(self.coming.pop(key))
         self.read += sum(b - a for _, a, b in self._ranges(key))
 
-    def _leave(self, key: tuple[str, Span]) -> None:
-        self.going[key] = [work for room, a, b in self._ranges(key)
+    def _leave(self, key: Key, changed: bool = True) -> None:
+        ranges = self._ranges(key) if changed else []
+        self.going[key] = [work for room, a, b in ranges
                            for work in self._blocks(self.file.write, room.memory, a, b, room.at + a)]
-        self.written += sum(b - a for _, a, b in self._ranges(key))
+        self.written += sum(b - a for _, a, b in ranges)
 
-    def _gone(self, key: tuple[str, Span]) -> None:
+    def _gone(self, key: Key) -> None:
         if key not in self.going:
             return
         self._done(self.going.pop(key))
@@ -227,11 +251,11 @@ class Disk(Resident):
             else:
                 room.memory.madvise(mmap.MADV_DONTNEED, a, b - a)
 
-    def _ranges(self, key: tuple[str, Span]) -> list[tuple[Room, int, int]]:
+    def _ranges(self, key: Key) -> list[tuple[Room, int, int]]:
         """What a piece is of each tensor, in bytes."""
-        unit, piece = key
-        return [(room, *room.bytes_of(span)) for kind, span in self.homes[unit].of_piece(piece).items()
-                for room in [self.rooms[unit][kind]]]
+        (unit, what), piece = key
+        return [(room, *room.bytes_of(span)) for kind, span in self.homes[unit, what].of_piece(piece).items()
+                for room in [self.rooms[unit, kind]]]
 
     def _blocks(self, do: Callable[[memoryview, int], None], memory: mmap.mmap, a: int, b: int,
                 at: int) -> list[Future[None]]:
@@ -246,8 +270,8 @@ class Disk(Resident):
         self.seconds += time.perf_counter() - start
         error = next((error for work in works if (error := work.exception()) is not None), None)
         if isinstance(error, OSError):
-            self.torn = UserError(f"{self.where}: masters and moments cannot be read or written there ({error.strerror}"
-                                  "); nothing is saved of this step. Go on from the last checkpoint, with another "
+            self.torn = UserError(f"{self.where}: what is at home there cannot be read or written ({error.strerror}); "
+                                  "nothing is saved of this step. Go on from the last checkpoint, with another "
                                   "folder if that disk fails.")
         elif error is not None:
             raise error

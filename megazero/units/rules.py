@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from megazero.plan import EMA, RULES, Piece, coded, dtype_of, group_of, moment_specs, spans
+from megazero.plan import EMA, GRADIENTS, RULES, STATE, WEIGHTS, Piece, coded, dtype_of, group_of, moment_specs, spans
 from megazero.settings import Optimization
 from megazero.units.adafactor import Adafactor
 from megazero.units.codes import ByChance, Moment, moment
@@ -132,35 +132,36 @@ class Updater:
     def update(self, names: tuple[str, ...], verdict: Verdict, lr: Tensor) -> None:
         """Updates the masters of these units, or leaves every bit as it was. `lr` [rates]; one is that of all."""
         self.lr.copy_(lr[self.rates] if lr.numel() > 1 else lr)
-        if self.wide == torch.float64:                        # the kernels take the factor in fp32: too coarse for fp64
-            # NaN would stay in the padding between operands
-            factor = torch.where(verdict.found_inf == 0, verdict.factor, 0)
-            for name in names:
-                self.units[name].grad_slice.mul_(factor)
         options = self.groups.options()
-        if any(name in self.units[name].home.homes for name in names) and verdict.found_inf != 0:
+        if any((name, STATE) in self.units[name].home.homes for name in names) and verdict.found_inf != 0:
             return                                              # nothing need come, to go as it was
+        # the kernels take it in fp32, too coarse for fp64; NaN would stay in the padding between operands
+        factor = torch.where(verdict.found_inf == 0, verdict.factor, 0)
         for span in self._here(names):
+            here = [(unit, *((0, unit.high - unit.low) if span is None else (span[0] - unit.low, span[1] - unit.low)))
+                    for unit in (self.units[name] for name in names)]
+            for unit, a, b in here if self.wide == torch.float64 else ():
+                unit.grad_slice[a:b].mul_(factor)
             for kernel in self.kernels[names][span]:
                 self._step(kernel, options, verdict)
-            for unit in (self.units[name] for name in names):
-                a, b = (0, unit.high - unit.low) if span is None else (span[0] - unit.low, span[1] - unit.low)
+            for unit, a, b in here:
                 self._follow(unit, a, b, verdict)
 
     def _cut(self, names: tuple[str, ...]) -> Sequence[Span | None]:
         """The pieces in which these units change, one after another; None: as they are."""
-        unit = self.units[names[0]]
-        return unit.home.homes[names[0]].pieces if len(names) == 1 and names[0] in unit.home.homes else (None,)
+        home = self.units[names[0]].home.homes.get((names[0], STATE))
+        return home.pieces if len(names) == 1 and home else (None,)
 
     def _here(self, names: tuple[str, ...]) -> Iterator[Span | None]:
         """The same, with each here in its turn."""
-        if self._cut(names) != (None,):
-            yield from self.units[names[0]].home.through(names[0])
-            return
         with ExitStack() as stack:
             for name in names:
-                stack.enter_context(self.units[name].home.present(name))
-            yield None
+                home = self.units[name].home
+                stack.enter_context(home.present(name, GRADIENTS, changed=self.wide == torch.float64))
+                stack.enter_context(home.present(name, WEIGHTS))
+                if self._cut(names) == (None,):
+                    stack.enter_context(home.present(name, STATE))
+            yield from self.units[names[0]].home.through(names[0]) if self._cut(names) != (None,) else (None,)
 
     def _step(self, kernel: Any, options: Sequence[Mapping[str, Any]], verdict: Verdict) -> None:
         for group in kernel.param_groups:
@@ -187,7 +188,7 @@ class Updater:
     def begin_means(self) -> None:
         """The means of the weights are the weights."""
         for name, unit in self.units.items():
-            with unit.home.present(name):
+            with unit.present():
                 self.state[name][EMA].tensor.copy_(unit.master)
 
     @contextmanager
@@ -199,14 +200,14 @@ class Updater:
         own = {}
         for name, unit in self.units.items():
             unit.updated()
-            with unit.home.present(name):
+            with unit.present():
                 own[name] = unit.master if unit.master is not unit.weight_slice else unit.master.clone()
                 unit.publish(self.state[name][EMA].tensor)
         try:
             yield
         finally:
             for name, unit in self.units.items():
-                with unit.home.present(name):
+                with unit.present():
                     unit.publish(own[name])
 
     def set_steps(self, applied: int) -> None:

@@ -9,14 +9,29 @@ Data-parallel ranks cut each flat buffer into equal slices (layout.cuts). The Ze
 keeps only its slice; whole buffers of the others are borrowed for as long as the program (program.py) needs them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 
 from megazero.base import DTYPES
 from megazero.comm import Alone, Group, Work
-from megazero.plan import MASTER, Box, Flat, Operand, Parameter, Piece, Shard, cuts
+from megazero.plan import (
+    GRADIENT,
+    GRADIENTS,
+    MASTER,
+    PUBLISHED,
+    STATE,
+    WEIGHTS,
+    Box,
+    Flat,
+    Operand,
+    Parameter,
+    Piece,
+    Shard,
+    cuts,
+)
 from megazero.units.buffers import Buffers, viewed
 from megazero.units.homes import Resident
 from megazero.units.random import fill_normal, key
@@ -50,6 +65,23 @@ class Sharing:
     buffers: Buffers = field(default_factory=Buffers)
 
 
+class Fetched:
+    """Whole weights whose slice is on its way from home; they are gathered when somebody waits."""
+
+    def __init__(self, unit: "Unit") -> None:
+        self.unit = unit
+        unit.home.ahead(unit.flat.name, WEIGHTS)
+
+    def wait(self) -> Tensor:
+        u = self.unit
+        assert u.weights is not None
+        with u.home.present(u.flat.name, WEIGHTS, changed=False):
+            return u.sharing.shard.all_gather(u.weight_slice, u.weights, u.flat.name).wait()
+
+    def done(self) -> bool:
+        return False
+
+
 class Unit:
     """The flat buffers of one unit on one rank.
 
@@ -75,11 +107,10 @@ class Unit:
         self.weights = torch.zeros(self.size, dtype=dtype, device=device) if level < 3 else None
         self.grads = (torch.zeros(self.size if trained else 0, dtype=wide, device=device)
                       if level < 2 or not trained else None)
-        self.weight_slice = self._slice(self.weights, dtype, device)
-        self.grad_slice = self._slice(self.grads, wide, device)
         own = dtype != wide and trained and masters
-        self.master = (self.home.zeros(flat.name, MASTER, self.high - self.low, wide, device) if own
-                       else self.weight_slice)
+        self.weight_slice = self._slice(self.weights, PUBLISHED if own else MASTER, dtype, device)
+        self.grad_slice = self._slice(self.grads, GRADIENT, wide, device)
+        self.master = self._slice(None, MASTER, wide, device) if own else self.weight_slice
         self._operands = {o.name: o for o in flat.operands}
         self._fresh: set[str] = set(self._operands)             # operands without a gradient yet in this sum
         self.published = 0                                      # how often the weights became others
@@ -88,14 +119,20 @@ class Unit:
         self.changing: Work | None = None                       # an update, up to its publish, beside what follows
         self.aside: list[Begin] | None = None                   # what adds to gradients later, in W
 
-    def _slice(self, whole: Tensor | None, dtype: torch.dtype, device: torch.device) -> Tensor:
-        return (torch.zeros(self.high - self.low, dtype=dtype, device=device) if whole is None
+    def _slice(self, whole: Tensor | None, kind: str, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return (self.home.zeros(self.flat.name, kind, self.high - self.low, dtype, device) if whole is None
                 else whole[self.low:self.high])
 
     @property
     def away(self) -> bool:
-        """Is the master elsewhere between updates?"""
-        return self.master is not self.weight_slice and self.flat.name in self.home.homes
+        """Is the master elsewhere between updates, the weights' slice apart?"""
+        return self.master is not self.weight_slice and self.home.has(self.flat.name, MASTER)
+
+    @contextmanager
+    def present(self) -> Iterator[None]:
+        """Within, master, moments and the slice of the weights are here; what is written there stays."""
+        with self.home.present(self.flat.name, STATE), self.home.present(self.flat.name, WEIGHTS):
+            yield
 
     def __contains__(self, operand: str) -> bool:
         return operand in self._operands
@@ -112,7 +149,7 @@ class Unit:
 
     def initialise(self, seed: int) -> None:
         """Draws this rank's masters from (seed, name, element index), then publishes them."""
-        with self.home.present(self.flat.name):
+        with self.present():
             for piece in self.flat.pieces:
                 for start, box in piece.boxes(self.low, self.high):
                     self._draw(piece.shard.parameter, seed, start - self.low, box)
@@ -160,7 +197,8 @@ class Unit:
         if self.weights is None:
             self.weights = self.sharing.buffers.take((self.flat.kind, "weights"), self.size, self.weight_slice)
         if self._stale:
-            self._gathering = self.sharing.shard.all_gather(self.weight_slice, self.weights, self.flat.name)
+            self._gathering = (Fetched(self) if (self.flat.name, WEIGHTS) in self.home.homes else
+                               self.sharing.shard.all_gather(self.weight_slice, self.weights, self.flat.name))
             self._stale = False
 
     def arrive(self) -> None:
@@ -207,10 +245,11 @@ class Unit:
         """Adds a slice that arrived to those of this step before it; from level 2 the whole buffer goes back."""
         if self.sharing.level < 2:
             return
-        if first:
-            self.grad_slice.copy_(arrived)
-        else:
-            self.grad_slice.add_(arrived)
+        with self.home.present(self.flat.name, GRADIENTS, needed=not first):
+            if first:
+                self.grad_slice.copy_(arrived)
+            else:
+                self.grad_slice.add_(arrived)
         assert self.grads is not None
         self.sharing.buffers.give((self.flat.kind, "grads"), self.grads, self.flat)
         self.grads = None

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from megazero.comm import Group
+from megazero.plan import GRADIENTS
 from megazero.units.unit import Unit
 
 Tensor = torch.Tensor
@@ -24,11 +25,14 @@ class WeightWatch:
     def before(self) -> None:
         """The step's gradients are here, and not yet used."""
         if "num_zeros" in self.asked:
-            counts = [(part == 0).sum() for u in self.units for part in _owned(u, u.grad_slice)]
+            counts = []
+            for u in self.units:
+                with u.home.present(u.flat.name, GRADIENTS, changed=False):
+                    counts += [(part == 0).sum() for part in _owned(u, u.grad_slice)]
             self.zeros = torch.stack(counts).sum().double() if counts else torch.zeros((), dtype=torch.float64)
         if "update_ratio" in self.asked:
             for u in self.units:
-                with u.home.present(u.flat.name):
+                with u.present():
                     self.masters[u.flat.name] = u.master.clone()
 
     def after(self) -> Tensor:
@@ -36,7 +40,7 @@ class WeightWatch:
         squares: dict[str, tuple[Tensor, Tensor]] = {}
         for u in self.units:
             u.updated()
-            with u.home.present(u.flat.name):
+            with u.present():
                 own = _squares(_owned(u, u.master))
                 moved = u.master - self.masters[u.flat.name] if "update_ratio" in self.asked else u.master[:0]
             squares[u.flat.name] = _squares(_owned(u, moved)) if len(moved) else torch.zeros_like(own), own
