@@ -332,6 +332,6 @@ def test_importers_say_whose_a_folder_is(tmp_path: Path, monkeypatch: pytest.Mon
         ("convert_hf.py", "ours", "is a checkpoint of this program already; train on with --load"),
         ("convert_checkpoint.py", "ours", "is a checkpoint of this program already; train on with --load"),
         ("convert_checkpoint.py", "ours/step-00000001", "is a checkpoint of this program already; train on with --load"),
-        ("convert_hf.py", "nano", "is a checkpoint of nanoGPT; import it: python tools/convert_checkpoint.py import")):
+        ("convert_hf.py", "nano", "is a checkpoint of nanoGPT; import it first: python tools/convert_checkpoint.py import")):
         code, _, error = tool(monkeypatch, capsys, name, "import", "--input", tmp_path / folder, "--output", tmp_path / "out")
         assert code == 2 and words in error and len(error.splitlines()) == 1, (name, folder, error)

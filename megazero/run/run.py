@@ -1,7 +1,6 @@
 """One rank of a run: its parts, as the plan says."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
@@ -10,7 +9,7 @@ from megazero.comm import Wires
 from megazero.model import Decoder
 from megazero.plan import Action, Plan, flat, watched
 from megazero.run.executor import Executor
-from megazero.units import TORCH_DTYPE, Buffers, Disk, Gate, Resident, Sharing, Unit, UnitActions, Updater, WeightWatch
+from megazero.units import TORCH_DTYPE, Buffers, Disk, Gate, Sharing, Unit, UnitActions, Updater, WeightWatch
 
 Tensor = torch.Tensor
 
@@ -23,11 +22,7 @@ class Run:
         self.plan, self.config, self.device, self.wires = plan, plan.config, device, wires
         a, c = plan.architecture, plan.config
         stages, buffers = plan.stages_of(wires.rank), Buffers(poison=wires.late)
-        homes, self.home = plan.homes(wires.rank), Resident()
-        if homes:
-            o = c.offload
-            self.home = Disk(Path(o.offload_dir or "."), homes, o.offload_queue_depth, o.offload_block_size,
-                             poison=wires.late)
+        self.home = Disk.of(c.offload, plan.homes(wires.rank), poison=wires.late)
         self.units: dict[str, Unit] = {}
         for spec in plan.units_of(wires.rank):
             at = plan.placement(spec.name)

@@ -3,7 +3,7 @@
 from megazero.settings.command_line import (
     Option, build, commands, flagged, flatten, leaves, nearest, option, parse, run)
 from megazero.settings.config import (
-    PRESETS, TOKENIZERS, Config, Data, Model, Optimization, Training, from_command_line, in_our_words,
+    PRESETS, TOKENIZERS, Config, Data, Model, Offload, Optimization, Training, from_command_line, in_our_words,
     with_flags_of_a_run)
 from megazero.settings.megatron_words import REFUSED, RENAMED, WITHOUT, megatron_defaults
 from megazero.settings.moving import (

@@ -69,5 +69,5 @@ def foreign(path: Path, flag: str) -> UserError | None:
     if found is None:
         return None
     tool = "convert_hf.py" if found[0].name == "hf" else "convert_checkpoint.py"
-    return UserError(f"{flag} {path}: is {found[0].what}; import it{' first' if flag == '--load' else ''}: python "
-                     f"tools/{tool} import --input {path} --output NEW_FOLDER.")
+    return UserError(f"{flag} {path}: is {found[0].what}; import it first: python tools/{tool} "
+                     f"import --input {path} --output NEW_FOLDER.")

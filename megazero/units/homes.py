@@ -15,13 +15,16 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from megazero.base import UserError, unwritable
-from megazero.plan import PAGE, STATE, Homes
+from megazero.comm import Work
+from megazero.plan import PAGE, STATE, WEIGHTS, Homes
+from megazero.settings import Offload
 
 Tensor = torch.Tensor
 Span = tuple[int, int]                  # elements of a unit's buffer
@@ -92,9 +95,6 @@ class Resident:
         """Is this kind elsewhere?"""
         return False
 
-    def ahead(self, unit: str, what: str) -> None:
-        """Begins to read what `present` is asked for later."""
-
     def zeros(self, unit: str, kind: str, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         """A tensor [count] of a kind: without memory behind it if its home is elsewhere."""
         return torch.zeros(count, dtype=dtype, device=device)
@@ -109,6 +109,10 @@ class Resident:
         was there before comes, if it is `needed`."""
         yield
 
+    def fetched(self, unit: str, gather: Callable[[], Work]) -> Work:
+        """Weights that begin to be gathered; from home they come first, and are when somebody waits."""
+        return gather()
+
     def copy(self, unit: str, kind: str, start: int, count: int) -> Tensor:
         """[count] elements of a kind that is elsewhere, from its `start`-th on."""
         raise AssertionError(f"{kind} of {unit} is here")
@@ -116,6 +120,22 @@ class Resident:
     def told(self) -> dict[str, float]:
         """What the log says of the way home, since this was asked last."""
         return {}
+
+
+@dataclass(frozen=True)
+class Fetched:
+    """Whole weights whose slice is on its way from home."""
+
+    home: Resident
+    unit: str
+    gather: Callable[[], Work]
+
+    def wait(self) -> Tensor:
+        with self.home.present(self.unit, WEIGHTS, changed=False):
+            return self.gather().wait()
+
+    def done(self) -> bool:
+        return False
 
 
 class Disk(Resident):
@@ -149,6 +169,12 @@ class Disk(Resident):
         self.torn: UserError | None = None
         self.before: dict[str, float] = {}
 
+    @classmethod
+    def of(cls, o: Offload, homes: Homes, poison: bool = False) -> Resident:
+        """As the settings say. Raises UserError."""
+        return (cls(Path(o.offload_dir or "."), homes, o.offload_queue_depth, o.offload_block_size, poison=poison)
+                if homes else Resident())
+
     def zeros(self, unit: str, kind: str, count: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         kept = self.kinds.get((unit, kind))
         if kept is None:
@@ -179,9 +205,12 @@ class Disk(Resident):
     def has(self, unit: str, kind: str) -> bool:
         return (unit, kind) in self.kinds
 
-    def ahead(self, unit: str, what: str) -> None:
-        for key in self._keys(unit, what):
+    def fetched(self, unit: str, gather: Callable[[], Work]) -> Work:
+        if (unit, WEIGHTS) not in self.homes:
+            return gather()
+        for key in self._keys(unit, WEIGHTS):
             self._bring(key)
+        return Fetched(self, unit, gather)
 
     @contextmanager
     def present(self, unit: str, what: str, changed: bool = True, needed: bool = True) -> Iterator[None]:

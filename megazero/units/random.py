@@ -15,7 +15,7 @@ from math import prod
 import numpy as np
 import torch
 
-from megazero.plan import Box, Shape
+from megazero.plan import Box, Parameter, Shape
 
 # Words drawn at a time by a thread: they stay in its cache, and torch, which shares out more than that, does not.
 CHUNK = 1 << 15
@@ -109,3 +109,14 @@ def _mix(x: torch.Tensor) -> torch.Tensor:
     x = (x ^ ((x >> 30) & 0x3FFFFFFFF)) * -4658895280553007687
     x = (x ^ ((x >> 27) & 0x1FFFFFFFFF)) * -7723592293110705685
     return x ^ ((x >> 31) & 0x1FFFFFFFF)
+
+
+def draw(out: torch.Tensor, p: Parameter, seed: int, box: Box) -> None:
+    """What a parameter begins with in this box: its mean, or drawn from (seed, name, element index)."""
+    if p.std == 0:
+        out.fill_(p.mean)
+        return
+    here = out.view(box.size)
+    drawn = torch.empty_like(here, device="cpu") if out.is_cuda else here
+    fill_normal(drawn, key(seed, p.name), p.shape, box, p.mean, p.std)
+    here.copy_(drawn)

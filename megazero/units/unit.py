@@ -12,6 +12,7 @@ keeps only its slice; whole buffers of the others are borrowed for as long as th
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
@@ -27,14 +28,13 @@ from megazero.plan import (
     Box,
     Flat,
     Operand,
-    Parameter,
     Piece,
     Shard,
     cuts,
 )
 from megazero.units.buffers import Buffers, viewed
 from megazero.units.homes import Resident
-from megazero.units.random import fill_normal, key
+from megazero.units.random import draw
 
 TORCH_DTYPE: dict[str, torch.dtype] = {name: getattr(torch, d.torch) for name, d in DTYPES.items()}
 Tensor = torch.Tensor
@@ -63,23 +63,6 @@ class Sharing:
     tensor: Group = field(default_factory=Alone)
     stage: Group = field(default_factory=Alone)
     buffers: Buffers = field(default_factory=Buffers)
-
-
-class Fetched:
-    """Whole weights whose slice is on its way from home; they are gathered when somebody waits."""
-
-    def __init__(self, unit: "Unit") -> None:
-        self.unit = unit
-        unit.home.ahead(unit.flat.name, WEIGHTS)
-
-    def wait(self) -> Tensor:
-        u = self.unit
-        assert u.weights is not None
-        with u.home.present(u.flat.name, WEIGHTS, changed=False):
-            return u.sharing.shard.all_gather(u.weight_slice, u.weights, u.flat.name).wait()
-
-    def done(self) -> bool:
-        return False
 
 
 class Unit:
@@ -152,18 +135,8 @@ class Unit:
         with self.present():
             for piece in self.flat.pieces:
                 for start, box in piece.boxes(self.low, self.high):
-                    self._draw(piece.shard.parameter, seed, start - self.low, box)
+                    draw(self.master[start - self.low:start - self.low + box.numel], piece.shard.parameter, seed, box)
             self.publish()
-
-    def _draw(self, p: Parameter, seed: int, at: int, box: Box) -> None:
-        out = self.master[at:at + box.numel]
-        if p.std == 0:
-            out.fill_(p.mean)
-            return
-        here = out.view(box.size)
-        drawn = torch.empty_like(here, device="cpu") if out.is_cuda else here
-        fill_normal(drawn, key(seed, p.name), p.shape, box, p.mean, p.std)
-        here.copy_(drawn)
 
     def publish(self, source: Tensor | None = None) -> None:
         """Masters, or a `source` like them, -> this rank's slice of the weights, after they changed.
@@ -197,8 +170,8 @@ class Unit:
         if self.weights is None:
             self.weights = self.sharing.buffers.take((self.flat.kind, "weights"), self.size, self.weight_slice)
         if self._stale:
-            self._gathering = (Fetched(self) if (self.flat.name, WEIGHTS) in self.home.homes else
-                               self.sharing.shard.all_gather(self.weight_slice, self.weights, self.flat.name))
+            gather = partial(self.sharing.shard.all_gather, self.weight_slice, self.weights, self.flat.name)
+            self._gathering = self.home.fetched(self.flat.name, gather)
             self._stale = False
 
     def arrive(self) -> None:
@@ -246,10 +219,7 @@ class Unit:
         if self.sharing.level < 2:
             return
         with self.home.present(self.flat.name, GRADIENTS, needed=not first):
-            if first:
-                self.grad_slice.copy_(arrived)
-            else:
-                self.grad_slice.add_(arrived)
+            (self.grad_slice.copy_ if first else self.grad_slice.add_)(arrived)
         assert self.grads is not None
         self.sharing.buffers.give((self.flat.kind, "grads"), self.grads, self.flat)
         self.grads = None

@@ -8,7 +8,7 @@ from support import TINY
 
 from megazero.base import UserError
 from megazero.plan import Plan, checks, describe
-from megazero.settings import as_file, from_command_line, in_our_words, words_of_script
+from megazero.settings import as_file, from_command_line, in_our_words, launch_of
 
 WORDS = (Path(__file__).parents[1] / "golden" / "megatron_words.txt").read_text().split()
 VALUES = ["", "1", "0", "-1", "8", "1e400", "x", "$X", "auto", "16 16 300", "0:16 2.4B:320", "127,0", "(1,2)", "3.5", "1_000", "nan", "é", "a=b", "--", "-x",
@@ -41,11 +41,11 @@ def test_any_script_is_read_or_refused(seed: int) -> None:
     for _ in range(200):
         text = "".join(draw.choice(PIECES) for _ in range(draw.randint(1, 60)))
         try:
-            words, _ = words_of_script(text + "\npretrain_gpt.py --lr 1 $A\n" * draw.randint(0, 1))
-            as_file(words)
+            launch = launch_of(text + "\npretrain_gpt.py --lr 1 $A\n" * draw.randint(0, 1))
+            as_file(launch.words, files=launch.files)
             found += 1
         except (ValueError, UserError):
             continue
     assert found > 10
     with pytest.raises(ValueError, match="more than 65,536 letters"):
-        words_of_script("A=x\n" + "A=$A$A\n" * 100 + "pretrain_gpt.py $A")
+        launch_of("A=x\n" + "A=$A$A\n" * 100 + "pretrain_gpt.py $A")
