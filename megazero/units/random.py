@@ -111,7 +111,7 @@ def _mix(x: torch.Tensor) -> torch.Tensor:
     return x ^ ((x >> 31) & 0x1FFFFFFFF)
 
 
-def draw(out: torch.Tensor, p: Parameter, seed: int, box: Box) -> None:
+def fill_initial(out: torch.Tensor, p: Parameter, seed: int, box: Box) -> None:
     """What a parameter begins with in this box: its mean, or drawn from (seed, name, element index)."""
     if p.std == 0:
         out.fill_(p.mean)

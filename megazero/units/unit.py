@@ -34,7 +34,7 @@ from megazero.plan import (
 )
 from megazero.units.buffers import Buffers, viewed
 from megazero.units.homes import Resident
-from megazero.units.random import draw
+from megazero.units.random import fill_initial
 
 TORCH_DTYPE: dict[str, torch.dtype] = {name: getattr(torch, d.torch) for name, d in DTYPES.items()}
 Tensor = torch.Tensor
@@ -135,7 +135,7 @@ class Unit:
         with self.present():
             for piece in self.flat.pieces:
                 for start, box in piece.boxes(self.low, self.high):
-                    draw(self.master[start - self.low:start - self.low + box.numel], piece.shard.parameter, seed, box)
+                    fill_initial(self.master[start - self.low:][:box.numel], piece.shard.parameter, seed, box)
             self.publish()
 
     def publish(self, source: Tensor | None = None) -> None:
