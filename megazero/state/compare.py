@@ -19,7 +19,7 @@ Tensor = torch.Tensor
 LONGEST = 2**31                         # bytes of a log
 LINE: Form = {"step": range(2**53), "split?": re.compile(r"[\w -~]{1,200}")}
 # of a log: no two runs agree on them
-TIMES = {"seconds", "tokens_per_second", "tflops_per_device", "mfu", "memory_bytes"}
+TIMES = {"seconds", "tokens_per_second", "tflops_per_device", "mfu", "memory_bytes", "disk_seconds", "disk_bytes"}
 ROUNDINGS = 8               # of the largest element: what sums in another order may come to
 
 

@@ -8,6 +8,7 @@ state of which a part was not written is torn, and is not given to anybody again
 """
 
 import errno
+import fcntl
 import mmap
 import os
 import time
@@ -35,20 +36,27 @@ class File:
     """A file without a name, `direct` if the page cache is passed by. Raises OSError."""
 
     def __init__(self, folder: Path, size: int) -> None:
-        self.direct = True
         try:
-            self.number = os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_DIRECT, 0o600)
-            self._try()
+            self.number, self.direct = os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_DIRECT, 0o600), True
         except OSError as error:
             if error.errno not in (errno.EINVAL, errno.EOPNOTSUPP, errno.EISDIR, errno.ENOENT):
                 raise
-            self.direct, self.number = False, _nameless(folder)
+            self.number, self.direct = _nameless(folder), False
         weakref.finalize(self, os.close, self.number)
         os.posix_fallocate(self.number, 0, max(size, PAGE))
+        if self.direct:
+            self._try()
 
     def _try(self) -> None:
+        """Are its pages those of the disk?"""
         with mmap.mmap(-1, PAGE) as page:
-            os.pwritev(self.number, [page], 0)
+            try:
+                os.pwritev(self.number, [page], 0)
+            except OSError as error:
+                if error.errno != errno.EINVAL:
+                    raise
+                fcntl.fcntl(self.number, fcntl.F_SETFL, fcntl.fcntl(self.number, fcntl.F_GETFL) & ~os.O_DIRECT)
+                self.direct = False
 
     def read(self, into: memoryview, at: int) -> None:
         while into:
@@ -166,6 +174,7 @@ class Disk(Resident):
         self.used, self.read, self.written, self.seconds = 0, 0, 0, 0.0
         self.coming: dict[Key, list[Future[None]]] = {}
         self.going: dict[Key, list[Future[None]]] = {}
+        self.inside: set[Key] = set()                           # somebody is within `present` of these
         self.torn: UserError | None = None
         self.before: dict[str, float] = {}
 
@@ -215,6 +224,8 @@ class Disk(Resident):
     @contextmanager
     def present(self, unit: str, what: str, changed: bool = True, needed: bool = True) -> Iterator[None]:
         keys = self._keys(unit, what)
+        assert self.inside.isdisjoint(keys), f"{what} of {unit} would come twice, and lose what was written"
+        self.inside |= {*keys}
         for key in keys if needed else ():
             self._bring(key)
         for key in keys:
@@ -223,6 +234,7 @@ class Disk(Resident):
             else:
                 self._gone(key)                                 # what is still being written
         yield
+        self.inside -= {*keys}
         for key in keys:
             self._leave(key, changed)
         for key in keys:
@@ -240,7 +252,7 @@ class Disk(Resident):
         """Returns when nothing is being read or written."""
         for key in [*self.coming]:                              # brought ahead of an update that did not follow
             self._arrive(key)
-            self._leave(key)
+            self._leave(key, changed=False)
         for key in [*self.going]:
             self._gone(key)
 
