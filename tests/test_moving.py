@@ -169,6 +169,8 @@ KNOWN = [
     'add() { ARGS+=("$@"); }; add --swiglu\nadd --bf16 --lr "1 2"\nrun() { if [ "$1" = a ]; then\n  python pretrain_gpt.py "$2" "${ARGS[@]}"\nfi\n}\nrun b --no; run a --yes',
     'L=""\nL=${L:-6}; unset K; K=${K-7}\nCMD="pretrain_gpt.py --l $L"\necho $CMD > /dev/null\nset_it() {\n  case "$1" in\n    big) H=8;;\n    *) H=4;;\n  esac\n}\n'
     'set_it big\npython $CMD --h $H --k $K',
+    'N=73_242_187; P=/a/b.c/d_text_document.bin; A=(--x 1 "2 3")\npython pretrain_gpt.py --n ${N//_/} --m ${N/_/} --p ${P%.bin} --q ${P%%.*} --r "${P##*/}" --s ${P#/*/} '
+    '--t ${A[1]} "${A[2]}" --u ${N%_*}x --v ${P^^} --w ${P//b*d/Z} --z ${N%q}',
     'if [ a = b ]; then\n  python pretrain_gpt.py --no\nelse\n  python pretrain_gpt.py --yes\nfi',
 ]
 

@@ -18,6 +18,7 @@ DECLARED = re.compile(r"(?:export|local|readonly|declare|typeset)\s+(?:-\w+\s+)*
 ARRAY = re.compile(rf"({NAME})(\+?)=\((.*)\)", re.DOTALL)
 SCALAR = re.compile(rf"({NAME})(\+?)=(.*)", re.DOTALL)
 REFERENCE = re.compile(rf"\$(?:\{{({NAME}|\d+|[@*])(?:\[[@*]\])?(?::?[-=]([^}}]*))?\}}|({NAME}|[\d@*]))")
+ALTERED = re.compile(rf"\$\{{({NAME})(?:\[(\d+)\]|(%%?|##?|,,|\^\^)([^}}]*)|(//?)([^}}/]*)(?:/([^}}]*))?)\}}")
 SUM = re.compile(r"\$\(\(([^()]*(?:\([^()]*\)[^()]*)*)\)\)")
 KEYWORD = re.compile(r"(if|elif|then|else|fi|case|esac|do|done|for|while|until|\{|\}|!)(?=\s|$)\s*")
 FUNCTION = re.compile(rf"(?:function\s+({NAME})\s*(?:\(\))?|({NAME})\s*\(\))\s*\{{(.*)\}}\s*", re.DOTALL)
@@ -30,6 +31,7 @@ INTO = re.compile(r">\s*([^\s<>|;&]+)")
 DEEPEST = 20                # functions that call each other
 PROGRAM = re.compile(r"(?:.*/)?(?:pretrain|train|run_pretrain)\w*\.py")
 LONGEST = 2**16             # letters of a variable or word: who doubles one often enough would fill the memory
+LONG = 2**12                # of a value that a pattern is looked for in, at each of its places
 OPERATIONS: Mapping[type, Callable[[int, int], int]] = {
     ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Mod: operator.mod,
     ast.Div: operator.floordiv, ast.Lt: operator.lt, ast.LtE: operator.le, ast.Gt: operator.gt,
@@ -277,8 +279,16 @@ class _Reader:
                 return " ".join(self.variables[name])
             return match[2] if match[2] is not None else match[0]
 
+        def altered(match: re.Match[str]) -> str:
+            parts = self.variables.get(match[1], ["$"])
+            if match[2]:
+                return parts[int(match[2])] if int(match[2]) < len(parts) and parts != ["$"] else match[0]
+            text = " ".join(parts)
+            how, pattern = match[3] or match[5], match[4] or match[6] or ""
+            return match[0] if _unknown(text) or len(text) > LONG else _altered(text, how, _bare(pattern), match[7] or "")
+
         for _ in range(8):                                      # of variables that name variables
-            now = REFERENCE.sub(value, word)
+            now = REFERENCE.sub(value, ALTERED.sub(altered, word))
             if now == word:
                 break
             word = now
@@ -362,6 +372,21 @@ class _Quoted(str):
 def _unknown(value: str) -> bool:
     """Does it hold what only the machine knows: a variable, what a command prints?"""
     return "$" in value or "`" in value
+
+
+def _altered(text: str, how: str, pattern: str, other: str) -> str:
+    """What ${NAME%pattern} and its like make of a value."""
+    ends = range(len(text) + 1)
+    if how[0] in "%#":
+        fits = [at for at in ends if fnmatchcase(text[at:] if how[0] == "%" else text[:at], pattern)]
+        if not fits:
+            return text
+        at = max(fits) if how in ("%", "##") else min(fits)
+        return text[:at] if how[0] == "%" else text[at:]
+    if how[0] == "/":
+        wanted = "".join({"*": ".*", "?": "."}.get(c, re.escape(c)) for c in pattern)
+        return re.sub(wanted, lambda _: other, text, count=len(how) == 1) if wanted else text
+    return text.lower() if how == ",," else text.upper()
 
 
 def _unset(value: str) -> str:

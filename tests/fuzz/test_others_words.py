@@ -14,7 +14,8 @@ WORDS = (Path(__file__).parents[1] / "golden" / "megatron_words.txt").read_text(
 VALUES = ["", "1", "0", "-1", "8", "1e400", "x", "$X", "auto", "16 16 300", "0:16 2.4B:320", "127,0", "(1,2)", "3.5", "1_000", "nan", "é", "a=b", "--", "-x",
           "/proc", "/dev/null", "[]", "0.5 a 0.5 b", "adamw", "alibi", "rope", "fp32"]
 PIECES = ["A=", "A+=", "(", ")", '"', "'", "\\", "\n", "$A", "${A}", "${A[@]}", "${A:-x}", "$", "#", "torchrun ", "pretrain_gpt.py ", "--lr 1 ", "|", ";", " ", "$A$A", "eval ",
-          "bash -c ", "$(", "`", "export ", "é", "if [ 1 ]; then\n", "fi\n"]
+          "bash -c ", "$(", "`", "export ", "é", "if [ 1 ]; then\n", "fi\n", "else\n", "if [ $A = x ]; then\n",
+          "case $A in\n", "x) ", ";;", "esac\n", "f() {", "}\n", "f $A\n", "for A in x y; do\n", "done\n", "cat <<E > x\n", "E\n", "${A%x*}", "${A//x/y}", "${A[1]}", "&& ", "[[ $A == x* ]] ", "$1"]
 
 
 @pytest.mark.parametrize("seed", [0, *(pytest.param(seed, marks=pytest.mark.full) for seed in range(1, 30))])
