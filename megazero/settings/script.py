@@ -285,7 +285,8 @@ class _Reader:
                 return parts[int(match[2])] if int(match[2]) < len(parts) and parts != ["$"] else match[0]
             text = " ".join(parts)
             how, pattern = match[3] or match[5], match[4] or match[6] or ""
-            return match[0] if _unknown(text) or len(text) > LONG else _altered(text, how, _bare(pattern), match[7] or "")
+            known = not _unknown(text) and len(text) <= LONG
+            return _altered(text, how, _bare(pattern), match[7] or "") if known else match[0]
 
         for _ in range(8):                                      # of variables that name variables
             now = REFERENCE.sub(value, ALTERED.sub(altered, word))
