@@ -10,7 +10,7 @@ ROOT = Path(__file__).resolve().parents[1]
 FLOORS: dict[str, tuple[int, str]] = {
     "base": (650, "errors text dtypes disk memory strict lease"),
     "pipeline": (750, "schedule timeline weighing split"),
-    "settings": (2280, "command_line megatron_words megatron config script moving"),
+    "settings": (2300, "command_line megatron_words megatron config script moving"),
     "plan": (4560, "rules devices layout moments tiles dealing mesh sizes progress action sums homes program verify rope architecture words operations checks plan cost family facets families show"),
     "comm": (1360, "marks group shared gloo nccl fake late ports rendezvous told wires"),
     "units": (2180, "random homes buffers unit gate codes formulas adafactor muon rules watch actions"),
