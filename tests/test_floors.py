@@ -13,7 +13,7 @@ FLOORS: dict[str, tuple[int, str]] = {
     "settings": (2300, "command_line megatron_words megatron config script moving"),
     "plan": (4560, "rules devices layout moments tiles dealing mesh sizes progress action sums homes program verify rope architecture words operations checks plan cost family facets families show"),
     "comm": (1360, "marks group shared gloo nccl fake late ports rendezvous told wires"),
-    "units": (2180, "random homes buffers unit gate codes formulas adafactor muon rules watch actions"),
+    "units": (2190, "random homes buffers unit gate codes formulas adafactor muon rules watch actions"),
     "model": (860, "products ops activations attention decoder"),
     "data": (2840, "files indexed order tokenizer_base tokenizer_words tokenizer_tiktoken tokenizers sidecar megatron_order dataset fim splits"),
     "corpus": (1260, "tables sources verify edit preprocess"),

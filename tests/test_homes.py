@@ -265,6 +265,13 @@ def test_settings_that_cannot_be(tmp_path: Path) -> None:
             train(f"{SMALL} {words}")
 
 
+def test_the_way_is_told_at_start_and_in_the_log(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = train(f"{SMALL} --bf16 {STATES} --offload-dir {tmp_path}", tmp_path / "log")
+    assert re.search(rf"home        --offload-dir {tmp_path}: read and written (around|through) the page cache", capsys.readouterr().out)
+    steps = [line for line in found if "split" not in line]
+    assert all(line["disk_seconds"] > 0 and line["disk_bytes"] > 0 for line in steps) and steps[2]["disk_bytes"] == steps[3]["disk_bytes"]
+
+
 def test_on_a_cpu_the_hosts_memory_is_where_things_are(tmp_path: Path) -> None:
     plain, cpu = (memory(resolved(f"{TINY} --bf16 {words}")) for words in ("", "--offload-optimizer cpu"))
     assert plain == cpu and not torch.cuda.is_available()

@@ -143,7 +143,7 @@ def recorded(run: Run, tokenizer: Tokenizer | None, reader: Reader | None, progr
 def start(run: Run, splits: Splits, reader: Reader | None, record: Record | None) -> None:
     """Weights, and all that the optimizer keeps, from a checkpoint or afresh; tells what was found."""
     config, k = run.config, run.config.checkpoint
-    for line in splits.describe():
+    for line in (*splits.describe(), *run.home.describe()):
         run.say(line)
     if reader is None:
         if k.load is not None:

@@ -129,6 +129,10 @@ class Resident:
         """What the log says of the way home, since this was asked last."""
         return {}
 
+    def describe(self) -> list[str]:
+        """Lines to be told at start."""
+        return []
+
 
 @dataclass(frozen=True)
 class Fetched:
@@ -242,6 +246,10 @@ class Disk(Resident):
 
     def _keys(self, unit: str, what: str) -> list[Key]:
         return [((unit, what), piece) for piece in self.homes[unit, what].pieces] if (unit, what) in self.homes else []
+
+    def describe(self) -> list[str]:
+        way = "around" if self.file.direct else "through"
+        return [f"{'home':<12}{self.where}: read and written {way} the page cache"]
 
     def told(self) -> dict[str, float]:
         now = {"disk_seconds": self.seconds, "disk_bytes": float(self.read + self.written)}
