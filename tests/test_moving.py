@@ -171,6 +171,7 @@ KNOWN = [
     'set_it big\npython $CMD --h $H --k $K',
     'N=73_242_187; P=/a/b.c/d_text_document.bin; A=(--x 1 "2 3")\npython pretrain_gpt.py --n ${N//_/} --m ${N/_/} --p ${P%.bin} --q ${P%%.*} --r "${P##*/}" --s ${P#/*/} '
     '--t ${A[1]} "${A[2]}" --u ${N%_*}x --v ${P^^} --w ${P//b*d/Z} --z ${N%q}',
+    'if [ a = b ]; then\n  if [ "$V" = 7 ]; then W=1; fi\n  for U in 8 9; do W=2; done\nfi\npython pretrain_gpt.py --v ${V:-1} --u ${U:-2} --w ${W:-3}',
     'if [ a = b ]; then\n  python pretrain_gpt.py --no\nelse\n  python pretrain_gpt.py --yes\nfi',
 ]
 

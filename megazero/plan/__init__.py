@@ -9,7 +9,8 @@ from megazero.plan.dealing import Matrix, Ranks, Wave, deal
 from megazero.plan.devices import device_of, named
 from megazero.plan.families import family_of, from_config
 from megazero.plan.family import Family, Row, obstacles, rows, shapes, to_config, zeros
-from megazero.plan.homes import GRADIENT, GRADIENTS, MASTER, PAGE, PUBLISHED, STATE, WEIGHTS, Homes
+from megazero.plan.homes import (
+    GRADIENT, GRADIENTS, MASTER, OFFLOADED, PAGE, PUBLISHED, STATE, WEIGHTS, Homes, Reach)
 from megazero.plan.layout import (
     Box, Flat, Operand, OperandSpec, Parameter, Piece, Shape, Shard, UnitSpec, cuts, flat, intersect, spans,
     tiles)

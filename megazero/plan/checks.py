@@ -11,13 +11,11 @@ from math import inf
 from megazero.pipeline import SCHEDULES, ends_as_layers, from_layout
 from megazero.plan.architecture import block, units
 from megazero.plan.devices import DEVICES, named
-from megazero.plan.homes import PAGE
+from megazero.plan.homes import OFFLOADED, PAGE
 from megazero.plan.rules import RATES, rates_of
 from megazero.plan.sizes import ramp_of, sizes
 from megazero.plan.words import architecture, ffn_size, pattern, stretches, turns
 from megazero.settings import Config, nearest
-
-OFFLOADED = ("offload_optimizer", "offload_gradients", "offload_weights")
 
 
 def checks(config: Config, world: int) -> list[str]:

@@ -18,11 +18,12 @@ from megazero.plan.moments import moment_specs
 from megazero.plan.rules import RULES, coded, dtype_of, group_of
 from megazero.settings import Config, Optimization
 
+OFFLOADED = ("offload_optimizer", "offload_gradients", "offload_weights")
 PAGE = 4096                 # bytes, and elements: files are read and written in whole pages, of any dtype
 MASTER, GRADIENT, PUBLISHED = "weight", "gradient", "published"
 STATE, GRADIENTS, WEIGHTS = "state", "gradients", "weights"
 UNDER_WAY = {STATE: 3, GRADIENTS: 1, WEIGHTS: 2}            # pieces in memory at a time
-Span = tuple[int, int]      # elements of a unit's buffer
+Reach = tuple[int, int]      # elements of a unit's buffer
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Home:
     """What of a unit is at home on disk: kinds that are there, and the pieces in which it comes, one after another."""
 
     kinds: Mapping[str, StateRange]
-    pieces: tuple[Span, ...]
+    pieces: tuple[Reach, ...]
 
     @property
     def bytes(self) -> int:
@@ -56,7 +57,7 @@ class Home:
         """Of a file: each kind begins at a page."""
         return sum(ceil(kept.bytes / PAGE) * PAGE for kept in self.kinds.values())
 
-    def of_piece(self, piece: Span) -> dict[str, Span]:
+    def of_piece(self, piece: Reach) -> dict[str, Reach]:
         """Which elements of each kind a piece means."""
         spans = {kind: (max(piece[0], kept.start), min(piece[1], kept.stop)) for kind, kept in self.kinds.items()}
         return {kind: (a, b) for kind, (a, b) in spans.items() if a < b}
@@ -118,7 +119,7 @@ def under_way(found: Homes) -> int:
                for what, count in UNDER_WAY.items())
 
 
-def _pieces(low: int, high: int, kinds: Mapping[str, StateRange], o: Optimization, most: int) -> tuple[Span, ...]:
+def _pieces(low: int, high: int, kinds: Mapping[str, StateRange], o: Optimization, most: int) -> tuple[Reach, ...]:
     if RULES[o.optimizer].scope != "element" or coded(o):
         return ((low, high),)
     each = max(most // sum(k.width for k in kinds.values()) // PAGE, 1) * PAGE

@@ -10,7 +10,7 @@ from megazero.pipeline import Load, Loads, Pass, by_cost, ends_as_layers, from_l
 from megazero.plan.action import Action, read_programs
 from megazero.plan.architecture import Architecture, head_chunk, parts, units
 from megazero.plan.checks import checks
-from megazero.plan.homes import Homes, homes
+from megazero.plan.homes import OFFLOADED, Homes, homes
 from megazero.plan.layout import UnitSpec, flat, joined
 from megazero.plan.mesh import Mesh
 from megazero.plan.operations import Micro, distinct, table
@@ -134,6 +134,8 @@ class Plan(Sizes):
 
     def homes(self, rank: int) -> Homes:
         """What of the units of one rank is at home on disk."""
+        if all(getattr(self.config.offload, name) != "disk" for name in OFFLOADED):
+            return {}
         place = self.mesh.place(rank)
         return homes({u.name: flat(u, place) for u in self.units_of(rank)}, self.dp, self.shard, place, self.config)
 

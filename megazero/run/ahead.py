@@ -12,7 +12,7 @@ from megazero.base import UserError, gib, printable, read_bytes
 from megazero.comm import own_device
 from megazero.data import Tokenizer, configured_tokenizer, load_tokenizer, named_by
 from megazero.hf import outlook
-from megazero.plan import Plan, Progress, describe, flags, loss_scale, memory, named
+from megazero.plan import OFFLOADED, Plan, Progress, describe, flags, loss_scale, memory, named
 from megazero.run.feed import Splits, open_splits
 from megazero.settings import Config, build, flatten, without_weights
 from megazero.state import INDEX, Reader, complete, foreign, resumed, unfit
@@ -192,8 +192,7 @@ def writable(folder: Path) -> bool:
 
 def at_home(config: Config, kind: str) -> None:
     """Raises UserError where state cannot be kept as asked on such a device."""
-    names = ("offload_optimizer", "offload_gradients", "offload_weights")
-    asked = [f"--{name.replace('_', '-')} {home}" for name in names
+    asked = [f"--{name.replace('_', '-')} {home}" for name in OFFLOADED
              if (home := getattr(config.offload, name)) != "none"]
     if asked and kind == "cuda":
         raise UserError(f"{asked[0]}: is not here on CUDA yet, for runs on a CPU alone; leave it out, and share state "

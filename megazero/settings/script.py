@@ -193,12 +193,14 @@ class _Reader:
 
     def assume(self, name: str, value: str, asked: str) -> None:
         """A variable that nobody set is what a condition holds for, here and later."""
+        if any(branches.now is False for branches in self.open):
+            return
         self.variables[name] = [value]
         self.doubts[name] = {f"${name}": f"{value}, for that is what {asked} asks"}
 
     def turn(self, name: str, values: Sequence[str]) -> None:
         """The first of a loop."""
-        if values:
+        if values and all(branches.now is not False for branches in self.open):
             self.variables[name] = [values[0]]
             self.doubts[name] = {f"${name}": f"{values[0]}, the first that the loop has of {' '.join(values)}"
                                  } if len(values) > 1 else {}

@@ -1,5 +1,5 @@
-"""Homes on disk of masters and moments (plan/homes.py says which): a tensor keeps its address, and memory is behind a
-piece of it only while somebody has brought it.
+"""Homes on disk of a rank's slices (plan/homes.py says which): a tensor keeps its address, and memory is behind a piece
+of it only while somebody has brought it.
 
 The file of a rank has no name: nobody else opens or shortens it, and it ends with the process, however that ends. What
 was in it is then lost, and a run goes on from its last checkpoint. It is read and written around the page cache where
@@ -24,12 +24,11 @@ import torch
 
 from megazero.base import UserError, unwritable
 from megazero.comm import Work
-from megazero.plan import PAGE, STATE, WEIGHTS, Homes
+from megazero.plan import PAGE, STATE, WEIGHTS, Homes, Reach
 from megazero.settings import Offload
 
 Tensor = torch.Tensor
-Span = tuple[int, int]                  # elements of a unit's buffer
-Key = tuple[tuple[str, str], Span]      # (unit, STATE or another), a piece
+Key = tuple[tuple[str, str], Reach]      # (unit, STATE or another), a piece
 
 
 class File:
@@ -87,7 +86,7 @@ class Room(NamedTuple):
     at: int
     low: int                            # which element of its unit's buffer is its first
 
-    def bytes_of(self, span: Span) -> tuple[int, int]:
+    def bytes_of(self, span: Reach) -> tuple[int, int]:
         """In whole pages. A piece begins at one, or at the tensor's begin."""
         width = self.tensor.element_size()
         a, b = (span[0] - self.low) * width, (span[1] - self.low) * width
@@ -95,7 +94,7 @@ class Room(NamedTuple):
 
 
 class Resident:
-    """Masters and moments are at home where they are used."""
+    """Everything is at home where it is used."""
 
     homes: Homes = {}
 
@@ -107,7 +106,7 @@ class Resident:
         """A tensor [count] of a kind: without memory behind it if its home is elsewhere."""
         return torch.zeros(count, dtype=dtype, device=device)
 
-    def through(self, unit: str) -> Iterator[Span]:
+    def through(self, unit: str) -> Iterator[Reach]:
         """Each piece of a unit that is elsewhere, here in its turn."""
         raise AssertionError(f"{unit} is here")
 
@@ -151,7 +150,7 @@ class Fetched:
 
 
 class Disk(Resident):
-    """The units of a rank that are at home on disk.
+    """What of a rank's units is at home on disk.
 
     seconds     that somebody waited for the disk       read, written       bytes so far
     """
@@ -203,7 +202,7 @@ class Disk(Resident):
 
     # ---- a piece comes and goes
 
-    def through(self, unit: str) -> Iterator[Span]:
+    def through(self, unit: str) -> Iterator[Reach]:
         """The next one is read, and the one before written, meanwhile."""
         for key in self._keys(unit, STATE):
             at = self.places[key]

@@ -15,7 +15,20 @@ from typing import Any
 
 import torch
 
-from megazero.plan import EMA, GRADIENTS, RULES, STATE, WEIGHTS, Piece, coded, dtype_of, group_of, moment_specs, spans
+from megazero.plan import (
+    EMA,
+    GRADIENTS,
+    RULES,
+    STATE,
+    WEIGHTS,
+    Piece,
+    Reach,
+    coded,
+    dtype_of,
+    group_of,
+    moment_specs,
+    spans,
+)
 from megazero.settings import Optimization
 from megazero.units.adafactor import Adafactor
 from megazero.units.codes import ByChance, Moment, moment
@@ -26,7 +39,6 @@ from megazero.units.random import key
 from megazero.units.unit import Unit
 
 Tensor = torch.Tensor
-Span = tuple[int, int]                  # elements of a unit's buffer
 Make = Callable[[list[dict[str, Any]], Optimization, bool], torch.optim.Optimizer]
 
 
@@ -147,12 +159,12 @@ class Updater:
             for unit, a, b in here:
                 self._follow(unit, a, b, verdict)
 
-    def _cut(self, names: tuple[str, ...]) -> Sequence[Span | None]:
+    def _cut(self, names: tuple[str, ...]) -> Sequence[Reach | None]:
         """The pieces in which these units change, one after another; None: as they are."""
         home = self.units[names[0]].home.homes.get((names[0], STATE))
         return home.pieces if len(names) == 1 and home else (None,)
 
-    def _here(self, names: tuple[str, ...]) -> Iterator[Span | None]:
+    def _here(self, names: tuple[str, ...]) -> Iterator[Reach | None]:
         """The same, with each here in its turn."""
         with ExitStack() as stack:
             for name in names:
@@ -250,11 +262,11 @@ class Updater:
                                  self.seed, (unit.sharing.shard, tensor), zeros)
         return found
 
-    def _kernels(self, units: Sequence[Unit], span: Span | None) -> list[torch.optim.Optimizer]:
+    def _kernels(self, units: Sequence[Unit], span: Reach | None) -> list[torch.optim.Optimizer]:
         """One for each rule that the groups have."""
         return [kernel for rule in dict.fromkeys(self.groups.rules) for kernel in self._kernel(units, rule, span)]
 
-    def _kernel(self, units: Sequence[Unit], rule: str, span: Span | None) -> Iterator[torch.optim.Optimizer]:
+    def _kernel(self, units: Sequence[Unit], rule: str, span: Reach | None) -> Iterator[torch.optim.Optimizer]:
         """Over views of our flat buffers, or of a piece of one, its state too; none, where this rank has nothing to do.
         """
         options, facts = self.groups.options(), RULES[rule]
@@ -293,7 +305,7 @@ class Updater:
         streams = [key(self.seed, "weight", piece.shard.parameter.name) for piece in unit.flat.pieces]
         return ByChance(unit.flat, unit.low, unit.master, streams=streams)
 
-    def _slices(self, units: Sequence[Unit], number: int, joined: bool, span: Span | None) -> Iterator[Portion]:
+    def _slices(self, units: Sequence[Unit], number: int, joined: bool, span: Reach | None) -> Iterator[Portion]:
         """What this rank's slices, or a piece of one, hold of a group: tensor by tensor, or `joined` where they are
         neighbours."""
         for unit in units:
